@@ -1,0 +1,146 @@
+"""The Pythia suite as a table, and the shape of any GPT-NeoX decoder, without torch.
+
+The paper's sizes (section 4.1) are known here well enough to cost a whole sweep on a laptop. The
+table repeats what the hub's configurations say; the tests check every row against the built model.
+"""
+
+from dataclasses import dataclass
+
+from embedscale.errors import UserError
+
+
+@dataclass(frozen=True)
+class Linear:
+    """One dense layer of a block."""
+
+    name: str  # the module's last name, as LoRA targets spell it
+    inputs: int
+    outputs: int
+    bias: bool
+    role: str  # "query", "key", "value", "query_key_value", "attention_out", "mlp_in" or "mlp_out"
+
+    @property
+    def weights(self) -> int:
+        return self.inputs * self.outputs
+
+
+@dataclass(frozen=True)
+class BackboneShape:
+    """All of a decoder that its cost depends on. Every block has the same layers."""
+
+    name: str
+    blocks: int
+    width: int  # of the residual stream and of the embedding
+    attention_width: int  # heads × head size of the queries
+    vocabulary: int
+    context: int  # longest sequence, tokens
+    linears: tuple[Linear, ...]  # of one block, in the order of the forward pass
+    norm_weights: int  # normalisation weights of one block
+    norm_biases: int  # normalisation biases of one block
+    final_weights: int  # the normalisation after the last block
+    final_biases: int
+    parallel_residual: bool  # attention and MLP both read the block's input
+
+    @property
+    def biases_per_block(self) -> int:
+        return self.norm_biases + sum(linear.outputs for linear in self.linears if linear.bias)
+
+    @property
+    def parameters_per_block(self) -> int:
+        return sum(linear.weights for linear in self.linears) + self.norm_weights + self.biases_per_block
+
+    @property
+    def parameters(self) -> int:
+        """Non-embedding parameters, N."""
+        return self.blocks * self.parameters_per_block + self.final_weights + self.final_biases
+
+    @property
+    def biases(self) -> int:
+        return self.blocks * self.biases_per_block + self.final_biases
+
+
+def neox_shape(
+    name: str, blocks: int, width: int, mlp_width: int, vocabulary: int, context: int, parallel_residual: bool = True
+) -> BackboneShape:
+    """The shape of a GPT-NeoX decoder (every Pythia is one)."""
+    return BackboneShape(
+        name=name,
+        blocks=blocks,
+        width=width,
+        attention_width=width,
+        vocabulary=vocabulary,
+        context=context,
+        linears=(
+            Linear("query_key_value", width, 3 * width, True, "query_key_value"),
+            Linear("dense", width, width, True, "attention_out"),
+            Linear("dense_h_to_4h", width, mlp_width, True, "mlp_in"),
+            Linear("dense_4h_to_h", mlp_width, width, True, "mlp_out"),
+        ),
+        norm_weights=2 * width,
+        norm_biases=2 * width,
+        final_weights=width,
+        final_biases=width,
+        parallel_residual=parallel_residual,
+    )
+
+
+@dataclass(frozen=True)
+class Pythia:
+    """A row of the suite."""
+
+    name: str
+    blocks: int
+    width: int
+    heads: int
+    vocabulary: int
+    pretraining_learning_rate: float  # peak
+    parameters: int  # non-embedding, as published; tests recount it
+
+    @property
+    def shape(self) -> BackboneShape:
+        return neox_shape(self.name, self.blocks, self.width, 4 * self.width, self.vocabulary, context=2048)
+
+
+SUITE = {
+    row.name: row
+    for row in (
+        Pythia("pythia-14m", 6, 128, 4, 50304, 1e-3, 1_189_888),
+        Pythia("pythia-31m", 6, 256, 8, 50304, 1e-3, 4_739_072),
+        Pythia("pythia-70m", 6, 512, 8, 50304, 1e-3, 18_915_328),
+        Pythia("pythia-160m", 12, 768, 12, 50304, 6e-4, 85_056_000),
+        Pythia("pythia-410m", 24, 1024, 16, 50304, 3e-4, 302_311_424),
+        Pythia("pythia-1b", 16, 2048, 8, 50304, 3e-4, 805_736_448),
+        Pythia("pythia-1.4b", 24, 2048, 16, 50304, 2e-4, 1_208_602_624),
+        Pythia("pythia-2.8b", 32, 2560, 32, 50304, 1.6e-4, 2_517_652_480),
+        Pythia("pythia-6.9b", 32, 4096, 32, 50432, 1.2e-4, 6_444_163_072),
+        Pythia("pythia-12b", 36, 5120, 40, 50688, 1.2e-4, 11_327_027_200),
+    )
+}
+
+
+def short_name(backbone: str) -> str:
+    """The backbone's own name, whether it is given as a hub name or as a folder: its last component."""
+    return backbone.rstrip("/").rsplit("/", 1)[-1]
+
+
+def known(backbone: str) -> Pythia | None:
+    """The table's row for a hub name or folder (deduplicated variants are the same size), or None."""
+    return SUITE.get(short_name(backbone).lower().removesuffix("-deduped"))
+
+
+def shape_from_hub_config(name: str, config: dict) -> BackboneShape:
+    """The shape that a GPT-NeoX `config.json` describes.
+
+    Raises UserError for another architecture: that needs the model itself (`methods.shape_of`).
+    """
+    if config.get("model_type") != "gpt_neox":
+        raise UserError(f"backbone {name}: model_type is {config.get('model_type')!r}; without torch only 'gpt_neox' is read")
+    return neox_shape(
+        short_name(name),
+        blocks=config["num_hidden_layers"],
+        width=config["hidden_size"],
+        mlp_width=config["intermediate_size"],
+        vocabulary=config["vocab_size"],
+        context=config["max_position_embeddings"],
+        parallel_residual=config.get("use_parallel_residual", True),
+    )
