@@ -45,7 +45,9 @@ class Method:
             if (self.active_blocks is None) == (self.active_fraction is None):
                 raise UserError("method: freeze needs one of method.active_blocks and method.active_fraction")
             if self.active_fraction is not None and not 0 < self.active_fraction <= 1:
-                raise UserError(f"method.active_fraction: {self.active_fraction} is out of range; allowed: above 0, at most 1")
+                raise UserError(
+                    f"method.active_fraction: {self.active_fraction} is out of range; allowed: above 0, at most 1"
+                )
             if self.blocks == "one" and self.active_blocks is None:
                 raise UserError("method.blocks: 'one' needs method.active_blocks, the number of the block, from 0")
         if self.name == "lora":
@@ -78,7 +80,9 @@ class Method:
         if self.blocks == "one":
             assert self.active_blocks is not None
             if not 0 <= self.active_blocks < total:
-                raise UserError(f"method.active_blocks: block {self.active_blocks} does not exist; allowed: 0 to {total - 1}")
+                raise UserError(
+                    f"method.active_blocks: block {self.active_blocks} does not exist; allowed: 0 to {total - 1}"
+                )
             return range(self.active_blocks, self.active_blocks + 1)
         active = self.active_blocks
         if active is None:
@@ -100,11 +104,15 @@ class Method:
         names = [linear.name for linear in shape.linears]
         for target in self.targets:
             if target not in names:
-                raise UserError(f"method.targets: {target!r} is no dense layer of {shape.name}; allowed: {', '.join(names)}")
+                raise UserError(
+                    f"method.targets: {target!r} is no dense layer of {shape.name}; allowed: {', '.join(names)}"
+                )
         assert self.rank is not None
         smallest = min(min(linear.inputs, linear.outputs) for linear in shape.linears)
         if self.rank > max(max(linear.inputs, linear.outputs) for linear in shape.linears):
-            raise UserError(f"method.rank: {self.rank} is out of range for {shape.name} (narrowest dense layer {smallest})")
+            raise UserError(
+                f"method.rank: {self.rank} is out of range for {shape.name} (narrowest dense layer {smallest})"
+            )
         return set(self.targets or names)
 
 

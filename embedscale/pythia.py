@@ -134,7 +134,9 @@ def shape_from_hub_config(name: str, config: dict) -> BackboneShape:
     Raises UserError for another architecture: that needs the model itself (`methods.shape_of`).
     """
     if config.get("model_type") != "gpt_neox":
-        raise UserError(f"backbone {name}: model_type is {config.get('model_type')!r}; without torch only 'gpt_neox' is read")
+        raise UserError(
+            f"backbone {name}: model_type is {config.get('model_type')!r}; without torch only 'gpt_neox' is read"
+        )
     return neox_shape(
         short_name(name),
         blocks=config["num_hidden_layers"],
