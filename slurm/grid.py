@@ -1,0 +1,300 @@
+"""The sweep file: one YAML file into the grid of its runs, each with its id before it starts.
+
+    name: quickstart
+    output: runs                          # a run directory is runs/quickstart/RUN_ID
+    cluster: configs/cluster/local.yaml   # resource classes and limits; optional
+    base: {data: {store: stores/pairs}}   # settings that all runs share
+    axes:                                 # settings that combine with each other and with the rows below
+      budget: [1e11, 4e11]
+      training.seed: [0, 1]
+    backbones:
+      - {name: EleutherAI/pythia-14m}
+      - {name: models/own, learning_rate: 3e-4}   # of full and freeze, in place of the paper's rule
+    methods:                              # a list is an axis of that method alone
+      - {name: full}
+      - {name: lora, rank: [8, 32], learning_rate: 1e-2}
+      - {name: freeze, active_fraction: [1/2, 1], only: {backbone.name: pythia-14m}}
+    include: [{budget: 1e12, backbone.name: models/own}]   # further runs, over base
+    exclude: [{budget: 1e11, method.rank: [32]}]           # runs whose given fields match
+
+Learning rates follow the paper's rule (section 4.1) unless stated. The grid is a set: a run named twice is one run.
+"""
+
+import difflib
+import itertools
+import json
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, get_origin, get_type_hints
+
+from embedscale.config import Backbone, RunConfig, bounded, read_yaml, structured
+from embedscale.cost import Method
+from embedscale.errors import UserError
+from embedscale.pythia import short_name
+from slurm import cluster as clusters
+from slurm.cluster import Cluster, ResourceClass
+
+Row = dict[str, Any]  # dotted setting → value
+
+
+@dataclass(frozen=True)
+class SweepFile:
+    """The file as it is written."""
+
+    name: str = ""  # default the file's own
+    output: str = "runs"
+    cluster: str | None = None  # a YAML file
+    base: dict[str, Any] = field(default_factory=dict)
+    axes: dict[str, Any] = field(default_factory=dict)
+    backbones: list[Any] = field(default_factory=list)
+    methods: list[Any] = field(default_factory=list)
+    include: list[Any] = field(default_factory=list)
+    exclude: list[Any] = field(default_factory=list)
+    expected_pairs: int | None = None  # of the store, for planning before it exists
+    expected_tokens_per_pair: float = 14 + 64  # likewise; the paper's means (section 4.1)
+
+    def __post_init__(self) -> None:
+        bounded("expected_pairs", self.expected_pairs, 1)
+        bounded("expected_tokens_per_pair", self.expected_tokens_per_pair, 0, above=True)
+        if "/" in self.name:
+            raise UserError(f"name: {self.name!r} names the sweep's folder; allowed: any text without a slash")
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A grid of runs, the folder that they lie in, and the cluster that they are meant for."""
+
+    name: str
+    folder: Path  # of the run directories, output/name
+    by_id: dict[str, RunConfig]
+    cluster: Cluster
+    excluded: int  # runs that `exclude` took away
+    expected_pairs: int | None
+    expected_tokens_per_pair: float
+
+    @property
+    def runs(self) -> list[RunConfig]:
+        return list(self.by_id.values())
+
+    def resource_class(self, run: RunConfig) -> ResourceClass:
+        """The class that supplies the run's memory, time, partition and constraint."""
+        return self.cluster.class_of(parameters_of(run.backbone.name))
+
+
+def load(path: str | Path, words: Sequence[str] = ()) -> Sweep:
+    """The `Sweep` of a YAML file, with `key=value` words over the file (`axes.budget=[1e11]`, `base.data.store=…`).
+
+    Raises UserError, one line that names the file and the field, for whatever is wrong in it.
+    """
+    file: SweepFile = structured(SweepFile, read_yaml(path), words, origin=str(path))
+    name = file.name or Path(path).stem
+    try:
+        return _sweep(file, name)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def _sweep(file: SweepFile, name: str) -> Sweep:
+    cluster = clusters.load(file.cluster)
+    base = _flat("base", file.base)
+    if "output" in base:
+        raise UserError("base.output: is the same for all runs; give output at the top of the file")
+    exclude = [_condition(f"exclude[{i}]", row) for i, row in enumerate(file.exclude)]
+    parse = _Parser(cluster, f"{file.output}/{name}")
+    runs: dict[str, RunConfig] = {}
+    excluded = 0
+    for origin, row, only in itertools.chain(_grid(file), _included(file)):
+        try:
+            run = parse(base | row)
+        except UserError as error:
+            raise UserError(f"{origin}: {error}" if origin else str(error)) from None
+        if not _matches(only, run):
+            continue
+        if any(_matches(condition, run) for condition in exclude):
+            excluded += 1
+            continue
+        run_id = run.run_id
+        if runs.setdefault(run_id, run) != run:
+            raise UserError(
+                f"{run_id} stands for two runs that differ in paths or resources alone; "
+                "give stores and backbones different last names"
+            )
+    if not runs:
+        raise UserError("no run is left; give axes, backbones, methods or include rows, or fewer exclude rows")
+    return Sweep(
+        name=name,
+        folder=Path(file.output) / name,
+        by_id=runs,
+        cluster=cluster,
+        excluded=excluded,
+        expected_pairs=file.expected_pairs,
+        expected_tokens_per_pair=file.expected_tokens_per_pair,
+    )
+
+
+def _grid(file: SweepFile) -> Iterator[tuple[str, Row, Row]]:
+    """Every combination of axes, backbones and methods: its place in the file (none), its settings, its `only`."""
+    if not (file.axes or file.backbones or file.methods):
+        return
+    axes = _flat("axes", file.axes)
+    backbones = [_short("backbones", i, row, Backbone) for i, row in enumerate(file.backbones)] or [{}]
+    methods = [_short("methods", i, row, Method) for i, row in enumerate(file.methods)] or [{}]
+    for where, rows in (("backbones", backbones), ("methods", methods)):
+        for key in axes:
+            if any(key in row for row in rows):
+                raise UserError(f"axes.{key}: is given in {where} too; allowed: one of the two")
+    for i, method in enumerate(methods):
+        only = _condition(f"methods[{i}].only", method.pop("only", {}))
+        # The paper's rule (section 4.1) looks at the backbone for full and freezing alone.
+        own_rate = method.get("method.name") in ("lora", "bias")
+        for outer in _expanded(axes):
+            for backbone in itertools.chain.from_iterable(map(_expanded, backbones)):
+                if own_rate:
+                    backbone.pop("training.learning_rate", None)
+                for inner in _expanded(method):
+                    yield "", outer | backbone | inner, only
+
+
+def _included(file: SweepFile) -> Iterator[tuple[str, Row, Row]]:
+    for i, given in enumerate(file.include):
+        for row in _expanded(_flat(f"include[{i}]", given)):
+            yield f"include[{i}]", row, {}
+
+
+def _short(section: str, index: int, given: Any, schema: type) -> Row:
+    """A row of `backbones` or `methods`, whose own settings go by their short names and any other by its full one."""
+    origin = f"{section}[{index}]"
+    if isinstance(given, str):
+        given = {"name": given}
+    if not isinstance(given, dict) or "name" not in given:
+        raise UserError(f"{origin}: {given!r} has no name; expected a mapping such as {{name: …}}")
+    own = {item.name: f"{section[:-1]}.{item.name}" for item in fields(schema)}
+    own["learning_rate"] = "training.learning_rate"
+    only = {"only": given["only"]} if section == "methods" and "only" in given else {}
+    return _flat(origin, {own.get(key, key): value for key, value in given.items() if key not in only}) | only
+
+
+def _flat(origin: str, given: Any, prefix: str = "") -> Row:
+    """Nested or dotted settings by their full dotted names; an active fraction may be written 5/6.
+
+    Raises UserError for a setting that no run has, with the nearest one.
+    """
+    if not isinstance(given, dict):
+        raise UserError(f"{origin}: {given!r} is no mapping of settings to values")
+    row: Row = {}
+    for key, value in given.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict):
+            row |= _flat(origin, value, f"{name}.")
+        elif name not in _setting_types():
+            nearest = difflib.get_close_matches(name, _setting_types(), n=1, cutoff=0.5)
+            hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+            raise UserError(f"{origin}: {name}: unknown setting{hint}")
+        else:
+            row[name] = _fractions(value) if name.endswith("active_fraction") else value
+    return row
+
+
+def _fractions(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_fractions(each) for each in value]
+    parts = re.fullmatch(r"(\d+)/([1-9]\d*)", value) if isinstance(value, str) else None
+    return int(parts[1]) / int(parts[2]) if parts else value
+
+
+def _expanded(row: Row) -> Iterator[Row]:
+    """Every combination of the row's lists. A setting that is itself a list is an axis as a list of lists."""
+    axes = []
+    for key, value in row.items():
+        nested = _setting_types().get(key) is list
+        is_axis = isinstance(value, list) and (not nested or any(isinstance(each, list) for each in value))
+        if is_axis and not value:
+            raise UserError(f"{key}: is an empty list; expected one value or more")
+        axes.append(value if is_axis else [value])
+    for values in itertools.product(*axes):
+        yield dict(zip(row, values, strict=True))
+
+
+@cache
+def _setting_types() -> dict[str, type]:
+    """Every dotted setting of a run and its type."""
+
+    def types(schema: type, prefix: str) -> Iterator[tuple[str, type]]:
+        for name, kind in get_type_hints(schema).items():
+            if is_dataclass(kind) and isinstance(kind, type):
+                yield from types(kind, f"{prefix}{name}.")
+            else:
+                yield prefix + name, get_origin(kind) or kind
+
+    return dict(types(RunConfig, ""))
+
+
+def _condition(origin: str, given: Any) -> Row:
+    row = _flat(origin, given)
+    if not row and not origin.endswith("only"):
+        raise UserError(f"{origin}: states nothing and would match every run")
+    return row
+
+
+def _matches(condition: Row, run: RunConfig) -> bool:
+    """Whether the run has all of the given values; of a list, any."""
+    return all(
+        any(_same(key, _setting(run, key), value) for value in (wanted if isinstance(wanted, list) else [wanted]))
+        for key, wanted in condition.items()
+    )
+
+
+def _setting(run: RunConfig, key: str) -> Any:
+    value: Any = run
+    for part in key.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def _same(key: str, found: Any, wanted: Any) -> bool:
+    if key == "backbone.name":
+        return wanted in (found, short_name(found))
+    if isinstance(found, float) and isinstance(wanted, int | float):
+        return math.isclose(found, wanted, rel_tol=1e-9)
+    return bool(found == wanted)
+
+
+class _Parser:
+    """Flat rows to `RunConfig`s. Each part of a configuration is checked once, however many runs share it."""
+
+    def __init__(self, cluster: Cluster, output: str):
+        self.cluster = cluster
+        self.output = output
+        self.parts: dict[str, Any] = {}
+
+    def __call__(self, row: Row) -> RunConfig:
+        nested: dict[str, Any] = {}
+        for key, value in row.items():
+            *sections, last = key.split(".")
+            inner = nested
+            for section in sections:
+                inner = inner.setdefault(section, {})
+            inner[last] = value
+        name = row.get("backbone.name", Backbone().name)
+        defaults = self.cluster.class_of(parameters_of(name)).resources()
+        nested["resources"] = defaults | nested.get("resources", {})
+        return RunConfig(output=self.output, **{key: self._part(key, value) for key, value in nested.items()})
+
+    def _part(self, key: str, value: Any) -> Any:
+        text = f"{key} {json.dumps(value, sort_keys=True, default=str)}"
+        if text not in self.parts:
+            self.parts[text] = getattr(structured(RunConfig, {key: value}), key, None)
+        return self.parts[text]
+
+
+@cache
+def parameters_of(backbone: str) -> int | None:
+    """Non-embedding parameters, or None where the backbone is not known yet."""
+    try:
+        return clusters.shape_of(backbone).parameters
+    except UserError:
+        return None
