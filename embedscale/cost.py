@@ -108,11 +108,9 @@ class Method:
                     f"method.targets: {target!r} is no dense layer of {shape.name}; allowed: {', '.join(names)}"
                 )
         assert self.rank is not None
-        smallest = min(min(linear.inputs, linear.outputs) for linear in shape.linears)
-        if self.rank > max(max(linear.inputs, linear.outputs) for linear in shape.linears):
-            raise UserError(
-                f"method.rank: {self.rank} is out of range for {shape.name} (narrowest dense layer {smallest})"
-            )
+        widest = max(max(linear.inputs, linear.outputs) for linear in shape.linears)
+        if self.rank > widest:
+            raise UserError(f"method.rank: {self.rank} is out of range for {shape.name}; allowed: 1 to {widest}")
         return set(self.targets or names)
 
 
@@ -196,8 +194,8 @@ def cost_of(shape: BackboneShape, method: Method, activation_checkpointing: bool
         before = gradient
         outputs: dict[str, bool] = {}  # role → whether its output carries a gradient
         attention_output = False
-        block_backward = 0
-        for li in shape.linears:
+        block_backward = last = 0
+        for number, li in enumerate(shape.linears):
             if li.role == "attention_out":
                 carries = any(outputs.get(role, False) for role in ("query", "key", "value", "query_key_value"))
             elif li.role == "mlp_out":
@@ -213,6 +211,8 @@ def cost_of(shape: BackboneShape, method: Method, activation_checkpointing: bool
             if li.name in adapted:
                 block_backward += 2 * rank * (li.inputs + li.outputs) + 2 * rank * li.outputs
                 block_backward += 2 * rank * li.inputs if carries else 0
+            if carries or weights_train or li.name in adapted:
+                last = number
             trains = weights_train or li.name in adapted or (method.name == "bias" and li.bias)
             outputs[li.role] = outputs.get(li.role, False) or carries or trains
             if li.role == "attention_out":
@@ -223,9 +223,12 @@ def cost_of(shape: BackboneShape, method: Method, activation_checkpointing: bool
         gradient = before or norms_train or any(outputs.values())
         backward += block_backward
         if activation_checkpointing and gradient:
-            # The last product's result is not needed again: torch stops the recomputation before it.
-            recompute += sum(2 * li.weights for li in shape.linears if li.role != "mlp_out")
-            recompute += sum(2 * rank * (li.inputs + li.outputs) for li in shape.linears if li.name in adapted)
+            # torch stops the recomputation when all that the backward pass saved is there again: before the last
+            # product with a backward pass of its own, or before the second half of that layer's adapter.
+            for li in shape.linears[: last + 1]:
+                is_last = li is shape.linears[last]
+                recompute += 2 * li.weights if li.name in adapted or not is_last else 0
+                recompute += 2 * rank * (li.inputs + (0 if is_last else li.outputs)) if li.name in adapted else 0
             recompute_attention += 4 * shape.attention_width
     return Cost(
         n_forward=n_forward,

@@ -4,9 +4,9 @@ The paper's sizes (section 4.1) are known here well enough to cost a whole sweep
 table repeats what the hub's configurations say; the tests check every row against the built model.
 """
 
+import json
 from dataclasses import dataclass
-
-from embedscale.errors import UserError
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -128,17 +128,17 @@ def known(backbone: str) -> Pythia | None:
     return SUITE.get(short_name(backbone).lower().removesuffix("-deduped"))
 
 
-def shape_from_hub_config(name: str, config: dict) -> BackboneShape:
-    """The shape that a GPT-NeoX `config.json` describes.
-
-    Raises UserError for another architecture: that needs the model itself (`methods.shape_of`).
-    """
+def shape_by_name(backbone: str) -> BackboneShape | None:
+    """The shape of a Pythia by its hub name, or of a local folder with a GPT-NeoX `config.json`; None for others."""
+    file = Path(backbone) / "config.json"
+    if not file.is_file():
+        row = known(backbone)
+        return row.shape if row else None
+    config = json.loads(file.read_text())
     if config.get("model_type") != "gpt_neox":
-        raise UserError(
-            f"backbone {name}: model_type is {config.get('model_type')!r}; without torch only 'gpt_neox' is read"
-        )
+        return None
     return neox_shape(
-        short_name(name),
+        short_name(backbone),
         blocks=config["num_hidden_layers"],
         width=config["hidden_size"],
         mlp_width=config["intermediate_size"],

@@ -103,6 +103,13 @@ class RunDirectory:
         attempt.write(job_id=os.environ.get("SLURM_JOB_ID"), pid=os.getpid(), **facts)
         return attempt
 
+    def close_lost_attempts(self, last_seen: str | None) -> None:
+        """Say of attempts that ended without a word (SIGKILL, a dead node) that they were killed, and when."""
+        for facts in self.read_attempts():
+            if "ended" not in facts:
+                attempt = Attempt(self.attempts / str(facts["number"]), facts)
+                attempt.write(end=max(last_seen or "", facts["start"]), ended="killed")
+
     def append_metrics(self, row: dict[str, Any]) -> None:
         with self.metrics.open("a") as file:
             file.write(json.dumps(row) + "\n")
@@ -186,6 +193,7 @@ class Lease:
         }
         self.facts["job_id"] = os.environ.get("SLURM_JOB_ID")
         self.progress: dict[str, Any] = {}
+        self.left_behind: str | None = None  # the last heartbeat of a dead holder whose lease was taken over
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._beat, daemon=True, name="lease")
 
@@ -221,6 +229,8 @@ class Lease:
             if lease_holder(aside) is not None:  # a third process took it over between the look and the rename
                 with suppress(OSError):
                     os.link(aside, self.path)
+            with suppress(UserError):
+                self.left_behind = (read_json(aside) or {}).get("time")
             aside.unlink()
         raise UserError(f"{self.path.parent}: another process is taking this run; nothing was touched")
 

@@ -33,8 +33,11 @@ class StopRequest:
         owner = os.getpid()
 
         def handler(number: int, frame: object) -> None:
-            if os.getpid() == owner:
-                self.request(signal.Signals(number).name)
+            if os.getpid() != owner:
+                return
+            if number == signal.SIGINT and self.reason == "SIGINT":
+                raise KeyboardInterrupt  # asked a second time: the user will not wait for the step's end
+            self.request(signal.Signals(number).name)
 
         for number in signals:
             signal.signal(number, handler)

@@ -1,0 +1,254 @@
+"""What happens between the steps: log, evaluate, checkpoint, stop, show. One order, the order of `between_steps`."""
+
+import signal
+import sys
+import time
+from typing import Any
+
+import lightning
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from embedscale.contrastive import Batch, Contrastive
+from embedscale.held_out import evaluate_held_out
+from embedscale.loss import world_size
+from embedscale.pairs import PairStore
+from embedscale.record import Lease, RunDirectory, write_atomically
+from embedscale.stop import StopRequest
+
+KEPT = 2  # checkpoints: should the newest turn out damaged, there is one before
+
+
+class Diverged(Exception):
+    """The loss is no longer finite, since `step`."""
+
+    def __init__(self, step: int):
+        super().__init__(f"the loss is not finite since step {step}")
+        self.step = step
+
+
+class Log(lightning.Callback):
+    """metrics.jsonl, a row every `log_every` steps and at the last; and the optional loggers."""
+
+    def __init__(self, directory: RunDirectory, attempt: int, every: int):
+        self.directory, self.attempt, self.every = directory, attempt, every
+
+    def on_train_start(self, trainer: Any, module: Any) -> None:
+        self._since, self._tokens = time.perf_counter(), module.tokens
+
+    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        if module.step % self.every and module.step < module.plan.steps:
+            return
+        refuse_divergence(module)
+        seconds = time.perf_counter() - self._since
+        self.write(
+            trainer,
+            module,
+            loss=float(module.loss),
+            lr=module.plan.learning_rate_at(batch.step),
+            tokens_per_second=round((module.tokens - self._tokens) / seconds, 1),
+            seconds=round(seconds, 4),
+        )
+        self._since, self._tokens = time.perf_counter(), module.tokens
+
+    def write(self, trainer: Any, module: Contrastive, **values: Any) -> None:
+        if not trainer.is_global_zero:
+            return
+        place = {"step": module.step, "attempt": self.attempt, "tokens": module.tokens, "flops": module.flop}
+        self.directory.append_metrics(place | values)
+        for logger in trainer.loggers:
+            logger.log_metrics({"tokens": module.tokens, "flops": module.flop} | values, step=module.step)
+
+
+def refuse_divergence(module: Contrastive) -> None:
+    bad = float(module.first_bad_step)
+    if bad != float("inf"):
+        raise Diverged(int(bad))
+
+
+class HeldOut(lightning.Callback):
+    """The held-out loss after the planned steps; a resumed run catches up on one that its stop cut short."""
+
+    def __init__(self, store: PairStore, log: Log, stop: StopRequest):
+        self.store, self.log, self.stop = store, log, stop
+        self.last: dict[str, Any] | None = None
+
+    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if module.step in module.plan.evaluate_after:
+            self.evaluate(trainer, module)
+
+    def on_train_start(self, trainer: Any, module: Any) -> None:
+        self.catch_up(trainer, module)
+
+    def catch_up(self, trainer: Any, module: Contrastive) -> None:
+        """Evaluate if this step's row is due and missing."""
+        done = {row["step"] for row in self.log.directory.read_metrics() if "held_out_loss" in row}
+        if module.step in module.plan.evaluate_after and module.step not in done:
+            self.evaluate(trainer, module)
+
+    def evaluate(self, trainer: Any, module: Contrastive) -> None:
+        refuse_divergence(module)
+        self.last = evaluate_held_out(module.encoder, self.store, module.config.evaluation, self.stop)
+        if self.last is not None:
+            self.log.write(trainer, module, **self.last)
+
+
+class Checkpoints(lightning.Callback):
+    """Trainable weights, optimiser and counters: by the clock, at a stop request and at the end."""
+
+    def __init__(self, directory: RunDirectory, run_id: str, minutes: float, stop: StopRequest):
+        self.directory, self.run_id, self.seconds, self.stop = directory, run_id, 60 * minutes, stop
+        self._saved = time.monotonic()
+
+    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        last = module.step == module.plan.steps
+        if world_size() > 1:
+            # One process's signal stops all of them, after the same step.
+            asked = torch.tensor(int(self.stop.requested), device=module.device)
+            torch.distributed.all_reduce(asked, torch.distributed.ReduceOp.MAX)
+            if asked:
+                self.stop.request("another process was asked to stop")
+        if last or self.stop.requested or time.monotonic() - self._saved >= self.seconds:
+            refuse_divergence(module)
+            if trainer.is_global_zero:
+                self.save(module)
+            self._saved = time.monotonic()
+        if self.stop.requested and not last:
+            trainer.should_stop = True
+
+    def save(self, module: Contrastive) -> None:
+        self.directory.checkpoints.mkdir(exist_ok=True)
+        path = self.directory.checkpoints / f"step-{module.step:09d}.pt"
+        state = module.state() | {"run_id": self.run_id}
+        write_atomically(path, lambda file: torch.save(state, file))
+        for old in sorted(self.directory.checkpoints.glob("step-*.pt"))[:-KEPT]:
+            old.unlink()
+
+
+def newest_checkpoint(directory: RunDirectory, run_id: str) -> dict[str, Any] | None:
+    """The newest complete checkpoint's state; a damaged one is named and passed over for the one before."""
+    for path in sorted(directory.checkpoints.glob("step-*.pt"), reverse=True):
+        try:
+            state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+            if state["run_id"] == run_id:
+                return state
+            found = f"is of run {state['run_id']}"
+        except Exception as error:  # torch raises whatever the damage leads to
+            found = f"is damaged ({type(error).__name__})"
+        print(f"embedscale: {path} {found}; falling back to the one before", file=sys.stderr)
+    return None
+
+
+class Budget(lightning.Callback):
+    """No step may spend beyond the budget, and the last must spend exactly what was planned."""
+
+    def on_train_batch_start(self, trainer: Any, module: Any, batch: Batch, batch_idx: int) -> None:
+        if module.flop + batch.tokens * module.plan.flop_per_token > module.plan.budget_flop:
+            raise RuntimeError(
+                f"step {batch.step + 1} would spend more than the budget: the store is not the planned one"
+            )
+
+    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        if module.step == module.plan.steps:
+            if module.flop != module.plan.spent_flop:
+                raise RuntimeError(f"{module.flop} FLOP were spent, {module.plan.spent_flop} planned")
+            trainer.should_stop = True
+
+
+class Signals(lightning.Callback):
+    """Put back the handlers from before `fit`: Lightning's own SIGTERM handler ends a run as if it had succeeded."""
+
+    NUMBERS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+
+    def __init__(self) -> None:
+        self.handlers = {number: signal.getsignal(number) for number in self.NUMBERS}
+
+    def on_train_start(self, trainer: Any, module: Any) -> None:
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+
+class Show(lightning.Callback):
+    """FLOP spent of the budget, loss, tokens a second, share of the hardware's peak, time left."""
+
+    LINE_SECONDS = 20.0  # between lines where the output is no terminal
+
+    def __init__(self, lease: Lease, held_out: HeldOut):
+        self.lease, self.held_out = lease, held_out
+        self.console = Console(stderr=True)
+        self.bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.percentage:>3.0f} % of {task.fields[budget]}"),
+            TextColumn("loss {task.fields[loss]}  held-out {task.fields[held_out]}"),
+            TextColumn("{task.fields[speed]}"),
+            TimeRemainingColumn(),
+            console=self.console,
+        )
+
+    def on_train_start(self, trainer: Any, module: Any) -> None:
+        self.peak = matrix_product_peak(module.device, module.config.training.precision)
+        self.begun = self.shown = time.monotonic()
+        self.start, self.start_exact, self.start_tokens = module.flop, module.flop_exact, module.tokens
+        self.task = self.bar.add_task(
+            module.config.run_id,
+            total=module.plan.spent_flop,
+            completed=module.flop,
+            budget=f"{module.plan.budget_flop:.3g} FLOP",
+            loss="–",
+            held_out="–",
+            speed="",
+        )
+        if self.console.is_terminal:
+            self.bar.start()
+
+    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        now = time.monotonic()
+        plan, waiting = module.plan, self.LINE_SECONDS if not self.console.is_terminal else 0.5
+        if now - self.shown < waiting and module.step < plan.steps:
+            return
+        self.shown, seconds = now, max(now - self.begun, 1e-9)
+        rate = (module.tokens - self.start_tokens) / seconds
+        share = (module.flop_exact - self.start_exact) / seconds / (self.peak * plan.world_size)
+        left = (plan.spent_flop - module.flop) / max((module.flop - self.start) / seconds, 1e-9)
+        self.lease.progress = {
+            "step": module.step,
+            "steps": plan.steps,
+            "spent_flop": module.flop,
+            "budget_flop": plan.budget_flop,
+            "tokens_per_second": round(rate, 1),
+            "seconds_left": round(left, 1),
+        }
+        loss = f"{float(module.loss):.4f}"
+        held_out = f"{self.held_out.last['held_out_loss']:.4f}" if self.held_out.last else "–"
+        speed = f"{rate:,.0f} tokens/s, {share:.0%} of peak"
+        if self.console.is_terminal:
+            self.bar.update(self.task, completed=module.flop, loss=loss, held_out=held_out, speed=speed)
+        else:
+            done = module.flop / plan.spent_flop
+            self.console.print(
+                f"{module.config.run_id}: {done:4.0%} of {plan.budget_flop:.3g} FLOP, step {module.step}/{plan.steps}, "
+                f"loss {loss}, held-out {held_out}, {speed}, {left:.0f} s left",
+                soft_wrap=True,
+                highlight=False,
+            )
+
+    def teardown(self, trainer: Any, module: Any, stage: str) -> None:
+        self.bar.stop()
+
+
+def matrix_product_peak(device: torch.device, precision: str) -> float:
+    """FLOP a second of a large matrix product here: the best of three."""
+    size = 4096 if device.type == "cuda" else 1024
+    a = torch.ones(size, size, device=device, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
+    seconds = []
+    for _ in range(4):
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        a @ a
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / min(seconds[1:])

@@ -1,0 +1,200 @@
+"""The LightningModule: one contrastive step over packed pairs, whole or in GradCache chunks, on one GPU or several."""
+
+import hashlib
+from dataclasses import dataclass, replace
+from typing import Any
+
+import lightning
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from embedscale.config import RunConfig
+from embedscale.cost import Cost
+from embedscale.encoder import Encoder, Packed, pack
+from embedscale.loss import loss_and_gradient, sum_gradients, world_size
+from embedscale.pairs import PairStore
+from embedscale.plan import TrainingPlan
+
+
+@dataclass(frozen=True)
+class Batch:
+    """This process's part of a step's pairs, and the token counts of all of it."""
+
+    step: int  # from 0
+    pairs: int  # this process's
+    chunks: list[Packed]
+    texts: Tensor  # int64 [S], content hashes: queries, positives, hard negatives
+    tokens: int  # over all processes
+    squared_lengths: int
+
+    def to(self, device: torch.device) -> "Batch":
+        chunks = [chunk.to(device) for chunk in self.chunks]
+        return replace(self, chunks=chunks, texts=self.texts.to(device, non_blocking=True))
+
+    def pin_memory(self) -> "Batch":
+        return replace(self, chunks=[chunk.pin_memory() for chunk in self.chunks], texts=self.texts.pin_memory())
+
+
+class Batches(Dataset[Batch]):
+    """Step → batch, a pure function of the store and the plan: resuming needs no loader state."""
+
+    def __init__(self, store: PairStore, plan: TrainingPlan, config: RunConfig, rank: int = 0):
+        self.store, self.plan, self.rank = store, plan, rank
+        self.negatives, self.chunk_tokens = config.loss.hard_negatives, config.resources.chunk_tokens
+
+    def __len__(self) -> int:
+        return self.plan.steps
+
+    def __getitem__(self, step: int) -> Batch:
+        start, stop = self.plan.pairs_of(step)
+        whole = self.store.batch(start, stop, self.negatives)
+        lengths = whole.lengths.astype(np.int64)
+        tokens, texts, own = whole.tokens, whole.texts, lengths
+        share = whole.pairs // self.plan.world_size
+        if share < whole.pairs:
+            # Sequences lie query by query, positive by positive, negative by negative: a process takes a part of each.
+            first, k = self.rank * share, self.negatives
+            kept = np.concatenate(
+                [
+                    np.arange(first, first + share),
+                    whole.pairs + np.arange(first, first + share),
+                    2 * whole.pairs + np.arange(first * k, (first + share) * k),
+                ]
+            )
+            starts = np.cumsum(lengths) - lengths
+            own = lengths[kept]
+            places = np.repeat(starts[kept] - (np.cumsum(own) - own), own) + np.arange(own.sum())
+            tokens, texts = tokens[places], texts[kept]
+        return Batch(
+            step=step,
+            pairs=share,
+            chunks=pack(tokens, own, self.chunk_tokens),
+            texts=torch.from_numpy(texts.view(np.int64)),
+            tokens=int(lengths.sum()),
+            squared_lengths=int((lengths**2).sum()),
+        )
+
+
+class Contrastive(lightning.LightningModule):
+    """An encoder under InfoNCE, with the ledger of what it has spent."""
+
+    def __init__(self, encoder: Encoder, trainable: list[str], config: RunConfig, plan: TrainingPlan, cost: Cost):
+        super().__init__()
+        self.automatic_optimization = False
+        self.encoder, self.config, self.plan, self.cost = encoder, config, plan, cost
+        parameters = dict(encoder.body.named_parameters())
+        self.trainable = {name: parameters[name] for name in trainable}
+        self.step = 0  # steps done
+        self.tokens = 0
+        self.flop_exact = 0
+        self.loss = torch.zeros(())  # of the last step
+        self.averaged = torch.zeros((), dtype=torch.float64)  # sum over plan.averaged_steps
+        self.first_bad_step = torch.full((), torch.inf, dtype=torch.float64)  # first step without a finite loss
+
+    @property
+    def flop(self) -> int:
+        """Spent so far, by the paper's convention."""
+        return self.tokens * self.plan.flop_per_token
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(
+            self.trainable.values(),
+            lr=self.plan.learning_rate,
+            weight_decay=self.config.training.weight_decay,
+            fused=True,
+        )
+
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+        return batch.to(device)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        optimizer: Any = self.optimizers()
+        for group in optimizer.param_groups:
+            group["lr"] = self.plan.learning_rate_at(batch.step)
+        self.loss = self.backward_through(batch)
+        if batch.step == 0 and torch.isfinite(self.loss):
+            self._check_gradients()
+        if self.config.training.clip is not None:
+            torch.nn.utils.clip_grad_norm_(self.trainable.values(), self.config.training.clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        self._account(batch)
+
+    def backward_through(self, batch: Batch) -> Tensor:
+        """Leave the gradient of the global batch's loss in the trainable parameters; return the loss.
+
+        One chunk keeps its graph. Several are GradCache (arXiv 2101.06983): each is encoded without a graph, and
+        again, with the same random numbers, when its embeddings' gradient is known.
+        """
+        cached = len(batch.chunks) > 1
+        with torch.set_grad_enabled(not cached):
+            embeddings = [self._encode(batch, number) for number in range(len(batch.chunks))]
+        order = torch.cat([chunk.order for chunk in batch.chunks])
+        found = torch.cat([part.detach() for part in embeddings])
+        inverse = torch.empty_like(order).index_copy_(0, order, torch.arange(len(order), device=order.device))
+        loss, gradient = loss_and_gradient(found[inverse], batch.pairs, self.config.loss, batch.texts)
+        sizes = [len(chunk.order) for chunk in batch.chunks]
+        for number, part in enumerate(gradient[order].split(sizes)):
+            output = self._encode(batch, number) if cached else embeddings[number]
+            output.backward(part)
+        sum_gradients(list(self.trainable.values()))
+        return loss
+
+    def _encode(self, batch: Batch, chunk: int) -> Tensor:
+        rank = torch.distributed.get_rank() if world_size() > 1 else 0
+        words = f"{self.config.training.seed} {batch.step} {rank} {chunk}"
+        torch.manual_seed(int.from_bytes(hashlib.sha256(words.encode()).digest()[:7]))
+        embeddings: Tensor = self.encoder(batch.chunks[chunk])
+        return embeddings
+
+    def _check_gradients(self) -> None:
+        for name, parameter in self.encoder.body.named_parameters():
+            if name in self.trainable:
+                if parameter.grad is None or not torch.isfinite(parameter.grad).all():
+                    raise RuntimeError(f"after the first step, the trainable tensor {name} has no finite gradient")
+            elif parameter.grad is not None:
+                raise RuntimeError(f"after the first step, the frozen tensor {name} has a gradient")
+
+    def _account(self, batch: Batch) -> None:
+        self.step = batch.step + 1
+        self.tokens += batch.tokens
+        self.flop_exact += self.cost.exact(batch.tokens, batch.squared_lengths, extra_forwards=len(batch.chunks) > 1)
+        # On the loss's device, and read there only where a row is logged: no synchronisation a step.
+        value = self.loss.double()
+        self.first_bad_step = torch.minimum(
+            self.first_bad_step.to(value.device), torch.where(value.isfinite(), torch.inf, float(self.step))
+        )
+        if batch.step in self.plan.averaged_steps:
+            self.averaged = self.averaged.to(value.device) + value
+
+    def state(self) -> dict[str, Any]:
+        """All that the rest of the run depends on, beside the store and the frozen weights."""
+        optimizer: Any = self.optimizers(use_pl_optimizer=False)
+        return {
+            "step": self.step,
+            "tokens": self.tokens,
+            "flop_exact": str(self.flop_exact),
+            "averaged": float(self.averaged),
+            "weights": {name: parameter.detach() for name, parameter in self.trainable.items()},
+            "optimizer": optimizer.state_dict(),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take the counters and weights of `state`; the optimiser follows in `on_train_start`."""
+        self.step, self.tokens, self.flop_exact = state["step"], state["tokens"], int(state["flop_exact"])
+        self.averaged = torch.tensor(state["averaged"], dtype=torch.float64)
+        with torch.no_grad():
+            for name, parameter in self.trainable.items():
+                parameter.copy_(state["weights"][name])
+        self._optimizer_state = state["optimizer"]
+
+    _optimizer_state: dict[str, Any] | None = None
+
+    def on_train_start(self) -> None:
+        if self._optimizer_state is not None:
+            optimizer: Any = self.optimizers(use_pl_optimizer=False)
+            optimizer.load_state_dict(self._optimizer_state)
+            self._optimizer_state = None
+        self.encoder.train()

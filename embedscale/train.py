@@ -1,0 +1,379 @@
+"""One run, from a RunConfig to its record: planned before it starts, resumed where it was left, recorded at its end."""
+
+import logging
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import traceback
+import warnings
+from dataclasses import asdict
+from datetime import datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from lightning.pytorch.plugins.environments import LightningEnvironment
+from lightning.pytorch.strategies import DDPStrategy
+from safetensors.torch import save_file
+from torch.utils.data import DataLoader
+
+from embedscale import config as configs
+from embedscale.backbone import digest_of, load_body, shape_of, shape_without_weights
+from embedscale.callbacks import Budget, Checkpoints, Diverged, HeldOut, Log, Show, Signals, newest_checkpoint
+from embedscale.config import RunConfig
+from embedscale.contrastive import Batches, Contrastive
+from embedscale.cost import cost_of
+from embedscale.encoder import Encoder
+from embedscale.errors import DONE, FAILED, INTERRUPTED, UserError
+from embedscale.methods import apply_method
+from embedscale.pairs import PairStore
+from embedscale.plan import TrainingPlan, plan_run
+from embedscale.prepare import tokenizer_digest
+from embedscale.pythia import short_name
+from embedscale.record import Attempt, Lease, RunDirectory, leased, read_json, write_atomically, write_json
+from embedscale.stop import STOP_SIGNALS, StopRequest
+
+PACKAGES = ("embedscale", "torch", "lightning", "transformers", "peft", "numpy", "pyarrow", "omegaconf")
+
+
+def train(config: RunConfig, stop: StopRequest | None = None) -> int:
+    """Train a run to its budget, or go on with it, or say that it is done.
+
+    Returns DONE, FAILED (diverged, or an error, whose traceback lies in the attempt) or INTERRUPTED (resumable).
+    Raises UserError, before anything is written, for whatever the user can mend.
+    """
+    if stop is None:
+        stop = StopRequest()
+        stop.on_signals()
+    directory = RunDirectory(config.folder)
+    record = directory.read_record()
+    if record is not None:
+        print(f"{config.run_id} is {record['status']}: held-out loss {record['loss']}, record {directory.record}")
+        return DONE if record["status"] == "done" else FAILED
+    _refuse_another_config(directory, config)
+    store = PairStore.open(config.data.store)
+    tokenizer = config.data.tokenizer or config.backbone.name
+    if tokenizer_digest(tokenizer) != store.tokenizer_digest:
+        raise UserError(
+            f"data.store: {config.data.store} was made with tokenizer {store.manifest['tokenizer']['name']!r}; "
+            f"{tokenizer!r} gives other tokens"
+        )
+    plan = plan_run(config, shape_without_weights(config.backbone), store)
+    _quieten()
+    module, facts = _build(config, plan)
+    _refuse_another_plan(directory, facts | {"plan": plan.as_json()})
+    if _rank() > 0:
+        return _fit(config, directory, store, module, facts, stop, Attempt(directory.attempts, {"number": 0}), None)
+    directory.path.mkdir(parents=True, exist_ok=True)
+    with leased(directory) as lease:
+        if directory.read_record() is not None:  # another process ended it since the first look
+            return train(config, stop)
+        write_atomically(directory.config, lambda file: file.write(configs.to_yaml(config).encode()))
+        write_json(directory.plan, facts | {"plan": plan.as_json()})
+        directory.close_lost_attempts(lease.left_behind)
+        attempt = directory.begin_attempt()
+        return _fit(config, directory, store, module, facts, stop, attempt, lease)
+
+
+def _rank() -> int:
+    """This process's number, before torch.distributed knows it."""
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    return int(os.environ.get("NODE_RANK", 0)) * int(os.environ.get("LOCAL_WORLD_SIZE", 1)) + local
+
+
+def _quieten() -> None:
+    """Leave the terminal to the progress line."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="lightning")
+
+
+def _build(config: RunConfig, plan: TrainingPlan) -> tuple[Contrastive, dict[str, Any]]:
+    """The module at its first step, and the facts that a resumed run must meet again."""
+    body = load_body(config.backbone, config.training.seed)
+    shape = shape_of(body, config.backbone.name)
+    cost = cost_of(shape, config.method, config.resources.activation_checkpointing)
+    facts = {
+        "backbone_digest": digest_of(dict(body.named_parameters())),
+        "n_forward": cost.n_forward,
+        "n_backward": cost.n_backward,
+        "n_updated": cost.n_updated,
+        "n_parameters": cost.n_parameters,
+        "blocks": shape.blocks,
+        "width": shape.width,
+    }
+    torch.manual_seed(config.training.seed)
+    trainable = apply_method(body, config.method)
+    facts["trainable"] = trainable
+    outside = {id(p) for p in body.get_input_embeddings().parameters()}  # type: ignore[operator]
+    updated = sum(p.numel() for p in body.parameters() if p.requires_grad and id(p) not in outside)
+    if updated != cost.n_updated:
+        raise RuntimeError(f"{updated} parameters train, but the cost model says N_U = {cost.n_updated}")
+    encoder = Encoder(body, config.backbone.pooling, config.training.precision)
+    if config.resources.activation_checkpointing:
+        encoder.checkpoint_activations()
+    return Contrastive(encoder, trainable, config, plan, cost), facts
+
+
+def _refuse_another_config(directory: RunDirectory, config: RunConfig) -> None:
+    if not directory.config.exists():
+        return
+    found = configs.load(directory.config).science()
+    wanted = config.science()
+    for part in wanted:
+        if found[part] != wanted[part]:
+            raise UserError(f"{directory.path}: is the directory of another run: {part} is {found[part]} there")
+
+
+def _refuse_another_plan(directory: RunDirectory, facts: dict[str, Any]) -> None:
+    """A run goes on only with the data, the weights and the number of processes that it began with."""
+    before = read_json(directory.plan)
+    if before is None or not any(directory.checkpoints.glob("step-*.pt")):
+        return
+    for name, value in (before | before["plan"]).items():
+        now = (facts | facts["plan"])[name]
+        if name not in ("plan", "evaluate_after") and now != value:
+            raise UserError(f"{directory.path}: this run began with {name} {value}; now it is {now}")
+
+
+class _Gathered(DDPStrategy):
+    """Processes and devices from Lightning; the gradients are summed by `loss.sum_gradients`, not by DDP."""
+
+    def configure_ddp(self) -> None:
+        pass
+
+
+def _fit(
+    config: RunConfig,
+    directory: RunDirectory,
+    store: PairStore,
+    module: Contrastive,
+    facts: dict[str, Any],
+    stop: StopRequest,
+    attempt: Attempt,
+    lease: Lease | None,
+) -> int:
+    """Train from the newest checkpoint to the end, a stop request, or a failure; say which in the attempt."""
+    state = newest_checkpoint(directory, config.run_id)
+    if state is not None:
+        module.restore(state)
+    if lease is not None:
+        directory.truncate_metrics(module.step)
+        attempt.write(from_step=module.step, from_flop=module.flop)
+    log = Log(directory, attempt.facts["number"], config.resources.log_every)
+    held_out = HeldOut(store, log, stop)
+    callbacks: list[lightning.Callback] = [
+        Budget(),
+        log,
+        held_out,
+        Checkpoints(directory, config.run_id, config.resources.checkpoint_minutes, stop),
+        Signals(),
+    ]
+    if lease is not None:
+        callbacks.append(Show(lease, held_out))
+    try:
+        device = _run(config, directory, store, module, held_out, callbacks, stop)
+        if lease is None:
+            return DONE if module.step == module.plan.steps else INTERRUPTED
+        reached: dict[str, Any] = {"to_step": module.step, "to_flop": module.flop}
+        if module.step < module.plan.steps or (held_out.last is None and _last_evaluation(directory, module) is None):
+            attempt.end("interrupted", reason=stop.reason, **reached)
+            print(f"{config.run_id}: interrupted ({stop.reason}) at step {module.step}; run it again to go on")
+            return INTERRUPTED
+        attempt.end("done", **reached)
+        _record(config, directory, module, facts, "done", device)
+        return DONE
+    except Diverged as error:
+        if lease is not None:
+            attempt.end("diverged", reason=str(error), to_step=error.step, to_flop=module.flop)
+            _record(config, directory, module, facts | {"diverged_at_step": error.step}, "diverged", module.device)
+            print(f"{config.run_id}: diverged, {error}", file=sys.stderr)
+        return FAILED
+    except (KeyboardInterrupt, SystemExit) as error:
+        attempt.end("interrupted", reason=type(error).__name__, to_step=module.step, to_flop=module.flop)
+        return INTERRUPTED
+    except Exception as error:
+        if lease is not None:
+            reason = f"{type(error).__name__}: {error}"
+            attempt.end("failed", traceback.format_exc(), reason=reason, to_step=module.step, to_flop=module.flop)
+            print(f"{config.run_id}: failed, {reason} (traceback in {attempt.path})", file=sys.stderr)
+        return FAILED
+
+
+def _run(
+    config: RunConfig,
+    directory: RunDirectory,
+    store: PairStore,
+    module: Contrastive,
+    held_out: HeldOut,
+    callbacks: list[lightning.Callback],
+    stop: StopRequest,
+) -> torch.device:
+    """The steps that are left, and the evaluations that are missing."""
+    resources, plan = config.resources, module.plan
+    # Filling every new buffer would cost a pass over memory and helps only to find reads of garbage.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    strategy: Any = "auto"
+    if plan.world_size > 1:
+        strategy = _Gathered(process_group_backend=None if torch.cuda.is_available() else "gloo")
+    trainer = lightning.Trainer(
+        max_epochs=1,
+        devices=resources.devices,
+        num_nodes=resources.nodes,
+        strategy=strategy,
+        plugins=[LightningEnvironment()],
+        callbacks=callbacks,
+        logger=_loggers(config, directory),
+        deterministic=True,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )
+    if module.step < plan.steps:
+        if stop.requested:
+            return module.device
+        batches = Batches(store, plan, config, _rank())
+        loader = DataLoader(
+            batches,
+            batch_size=None,
+            sampler=range(module.step, plan.steps),
+            num_workers=resources.workers,
+            prefetch_factor=4 if resources.workers else None,
+            worker_init_fn=_ignore_signals,
+            pin_memory=torch.cuda.is_available(),
+        )
+        trainer.fit(module, loader)
+        return trainer.strategy.root_device
+    held_out.catch_up(trainer, module.to(trainer.strategy.root_device))
+    return trainer.strategy.root_device
+
+
+def _ignore_signals(worker: int) -> None:
+    """SLURM signals every process of a job; a loader's parent ends it when the step is done."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _loggers(config: RunConfig, directory: RunDirectory) -> list[Any]:
+    found: list[Any] = []
+    if "tensorboard" in config.resources.loggers:
+        from lightning.pytorch.loggers import TensorBoardLogger
+
+        found.append(TensorBoardLogger(directory.path, name="tensorboard", version=""))
+    if "wandb" in config.resources.loggers:
+        from lightning.pytorch.loggers import WandbLogger
+
+        os.environ.setdefault("WANDB_MODE", "offline")  # a node seldom reaches the internet
+        found.append(WandbLogger(name=config.run_id, id=config.run_id, project="embedscale", save_dir=directory.path))
+    return found
+
+
+def _last_evaluation(directory: RunDirectory, module: Contrastive) -> dict[str, Any] | None:
+    rows = [r for r in directory.read_metrics() if "held_out_loss" in r and r["step"] == module.plan.steps]
+    return rows[-1] if rows else None
+
+
+def _record(
+    config: RunConfig, directory: RunDirectory, module: Contrastive, facts: dict[str, Any], status: str, device: Any
+) -> None:
+    """Write the final weights and, last of all, the record; then the checkpoints have served."""
+    plan, evaluation, method = module.plan, config.evaluation, config.method
+    weights = {name: parameter.detach().cpu().contiguous() for name, parameter in module.trainable.items()}
+    final = _last_evaluation(directory, module) if status == "done" else None
+    attempts = directory.read_attempts()
+    wall = sum(_seconds(attempt) for attempt in attempts)
+    if status == "done":
+        directory.model.mkdir(exist_ok=True)
+        write_atomically(directory.model / "trainable.safetensors", lambda file: save_file(weights, file.name))
+    training = asdict(config.training)
+    del training["seed"]
+    if method.name == "freeze":
+        trainable_fraction = len(method.training_blocks(facts["blocks"])) / facts["blocks"]
+    else:
+        trainable_fraction = facts["n_updated"] / facts["n_parameters"]
+    record = {
+        "format": 1,
+        "status": status,
+        "run_id": config.run_id,
+        "backbone": short_name(config.backbone.name),
+        "backbone_weights": config.backbone.weights,
+        **{key: value for key, value in facts.items() if key != "trainable"},
+        "method": method.name,
+        "hyperparameters": {
+            **training,
+            "learning_rate": plan.learning_rate,
+            "context": config.data.context,
+            "temperature": config.loss.temperature,
+            "loss": config.loss.form,
+            "hard_negatives": config.loss.hard_negatives,
+            "mask_equal_texts": config.loss.mask_equal_texts,
+            "pooling": config.backbone.pooling,
+            **{key: value for key, value in asdict(method).items() if key != "name"},
+            "method_label": method.label,
+        },
+        "trainable_fraction": trainable_fraction,
+        "trainable_tensors": len(facts["trainable"]),
+        "seed": config.training.seed,
+        "data": short_name(config.data.store),
+        "data_digest": plan.data_digest,
+        "budget_flop": plan.budget_flop,
+        "spent_flop": module.flop,
+        "flop_per_token": plan.flop_per_token,
+        "spent_flop_exact": module.flop_exact,
+        "tokens": module.tokens,
+        "pairs": min(module.step * plan.batch_size, plan.pairs),
+        "steps": module.step,
+        "loss": final["held_out_loss"] if final else None,
+        "train_loss": float(module.averaged) / len(plan.averaged_steps) if final else None,
+        "recall_at_1": final["recall_at_1"] if final else None,
+        "recall_at_10": final["recall_at_10"] if final else None,
+        "evaluation": {
+            "pool": evaluation.pool,
+            "negatives": evaluation.negatives,
+            "temperature": evaluation.temperature,
+            "digest": plan.evaluation_digest,
+        },
+        "weights_digest": digest_of(weights),
+        "wall_seconds": round(wall, 1),
+        "gpu_hours": round(wall * plan.world_size / 3600, 5),
+        "device": _device(device, plan.world_size),
+        "attempts": attempts,
+        "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
+        "code": code_version(),
+    }
+    write_json(directory.record, record)
+    shutil.rmtree(directory.checkpoints, ignore_errors=True)
+
+
+def _seconds(attempt: dict[str, Any]) -> float:
+    return (datetime.fromisoformat(attempt["end"]) - datetime.fromisoformat(attempt["start"])).total_seconds()
+
+
+def _device(device: Any, count: int) -> dict[str, Any]:
+    kind = torch.device(device).type
+    name = torch.cuda.get_device_name(device) if kind == "cuda" else platform.processor() or platform.machine()
+    return {"name": name, "count": count, "type": kind, "threads": torch.get_num_threads()}
+
+
+def code_version() -> dict[str, Any]:
+    """The package's version and, where it runs from a checkout, its commit."""
+    folder = Path(__file__).parent
+
+    def git(*words: str) -> str | None:
+        try:
+            done = subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, timeout=10)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    status = git("status", "--porcelain", "--untracked-files=no")
+    return {"version": version("embedscale"), "commit": git("rev-parse", "HEAD"), "dirty": bool(status)}

@@ -1,0 +1,185 @@
+"""Costs against what torch counts, and parameter counts against the models that transformers builds."""
+
+import itertools
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModel, GPTNeoXConfig, GPTNeoXModel
+
+from embedscale.backbone import shape_of
+from embedscale.cost import Method, cost_of, peak_learning_rate
+from embedscale.errors import UserError
+from embedscale.methods import apply_method
+from embedscale.pythia import SUITE, known, neox_shape
+
+METHODS = {
+    "full": Method("full"),
+    "freeze 1/4": Method("freeze", active_fraction=0.25),
+    "freeze 4/4": Method("freeze", active_blocks=4),
+    "freeze first": Method("freeze", active_blocks=2, blocks="first"),
+    "freeze one": Method("freeze", active_blocks=1, blocks="one"),
+    "bias": Method("bias"),
+    "lora 8": Method("lora", rank=8),
+    "lora 40": Method("lora", rank=40),
+    "lora on one layer": Method("lora", rank=4, targets=["dense_4h_to_h"]),
+    "lora on the attention": Method("lora", rank=4, targets=["dense", "query_key_value"]),
+    "lora on the MLP": Method("lora", rank=4, targets=["dense_h_to_4h"]),
+    "lora on queries": Method("lora", rank=4, targets=["query_key_value"]),
+    "lora on the embedding": Method("lora", rank=4, embedding=True),
+}
+
+
+def counted(method, checkpointing, parallel, sequences=3, length=16):
+    """Forward and backward FLOP of eager attention, all of it and the attention scores alone."""
+    config = GPTNeoXConfig(
+        vocab_size=256,
+        hidden_size=32,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        intermediate_size=96,
+        use_parallel_residual=parallel,
+    )
+    config._attn_implementation = "eager"
+    body = GPTNeoXModel(config)
+    apply_method(body, method)
+    if checkpointing:
+        body.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        body.disable_input_require_grads()
+    body.train()
+    ids = torch.randint(0, 256, (sequences, length))
+    with FlopCounterMode(display=False) as forward:
+        out = body(input_ids=ids, use_cache=False).last_hidden_state
+    with FlopCounterMode(display=False) as backward:
+        out.sum().backward()
+    shape = neox_shape("tiny", 4, 32, 96, 256, 2048, parallel)
+    return forward.get_total_flops(), backward.get_total_flops(), shape, body
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_exact_cost_is_what_torch_counts_to_the_last_flop(name):
+    method = METHODS[name]
+    for checkpointing, parallel in itertools.product((False, True), (True, False)):
+        forward, backward, shape, body = counted(method, checkpointing, parallel)
+        cost = cost_of(shape, method, checkpointing)
+        tokens, squares = 3 * 16, 3 * 16 * 16
+        assert forward == cost.forward * tokens + cost.forward_attention * squares
+        expected = (cost.backward + cost.recompute) * tokens
+        expected += (cost.backward_attention + cost.recompute_attention) * squares
+        assert backward == expected, (checkpointing, parallel)
+        assert cost.exact(tokens, squares) == forward + backward
+        trained = [p.numel() for n, p in body.named_parameters() if p.requires_grad and "embed_in" not in n]
+        assert sum(trained) == cost.n_updated
+
+
+def test_frozen_blocks_cost_nothing_in_the_backward_pass_even_with_checkpointing():
+    _, whole, *_ = counted(Method("freeze", active_blocks=4), True, True)
+    _, quarter, *_ = counted(Method("freeze", active_blocks=1), True, True)
+    assert quarter < 0.27 * whole
+
+
+@pytest.mark.parametrize(
+    ("method", "within"),
+    [
+        (Method("full"), 0.003),
+        (Method("bias"), 0.004),
+        (Method("freeze", active_fraction=0.5), 0.003),
+        (Method("lora", rank=32, embedding=True), 0.01),
+        (Method("lora", rank=2048, embedding=True), 0.012),
+    ],
+    ids=lambda value: getattr(value, "label", ""),
+)
+def test_the_papers_formula_agrees_with_the_dense_products_on_pythia_70m(method, within):
+    cost = cost_of(SUITE["pythia-70m"].shape, method)
+    assert cost.forward + cost.backward == pytest.approx(cost.flop_per_token, rel=within)
+
+
+def test_without_an_adapter_on_the_embedding_lora_saves_the_first_input_gradients():
+    """The paper's formula sends the backward pass through all of N; the first block's input needs no gradient."""
+    shape = SUITE["pythia-70m"].shape
+    with_it = cost_of(shape, Method("lora", rank=32, embedding=True))
+    without = cost_of(shape, Method("lora", rank=32))
+    adapter = 32 * shape.width
+    first = {li.name: 2 * (li.weights + 32 * li.inputs) for li in shape.linears}
+    saved = first["query_key_value"] + first["dense_h_to_4h"]
+    assert with_it.backward - without.backward == saved + 4 * adapter
+
+
+@pytest.mark.parametrize("row", SUITE.values(), ids=SUITE)
+def test_parameter_counts_are_those_of_the_built_model(row):
+    config = GPTNeoXConfig(
+        vocab_size=row.vocabulary,
+        hidden_size=row.width,
+        num_hidden_layers=row.blocks,
+        num_attention_heads=row.heads,
+        intermediate_size=4 * row.width,
+        max_position_embeddings=2048,
+    )
+    with torch.device("meta"):
+        model = AutoModel.from_config(config)
+    built = sum(p.numel() for p in model.parameters()) - model.get_input_embeddings().weight.numel()
+    assert built == row.parameters == row.shape.parameters
+    assert shape_of(model, row.name) == row.shape
+    assert sum(p.numel() for n, p in model.named_parameters() if n.endswith("bias")) == row.shape.biases
+
+
+def test_full_fine_tuning_costs_6n_and_bias_about_4n():
+    for row in SUITE.values():
+        assert cost_of(row.shape, Method("full")).flop_per_token == 6 * row.parameters
+        bias = cost_of(row.shape, Method("bias"))
+        assert bias.flop_per_token == 4 * row.parameters + 2 * row.shape.biases
+
+
+def test_the_exact_cost_is_exact_for_grouped_queries_and_gated_layers_too():
+    """A Llama: other names, no biases, three matrices in the MLP, fewer key heads than query heads."""
+    from transformers import LlamaConfig, LlamaModel
+
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+    )
+    config._attn_implementation = "eager"
+    for method in (Method("full"), Method("freeze", active_blocks=1), Method("lora", rank=3)):
+        body = LlamaModel(config)
+        shape = shape_of(body, "llama")
+        apply_method(body, method)
+        with FlopCounterMode(display=False) as counter:
+            body(input_ids=torch.randint(0, 64, (2, 8)), use_cache=False).last_hidden_state.sum().backward()
+        # transformers computes the rotary angles as a product of their own: one number a position and frequency.
+        angles = 2 * 8 * 4
+        assert counter.get_total_flops() - cost_of(shape, method).exact(16, 128) in (0, angles, 2 * angles)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"name": "adapters"}, "method.name: 'adapters' is unknown"),
+        ({"name": "lora"}, "method.rank: lora needs a rank"),
+        ({"name": "lora", "rank": 0}, "method.rank: 0 is out of range"),
+        ({"name": "lora", "rank": 4000}, "method.rank: 4000 is out of range"),
+        ({"name": "lora", "rank": 8, "targets": ["nothing"]}, "method.targets: 'nothing' is no dense layer"),
+        ({"name": "lora", "rank": 8, "dropout": 1.0}, "method.dropout: 1.0 is out of range"),
+        ({"name": "freeze"}, "freeze needs one of"),
+        ({"name": "freeze", "active_fraction": 0.3}, "method.active_fraction: 0.3 of 6 blocks is no whole number"),
+        ({"name": "freeze", "active_fraction": 1.5}, "method.active_fraction: 1.5 is out of range"),
+        ({"name": "freeze", "active_blocks": 7}, "method.active_blocks: 7 is out of range"),
+        ({"name": "freeze", "active_blocks": 6, "blocks": "one"}, "method.active_blocks: block 6 does not exist"),
+        ({"name": "full", "rank": 8}, "settings of 'lora' are given"),
+    ],
+)
+def test_bad_methods_are_named(settings, message):
+    with pytest.raises(UserError, match=message):
+        cost_of(SUITE["pythia-70m"].shape, Method(**settings))
+
+
+def test_the_papers_learning_rates():
+    assert peak_learning_rate(
+        known("EleutherAI/pythia-160m-deduped").pretraining_learning_rate, Method()
+    ) == pytest.approx(6e-5)
+    assert peak_learning_rate(None, Method("lora", rank=8)) == peak_learning_rate(1e-4, Method("bias")) == 1e-3
+    assert peak_learning_rate(None, Method()) is None
