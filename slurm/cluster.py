@@ -29,6 +29,7 @@ class ResourceClass:
     constraint: str | None = None
     chunk_tokens: int | None = None  # resources.chunk_tokens of its runs
     activation_checkpointing: bool = False  # likewise
+    utilisation: float = 0.4  # of the device's peak, assumed where nothing was measured
 
     def __post_init__(self) -> None:
         bounded("classes.up_to", self.up_to, 0, above=True)
@@ -38,6 +39,7 @@ class ResourceClass:
         bounded("classes.memory_gb", self.memory_gb, 0, above=True)
         bounded("classes.hours", self.hours, 0, above=True)
         bounded("classes.chunk_tokens", self.chunk_tokens, 1)
+        bounded("classes.utilisation", self.utilisation, 0, 1, above=True)
 
     def resources(self) -> dict[str, Any]:
         """The settings of `resources` that a run of this class starts from."""
@@ -50,16 +52,18 @@ class ResourceClass:
 
 
 def default_classes() -> list[ResourceClass]:
-    """One 80 GB GPU for every size of the paper; a chunk's activations (about 34 bytes a token, block and width
-    in bf16) stay under 25 GB, beside 16 bytes a trained parameter."""
+    """One 80 GB GPU for every size of the paper.
+
+    A chunk's activations, about 34 bytes a token, block and unit of width in bf16, stay under 25 GB, beside
+    16 bytes a trained parameter. Small backbones leave a GPU waiting for its own kernel launches.
+    """
     return [
-        ResourceClass("up-to-160m", 1e8, cpus=4, memory_gb=24, hours=4, chunk_tokens=65536),
-        ResourceClass("410m", 5e8, cpus=6, memory_gb=32, hours=8, chunk_tokens=16384),
+        ResourceClass("up-to-70m", 2e7, cpus=4, memory_gb=24, hours=4, chunk_tokens=65536, utilisation=0.1),
+        ResourceClass("160m", 1e8, cpus=4, memory_gb=24, hours=4, chunk_tokens=65536, utilisation=0.25),
+        ResourceClass("410m", 5e8, cpus=6, memory_gb=32, hours=8, chunk_tokens=16384, utilisation=0.35),
         ResourceClass("1b-to-1.4b", 2e9, cpus=8, memory_gb=64, hours=12, chunk_tokens=8192),
         ResourceClass("2.8b", 3e9, cpus=8, memory_gb=96, hours=24, chunk_tokens=4096),
-        ResourceClass(
-            "6.9b-and-12b", gpus=8, cpus=8, memory_gb=96, hours=24, chunk_tokens=2048, activation_checkpointing=True
-        ),
+        ResourceClass("larger", gpus=8, cpus=8, memory_gb=96, chunk_tokens=2048, activation_checkpointing=True),
     ]
 
 

@@ -1,0 +1,352 @@
+"""What a sweep will cost, before anything is submitted: steps, tokens, FLOP, disk, GPU-hours, and what cannot be run.
+
+Every figure is arithmetic on the grid: no SLURM, no torch, no weights. Tokens a pair are the store's mean, or the
+sweep file's assumption until the store is there; `embedscale.plan` counts them exactly when a run starts. Time is the
+exact FLOP over a measured speed (`calibrate`) or over an assumed share of the device's peak, which the table states.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from embedscale.config import RunConfig
+from embedscale.cost import Cost, cost_of, peak_learning_rate
+from embedscale.errors import UserError
+from embedscale.pythia import BackboneShape, known, short_name
+from embedscale.record import RunDirectory, read_json
+from slurm.cluster import ResourceClass, shape_of
+from slurm.grid import Sweep
+
+CHECKPOINT_BYTES = 12  # a trained parameter: float32 weight and AdamW's two moments
+WEIGHT_BYTES = 4
+METRICS_ROW_BYTES = 160
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """What is known of the data before a run starts."""
+
+    pairs: int | None  # None: unknown, no run is refused for want of data
+    tokens_per_pair: float
+    counted: bool  # in the store, not assumed
+    context: int | None = None
+    held_out: int | None = None
+    negatives: int | None = None
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """One run's cost, or why it cannot be run; then the figures are zero."""
+
+    run: RunConfig
+    run_id: str
+    resource_class: ResourceClass
+    obstacle: str | None = None
+    learning_rate: float = 0.0
+    tokens: int = 0
+    pairs: int = 0
+    steps: int = 0
+    flop: int = 0  # the paper's convention, what the budget pays for
+    exact_flop: int = 0  # that really run
+    seconds: float = 0.0  # of wall clock
+    measured: bool = False  # the speed was
+    disk_bytes: int = 0  # at most, while it runs
+
+    @property
+    def gpu_hours(self) -> float:
+        return self.seconds / 3600 * self.run.resources.devices * self.run.resources.nodes
+
+    @property
+    def requeues(self) -> int:
+        """How often the time limit will end the job before the run is done."""
+        return max(0, math.ceil(self.seconds / 3600 / self.resource_class.hours) - 1)
+
+
+@dataclass(frozen=True)
+class SweepPlan:
+    """A sweep's estimates; every total is the sum of its runs."""
+
+    sweep: Sweep
+    estimates: list[Estimate]
+
+    @cached_property
+    def by_id(self) -> dict[str, Estimate]:
+        return {each.run_id: each for each in self.estimates}
+
+    @property
+    def runnable(self) -> list[Estimate]:
+        return [each for each in self.estimates if each.obstacle is None]
+
+    @property
+    def blocked(self) -> list[Estimate]:
+        return [each for each in self.estimates if each.obstacle is not None]
+
+    @property
+    def flop(self) -> int:
+        return sum(each.flop for each in self.estimates)
+
+    @property
+    def gpu_hours(self) -> float:
+        return sum(each.gpu_hours for each in self.estimates)
+
+    @property
+    def disk_bytes(self) -> int:
+        return sum(each.disk_bytes for each in self.estimates)
+
+
+def plan_sweep(sweep: Sweep) -> SweepPlan:
+    """Estimate every run of a sweep. Raises UserError for a calibration file that is missing or malformed."""
+    speeds = _measured_speeds(sweep.cluster.calibration)
+    stores: dict[tuple[str, int], Pairs] = {}
+    estimates = []
+    for run_id, run in sweep.by_id.items():
+        key = (run.data.store, run.loss.hard_negatives)
+        if key not in stores:
+            stores[key] = _pairs_of(sweep, *key)
+        estimates.append(_estimate(sweep, run, run_id, stores[key], speeds))
+    return SweepPlan(sweep, estimates)
+
+
+def refuse_above(plan: SweepPlan, max_gpu_hours: float | None) -> None:
+    """Raises UserError where the sweep is estimated to need more."""
+    if max_gpu_hours is not None and not plan.gpu_hours <= max_gpu_hours:
+        raise UserError(
+            f"--max-gpu-hours: {plan.sweep.name} needs an estimated {plan.gpu_hours:,.2f} GPU-hours; "
+            f"allowed: {max_gpu_hours:,g}"
+        )
+
+
+def _pairs_of(sweep: Sweep, folder: str, hard_negatives: int) -> Pairs:
+    assumed = Pairs(sweep.expected_pairs, sweep.expected_tokens_per_pair, counted=False)
+    if not Path(folder).is_dir():
+        return assumed
+    from embedscale.pairs import PairStore
+
+    try:
+        store = PairStore.open(folder)
+        if store.negatives < hard_negatives:
+            return Pairs(store.pairs, 1, True, store.context, store.held_out, store.negatives)
+        mean = float(store.token_counts(hard_negatives).mean())
+    except UserError:
+        return assumed  # being written, or no store: preparing it will say so
+    return Pairs(store.pairs, mean, True, store.context, store.held_out, store.negatives)
+
+
+def _measured_speeds(path: str | None) -> dict[tuple[str, str], float]:
+    """Tokens a second of one device, by backbone and method label."""
+    if path is None:
+        return {}
+    found = read_json(Path(path))
+    if found is None:
+        raise UserError(f"calibration: {path}: there is no such file; run `embedscale calibrate` on a node")
+    try:
+        return {(each["backbone"], each["label"]): float(each["tokens_per_second"]) for each in found["entries"]}
+    except (KeyError, TypeError, ValueError):
+        raise UserError(f"calibration: {path}: does not hold what `embedscale calibrate` writes") from None
+
+
+def _estimate(sweep: Sweep, run: RunConfig, run_id: str, data: Pairs, speeds: dict[tuple[str, str], float]) -> Estimate:
+    resource_class = sweep.resource_class(run)
+    try:
+        shape = shape_of(run.backbone.name)
+        cost = cost_of(shape, run.method, run.resources.activation_checkpointing)
+        rate = _learning_rate(run)
+        _check_data(run, shape, data)
+        tokens = cost.tokens_of(run.budget)
+        pairs = int(tokens / data.tokens_per_pair)
+        batch = run.training.batch_size
+        if pairs < batch:
+            raise UserError(f"the budget is below one batch of {batch} pairs")
+        if data.pairs is not None and pairs > data.pairs and not run.data.repeat:
+            what = "holds" if data.counted else "is expected to hold"
+            raise UserError(f"the data are too small: {run.data.store} {what} {data.pairs:,} pairs")
+    except UserError as error:
+        return Estimate(run, run_id, resource_class, str(error))
+    steps = math.ceil(pairs / batch)
+    chunked = run.resources.chunk_tokens is not None and run.resources.chunk_tokens < batch * data.tokens_per_pair
+    # A pair's two texts are taken as equally long: the attention's share is small at these lengths.
+    exact = cost.exact(tokens, int(tokens * data.tokens_per_pair / 2), extra_forwards=int(chunked))
+    speed = speeds.get((short_name(run.backbone.name), run.method.label))
+    devices = run.resources.devices * run.resources.nodes
+    assumed = sweep.cluster.peak_flop_per_second * resource_class.utilisation
+    return Estimate(
+        run,
+        run_id,
+        resource_class,
+        learning_rate=rate,
+        tokens=tokens,
+        pairs=pairs,
+        steps=steps,
+        flop=tokens * cost.flop_per_token,
+        exact_flop=exact,
+        seconds=(tokens / speed if speed else exact / assumed) / devices,
+        measured=speed is not None,
+        disk_bytes=_disk(run, shape, cost, steps),
+    )
+
+
+def _learning_rate(run: RunConfig) -> float:
+    if run.training.learning_rate is not None:
+        return run.training.learning_rate
+    row = known(run.backbone.name)
+    rate = peak_learning_rate(row.pretraining_learning_rate if row else None, run.method)
+    if rate is None:
+        raise UserError(
+            f"training.learning_rate: the paper's rule knows none for {short_name(run.backbone.name)}; state it"
+        )
+    return rate
+
+
+def _check_data(run: RunConfig, shape: BackboneShape, data: Pairs) -> None:
+    """The refusals of `embedscale.plan` that need no counts."""
+    context, pool, devices = run.data.context, run.evaluation.pool, run.resources.devices * run.resources.nodes
+    if context > shape.context:
+        raise UserError(f"data.context: {context} tokens are longer than {shape.name}'s {shape.context}")
+    if data.context is not None and data.context != context:
+        raise UserError(f"data.context: {context}, but {run.data.store} was prepared with {data.context}")
+    if data.held_out is not None and data.held_out < pool:
+        raise UserError(f"evaluation.pool: {pool}, but {run.data.store} holds {data.held_out} held-out pairs")
+    if data.negatives is not None and data.negatives < run.loss.hard_negatives:
+        raise UserError(f"loss.hard_negatives: {run.loss.hard_negatives}, but {run.data.store} holds {data.negatives}")
+    if run.training.batch_size % devices:
+        raise UserError(f"training.batch_size: {run.training.batch_size} does not divide by {devices} GPUs")
+
+
+def _disk(run: RunConfig, shape: BackboneShape, cost: Cost, steps: int) -> int:
+    """Two checkpoints at most (the newest is complete before the one before goes), the final weights, the metrics."""
+    trained = cost.n_updated
+    if run.method.name == "full":
+        trained += shape.vocabulary * shape.width
+    if run.method.embedding:
+        trained += (run.method.rank or 0) * (shape.vocabulary + shape.width)
+    metrics = METRICS_ROW_BYTES * (steps // run.resources.log_every + 1)
+    return trained * (2 * CHECKPOINT_BYTES + WEIGHT_BYTES) + metrics
+
+
+def print_plan(plan: SweepPlan, each: bool = False) -> None:
+    """Print the plan, a row for each backbone and method, or for each run."""
+    sweep, terminal = plan.sweep, Console()
+    console = terminal if terminal.is_terminal else Console(width=140)
+    on_gpus = any(estimate.resource_class.gpus for estimate in plan.estimates)
+    unit = "GPU-hours" if on_gpus else "core-hours"
+    table = Table(title=f"{sweep.name}: {len(plan.runnable):,} runs under {sweep.folder}", title_justify="left")
+    table.add_column("run" if each else "backbone", no_wrap=True)
+    names = ["runs", "steps", "tokens", "FLOP", unit, "longest", "requeues", "disk"]
+    for name in ["learning rate", *names[1:]] if each else ["method", *names]:
+        table.add_column(name, justify="left" if name == "method" else "right", no_wrap=True)
+    groups: dict[tuple[str, ...], list[Estimate]] = defaultdict(list)
+    for estimate in plan.runnable:
+        run = estimate.run
+        key = (estimate.run_id, f"{estimate.learning_rate:.3g}")
+        groups[key if each else (short_name(run.backbone.name), run.method.name)].append(estimate)
+    for cells, members in groups.items():
+        table.add_row(*cells, *_figures(members)[1 if each else 0 :])
+    table.add_section()
+    table.add_row("in all", "", *_figures(plan.runnable)[1 if each else 0 :], style="bold")
+    console.print(table)
+    _print_blocked(console, plan.blocked)
+    for line in _footnotes(plan, unit):
+        console.print(line, highlight=False, soft_wrap=True)
+
+
+def _figures(members: list[Estimate]) -> list[str]:
+    steps = [each.steps for each in members] or [0]
+    return [
+        f"{len(members):,}",
+        f"{min(steps):,}" + (f" … {max(steps):,}" if max(steps) > min(steps) else ""),
+        f"{sum(each.tokens for each in members):.3g}",
+        f"{sum(each.flop for each in members):.3g}",
+        f"{sum(each.gpu_hours for each in members):,.2f}",
+        duration(max((each.seconds for each in members), default=0)),
+        f"{sum(each.requeues for each in members):,}",
+        size(sum(each.disk_bytes for each in members)),
+    ]
+
+
+def _print_blocked(console: Console, blocked: list[Estimate]) -> None:
+    if not blocked:
+        return
+    table = Table(title=f"{len(blocked):,} runs cannot be run", title_justify="left")
+    for name in ("why", "backbone", "methods", "budgets, FLOP", "runs"):
+        table.add_column(name, justify="right" if name == "runs" else "left")
+    budgets: dict[tuple[str, str, str], dict[float, int]] = defaultdict(lambda: defaultdict(int))
+    for each in blocked:
+        key = (each.obstacle or "", short_name(each.run.backbone.name), each.run.method.label)
+        budgets[key][each.run.budget] += 1
+    alike: dict[tuple[str, str, tuple[float, ...]], list[tuple[str, int]]] = defaultdict(list)
+    for (why, backbone, label), counts in budgets.items():
+        alike[why, backbone, tuple(counts)].append((label, sum(counts.values())))
+    for (why, backbone, at), labels in sorted(alike.items(), key=lambda item: item[0][0]):
+        methods = ", ".join(label for label, _ in labels)
+        runs = sum(count for _, count in labels)
+        table.add_row(why, backbone, methods, ", ".join(f"{b:g}" for b in at), f"{runs:,}")
+    console.print(table)
+
+
+def _footnotes(plan: SweepPlan, unit: str) -> Iterable[str]:
+    sweep, cluster = plan.sweep, plan.sweep.cluster
+    done = sum(RunDirectory(each.run.folder).record.exists() for each in plan.runnable)
+    if done:
+        yield f"{done:,} of these runs are done already."
+    if sweep.excluded:
+        yield f"{sweep.excluded:,} runs of the grid are left out by the file's exclude rows."
+    measured = sum(each.measured for each in plan.runnable)
+    if measured:
+        yield f"{unit}: {measured:,} runs at the speed measured in {cluster.calibration}."
+    if measured < len(plan.runnable):
+        shares = {each.resource_class.name: each.resource_class.utilisation for each in plan.runnable}
+        listed = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
+        yield (
+            f"{unit}: an assumed share of {cluster.device}'s {cluster.peak_flop_per_second:.3g} FLOP/s ({listed}), "
+            "evaluation and start-up not counted; `embedscale calibrate` measures it."
+        )
+    stores = {each.run.data.store for each in plan.estimates}
+    missing = sorted(store for store in stores if not Path(store).is_dir())
+    if missing:
+        yield (
+            f"Steps: {sweep.expected_tokens_per_pair:g} tokens a pair are assumed, for there is no store yet at "
+            f"{', '.join(missing)}."
+        )
+    requeues = sum(each.requeues for each in plan.runnable)
+    limits = ", ".join(sorted({f"{each.resource_class.hours:g} h" for each in plan.runnable if each.requeues}))
+    if requeues:
+        yield f"Requeues: {requeues:,} by the time limits ({limits}), preemption not counted."
+
+
+def duration(seconds: float) -> str:
+    """Two figures a person can read: 45 s, 12 min, 3 h 20 min, 2 d 4 h."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 60:
+        return f"{minutes} min"
+    if minutes < 24 * 60:
+        return f"{minutes // 60} h {minutes % 60:02d} min"
+    return f"{minutes // 1440} d {minutes % 1440 // 60} h"
+
+
+def size(count: float) -> str:
+    """Bytes in powers of 1000."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if count < 1000 or unit == "TB":
+            break
+        count /= 1000
+    return f"{count:.3g} {unit}"
+
+
+def command(args: Any) -> int:
+    """`embedscale sweep plan SWEEP.yaml [key=value …] [--max-gpu-hours H] [--each]`."""
+    from embedscale.errors import DONE
+    from slurm import grid
+
+    plan = plan_sweep(grid.load(args.sweep, args.words))
+    print_plan(plan, each=args.each)
+    refuse_above(plan, args.max_gpu_hours)
+    return DONE
