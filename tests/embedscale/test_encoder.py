@@ -1,0 +1,179 @@
+"""The packed path against transformers' own, one sequence at a time."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import save_backbone
+from torch.nn.functional import normalize
+from transformers import AutoModel, GPTNeoXConfig, LlamaConfig
+
+from embedscale.backbone import blocks_of, digest_of, load_body, shape_of, shape_without_weights
+from embedscale.config import Backbone
+from embedscale.cost import Method
+from embedscale.encoder import BUCKETS, Encoder, pack
+from embedscale.errors import UserError
+from embedscale.methods import apply_method, merge_adapters
+
+
+def sequences(count=40, longest=75, seed=0):
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(1, longest + 1, count).astype(np.int32)
+    return rng.integers(0, 256, lengths.sum()).astype(np.int32), lengths
+
+
+def one_by_one(body, tokens, lengths, pooling):
+    rows = []
+    for row in torch.from_numpy(tokens).long().split(lengths.tolist()):
+        hidden = body(input_ids=row[None], use_cache=False).last_hidden_state[0]
+        weights = torch.arange(1, len(row) + 1.0)
+        vector = {
+            "mean": lambda h: h.mean(0),
+            "last": lambda h: h[-1],
+            "weighted": lambda h, w=weights: (h * (w / w.sum())[:, None]).sum(0),
+        }[pooling](hidden)
+        rows.append(normalize(vector, dim=0))
+    return torch.stack(rows)
+
+
+def packed(encoder, tokens, lengths, chunk_tokens=None):
+    chunks = pack(tokens, lengths, chunk_tokens)
+    order = torch.cat([chunk.order for chunk in chunks])
+    return torch.cat([encoder(chunk) for chunk in chunks])[order.argsort()]
+
+
+@pytest.mark.parametrize("pooling", ["mean", "last", "weighted"])
+@pytest.mark.parametrize("chunk_tokens", [None, 300, 1])
+def test_packed_is_one_by_one(backbone_folder, pooling, chunk_tokens):
+    tokens, lengths = sequences()
+    reference = AutoModel.from_pretrained(backbone_folder, dtype=torch.float32, attn_implementation="eager")
+    encoder = Encoder(load_body(Backbone(name=str(backbone_folder)), 0), pooling)
+    expected = one_by_one(reference, tokens, lengths, pooling)
+    torch.testing.assert_close(packed(encoder, tokens, lengths, chunk_tokens), expected, atol=1e-6, rtol=0)
+
+
+def test_packed_gradients_are_those_of_one_by_one(backbone_folder):
+    tokens, lengths = sequences()
+    reference = AutoModel.from_pretrained(backbone_folder, dtype=torch.float32)
+    encoder = Encoder(load_body(Backbone(name=str(backbone_folder)), 0))
+    weights = torch.randn(len(lengths), 32, generator=torch.Generator().manual_seed(1))
+    (one_by_one(reference, tokens, lengths, "mean") * weights).sum().backward()
+    (packed(encoder, tokens, lengths) * weights).sum().backward()
+    for (name, a), b in zip(reference.named_parameters(), encoder.body.parameters(), strict=True):
+        torch.testing.assert_close(b.grad, a.grad, atol=1e-5, rtol=1e-4, msg=name)
+
+
+def test_another_sequence_in_the_chunk_changes_nothing(backbone_folder):
+    encoder = Encoder(load_body(Backbone(name=str(backbone_folder)), 0))
+    tokens, lengths = sequences(6)
+    changed = tokens.copy()
+    changed[lengths[:3].sum() :] = 7
+    torch.testing.assert_close(packed(encoder, tokens, lengths)[:3], packed(encoder, changed, lengths)[:3])
+
+
+def test_grouped_queries_and_other_decoders(tmp_path):
+    config = LlamaConfig(
+        vocab_size=256,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    AutoModel.from_config(config).save_pretrained(tmp_path)
+    backbone = Backbone(name=str(tmp_path))
+    body = load_body(backbone, 0)
+    assert shape_of(body, str(tmp_path)) == shape_without_weights(backbone)
+    tokens, lengths = sequences(12)
+    reference = one_by_one(AutoModel.from_pretrained(tmp_path), tokens, lengths, "mean")
+    torch.testing.assert_close(packed(Encoder(body), tokens, lengths), reference, atol=1e-5, rtol=0)
+
+
+def test_buckets_cover_every_token_once_and_pad_little():
+    tokens, lengths = sequences(500, seed=3)
+    (chunk,) = pack(tokens, lengths)
+    assert len(chunk.buckets) <= BUCKETS
+    assert [b.start for b in chunk.buckets[1:]] == [b.stop for b in chunk.buckets[:-1]]
+    assert chunk.buckets[0].start == 0 and chunk.buckets[-1].stop == lengths.sum() == len(chunk.tokens)
+    padded = sum(b.sequences * b.longest for b in chunk.buckets)
+    equal_parts = sum(len(part) * part.max() for part in np.array_split(np.sort(lengths), BUCKETS))
+    assert padded <= equal_parts < 1.15 * lengths.sum()
+    for bucket in chunk.buckets:
+        assert len(set(bucket.places.tolist())) == len(bucket.places)
+
+
+def test_chunks_keep_the_token_limit():
+    tokens, lengths = sequences(200, seed=4)
+    chunks = pack(tokens, lengths, 256)
+    assert all(len(chunk.tokens) <= 256 for chunk in chunks)
+    assert sorted(torch.cat([chunk.order for chunk in chunks]).tolist()) == list(range(200))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_master_weights_are_float32_whatever_the_checkpoint(tmp_path, dtype):
+    body = load_body(Backbone(name=str(save_backbone(tmp_path / "half", dtype=dtype))), 0)
+    assert {p.dtype for p in body.parameters()} == {torch.float32}
+
+
+def test_random_weights_come_from_the_seed_alone(backbone_folder):
+    backbone = Backbone(name=str(backbone_folder), weights="random")
+    digests = [digest_of(dict(load_body(backbone, seed).named_parameters())) for seed in (0, 0, 1)]
+    assert digests[0] == digests[1] != digests[2]
+
+
+def test_unknown_backbones_are_named(tmp_path):
+    with pytest.raises(UserError, match="backbone.name: 'nobody/nothing' is neither a local folder nor"):
+        shape_without_weights(Backbone(name="nobody/nothing"))
+    with pytest.raises(UserError, match="holds no model"):
+        shape_without_weights(Backbone(name=str(tmp_path)))
+
+
+def test_a_checkpoint_without_all_weights_is_refused(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    folder = save_backbone(tmp_path / "holes")
+    weights = load_file(folder / "model.safetensors")
+    weights.pop("final_layer_norm.weight")
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"lacks 1 weights \(final_layer_norm.weight"):
+        load_body(Backbone(name=str(folder)), 0)
+
+
+@pytest.mark.parametrize(
+    ("method", "trains"),
+    [
+        (Method("full"), lambda name: True),
+        (Method("bias"), lambda name: name.endswith("bias")),
+        (Method("freeze", active_fraction=0.5), lambda name: name.startswith(("layers.2", "layers.3", "final"))),
+        (Method("freeze", active_blocks=4), lambda name: "embed_in" not in name),
+        (Method("freeze", active_blocks=1, blocks="first"), lambda name: name.startswith("layers.0")),
+        (Method("freeze", active_blocks=2, blocks="one"), lambda name: name.startswith("layers.2")),
+        (Method("lora", rank=2), lambda name: "lora" in name and "layers" in name),
+        (Method("lora", rank=2, embedding=True), lambda name: "lora" in name),
+    ],
+    ids=lambda value: getattr(value, "label", ""),
+)
+def test_each_method_trains_its_own_parameters(backbone_folder, method, trains):
+    body = load_body(Backbone(name=str(backbone_folder)), 0)
+    trainable = apply_method(body, method)
+    assert trainable == [name for name, _ in body.named_parameters() if trains(name)] != []
+    if method.name == "lora":
+        adapters = sum("lora_A" in n or "lora_embedding_A" in n for n in trainable)
+        assert adapters == 4 * len(blocks_of(body)) + method.embedding
+
+
+def test_merged_adapters_compute_the_same(backbone_folder):
+    tokens, lengths = sequences(10)
+    body = load_body(Backbone(name=str(backbone_folder)), 0)
+    apply_method(body, Method("lora", rank=4, embedding=True))
+    generator = torch.Generator().manual_seed(2)
+    for name, parameter in body.named_parameters():
+        if "lora" in name:
+            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.1
+    encoder = Encoder(body.eval())
+    with torch.no_grad():
+        before = packed(encoder, tokens, lengths)
+        merge_adapters(body)
+        after = packed(encoder, tokens, lengths)
+    plain = GPTNeoXConfig.from_pretrained(backbone_folder)
+    assert [n for n, _ in body.named_parameters()] == [n for n, _ in AutoModel.from_config(plain).named_parameters()]
+    torch.testing.assert_close(after, before, atol=1e-6, rtol=1e-5)

@@ -1,0 +1,209 @@
+"""The loss against written-out sums, and chunks and processes against the whole."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.multiprocessing as multiprocessing
+from conftest import save_backbone
+from torch.nn.functional import cross_entropy, normalize
+
+from embedscale.backbone import load_body, shape_of
+from embedscale.config import Backbone, Loss, RunConfig, Training
+from embedscale.contrastive import Batch, Contrastive
+from embedscale.cost import Method, cost_of
+from embedscale.encoder import Encoder, pack
+from embedscale.held_out import score
+from embedscale.loss import info_nce
+from embedscale.methods import apply_method
+from embedscale.plan import TrainingPlan
+
+B, K = 6, 2
+
+
+def vectors(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [normalize(torch.randn(n, 8, generator=generator), dim=1) for n in (B, B, B * K)]
+
+
+def written_out(queries, positives, negatives, form, temperature):
+    """The definitions, pair by pair, in Python numbers."""
+
+    def e(a, b):
+        return math.exp(float(a.double() @ b.double()) / temperature)
+
+    total = 0.0
+    for query, positive in zip(queries, positives, strict=True):
+        right = e(query, positive)
+        row = sum(e(query, other) for other in [*positives, *negatives])
+        column = sum(e(other, positive) for other in queries)
+        if form == "one_directional":
+            total -= math.log(right / row)
+        elif form == "symmetric":
+            total -= (math.log(right / row) + math.log(right / column)) / 2
+        else:
+            others = sum(e(query, q) + e(positive, p) for q, p in zip(queries, positives, strict=True))
+            others -= e(query, query) + e(positive, positive)
+            total -= math.log(right / (row + column - right + others))
+    return total / len(queries)
+
+
+@pytest.mark.parametrize("form", ["symmetric", "one_directional", "gte"])
+@pytest.mark.parametrize("hard", [False, True])
+def test_info_nce_is_its_definition(form, hard):
+    queries, positives, negatives = vectors()
+    negatives = negatives if hard else negatives[:0]
+    loss = Loss(form=form, temperature=0.05)
+    expected = written_out(queries, positives, negatives, form, 0.05)
+    assert float(info_nce(queries, positives, negatives, loss)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_similarities_are_float32_under_autocast():
+    queries, positives, negatives = vectors()
+    with torch.autocast("cpu", torch.bfloat16):
+        value = info_nce(queries, positives, negatives, Loss())
+    assert value.dtype == torch.float32
+    assert float(value) == float(info_nce(queries, positives, negatives, Loss()))
+
+
+def test_equal_texts_are_no_negatives():
+    """Two pairs with one positive text: the loss and gradient of a softmax from which the twin is left out."""
+    queries, positives, _ = vectors()
+    positives[3] = positives[1]
+    texts = torch.arange(2 * B)
+    texts[B + 3] = texts[B + 1]
+    leaf = queries.clone().requires_grad_()
+    value = info_nce(leaf, positives, positives[:0], Loss("one_directional", 0.1, mask_equal_texts=True), texts)
+    value.backward()
+    other = queries.clone().requires_grad_()
+    rows = []
+    for i in range(B):
+        kept = [j for j in range(B) if j == i or {i, j} != {1, 3}]
+        scores = other[i] @ positives[kept].T / 0.1
+        rows.append(cross_entropy(scores[None], torch.tensor([kept.index(i)])))
+    torch.stack(rows).mean().backward()
+    torch.testing.assert_close(value, torch.stack(rows).mean())
+    torch.testing.assert_close(leaf.grad, other.grad)
+
+
+def test_retrieval_counts_ranks_and_lets_ties_lose():
+    queries = torch.eye(4)
+    assert score(queries, queries, 1.0)[1:] == [1.0, 1.0]
+    assert score(queries, queries.roll(1, 0), 1.0)[1:] == [0.0, 1.0]
+    assert score(torch.ones(20, 1), torch.ones(20, 1), 1.0)[1:] == [0.0, 0.0]
+    assert score(torch.ones(20, 1), torch.ones(20, 1), 1.0)[0] == pytest.approx(math.log(20))
+
+
+METHODS = {
+    "full": Method("full"),
+    "freeze": Method("freeze", active_fraction=0.5),
+    "bias": Method("bias"),
+    "lora": Method("lora", rank=4, dropout=0.3),
+}
+
+
+def module_for(folder, method, precision="float32", world=1, checkpointing=False, **loss):
+    config = RunConfig(
+        backbone=Backbone(name=str(folder)), method=method, loss=Loss(**loss), training=Training(precision=precision)
+    )
+    body = load_body(config.backbone, 0)
+    shape = shape_of(body, "tiny")
+    torch.manual_seed(0)
+    trainable = apply_method(body, method)
+    generator = torch.Generator().manual_seed(5)
+    for name, parameter in body.named_parameters():
+        if "lora_B" in name:  # PEFT starts at zero, where half of the gradients vanish
+            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.05
+    encoder = Encoder(body, precision=precision)
+    if checkpointing:
+        encoder.checkpoint_activations()
+    plan = TrainingPlan(1e9, 0, 1, 0, 16, 1, 16, 0, world, 1e-3, 1, 0.0, "", "", [])
+    module = Contrastive(encoder, trainable, config, plan, cost_of(shape, method))
+    encoder.train()
+    return module
+
+
+def batch_of(pairs=16, negatives=0, chunk_tokens=None, seed=0, part=slice(None)):
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(1, 40, pairs * (2 + negatives)).astype(np.int64)
+    rows = [rng.integers(0, 256, n).astype(np.int32) for n in lengths]
+    groups = [range(pairs), range(pairs, 2 * pairs)]
+    kept = [i for group in groups for i in list(group)[part]]
+    first = range(pairs)[part]
+    kept += [2 * pairs + i * negatives + k for i in first for k in range(negatives)]
+    tokens = np.concatenate([rows[i] for i in kept])
+    chunks = pack(tokens, lengths[kept], chunk_tokens)
+    texts = torch.from_numpy(np.asarray(kept))
+    return Batch(0, len(first), chunks, texts, int(lengths.sum()), int((lengths**2).sum()))
+
+
+def gradients(module):
+    return {name: parameter.grad.clone() for name, parameter in module.trainable.items()}
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+@pytest.mark.parametrize("name", METHODS)
+def test_cached_chunks_give_the_gradient_of_one_graph(backbone_folder, name, precision):
+    """With dropout and under autocast: the same chunks in one autograd graph, through the plain loss."""
+    batch = batch_of(chunk_tokens=150)
+    assert len(batch.chunks) > 3
+    module = module_for(backbone_folder, METHODS[name], precision)
+    value = module.backward_through(batch)
+    cached = gradients(module)
+
+    module.zero_grad(set_to_none=True)
+    parts = [module._encode(batch, number) for number in range(len(batch.chunks))]
+    order = torch.cat([chunk.order for chunk in batch.chunks])
+    embeddings = torch.cat(parts)[order.argsort()]
+    whole = info_nce(embeddings[:16], embeddings[16:], embeddings[:0], module.config.loss)
+    whole.backward()
+    torch.testing.assert_close(value, whole.detach())
+    for key, gradient in gradients(module).items():
+        torch.testing.assert_close(cached[key], gradient, atol=1e-6, rtol=1e-4, msg=key)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_chunking_and_checkpointing_change_nothing(backbone_folder, name):
+    method = METHODS[name] if name != "lora" else Method("lora", rank=4)
+    results = []
+    for chunk_tokens, checkpointing in itertools.product((None, 100), (False, True)):
+        module = module_for(backbone_folder, method, checkpointing=checkpointing)
+        results.append((module.backward_through(batch_of(chunk_tokens=chunk_tokens)), gradients(module)))
+    for value, found in results[1:]:
+        torch.testing.assert_close(value, results[0][0])
+        for key, gradient in found.items():
+            torch.testing.assert_close(gradient, results[0][1][key], atol=1e-6, rtol=1e-4, msg=key)
+
+
+def _process(rank, folder, port, chunk_tokens, loss, out):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    module = module_for(folder, Method("lora", rank=4), world=2, **loss)
+    part = slice(rank * 8, rank * 8 + 8)
+    negatives = loss.get("hard_negatives", 0)
+    value = module.backward_through(batch_of(16, negatives, chunk_tokens, part=part))
+    torch.save((value, gradients(module)), f"{out}/{rank}")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("chunk_tokens", "loss"),
+    [(None, {}), (100, {"hard_negatives": 1}), (100, {"form": "gte", "mask_equal_texts": True})],
+)
+def test_two_processes_are_one(tmp_path, chunk_tokens, loss):
+    import socket
+
+    folder = save_backbone(tmp_path / "backbone")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    multiprocessing.spawn(_process, (folder, port, chunk_tokens, loss, str(tmp_path)), nprocs=2)
+    module = module_for(folder, Method("lora", rank=4), **loss)
+    value = module.backward_through(batch_of(16, loss.get("hard_negatives", 0)))
+    for rank in (0, 1):
+        other, found = torch.load(tmp_path / str(rank))
+        torch.testing.assert_close(other, value)
+        for key, gradient in gradients(module).items():
+            torch.testing.assert_close(found[key], gradient, atol=1e-6, rtol=1e-4, msg=key)
