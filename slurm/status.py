@@ -1,0 +1,332 @@
+"""Where a sweep stands: run directories first, the queue second, accounting where there is any.
+
+A run is done when its record says so, whatever SLURM calls its job. The queue only tells apart runs that will go on by
+themselves from runs that wait for the next `submit`; accounting only explains what ended a job. Both may be missing.
+"""
+
+import os
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console, Group
+from rich.table import Table
+
+from embedscale.errors import DONE, UserError
+from embedscale.record import RunDirectory, lease_holder
+from slurm import grid, queue
+from slurm.grid import Sweep
+from slurm.plan import SweepPlan, duration, plan_sweep
+from slurm.queue import Job
+
+SILENT = "ended without a word"
+STATES = {
+    "running": "has a process at it",
+    "queued": "waits in the queue for its first attempt",
+    "preempted": "was stopped and waits in the queue to go on",
+    "interrupted": "was stopped; the next submit goes on with it",
+    "missing": "was never started and is not queued",
+    "failed": "ended with an error; submit --retry-failed tries again",
+    "diverged": "ended with a loss that is no number",
+    "done": "spent its budget and has its record",
+}
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """One run as its directory and the queue tell it."""
+
+    run_id: str
+    state: str  # a key of STATES
+    attempts: int = 0
+    device_hours: float = 0.0  # of all attempts
+    wasted_hours: float = 0.0  # device-hours whose work had to be done again
+    spent_flop: float = 0.0
+    budget_flop: float = 0.0
+    seconds_left: float | None = None
+    host: str | None = None
+    job_id: str | None = None
+    reason: str | None = None  # of a failure, a divergence or an interruption
+
+
+def survey(sweep: Sweep, jobs: Mapping[str, Job] | None) -> list[RunStatus]:
+    """The status of every run of the grid, in its order.
+
+    `jobs` are the queued and running jobs by run id, as `queue.jobs_by_run` gives them; None where nobody could say.
+    """
+    jobs = jobs or {}
+    present = _names(sweep.folder)
+    found = []
+    for run_id, run in sweep.by_id.items():
+        job = jobs.get(run_id)
+        if run_id in present:
+            devices = run.resources.devices * run.resources.nodes
+            found.append(status_of(RunDirectory(sweep.folder / run_id), run_id, run.budget, devices, job))
+        else:
+            found.append(_unstarted(run_id, run.budget, job))
+    return found
+
+
+def _names(folder: Path) -> set[str]:
+    try:
+        return {entry.name for entry in os.scandir(folder)}
+    except FileNotFoundError:
+        return set()
+
+
+def _unstarted(run_id: str, budget: float, job: Job | None) -> RunStatus:
+    state = "queued" if job else "missing"
+    return RunStatus(run_id, state, budget_flop=budget, job_id=job and job.id, reason=job and job.reason)
+
+
+def status_of(directory: RunDirectory, run_id: str, budget: float, devices: int, job: Job | None) -> RunStatus:
+    """One run's status. Raises UserError where a file of the run is damaged."""
+    record = directory.read_record()
+    if record is not None:
+        attempts = record["attempts"]
+        return RunStatus(
+            run_id,
+            record["status"],
+            attempts=len(attempts),
+            device_hours=record["gpu_hours"],
+            wasted_hours=wasted_hours(attempts) * devices,
+            spent_flop=record["spent_flop"],
+            budget_flop=record["budget_flop"],
+            reason=attempts[-1].get("reason") if attempts and record["status"] != "done" else None,
+        )
+    attempts = directory.read_attempts()
+    holder = lease_holder(directory.lease)
+    hours = sum(_hours(attempt, now=holder is not None and attempt is attempts[-1]) for attempt in attempts) * devices
+    common: dict[str, Any] = {
+        "attempts": len(attempts),
+        "device_hours": hours,
+        "wasted_hours": wasted_hours(attempts) * devices,
+        "budget_flop": budget,
+    }
+    if holder is not None:
+        return RunStatus(
+            run_id,
+            "running",
+            **common,
+            spent_flop=holder.get("spent_flop", 0),
+            seconds_left=holder.get("seconds_left"),
+            host=holder["host"],
+            job_id=holder.get("job_id"),
+        )
+    if not attempts:
+        return _unstarted(run_id, budget, job)
+    last = attempts[-1]
+    if last.get("ended") == "failed" and job is None:
+        state = "failed"
+    else:
+        state = "interrupted" if job is None else "preempted"
+    return RunStatus(
+        run_id,
+        state,
+        **common,
+        spent_flop=last.get("to_flop") or last.get("from_flop") or 0,
+        host=last.get("host"),
+        job_id=job.id if job else last.get("job_id"),
+        reason=last.get("reason") or (SILENT if last.get("ended") in (None, "killed") else None),
+    )
+
+
+def _hours(attempt: Mapping[str, Any], now: bool = False) -> float:
+    """Wall-clock hours of an attempt; of one that is still open, until now; zero where its end is not known."""
+    end = attempt.get("end")
+    if end is None and not now:
+        return 0.0
+    begin = datetime.fromisoformat(attempt["start"]).timestamp()
+    return max(0.0, (datetime.fromisoformat(end).timestamp() if end else time.time()) - begin) / 3600
+
+
+def wasted_hours(attempts: Sequence[Mapping[str, Any]]) -> float:
+    """Hours of work that a later attempt had to repeat, because no checkpoint held it.
+
+    An attempt's share kept is what its successor began with over what it had reached. One that was killed did not say
+    what it had reached: its time beyond that of its successor's beginning, at the speed of the run's other attempts,
+    was lost. An attempt that failed has lost all that it did.
+    """
+    flop = seconds = 0.0
+    for attempt in attempts:
+        if attempt.get("to_flop") is not None and attempt.get("from_flop") is not None:
+            flop += attempt["to_flop"] - attempt["from_flop"]
+            seconds += _hours(attempt)
+    wasted = 0.0
+    for attempt, successor in zip(attempts, [*attempts[1:], None], strict=True):
+        hours, began, reached = _hours(attempt), attempt.get("from_flop") or 0, attempt.get("to_flop")
+        if successor is None:
+            wasted += hours if attempt.get("ended") == "failed" else 0.0
+            continue
+        kept = (successor.get("from_flop") or 0) - began
+        if reached is not None and reached > began:
+            wasted += hours * (1 - min(1.0, kept / (reached - began)))
+        elif kept <= 0:
+            wasted += hours
+        elif flop:
+            wasted += max(0.0, hours - kept * seconds / flop)
+    return wasted
+
+
+def render(
+    sweep: Sweep, plan: SweepPlan, statuses: Sequence[RunStatus], jobs: Mapping[str, Job] | None, rows: int = 20
+) -> Group:
+    """The status as tables: counts by state, what runs, what was interrupted, failures by their last line."""
+    blocked = {each.run_id for each in plan.blocked}
+    by_state: dict[str, list[RunStatus]] = defaultdict(list)
+    for each in statuses:
+        by_state["cannot be run" if each.run_id in blocked and each.state == "missing" else each.state].append(each)
+    parts: list[Any] = [_counts(sweep, by_state)]
+    if by_state["running"]:
+        parts.append(_running(by_state["running"], rows))
+    for state in ("preempted", "interrupted", "failed", "diverged"):
+        if by_state[state]:
+            parts.append(_grouped(state, by_state[state]))
+    parts += _notes(sweep, plan, by_state["done"])
+    if jobs is None:
+        parts.append("The queue cannot be asked (no squeue here): what waits in it counts as interrupted or missing.")
+    return Group(*parts)
+
+
+def _counts(sweep: Sweep, by_state: Mapping[str, list[RunStatus]]) -> Table:
+    table = Table(title=f"{sweep.name}: {len(sweep.by_id):,} runs in {sweep.folder}", title_justify="left")
+    for name in ("state", "runs", "attempts", "FLOP spent", "of budget", "device-hours", "wasted", "meaning"):
+        table.add_column(name, justify="left" if name in ("state", "meaning") else "right", no_wrap=name != "meaning")
+    meanings = STATES | {"cannot be run": "see embedscale sweep plan"}
+    for state, meaning in meanings.items():
+        if by_state.get(state):
+            table.add_row(state, *_sums(by_state[state]), meaning)
+    table.add_section()
+    every = [each for members in by_state.values() for each in members]
+    table.add_row("in all", *_sums(every), "", style="bold")
+    return table
+
+
+def _sums(members: Sequence[RunStatus]) -> list[str]:
+    spent, budget = sum(each.spent_flop for each in members), sum(each.budget_flop for each in members)
+    return [
+        f"{len(members):,}",
+        f"{sum(each.attempts for each in members):,}",
+        f"{spent:.3g}",
+        f"{spent / budget:.0%}" if budget else "–",
+        f"{sum(each.device_hours for each in members):,.2f}",
+        f"{sum(each.wasted_hours for each in members):,.2f}",
+    ]
+
+
+def _running(members: Sequence[RunStatus], rows: int) -> Table:
+    table = Table(title="running", title_justify="left")
+    for name in ("run", "spent", "of FLOP", "left", "attempt", "host", "job"):
+        table.add_column(name, justify="left" if name in ("run", "host", "job") else "right", no_wrap=True)
+    for each in members[:rows]:
+        table.add_row(
+            each.run_id,
+            f"{each.spent_flop / each.budget_flop:.0%}",
+            f"{each.budget_flop:.3g}",
+            "–" if each.seconds_left is None else duration(each.seconds_left),
+            f"{each.attempts}",
+            each.host or "",
+            each.job_id or "",
+        )
+    if len(members) > rows:
+        table.add_row(f"and {len(members) - rows:,} more")
+    return table
+
+
+def _grouped(state: str, members: Sequence[RunStatus]) -> Table:
+    groups: dict[str, list[RunStatus]] = defaultdict(list)
+    for each in members:
+        groups[each.reason or "–"].append(each)
+    table = Table(title=f"{state}, by the last that they said", title_justify="left")
+    table.add_column("runs", justify="right")
+    for name in ("why", "hosts", "such as"):
+        table.add_column(name, overflow="fold")
+    for reason, alike in sorted(groups.items(), key=lambda item: -len(item[1])):
+        hosts = Counter(each.host for each in alike if each.host)
+        named = ", ".join(f"{host} ({count})" for host, count in hosts.most_common(3))
+        table.add_row(f"{len(alike):,}", reason, named, alike[0].run_id)
+    return table
+
+
+def _notes(sweep: Sweep, plan: SweepPlan, done: Sequence[RunStatus]) -> Iterable[str]:
+    estimated = sum(plan.by_id[each.run_id].gpu_hours for each in done)
+    used = sum(each.device_hours for each in done)
+    if done and estimated:
+        yield f"Estimate: {estimated:,.2f} device-hours for the {len(done):,} runs done; they took {used:,.2f}."
+    others = sum(not name.startswith(".") for name in _names(sweep.folder) - set(sweep.by_id) - {queue.FOLDER})
+    if others:
+        yield f"{others:,} other entries of {sweep.folder} belong to no run of this sweep file."
+
+
+def command(args: Any) -> int:
+    """`embedscale sweep status SWEEP.yaml [key=value …]`."""
+    sweep = grid.load(args.sweep, args.words)
+    jobs = queue.jobs_by_run(sweep.folder)
+    terminal = Console()
+    console = terminal if terminal.is_terminal else Console(width=150)
+    console.print(render(sweep, plan_sweep(sweep), explained(survey(sweep, jobs)), jobs), highlight=False)
+    return DONE
+
+
+def watch(args: Any) -> int:
+    """`embedscale sweep watch SWEEP.yaml [--every SECONDS]`: the same, refreshed until Ctrl-C or until all is done."""
+    from rich.live import Live
+
+    sweep = grid.load(args.sweep, args.words)
+    plan = plan_sweep(sweep)
+    ended = {"done", "diverged", "failed"}
+    with Live(console=Console(), auto_refresh=False, screen=False) as live:
+        while True:
+            jobs = queue.jobs_by_run(sweep.folder)
+            statuses = survey(sweep, jobs)
+            live.update(render(sweep, plan, statuses, jobs), refresh=True)
+            blocked = {each.run_id for each in plan.blocked}
+            if all(each.state in ended or each.run_id in blocked for each in statuses):
+                return DONE
+            try:
+                time.sleep(args.every)
+            except KeyboardInterrupt:
+                return DONE
+
+
+def cancel(args: Any) -> int:
+    """`embedscale sweep cancel SWEEP.yaml [--yes]`: take the sweep's jobs out of the queue. Asks first."""
+    sweep = grid.load(args.sweep, args.words)
+    jobs = queue.jobs_by_run(sweep.folder)
+    if jobs is None:
+        raise UserError("squeue: cannot be asked here, so that no job of the sweep is known; nothing was cancelled")
+    chosen = {run_id: job for run_id, job in jobs.items() if run_id in sweep.by_id}
+    ids = sorted({job.id for job in chosen.values()})
+    if not ids:
+        print(f"{sweep.name}: no job in the queue; nothing to cancel")
+        return DONE
+    running = sum(job.running for job in chosen.values())
+    print(f"{sweep.name}: {len(ids):,} jobs with {len(chosen):,} runs, {running:,} of them in jobs that run now.")
+    print("What they have checkpointed stays; the next submit goes on with them.")
+    if not args.yes:
+        try:
+            answer = input("Cancel them? [y/N] ")
+        except EOFError:
+            raise UserError("cancel: nobody is there to answer; add --yes") from None
+        if answer.strip().lower() not in ("y", "yes"):
+            print("nothing was cancelled")
+            return DONE
+    queue.cancel(ids)
+    print(f"cancelled {len(ids):,} jobs")
+    return DONE
+
+
+def explained(statuses: Sequence[RunStatus]) -> list[RunStatus]:
+    """Attempts that ended without a word, explained by accounting where there is any."""
+    silent = {each.job_id for each in statuses if each.reason == SILENT and each.job_id}
+    said = queue.accounting(sorted(silent)) if silent else {}
+    return [
+        replace(each, reason=f"{SILENT}; accounting says {said[each.job_id]}")
+        if each.reason == SILENT and each.job_id in said
+        else each
+        for each in statuses
+    ]
