@@ -42,6 +42,67 @@ def train(args: argparse.Namespace) -> int:
     return train(_config(args))
 
 
+def sweep_plan(args: argparse.Namespace) -> int:
+    from slurm.plan import command
+
+    return command(args)
+
+
+def sweep_status(args: argparse.Namespace) -> int:
+    from slurm.status import command
+
+    return command(args)
+
+
+def sweep_watch(args: argparse.Namespace) -> int:
+    from slurm.status import watch
+
+    return watch(args)
+
+
+def sweep_cancel(args: argparse.Namespace) -> int:
+    from slurm.status import cancel
+
+    return cancel(args)
+
+
+def doctor(args: argparse.Namespace) -> int:
+    from slurm.doctor import command
+
+    return command(args)
+
+
+def _sweep_verbs(verbs) -> None:
+    text = "many runs from one YAML file"
+    actions = verbs.add_parser("sweep", help=text, description=text).add_subparsers(metavar="ACTION", required=True)
+
+    def action(name: str, run, text: str) -> argparse.ArgumentParser:
+        verb = actions.add_parser(name, help=text, description=text)
+        verb.add_argument("sweep", metavar="SWEEP", help="a YAML file, such as configs/sweep/paper.yaml")
+        verb.add_argument("words", nargs="*", metavar="key=value", help="settings over the file: axes.budget=[1e15]")
+        verb.set_defaults(run=run)
+        return verb
+
+    plan = action("plan", sweep_plan, "what the sweep costs, and what of it cannot be run")
+    plan.add_argument("--each", action="store_true", help="a row for each run")
+    plan.add_argument("--max-gpu-hours", type=float, metavar="H", help="refuse a sweep estimated to need more")
+    action("status", sweep_status, "where every run stands")
+    watch = action("watch", sweep_watch, "the status, refreshed until all is done or Ctrl-C")
+    watch.add_argument("--every", type=float, default=10.0, metavar="SECONDS", help="default 10")
+    cancel = action("cancel", sweep_cancel, "take the sweep's jobs out of the queue; asks first")
+    cancel.add_argument("--yes", action="store_true", help="do not ask")
+
+
+def _doctor_verb(verbs) -> None:
+    text = "is this machine, installation and cluster fit to run"
+    verb = verbs.add_parser("doctor", help=text, description=text)
+    verb.add_argument("--cluster", metavar="FILE", help="the cluster file to check, such as configs/cluster/a100.yaml")
+    verb.add_argument("--sweep", metavar="FILE", help="a sweep file, for its cluster, its backbones and its folder")
+    verb.add_argument("--folder", default="runs", help="where runs are to lie; default runs")
+    verb.add_argument("--on-node", action="store_true", help="also ask a node of each resource class, by srun")
+    verb.set_defaults(run=doctor)
+
+
 def parser() -> argparse.ArgumentParser:
     from embedscale import __version__
 
@@ -52,6 +113,8 @@ def parser() -> argparse.ArgumentParser:
     costs = _with_config(verbs, "flops", flops, "what a run costs, before anything is loaded")
     costs.add_argument("--budgets", nargs="+", metavar="FLOP", help="several budgets; default the configuration's")
     _with_config(verbs, "train", train, "one run; run again, it resumes or says that it is done")
+    _sweep_verbs(verbs)
+    _doctor_verb(verbs)
     return top
 
 

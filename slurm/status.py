@@ -79,8 +79,9 @@ def _names(folder: Path) -> set[str]:
 
 
 def _unstarted(run_id: str, budget: float, job: Job | None) -> RunStatus:
-    state = "queued" if job else "missing"
-    return RunStatus(run_id, state, budget_flop=budget, job_id=job and job.id, reason=job and job.reason)
+    if job is None:
+        return RunStatus(run_id, "missing", budget_flop=budget)
+    return RunStatus(run_id, "queued", budget_flop=budget, job_id=job.id, reason=job.reason)
 
 
 def status_of(directory: RunDirectory, run_id: str, budget: float, devices: int, job: Job | None) -> RunStatus:
