@@ -22,7 +22,6 @@ Learning rates follow the paper's rule (section 4.1) unless stated. The grid is 
 
 import difflib
 import itertools
-import json
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -82,7 +81,7 @@ class Sweep:
 
     def resource_class(self, run: RunConfig) -> ResourceClass:
         """The class that supplies the run's memory, time, partition and constraint."""
-        return self.cluster.class_of(parameters_of(run.backbone.name))
+        return self.cluster.class_of(_parameters(run.backbone.name))
 
 
 def load(path: str | Path, words: Sequence[str] = ()) -> Sweep:
@@ -270,6 +269,7 @@ class _Parser:
         self.cluster = cluster
         self.output = output
         self.parts: dict[str, Any] = {}
+        self.size_of = cache(_parameters)
 
     def __call__(self, row: Row) -> RunConfig:
         nested: dict[str, Any] = {}
@@ -280,19 +280,18 @@ class _Parser:
                 inner = inner.setdefault(section, {})
             inner[last] = value
         name = row.get("backbone.name", Backbone().name)
-        defaults = self.cluster.class_of(parameters_of(name)).resources()
+        defaults = self.cluster.class_of(self.size_of(name)).resources()
         nested["resources"] = defaults | nested.get("resources", {})
         return RunConfig(output=self.output, **{key: self._part(key, value) for key, value in nested.items()})
 
     def _part(self, key: str, value: Any) -> Any:
-        text = f"{key} {json.dumps(value, sort_keys=True, default=str)}"
+        text = f"{key}={value!r}"
         if text not in self.parts:
-            self.parts[text] = getattr(structured(RunConfig, {key: value}), key, None)
+            self.parts[text] = getattr(structured(RunConfig, {key: value}), key)
         return self.parts[text]
 
 
-@cache
-def parameters_of(backbone: str) -> int | None:
+def _parameters(backbone: str) -> int | None:
     """Non-embedding parameters, or None where the backbone is not known yet."""
     try:
         return clusters.shape_of(backbone).parameters

@@ -9,7 +9,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -103,15 +103,8 @@ class SweepPlan:
 
 def plan_sweep(sweep: Sweep) -> SweepPlan:
     """Estimate every run of a sweep. Raises UserError for a calibration file that is missing or malformed."""
-    speeds = _measured_speeds(sweep.cluster.calibration)
-    stores: dict[tuple[str, int], Pairs] = {}
-    estimates = []
-    for run_id, run in sweep.by_id.items():
-        key = (run.data.store, run.loss.hard_negatives)
-        if key not in stores:
-            stores[key] = _pairs_of(sweep, *key)
-        estimates.append(_estimate(sweep, run, run_id, stores[key], speeds))
-    return SweepPlan(sweep, estimates)
+    estimator = _Estimator(sweep)
+    return SweepPlan(sweep, [estimator.estimate(run_id, run) for run_id, run in sweep.by_id.items()])
 
 
 def refuse_above(plan: SweepPlan, max_gpu_hours: float | None) -> None:
@@ -152,44 +145,64 @@ def _measured_speeds(path: str | None) -> dict[tuple[str, str], float]:
         raise UserError(f"calibration: {path}: does not hold what `embedscale calibrate` writes") from None
 
 
-def _estimate(sweep: Sweep, run: RunConfig, run_id: str, data: Pairs, speeds: dict[tuple[str, str], float]) -> Estimate:
-    resource_class = sweep.resource_class(run)
-    try:
-        shape = shape_of(run.backbone.name)
-        cost = cost_of(shape, run.method, run.resources.activation_checkpointing)
-        rate = _learning_rate(run)
-        _check_data(run, shape, data)
-        tokens = cost.tokens_of(run.budget)
-        pairs = int(tokens / data.tokens_per_pair)
-        batch = run.training.batch_size
-        if pairs < batch:
-            raise UserError(f"the budget is below one batch of {batch} pairs")
-        if data.pairs is not None and pairs > data.pairs and not run.data.repeat:
-            what = "holds" if data.counted else "is expected to hold"
-            raise UserError(f"the data are too small: {run.data.store} {what} {data.pairs:,} pairs")
-    except UserError as error:
-        return Estimate(run, run_id, resource_class, str(error))
-    steps = math.ceil(pairs / batch)
-    chunked = run.resources.chunk_tokens is not None and run.resources.chunk_tokens < batch * data.tokens_per_pair
-    # A pair's two texts are taken as equally long: the attention's share is small at these lengths.
-    exact = cost.exact(tokens, int(tokens * data.tokens_per_pair / 2), extra_forwards=int(chunked))
-    speed = speeds.get((short_name(run.backbone.name), run.method.label))
-    devices = run.resources.devices * run.resources.nodes
-    assumed = sweep.cluster.peak_flop_per_second * resource_class.utilisation
-    return Estimate(
-        run,
-        run_id,
-        resource_class,
-        learning_rate=rate,
-        tokens=tokens,
-        pairs=pairs,
-        steps=steps,
-        flop=tokens * cost.flop_per_token,
-        exact_flop=exact,
-        seconds=(tokens / speed if speed else exact / assumed) / devices,
-        measured=speed is not None,
-        disk_bytes=_disk(run, shape, cost, steps),
-    )
+class _Estimator:
+    """Estimates runs of one sweep; what many runs share is looked up once."""
+
+    def __init__(self, sweep: Sweep):
+        self.sweep = sweep
+        self.speeds = _measured_speeds(sweep.cluster.calibration)
+        self.shape_of = cache(shape_of)
+        self.pairs_of = cache(partial(_pairs_of, sweep))
+        self.costs: dict[str, Cost] = {}
+
+    def cost_of(self, run: RunConfig, shape: BackboneShape) -> Cost:
+        checkpointing = run.resources.activation_checkpointing
+        key = f"{shape.name} {run.method!r} {checkpointing}"
+        if key not in self.costs:
+            self.costs[key] = cost_of(shape, run.method, checkpointing)
+        return self.costs[key]
+
+    def estimate(self, run_id: str, run: RunConfig) -> Estimate:
+        cluster, resource_class = self.sweep.cluster, self.sweep.cluster.class_of(None)
+        try:
+            shape = self.shape_of(run.backbone.name)
+            resource_class = cluster.class_of(shape.parameters)
+            cost = self.cost_of(run, shape)
+            rate = _learning_rate(run)
+            data = self.pairs_of(run.data.store, run.loss.hard_negatives)
+            _check_data(run, shape, data)
+            tokens = cost.tokens_of(run.budget)
+            pairs = int(tokens / data.tokens_per_pair)
+            batch = run.training.batch_size
+            if pairs < batch:
+                raise UserError(f"the budget is below one batch of {batch} pairs")
+            if data.pairs is not None and pairs > data.pairs and not run.data.repeat:
+                what = "holds" if data.counted else "is expected to hold"
+                raise UserError(f"the data are too small: {run.data.store} {what} {data.pairs:,} pairs")
+        except UserError as error:
+            return Estimate(run, run_id, resource_class, str(error))
+        steps = math.ceil(pairs / batch)
+        chunk = run.resources.chunk_tokens
+        chunked = chunk is not None and chunk < batch * data.tokens_per_pair
+        # A pair's two texts are taken as equally long: the attention's share is small at these lengths.
+        exact = cost.exact(tokens, int(tokens * data.tokens_per_pair / 2), extra_forwards=int(chunked))
+        speed = self.speeds.get((short_name(run.backbone.name), run.method.label))
+        assumed = cluster.peak_flop_per_second * resource_class.utilisation
+        devices = run.resources.devices * run.resources.nodes
+        return Estimate(
+            run,
+            run_id,
+            resource_class,
+            learning_rate=rate,
+            tokens=tokens,
+            pairs=pairs,
+            steps=steps,
+            flop=tokens * cost.flop_per_token,
+            exact_flop=exact,
+            seconds=(tokens / speed if speed else exact / assumed) / devices,
+            measured=speed is not None,
+            disk_bytes=_disk(run, shape, cost, steps),
+        )
 
 
 def _learning_rate(run: RunConfig) -> float:

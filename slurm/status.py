@@ -8,6 +8,7 @@ import os
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 from rich.console import Console, Group
 from rich.table import Table
 
+from embedscale.config import bounded
 from embedscale.errors import DONE, UserError
 from embedscale.record import RunDirectory, lease_holder
 from slurm import grid, queue
@@ -23,6 +25,7 @@ from slurm.grid import Sweep
 from slurm.plan import SweepPlan, duration, plan_sweep
 from slurm.queue import Job
 
+ENDED = ("failed", "diverged", "done")
 SILENT = "ended without a word"
 STATES = {
     "running": "has a process at it",
@@ -60,14 +63,15 @@ def survey(sweep: Sweep, jobs: Mapping[str, Job] | None) -> list[RunStatus]:
     """
     jobs = jobs or {}
     present = _names(sweep.folder)
+
     found = []
     for run_id, run in sweep.by_id.items():
-        job = jobs.get(run_id)
         if run_id in present:
             devices = run.resources.devices * run.resources.nodes
-            found.append(status_of(RunDirectory(sweep.folder / run_id), run_id, run.budget, devices, job))
+            directory = RunDirectory(sweep.folder / run_id)
+            found.append(status_of(directory, run_id, run.budget, devices, jobs.get(run_id)))
         else:
-            found.append(_unstarted(run_id, run.budget, job))
+            found.append(_unstarted(run_id, run.budget, jobs.get(run_id)))
     return found
 
 
@@ -277,21 +281,19 @@ def watch(args: Any) -> int:
     """`embedscale sweep watch SWEEP.yaml [--every SECONDS]`: the same, refreshed until Ctrl-C or until all is done."""
     from rich.live import Live
 
+    bounded("--every", args.every, 0, 86_400, above=True)
     sweep = grid.load(args.sweep, args.words)
     plan = plan_sweep(sweep)
-    ended = {"done", "diverged", "failed"}
-    with Live(console=Console(), auto_refresh=False, screen=False) as live:
+    blocked = {each.run_id for each in plan.blocked}
+    with suppress(KeyboardInterrupt), Live(console=Console(), auto_refresh=False) as live:
         while True:
             jobs = queue.jobs_by_run(sweep.folder)
             statuses = survey(sweep, jobs)
             live.update(render(sweep, plan, statuses, jobs), refresh=True)
-            blocked = {each.run_id for each in plan.blocked}
-            if all(each.state in ended or each.run_id in blocked for each in statuses):
-                return DONE
-            try:
-                time.sleep(args.every)
-            except KeyboardInterrupt:
-                return DONE
+            if all(each.state in ENDED or each.run_id in blocked for each in statuses):
+                break
+            time.sleep(args.every)
+    return DONE
 
 
 def cancel(args: Any) -> int:
