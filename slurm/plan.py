@@ -246,11 +246,11 @@ def _disk(run: RunConfig, shape: BackboneShape, cost: Cost, steps: int) -> int:
 def print_plan(plan: SweepPlan, each: bool = False) -> None:
     """Print the plan, a row for each backbone and method, or for each run."""
     sweep, terminal = plan.sweep, Console()
-    console = terminal if terminal.is_terminal else Console(width=140)
+    console = terminal if terminal.is_terminal else Console(width=160)
     on_gpus = any(estimate.resource_class.gpus for estimate in plan.estimates)
     unit = "GPU-hours" if on_gpus else "core-hours"
     table = Table(title=f"{sweep.name}: {len(plan.runnable):,} runs under {sweep.folder}", title_justify="left")
-    table.add_column("run" if each else "backbone", no_wrap=True)
+    table.add_column("run" if each else "backbone", overflow="fold")
     names = ["runs", "steps", "tokens", "FLOP", unit, "longest", "requeues", "disk"]
     for name in ["learning rate", *names[1:]] if each else ["method", *names]:
         table.add_column(name, justify="left" if name == "method" else "right", no_wrap=True)

@@ -59,7 +59,7 @@ def jobs() -> list[Job] | None:
     if text is None:
         return None
     found = []
-    for line in text.splitlines():
+    for line in filter(None, text.splitlines()):
         number, array, task, state, host, reason, name = line.split("|", 6)
         index = int(task) if task.isdigit() else 0
         found.append(Job(number, array, index, name, state, host, None if reason in ("", "None") else reason))

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -162,7 +163,7 @@ def wasted_hours(attempts: Sequence[Mapping[str, Any]]) -> float:
             flop += attempt["to_flop"] - attempt["from_flop"]
             seconds += _hours(attempt)
     wasted = 0.0
-    for attempt, successor in zip(attempts, [*attempts[1:], None], strict=True):
+    for attempt, successor in zip_longest(attempts, attempts[1:]):
         hours, began, reached = _hours(attempt), attempt.get("from_flop") or 0, attempt.get("to_flop")
         if successor is None:
             wasted += hours if attempt.get("ended") == "failed" else 0.0

@@ -1,0 +1,272 @@
+"""Status from run directories, then the queue, then accounting; stand-ins print what SLURM's commands do."""
+
+import argparse
+import json
+import os
+import socket
+import time
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from embedscale.cli import main
+from embedscale.errors import UserError
+from embedscale.record import RunDirectory, leased, now
+from slurm import grid, queue
+from slurm.plan import plan_sweep
+from slurm.status import STATES, explained, render, survey, wasted_hours, watch
+
+HOUR = timedelta(hours=1)
+BEGIN = datetime(2026, 1, 1, tzinfo=UTC)
+
+
+@pytest.fixture
+def commands(tmp_path, monkeypatch):
+    """A PATH of stand-ins: commands(squeue="text", …) prints each text; a number is an exit status."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
+
+    def write(**texts: str | int) -> Path:
+        for name, text in texts.items():
+            body = f"exit {text}" if isinstance(text, int) else f"cat <<'END'\n{text}\nEND"
+            (folder / name).write_text(f'#!/bin/sh\necho "{name} $*" >> {folder}/calls\n{body}\n')
+            (folder / name).chmod(0o755)
+        return folder / "calls"
+
+    return write
+
+
+@pytest.fixture
+def sweep(tmp_path):
+    file = tmp_path / "small.yaml"
+    file.write_text(
+        f"output: {tmp_path / 'runs'}\naxes: {{budget: 1e15, training.seed: [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]}}"
+    )
+    return grid.load(file)
+
+
+def attempt(directory: RunDirectory, start: float, hours: float | None, **facts) -> None:
+    begun = directory.begin_attempt()
+    begun.facts["start"] = (BEGIN + start * HOUR).isoformat()
+    end = {} if hours is None else {"end": (BEGIN + (start + hours) * HOUR).isoformat()}
+    begun.write(**end, **facts)
+
+
+def finish(directory: RunDirectory, status: str = "done", **facts) -> None:
+    attempts = directory.read_attempts()
+    record = {"status": status, "attempts": attempts, "gpu_hours": 2.0, "spent_flop": 999, "budget_flop": 1000.0}
+    directory.path.mkdir(parents=True, exist_ok=True)
+    directory.record.write_text(json.dumps(record | facts))
+
+
+def directories(sweep) -> list[RunDirectory]:
+    return [RunDirectory(sweep.folder / run_id) for run_id in sweep.by_id]
+
+
+def test_each_state_is_told_from_directory_and_queue(sweep):
+    job = queue.Job("71", "70", 1, "x", "PENDING", "", "Priority")
+    done, diverged, failed, retried, stopped, requeued, killed, queued, _, running = directories(sweep)
+    finish(done)
+    attempt(diverged, 0, 1, ended="diverged", reason="loss is nan")
+    finish(diverged, "diverged")
+    for each in (failed, retried):
+        attempt(each, 0, 1, ended="failed", reason="ValueError: broken")
+    for each in (stopped, requeued):
+        attempt(each, 0, 1, ended="interrupted", reason="SIGTERM", from_flop=0, to_flop=500)
+    attempt(killed, 0, None, from_flop=0)
+    attempt(running, 0, 1, ended="interrupted", from_flop=0, to_flop=500)
+    running.begin_attempt()
+    with leased(running) as lease:
+        lease.progress = {"spent_flop": 700, "budget_flop": 1000.0, "seconds_left": 60.0}
+        lease.beat()
+        jobs = {each.path.name: job for each in (retried, requeued, queued)}
+        found = {each.run_id: each for each in survey(sweep, jobs)}
+    states = [found[each.path.name].state for each in directories(sweep)]
+    assert states[:5] == ["done", "diverged", "failed", "preempted", "interrupted"]
+    assert states[5:] == ["preempted", "interrupted", "queued", "missing", "running"]
+    assert set(states) == set(STATES)
+    at_it = found[running.path.name]
+    assert (at_it.spent_flop, at_it.seconds_left, at_it.attempts, at_it.host) == (700, 60.0, 2, socket.gethostname())
+    assert found[stopped.path.name].spent_flop == 500
+    assert found[failed.path.name].reason == "ValueError: broken"
+    assert found[killed.path.name].reason == "ended without a word"
+    assert found[queued.path.name].reason == "Priority"
+    # With the process gone, the run that was at it waits for the next submit.
+    assert {each.run_id: each.state for each in survey(sweep, {})}[running.path.name] == "interrupted"
+
+
+def test_a_record_counts_whatever_the_queue_says(sweep):
+    done = directories(sweep)[0]
+    finish(done)
+    job = queue.Job("71", "70", 1, "x", "RUNNING", "n1", None)
+    assert survey(sweep, {done.path.name: job})[0].state == "done"
+
+
+def test_a_lease_without_a_heartbeat_is_no_running_run(sweep):
+    run = directories(sweep)[0]
+    run.begin_attempt()
+    run.lease.write_text(json.dumps({"host": "another-node", "pid": 1, "start": now()}))
+    assert survey(sweep, {})[0].state == "running"
+    past = time.time() - 3600
+    os.utime(run.lease, (past, past))
+    assert survey(sweep, {})[0].state == "interrupted"
+
+
+@pytest.mark.parametrize(
+    "attempts, wasted",
+    [
+        ([(2.0, 0, 100, "done")], 0.0),
+        ([(1.0, 0, 50, "interrupted"), (1.0, 50, 100, "done")], 0.0),  # all was saved
+        ([(2.0, 0, 50, "interrupted"), (3.0, 25, 100, "done")], 1.0),  # half of it was
+        ([(1.0, 0, 10, "failed"), (5.0, 0, 100, "done")], 1.0),  # nothing was
+        ([(1.5, 0, None, "killed"), (4.0, 20, 100, "done")], 0.5),  # 20 of 100, at 20 an hour
+        ([(1.5, 0, None, "killed"), (5.0, 0, 100, "done")], 1.5),
+        ([(1.0, 0, 40, "failed")], 1.0),
+        ([(0.25, None, None, "killed"), (1.0, 0, 10, "done")], 0.25),
+        ([], 0.0),
+    ],
+)
+def test_wasted_hours_are_those_that_had_to_be_done_again(attempts, wasted):
+    rows = []
+    for number, (hours, began, reached, ended) in enumerate(attempts):
+        start = BEGIN + number * 10 * HOUR
+        row = {"start": start.isoformat(), "end": (start + hours * HOUR).isoformat(), "ended": ended}
+        rows.append(row | {"from_flop": began} | ({} if reached is None else {"to_flop": reached}))
+    assert wasted_hours(rows) == pytest.approx(wasted)
+
+
+def test_hours_count_every_device(tmp_path):
+    cluster = tmp_path / "cluster.yaml"
+    cluster.write_text("classes: [{gpus: 4}]")
+    file = tmp_path / "wide.yaml"
+    file.write_text(f"output: {tmp_path / 'runs'}\ncluster: {cluster}\naxes: {{budget: 1e15}}")
+    wide = grid.load(file)
+    run = directories(wide)[0]
+    attempt(run, 0, 2, ended="interrupted", from_flop=0, to_flop=100)
+    attempt(run, 3, 1, ended="interrupted", from_flop=50, to_flop=150)
+    (found,) = survey(wide, {})
+    assert (found.device_hours, found.wasted_hours) == (12.0, 4.0)
+
+
+def test_the_queue_is_read_by_job_name_and_task(sweep, commands):
+    first, second, third, *_ = sweep.by_id
+    queue.note_submission(sweep.folder, "small-1", [[first], [second, third]])
+    queue.note_submission(sweep.folder, "small-2", [["gone"]])
+    commands(
+        squeue="\n".join(
+            [
+                "101|100|0|RUNNING|n1|None|small-1",
+                "100|100|1|PENDING||Resources|small-1",
+                "555|555|N/A|RUNNING|n2|None|someone|else",
+                "556|100|7|PENDING||None|small-1",
+            ]
+        )
+    )
+    jobs = queue.jobs_by_run(sweep.folder)
+    assert jobs is not None
+    assert {run_id: job.id for run_id, job in jobs.items()} == {first: "101", second: "100", third: "100"}
+    assert jobs[first].running and not jobs[second].running
+    assert [each.state for each in survey(sweep, jobs)[:4]] == ["queued", "queued", "queued", "missing"]
+
+
+@pytest.mark.parametrize("squeue", [None, 1, 127])
+def test_without_a_queue_directories_still_tell(sweep, commands, squeue, capsys, tmp_path):
+    if squeue is not None:
+        commands(squeue=squeue)
+    finish(directories(sweep)[0])
+    assert queue.jobs_by_run(sweep.folder) is None
+    assert main(["sweep", "status", str(tmp_path / "small.yaml")]) == 0
+    text = capsys.readouterr().out
+    assert "The queue cannot be asked" in text
+    assert "done" in text and "missing" in text
+
+
+def test_accounting_explains_a_silent_end_where_there_is_any(sweep, commands):
+    run = directories(sweep)[0]
+    attempt(run, 0, None, job_id="77")
+    assert explained(survey(sweep, {}))[0].reason == "ended without a word"
+    calls = commands(sacct="77|NODE_FAIL\n78|COMPLETED")
+    assert explained(survey(sweep, {}))[0].reason == "ended without a word; accounting says NODE_FAIL"
+    assert "--jobs=77" in calls.read_text()
+    commands(sacct=1)
+    assert explained(survey(sweep, {}))[0].reason == "ended without a word"
+
+
+def test_failures_are_grouped_by_what_they_said(sweep, capsys):
+    from rich.console import Console
+
+    for number, run in enumerate(directories(sweep)[:5]):
+        attempt(run, 0, 1, ended="failed", reason="RuntimeError: out of memory" if number < 4 else "OSError: disk full")
+    console = Console(width=150, record=True)
+    console.print(render(sweep, plan_sweep(sweep), survey(sweep, {}), {}))
+    lines = [line for line in console.export_text().splitlines() if "Error" in line]
+    assert [line.split()[1] for line in lines] == ["4", "1"]
+    assert "out of memory" in lines[0] and f"{socket.gethostname()} (4)" in lines[0]
+
+
+def test_estimate_stands_beside_what_was_used(sweep, capsys, tmp_path, commands):
+    finish(directories(sweep)[0], gpu_hours=7.25)
+    assert main(["sweep", "status", str(tmp_path / "small.yaml")]) == 0
+    estimated = plan_sweep(sweep).estimates[0].gpu_hours
+    text = capsys.readouterr().out
+    assert f"Estimate: {estimated:,.2f} device-hours for the 1 runs done; they took 7.25." in text
+
+
+def test_watch_ends_when_everything_has(sweep, tmp_path, commands, capsys):
+    for run in directories(sweep):
+        finish(run)
+    args = argparse.Namespace(sweep=tmp_path / "small.yaml", words=[], every=0.01)
+    assert watch(args) == 0
+    args.every = 0.0
+    with pytest.raises(UserError, match="--every: 0"):
+        watch(args)
+
+
+def test_cancel_asks_first_and_takes_only_this_sweeps_jobs(sweep, tmp_path, commands, capsys, monkeypatch):
+    file = str(tmp_path / "small.yaml")
+    first, second, *_ = sweep.by_id
+    calls = commands(squeue="", scancel="")
+    assert main(["sweep", "cancel", file]) == 0
+    assert "nothing to cancel" in capsys.readouterr().out
+    queue.note_submission(sweep.folder, "small-1", [[first], [second]])
+    calls = commands(
+        squeue="101|100|0|RUNNING|n1|None|small-1\n102|100|1|PENDING||None|small-1\n9|9|N/A|RUNNING|n|None|z"
+    )
+    for answer in ("", "n", "no"):
+        monkeypatch.setattr("builtins.input", lambda _, answer=answer: answer)
+        assert main(["sweep", "cancel", file]) == 0
+        assert "nothing was cancelled" in capsys.readouterr().out
+    assert "scancel" not in calls.read_text()
+    monkeypatch.setattr("builtins.input", lambda _: "y")
+    assert main(["sweep", "cancel", file]) == 0
+    assert "scancel 101 102" in calls.read_text()
+    commands(scancel=1)
+    assert main(["sweep", "cancel", file, "--yes"]) == 2
+    commands(squeue=1)
+    assert main(["sweep", "cancel", file, "--yes"]) == 2
+    assert "squeue: cannot be asked" in capsys.readouterr().err
+
+
+def test_ten_thousand_directories_take_under_five_seconds(tmp_path):
+    file = tmp_path / "large.yaml"
+    seeds, budgets = list(range(100)), [1e15 + i for i in range(100)]
+    file.write_text(f"output: {tmp_path}\naxes: {{budget: {budgets}, training.seed: {seeds}}}")
+    large = grid.load(file)
+    interrupted = {"number": 1, "start": BEGIN.isoformat(), "end": (BEGIN + HOUR).isoformat(), "ended": "interrupted"}
+    interrupted |= {"host": "n1", "from_flop": 0, "to_flop": 500, "reason": "SIGTERM"}
+    record = {"status": "done", "attempts": [interrupted] * 3, "gpu_hours": 1, "spent_flop": 9, "budget_flop": 9}
+    record |= {"versions": {str(n): "1.2.3" for n in range(200)}}  # as long as a real one
+    for number, run_id in enumerate(large.by_id):
+        folder = large.folder / run_id
+        (folder / "attempts" / "1").mkdir(parents=True)
+        (folder / "attempts" / "1" / "attempt.json").write_text(json.dumps(interrupted))
+        if number % 2:
+            (folder / "record.json").write_text(json.dumps(record))
+    # The issue's promise, in processor time: a busy machine may take longer by the clock.
+    before = time.process_time()
+    found = survey(large, {})
+    assert time.process_time() - before < 5
+    assert [each.state for each in found].count("done") == 5000
+    assert sum(each.state == "interrupted" for each in found) == 5000
