@@ -71,7 +71,7 @@ class HeldOut(lightning.Callback):
     """The held-out loss after the planned steps; a resumed run catches up on one that its stop cut short."""
 
     def __init__(self, store: PairStore, log: Log, stop: StopRequest):
-        self.store, self.log, self.stop = store, log, stop
+        self.store, self.writer, self.stop = store, log, stop
         self.last: dict[str, Any] | None = None
 
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -83,7 +83,7 @@ class HeldOut(lightning.Callback):
 
     def catch_up(self, trainer: Any, module: Contrastive) -> None:
         """Evaluate if this step's row is due and missing."""
-        done = {row["step"] for row in self.log.directory.read_metrics() if "held_out_loss" in row}
+        done = {row["step"] for row in self.writer.directory.read_metrics() if "held_out_loss" in row}
         if module.step in module.plan.evaluate_after and module.step not in done:
             self.evaluate(trainer, module)
 
@@ -91,7 +91,7 @@ class HeldOut(lightning.Callback):
         refuse_divergence(module)
         self.last = evaluate_held_out(module.encoder, self.store, module.config.evaluation, self.stop)
         if self.last is not None:
-            self.log.write(trainer, module, **self.last)
+            self.writer.write(trainer, module, **self.last)
 
 
 class Checkpoints(lightning.Callback):

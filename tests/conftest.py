@@ -1,6 +1,8 @@
 """What every test may use: saved models and tokenizers in the hub's own format, small and seeded."""
 
+import json
 import os
+import random
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -46,3 +48,50 @@ def save_backbone(folder: Path, width: int = 32, blocks: int = 4, heads: int = 2
 def backbone_folder(tmp_path_factory) -> Path:
     """Four blocks of width 32."""
     return save_backbone(tmp_path_factory.mktemp("hub") / "pythia-tiny")
+
+
+WORDS = (
+    "open read write parse token batch model train loss file path sort merge split count index graph queue stack tree"
+)
+
+
+def write_pairs(path: Path, pairs: int, seed: int = 0) -> Path:
+    """JSON lines in BAAI-MTP's form: a query of three words, a positive that holds them among others, a negative."""
+    rng = random.Random(seed)
+    words = WORDS.split()
+    with path.open("w") as file:
+        for number in range(pairs):
+            query = rng.sample(words, 3)
+            positive = [*query, *rng.sample(words, rng.randint(0, 4))]
+            rng.shuffle(positive)
+            row = {
+                "query": f"{' '.join(query)} {number}",
+                "pos": [" ".join(positive)],
+                "neg": [" ".join(rng.sample(words, 3))],
+            }
+            file.write(json.dumps(row) + "\n")
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory, backbone_folder) -> list[str]:
+    """The settings of a run of seconds: a prepared store of 3,000 pairs, and everything small. Add a budget."""
+    from embedscale.prepare import prepare
+
+    from embedscale.config import load
+
+    folder = tmp_path_factory.mktemp("tiny")
+    source = write_pairs(folder / "pairs.jsonl", 3000)
+    words = [
+        f"backbone.name={backbone_folder}",
+        f"data.store={folder / 'store'}",
+        f"data.sources=[{{kind: jsonl, path: {source}, negative: neg}}]",
+        "data.context=40",
+        "data.held_out=0.1",
+        "training.batch_size=16",
+        "training.learning_rate=0.003",
+        "evaluation.pool=64",
+        "evaluation.negatives=31",
+    ]
+    assert prepare(load(None, words)) == 0
+    return words

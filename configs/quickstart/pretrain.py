@@ -1,0 +1,141 @@
+"""Make the quickstart's backbones: tiny Pythia-shaped decoders, pre-trained as byte-level language models.
+
+    python configs/quickstart/pretrain.py [--bytes 40e6] [NAME ...]
+
+The corpus is the Python source that lies on any machine with this project: the standard library and the installed
+packages. One file in a hundred, by the hash of its content, is held out. The weights are stored in float16, in the
+hub's format, under configs/quickstart/backbones/NAME, with what was measured in backbones/NAME/pretraining.json.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import sysconfig
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.progress import track
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch.nn.functional import cross_entropy
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
+
+LADDER = {  # width, blocks, heads
+    "tiny-7k": (16, 2, 2),
+    "tiny-13k": (16, 4, 2),
+    "tiny-25k": (32, 2, 2),
+    "tiny-50k": (32, 4, 2),
+    "tiny-85k": (48, 3, 3),
+    "tiny-200k": (64, 4, 4),
+}
+FOLDER = Path(__file__).parent / "backbones"
+LENGTH, SEQUENCES = 128, 96
+PEAK = 4e-3  # learning rate at width 64; it falls with the root of the width
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """256 symbols, one a byte, no merges."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+def symbols() -> np.ndarray:
+    """Byte → token id, as the tokenizer maps it: the alphabet stands for the bytes in an order of its own."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    rest = [byte for byte in range(256) if byte not in printable]
+    character = {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(rest)}
+    place = {symbol: i for i, symbol in enumerate(sorted(character.values()))}
+    return np.array([place[character[byte]] for byte in range(256)], dtype=np.uint8)
+
+
+def corpus(limit: int) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids of training files (about `limit`, in an order by hash) and of held-out files."""
+    files = [p for name in ("stdlib", "purelib") for p in Path(sysconfig.get_path(name)).rglob("*.py")]
+    contents = {}
+    for path in files:
+        text = path.read_bytes()
+        contents[hashlib.sha256(text).digest()] = text
+    train, held_out, size = [], [], 0
+    for digest in sorted(contents):
+        if digest[-1] < 3:
+            held_out.append(contents[digest])
+        elif size < limit:
+            train.append(contents[digest])
+            size += len(contents[digest])
+    table = symbols()
+    return tuple(table[np.frombuffer(b"\n".join(part), dtype=np.uint8)] for part in (train, held_out))
+
+
+def loss_of(model: GPTNeoXForCausalLM, rows: np.ndarray) -> torch.Tensor:
+    """Nats a byte."""
+    ids = torch.from_numpy(rows.astype(np.int64))
+    logits = model(input_ids=ids[:, :-1], use_cache=False).logits
+    return cross_entropy(logits.reshape(-1, logits.shape[-1]), ids[:, 1:].reshape(-1))
+
+
+def pretrain(name: str, train: np.ndarray, held_out: np.ndarray, total: int) -> None:
+    width, blocks, heads = LADDER[name]
+    torch.manual_seed(0)
+    model = GPTNeoXForCausalLM(
+        GPTNeoXConfig(
+            vocab_size=256,
+            hidden_size=width,
+            num_hidden_layers=blocks,
+            num_attention_heads=heads,
+            intermediate_size=4 * width,
+            max_position_embeddings=256,
+            bos_token_id=None,
+            eos_token_id=None,
+        )
+    )
+    steps = total // (LENGTH * SEQUENCES)
+    peak = PEAK * math.sqrt(64 / width)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=peak, weight_decay=0.01, betas=(0.9, 0.98), fused=True)
+    rng, begun = np.random.default_rng(0), time.monotonic()
+    for step in track(range(steps), description=name):
+        share = step / steps
+        rate = min(1, (step + 1) / (0.02 * steps)) * (0.1 + 0.9 * (1 + math.cos(math.pi * share)) / 2)
+        optimizer.param_groups[0]["lr"] = peak * rate
+        starts = rng.integers(0, len(train) - LENGTH - 1, SEQUENCES)
+        loss = loss_of(model, train[starts[:, None] + np.arange(LENGTH + 1)])
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    with torch.no_grad():
+        starts = np.random.default_rng(1).integers(0, len(held_out) - LENGTH - 1, 2048)
+        rows = held_out[starts[:, None] + np.arange(LENGTH + 1)]
+        final = float(np.mean([float(loss_of(model, part)) for part in np.array_split(rows, 16)]))
+    body = sum(p.numel() for n, p in model.named_parameters() if "embed" not in n and "lm_head" not in n)
+    model.to(torch.float16).save_pretrained(FOLDER / name)
+    byte_tokenizer().save_pretrained(FOLDER / name)
+    measured = {
+        "non_embedding_parameters": body,
+        "bytes_read": steps * LENGTH * SEQUENCES,
+        "bytes_of_corpus": len(train),
+        "steps": steps,
+        "held_out_nats_per_byte": round(final, 4),
+        "seconds": round(time.monotonic() - begun),
+        "torch": torch.__version__.split("+")[0],
+    }
+    (FOLDER / name / "pretraining.json").write_text(json.dumps(measured, indent=2) + "\n")
+    print(name, measured)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"default all: {', '.join(LADDER)}")
+    parser.add_argument("--bytes", type=float, default=40e6, help="read in pre-training, by each")
+    args = parser.parse_args()
+    train, held_out = corpus(int(args.bytes))
+    for name in args.names or LADDER:
+        pretrain(name, train, held_out, int(args.bytes))
+
+
+if __name__ == "__main__":
+    main()

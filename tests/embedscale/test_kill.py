@@ -1,0 +1,67 @@
+"""Killed at random moments, by SIGKILL and by SIGTERM, a run ends with the bits of the run that was left alone."""
+
+import multiprocessing
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from test_train import METHODS, comparable
+
+from embedscale.config import load
+from embedscale.errors import DONE, INTERRUPTED
+from embedscale.record import RunDirectory
+
+KILLS = 10
+
+
+def _train(words, tmpdir):
+    os.environ["TMPDIR"] = tmpdir
+    from embedscale.train import train
+
+    os._exit(train(load(None, words)))
+
+
+@pytest.fixture(scope="module")
+def server():
+    """Fresh processes without the seconds of imports: real ones, forked from a server that holds the modules."""
+    os.environ["OMP_NUM_THREADS"] = "1"  # one order of summation, and no thread pool to lose in a fork
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["embedscale.train", "lightning", "transformers.models.gpt_neox", "peft"])
+    return context
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["SIGKILL", "SIGTERM"])
+@pytest.mark.parametrize("name", METHODS)
+def test_ten_kills_change_no_bit(server, tmp_path, tiny_run, name, number):
+    words = [*tiny_run, *METHODS[name], "budget=3e10", "data.repeat=true", "resources.checkpoint_minutes=0"]
+    other = "/dev/shm" if Path("/dev/shm").is_dir() else str(tmp_path)  # checkpoints must not pass through TMPDIR
+
+    def start(folder, workers):
+        run = [*words, f"output={tmp_path / folder}", f"resources.workers={workers}"]
+        process = server.Process(target=_train, args=(run, other))
+        process.start()
+        return process, RunDirectory(load(None, run).folder)
+
+    process, whole = start("whole", 0)
+    begun = time.monotonic()
+    process.join()
+    assert process.exitcode == DONE
+    length = time.monotonic() - begun
+
+    rng, kills, codes = random.Random(f"{name} {number}"), 0, []
+    while not codes or codes[-1] != DONE:
+        process, directory = start("killed", 2 * (kills % 2))
+        if kills < KILLS:
+            process.join(rng.uniform(0.05, 0.25) * length)
+            if process.is_alive():
+                os.kill(process.pid, number)
+                kills += 1
+        process.join()
+        codes.append(process.exitcode)
+        assert codes[-1] in (DONE, INTERRUPTED, -number)
+    assert kills == KILLS, "the run ended before it was killed often enough: make it longer"
+    assert comparable(directory) == comparable(whole)
+    assert sum(a["to_step"] - a["from_step"] for a in directory.read_attempts() if "to_step" in a) > 0

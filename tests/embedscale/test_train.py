@@ -1,0 +1,323 @@
+"""Whole runs through the real Trainer: the budget to the FLOP, the record, resume, refusals."""
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from embedscale.pairs import PairStore
+
+from embedscale import cli
+from embedscale.config import load
+from embedscale.cost import cost_of
+from embedscale.errors import DONE, FAILED, INTERRUPTED, WRONG
+from embedscale.pythia import shape_by_name
+from embedscale.record import RunDirectory
+from embedscale.stop import StopRequest
+from embedscale.train import train
+
+METHODS = {
+    "full": ["method.name=full"],
+    "freeze": ["method.name=freeze", "method.active_fraction=0.5"],
+    "bias": ["method.name=bias"],
+    "lora": ["method.name=lora", "method.rank=4"],
+}
+BUDGET = "budget=5e9"
+
+
+def run_of(tmp_path, tiny_run, *words):
+    config = load(None, [*tiny_run, f"output={tmp_path / 'runs'}", BUDGET, *words])
+    return config, RunDirectory(config.folder)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_spends_the_budget_to_the_pair_and_records_it(tmp_path, tiny_run, name):
+    config, directory = run_of(tmp_path, tiny_run, *METHODS[name])
+    assert train(config) == DONE
+    record = directory.read_record()
+    assert record["status"] == "done" and record["run_id"] == config.run_id and record["method"] == name
+
+    # Recounted from the batches themselves, pair by pair.
+    store, plan = PairStore.open(config.data.store), json.loads(directory.plan.read_text())["plan"]
+    tokens = 0
+    for step in range(plan["steps"]):
+        start = plan["first_pair"] + step * 16
+        batch = store.batch(start, min(start + 16, plan["first_pair"] + plan["pairs"]))
+        assert batch.lengths.sum() == len(batch.tokens)
+        tokens += len(batch.tokens)
+    following = len(store.batch(plan["first_pair"] + plan["pairs"], plan["first_pair"] + plan["pairs"] + 1).tokens)
+    cost = cost_of(shape_by_name(config.backbone.name), config.method)
+    price = cost.flop_per_token
+    assert record["tokens"] == tokens and record["spent_flop"] == tokens * price
+    assert config.budget - following * price < record["spent_flop"] <= config.budget
+    assert record["flop_per_token"] == price == 2 * (record["n_forward"] + record["n_backward"] + record["n_updated"])
+    assert record["spent_flop_exact"] > 0.9 * record["spent_flop"]
+    assert record["pairs"] == plan["pairs"] and record["steps"] == plan["steps"]
+
+    rows = directory.read_metrics()
+    evaluations = [row for row in rows if "held_out_loss" in row]
+    assert [row["step"] for row in evaluations] == sorted({math.ceil(f * plan["steps"]) for f in (0.25, 0.5, 0.75, 1)})
+    assert evaluations[-1]["held_out_loss"] == record["loss"] < math.log(32)
+    assert rows[-1]["flops"] == record["spent_flop"]
+    assert record["attempts"][0]["ended"] == "done"
+    for key in ("data_digest", "seed", "versions", "code", "device", "evaluation", "train_loss", "recall_at_10"):
+        assert record[key] is not None
+    assert not directory.checkpoints.exists() and not directory.lease.exists()
+
+
+def test_a_finished_run_says_so_and_is_left_alone(tmp_path, tiny_run, capsys):
+    config, directory = run_of(tmp_path, tiny_run)
+    assert train(config) == DONE
+    before = {path: path.stat().st_mtime_ns for path in directory.path.rglob("*")}
+    assert train(config) == DONE
+    assert f"{config.run_id} is done" in capsys.readouterr().out
+    assert before == {path: path.stat().st_mtime_ns for path in directory.path.rglob("*")}
+
+
+def test_loss_falls_and_retrieval_rises(tmp_path, tiny_run):
+    config, directory = run_of(tmp_path, tiny_run, "budget=2.5e10", "data.repeat=true", "evaluation.at=[0.02,0.5]")
+    assert train(config) == DONE
+    first, *_, last = (row for row in directory.read_metrics() if "held_out_loss" in row)
+    assert last["held_out_loss"] < 0.6 * first["held_out_loss"]
+    assert last["recall_at_1"] > first["recall_at_1"] + 0.2
+    assert last["recall_at_10"] > first["recall_at_10"]
+    assert directory.read_record()["train_loss"] < 1.0
+
+
+def comparable(directory: RunDirectory):
+    """All that two runs of one config must have in common, times and attempts aside."""
+    times = {"attempt", "tokens_per_second", "seconds"}
+    metrics = [{k: v for k, v in row.items() if k not in times} for row in directory.read_metrics()]
+    record = directory.read_record()
+    for key in ("attempts", "wall_seconds", "gpu_hours"):
+        record.pop(key)
+    return metrics, record, (directory.model / "trainable.safetensors").read_bytes()
+
+
+class StopAfter(StopRequest):
+    """Raises its flag at the n-th look."""
+
+    def __init__(self, looks):
+        super().__init__()
+        self.looks = looks
+
+    @property
+    def requested(self):
+        self.looks -= 1
+        if self.looks < 0:
+            self.request("test")
+        return self.reason is not None
+
+
+def test_stopped_at_every_step_and_resumed_is_bit_for_bit_the_same(tmp_path, tiny_run):
+    words = ["method.name=lora", "method.rank=2", "method.dropout=0.2", "resources.log_every=3"]
+    config, whole = run_of(tmp_path / "a", tiny_run, *words)
+    assert train(config) == DONE
+    config, directory = run_of(tmp_path / "b", tiny_run, *words, "resources.chunk_tokens=100000")
+    codes = []
+    while not codes or codes[-1] != DONE:
+        codes.append(train(config, StopAfter(2 + len(codes) % 3)))
+    assert set(codes) == {INTERRUPTED, DONE} and len(codes) > 5
+    assert comparable(directory) == comparable(whole)
+    ended = [attempt["ended"] for attempt in directory.read_record()["attempts"]]
+    assert ended == ["interrupted"] * (len(codes) - 1) + ["done"]
+
+
+def test_a_stop_during_the_last_evaluation_leaves_only_that_to_do(tmp_path, tiny_run):
+    config, whole = run_of(tmp_path / "a", tiny_run)
+    assert train(config) == DONE
+    config, directory = run_of(tmp_path / "b", tiny_run)
+    steps = whole.read_record()["steps"]
+    looks = next(
+        looks
+        for looks in range(steps, 4 * steps)
+        if (shutil.rmtree(directory.path, ignore_errors=True) or train(config, StopAfter(looks))) == INTERRUPTED
+        and directory.read_attempts()[-1]["to_step"] == steps
+    )
+    assert looks and not directory.record.exists()
+    assert train(config) == DONE
+    assert directory.read_attempts()[-1]["from_step"] == steps
+    assert comparable(directory) == comparable(whole)
+
+
+def test_a_truncated_checkpoint_falls_back_to_the_one_before(tmp_path, tiny_run, capsys):
+    config, whole = run_of(tmp_path / "a", tiny_run)
+    assert train(config) == DONE
+    config, directory = run_of(tmp_path / "b", tiny_run, "resources.checkpoint_minutes=0")
+    assert train(config, StopAfter(9)) == INTERRUPTED
+    older, newest = sorted(directory.checkpoints.iterdir())
+    newest.write_bytes(newest.read_bytes()[:-2000])
+    assert train(config) == DONE
+    assert f"{newest} is damaged" in capsys.readouterr().err
+    assert directory.read_attempts()[-1]["from_step"] == int(older.stem.split("-")[1])
+    assert comparable(directory) == comparable(whole)
+
+
+def test_a_loss_that_turns_nan_is_recorded_as_diverged(tmp_path, tiny_run, capsys):
+    config, directory = run_of(tmp_path, tiny_run, "training.learning_rate=1e30", "resources.log_every=1")
+    assert train(config) == FAILED
+    record = directory.read_record()
+    assert record["status"] == "diverged" and record["loss"] is None
+    rows = directory.read_metrics()
+    assert record["diverged_at_step"] == len(rows) + 1
+    assert all(np.isfinite(row["loss"]) for row in rows if "loss" in row)
+    assert "diverged" in capsys.readouterr().err
+    assert train(config) == FAILED and directory.read_record() == record
+
+
+def test_the_seed_decides_the_run(tmp_path, tiny_run):
+    losses = []
+    for seed in (0, 1):
+        config, directory = run_of(tmp_path, tiny_run, f"training.seed={seed}")
+        assert train(config) == DONE
+        losses.append(directory.read_record()["loss"])
+    assert losses[0] != losses[1]
+
+
+def test_bf16_and_hard_negatives_and_loggers(tmp_path, tiny_run):
+    words = ["training.precision=bf16", "loss.hard_negatives=1", "loss.mask_equal_texts=true", "training.clip=1.0"]
+    config, directory = run_of(tmp_path, tiny_run, *words, "resources.loggers=[tensorboard,wandb]")
+    assert train(config) == DONE
+    assert list(directory.path.glob("tensorboard/**/events*")) and list(directory.path.glob("wandb/offline-run-*"))
+    assert directory.read_record()["spent_flop"] <= config.budget
+
+
+def command(config_words, **environment):
+    return subprocess.Popen(
+        [sys.executable, "-m", "embedscale.cli", "train", *config_words],
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_two_processes_on_one_run_the_second_stops_and_touches_nothing(tmp_path, tiny_run):
+    words = [*tiny_run, f"output={tmp_path / 'runs'}", "budget=1e12", "data.repeat=true"]
+    config = load(None, words)
+    directory = RunDirectory(config.folder)
+    first = command(words)
+    try:
+        while not directory.lease.exists():
+            assert first.poll() is None
+            time.sleep(0.05)
+        before = directory.lease.read_text().split('"token"')[1][:40]
+        attempts = sorted(directory.attempts.glob("*"))
+        second = command(words)
+        _, said = second.communicate(timeout=120)
+        assert second.returncode == WRONG
+        assert "another process is at this run" in said and len(said.strip().splitlines()) == 1
+        assert sorted(directory.attempts.glob("*")) == attempts
+        assert directory.lease.read_text().split('"token"')[1][:40] == before and first.poll() is None
+    finally:
+        first.terminate()
+        first.communicate(timeout=120)
+    assert first.returncode == INTERRUPTED and not directory.lease.exists()
+
+
+def test_two_processes_train_as_one_and_resume(tmp_path, tiny_run):
+    """A real launch of two ranks over gloo, stopped by SIGTERM and resumed, against one process."""
+    if torch.cuda.is_available():
+        pytest.skip("two ranks on the CPU; this machine would give them a GPU")
+    words = [*tiny_run, "budget=1e10", "resources.checkpoint_minutes=0", "data.repeat=true"]
+    alone = RunDirectory(load(None, [*words, f"output={tmp_path / 'one'}"]).folder)
+    assert train(load(None, [*words, f"output={tmp_path / 'one'}"])) == DONE
+    words = [*words, f"output={tmp_path / 'two'}", "resources.devices=2"]
+    directory = RunDirectory(load(None, words).folder)
+    first = command(words)
+    while not list(directory.checkpoints.glob("step-*[3-9].pt")):
+        assert first.poll() is None, first.communicate()[1]
+        time.sleep(0.02)
+    first.terminate()
+    first.communicate(timeout=120)
+    assert first.returncode == INTERRUPTED
+    second = command(words)
+    _, said = second.communicate(timeout=240)
+    assert second.returncode == DONE, said
+    one, two = alone.read_record(), directory.read_record()
+    assert two["spent_flop"] <= one["spent_flop"] <= 1e10 and two["device"]["count"] == 2
+    assert two["pairs"] == one["pairs"] - one["pairs"] % 2
+    assert two["loss"] == pytest.approx(one["loss"], rel=0.02)
+    rows = [{r["step"]: r["loss"] for r in d.read_metrics() if "loss" in r} for d in (alone, directory)]
+    assert rows[1][10] == pytest.approx(rows[0][10], rel=1e-3)
+    assert [a["ended"] for a in two["attempts"]] == ["interrupted", "done"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["metod.name=full"], "metod: unknown setting; did you mean 'method'"),
+        (["training.learning_rat=1"], "did you mean 'training.learning_rate'"),
+        (["budget=10"], "budget: 10 FLOP is too small; one pair costs"),
+        (["budget=1e15"], "more than one epoch of"),
+        (["data.context=4000"], "data.context: 4000 is longer than pythia-tiny's; allowed: at most 256"),
+        (["data.context=41"], "was prepared with 40"),
+        (["data.store=/nowhere"], "/nowhere"),
+        (["backbone.name=EleutherAI/pythia-13m"], "is neither a local folder nor a model"),
+        (["method.name=adapter"], "method.name: 'adapter' is unknown"),
+        (["method.name=lora", "method.rank=1000"], "method.rank: 1000 is out of range"),
+        (["method.name=freeze", "method.active_fraction=0.3"], "method.active_fraction: 0.3 of 4 blocks"),
+        (["training.learning_rate=null"], "training.learning_rate: nothing is given"),
+        (["evaluation.pool=32000"], "held-out pairs are asked for"),
+        (["loss.hard_negatives=5"], "loss.hard_negatives: 5, but"),
+        (["resources.devices=3"], "training.batch_size: 16 does not divide by 3"),
+    ],
+)
+def test_bad_input_is_one_line_exit_2_and_nothing_written(tmp_path, tiny_run, capsys, words, message):
+    output = tmp_path / "runs"
+    assert cli.main(["train", *tiny_run, f"output={output}", BUDGET, *words]) == WRONG
+    said = capsys.readouterr().err.strip()
+    assert message in said and len(said.splitlines()) == 1, said
+    assert not output.exists()
+
+
+def test_a_store_of_another_tokenizer_is_refused(tmp_path, tiny_run, backbone_folder, capsys):
+    other = tmp_path / "other"
+    shutil.copytree(backbone_folder, other)
+    file = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = file["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    (other / "tokenizer.json").write_text(json.dumps(file))
+    words = [*tiny_run, f"output={tmp_path / 'runs'}", BUDGET, f"backbone.name={other}"]
+    assert cli.main(["train", *words]) == WRONG
+    assert "was made with tokenizer" in capsys.readouterr().err
+
+
+def test_a_directory_of_another_run_is_refused(tmp_path, tiny_run, capsys):
+    config, directory = run_of(tmp_path, tiny_run)
+    assert train(config, StopAfter(3)) == INTERRUPTED
+    text = directory.config.read_text()
+    directory.config.write_text(text.replace("batch_size: 16", "batch_size: 32"))
+    assert cli.main(["train", *tiny_run, f"output={tmp_path / 'runs'}", BUDGET]) == WRONG
+    assert "is the directory of another run: training is" in capsys.readouterr().err
+    directory.config.write_text(text)
+    plan = json.loads(directory.plan.read_text())
+    directory.plan.write_text(json.dumps(plan | {"backbone_digest": "0"}))
+    assert cli.main(["train", *tiny_run, f"output={tmp_path / 'runs'}", BUDGET]) == WRONG
+    assert "this run began with backbone_digest 0" in capsys.readouterr().err
+
+
+def test_flops_prints_both_conventions_without_weights(tmp_path, tiny_run, capsys):
+    assert cli.main(["flops", "method.name=lora", "method.rank=8", "--budgets", "1.5e15", "6e15"]) == 0
+    said = capsys.readouterr().out
+    row = shape_by_name("pythia-14m")
+    config = load(None, ["method.name=lora", "method.rank=8"])
+    cost = cost_of(row, config.method)
+    assert f"{cost.flop_per_token:,}" in said and f"{cost.forward:,}" in said
+    assert f"{int(1.5e15) // cost.flop_per_token:,}" in said
+    assert cli.main(["flops", *tiny_run, BUDGET]) == 0
+    assert "counted in" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", [["--help"], ["--version"], ["flops", "budget=1e15"]])
+def test_starts_without_torch(words):
+    code = f"import sys; from embedscale import cli\ntry: cli.main({words!r})\nexcept SystemExit: pass\n"
+    code += "assert not {'torch', 'lightning', 'transformers'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, cwd=Path(__file__).parent)
