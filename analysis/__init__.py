@@ -1,0 +1,1 @@
+"""What the runs say: loading, IsoFLOP optima, laws, intervals, recipe, figures, report. Nothing here needs torch."""
