@@ -224,7 +224,7 @@ def _from_record(record: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in row.items() if key in COLUMNS or key == "detail"}
 
 
-def _exclusion(row: Mapping[str, Any], reason: str, detail: str = "") -> dict[str, Any]:
+def _exclusion(row: Mapping[Any, Any], reason: str, detail: str = "") -> dict[str, Any]:
     return {"run": row["run"], "reason": reason, "detail": detail} | {key: row.get(key) for key in EXCLUDED[3:]}
 
 
@@ -325,7 +325,7 @@ def _usable(source: str, table: pd.DataFrame, excluded: list[dict[str, Any]], wh
         told = ", ".join(f"{count} {reason}" for reason, count in reasons.items()) or "no run at all"
         raise UserError(f"{source}: no finished run ({told})")
     for field in COMPARABLE:
-        values = table[field].dropna().unique() if field in table else []
+        values: Any = table[field].dropna().unique() if field in table else []
         if len(values) > 1:
             told = ", ".join(map(str, values[:4])) + (", …" if len(values) > 4 else "")
             raise UserError(
