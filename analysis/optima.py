@@ -77,7 +77,7 @@ def best_points(cells: pd.DataFrame, by: tuple[str, ...] = ("budget", "params"))
     choices = [name for name in varied(cells) if name not in by and pd.api.types.is_numeric_dtype(cells[name])]
     rows = []
     for _, group in cells.groupby(list(by), dropna=False, sort=True):
-        row = group.loc[group["loss"].idxmin()].to_dict()
+        row: dict[Any, Any] = group.iloc[int(group["loss"].argmin())].to_dict()
         row["tried"] = len(group)
         row["at_grid_end"] = [
             name
@@ -139,22 +139,25 @@ def akima(log_n: Array, log_loss: Array) -> tuple[Array, Array]:
 
 
 def law_optimum(
-    predict: Callable[[Array, Array, Any], Array], points: pd.DataFrame, budget: float
-) -> tuple[float, float, float] | None:
-    """N*, D*, L* of a joint law at a budget, over sizes between the smallest and the largest of `points`.
+    predict: Callable[[Array, Array, Array], Array], points: pd.DataFrame, budget: float
+) -> tuple[Array, Array, Array]:
+    """ln N*, ln D*, ln L* [draws] of a joint law at a budget, over sizes from the smallest to the largest of `points`.
 
-    `predict(params, tokens, s)`; the cost a token and S of sizes in between are interpolated. None at an end.
+    `predict(params, tokens, s)` gives losses [draws, sizes]. The cost a token and S of sizes in between are
+    interpolated. NaN where the best size is an end.
     """
     sizes = points.groupby("params")[["flop_per_token", "trainable_fraction"]].median()
     log_n = np.log(sizes.index.to_numpy(float))
-    grid = np.linspace(log_n[0], log_n[-1], 2001)
-    per_token = np.exp(np.interp(grid, log_n, np.log(sizes["flop_per_token"])))
+    grid = np.linspace(log_n[0], log_n[-1], 801)
+    log_d = np.log(budget) - np.interp(grid, log_n, np.log(sizes["flop_per_token"]))
     s = np.interp(grid, log_n, sizes["trainable_fraction"].fillna(1.0))
-    loss = np.ravel(predict(np.exp(grid), budget / per_token, s))
-    best = int(loss.argmin())
-    if best in (0, len(grid) - 1):
-        return None
-    return float(np.exp(grid[best])), float(budget / per_token[best]), float(loss[best])
+    with np.errstate(invalid="ignore"):
+        log_loss = np.log(np.atleast_2d(predict(np.exp(grid), np.exp(log_d), s)))
+    log_loss = np.where(np.isfinite(log_loss), log_loss, np.inf)
+    best = log_loss.argmin(1)
+    inside = (best > 0) & (best < len(grid) - 1)
+    found = grid[best], log_d[best], log_loss[np.arange(len(best)), best]
+    return tuple(np.where(inside, values, np.nan) for values in found)  # type: ignore[return-value]
 
 
 # --- The optimum of each budget, and its state -----------------------------------------------------------------------
