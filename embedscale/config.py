@@ -56,7 +56,7 @@ class Source:
     negative: str | None = None  # column of hard negatives: a text or a list of texts
     subset: str | None = None  # dataset: its configuration
     split: str = "train"  # dataset
-    weight: float = 1.0  # share in the mixture; the source that first runs out ends the mixture
+    weight: float | None = None  # share in the mixture, which ends with the source that first runs out; default all
 
     def __post_init__(self) -> None:
         allowed("data.sources.kind", self.kind, SOURCES)

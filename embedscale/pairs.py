@@ -1,0 +1,189 @@
+"""`PairStore`: tokenised pairs on disk, shuffled once, read in order.
+
+A store is a folder of Arrow files, each a part of the pairs in the order of a content hash, and a manifest, which is
+written last. A batch is a few slices of memory-mapped arrays: consecutive pairs, so that a shared file system sees
+sequential reads. Neither torch nor a tokenizer is needed to read one.
+"""
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from embedscale.errors import UserError
+
+FORMAT = 1
+
+
+@dataclass
+class PairBatch:
+    """B pairs with k hard negatives each: S = B·(2 + k) sequences of T tokens in all.
+
+    Sequences lie in this order: queries, positives, then the negatives of the first pair, of the second, …
+    """
+
+    tokens: np.ndarray  # int32 [T]
+    lengths: np.ndarray  # int32 [S]
+    texts: np.ndarray  # uint64 [S], content hashes
+    pairs: int
+
+
+@dataclass
+class Part:
+    """The columns of one Arrow file, as views of the mapped memory."""
+
+    query: tuple[np.ndarray, np.ndarray]  # offsets [n + 1] and tokens
+    positive: tuple[np.ndarray, np.ndarray]
+    negatives: tuple[np.ndarray, np.ndarray, np.ndarray]  # offsets [n + 1] into sequences, their offsets, tokens
+    query_text: np.ndarray  # uint64 [n]
+    positive_text: np.ndarray
+    negative_text: np.ndarray  # uint64, a sequence
+
+    @classmethod
+    def open(cls, path: Path) -> "Part":
+        import pyarrow
+
+        with pyarrow.memory_map(str(path)) as file:
+            table = pyarrow.ipc.open_file(file).get_batch(0)
+
+        def lists(name: str) -> tuple[np.ndarray, Any]:
+            column = table.column(name)
+            return column.offsets.to_numpy(), column.values
+
+        def tokens(name: str) -> tuple[np.ndarray, np.ndarray]:
+            offsets, values = lists(name)
+            return offsets, values.to_numpy()
+
+        outer, inner = lists("negatives")
+        return cls(
+            query=tokens("query"),
+            positive=tokens("positive"),
+            negatives=(outer, inner.offsets.to_numpy(), inner.values.to_numpy()),
+            query_text=table.column("query_text").to_numpy(),
+            positive_text=table.column("positive_text").to_numpy(),
+            negative_text=lists("negative_text")[1].to_numpy(),
+        )
+
+    def counts(self, hard_negatives: int) -> np.ndarray:
+        """Tokens of each pair with its first `hard_negatives` negatives, int32 [n]."""
+        total = np.diff(self.query[0]) + np.diff(self.positive[0])
+        if hard_negatives:
+            outer, inner, _ = self.negatives
+            total = total + inner[outer[:-1] + hard_negatives] - inner[outer[:-1]]
+        return total.astype(np.int32)
+
+    def read(self, start: int, stop: int, hard_negatives: int) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Tokens, lengths and texts of the queries, the positives and the negatives of pairs start..stop."""
+        found = []
+        for (offsets, tokens), text in ((self.query, self.query_text), (self.positive, self.positive_text)):
+            bounds = offsets[start : stop + 1]
+            found.append((tokens[bounds[0] : bounds[-1]], np.diff(bounds), text[start:stop]))
+        if hard_negatives:
+            outer, inner, tokens = self.negatives
+            kept = (outer[start:stop, None] + np.arange(hard_negatives)).reshape(-1)
+            lengths = inner[kept + 1] - inner[kept]
+            places = np.repeat(inner[kept] - (np.cumsum(lengths) - lengths), lengths) + np.arange(lengths.sum())
+            found.append((tokens[places], lengths, self.negative_text[kept]))
+        return found
+
+
+class PairStore:
+    """A prepared corpus: `pairs` for training in a shuffled order, `held_out` ones in an order of their own."""
+
+    def __init__(self, folder: str | Path, manifest: dict[str, Any]):
+        self.folder, self.manifest = Path(folder), manifest
+        self.digest: str = manifest["digest"]
+        self.context: int = manifest["settings"]["context"]
+        self.tokenizer_digest: str = manifest["tokenizer"]["digest"]
+        self.negatives: int = manifest["negatives"]  # every pair has at least so many
+        self.pairs: int = manifest["pairs"]
+        self.held_out: int = manifest["held_out"]
+
+    @classmethod
+    def open(cls, folder: str | Path) -> "PairStore":
+        """Raises UserError for a folder that is no finished store."""
+        try:
+            manifest = json.loads((Path(folder) / "manifest.json").read_text())
+        except FileNotFoundError:
+            state = "is not finished" if Path(folder).exists() else "does not exist"
+            raise UserError(f"data.store: {folder} {state}; run `embedscale prepare` with this configuration") from None
+        except (OSError, ValueError):
+            raise UserError(f"data.store: {folder}/manifest.json cannot be read") from None
+        if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+            raise UserError(f"data.store: {folder} is no store of format {FORMAT}; prepare it again")
+        return cls(folder, manifest)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A loader worker maps the files itself."""
+        return {"folder": self.folder, "manifest": self.manifest}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["folder"], state["manifest"])  # type: ignore[misc]
+
+    @cached_property
+    def _training(self) -> "_Parts":
+        return _Parts(self.folder / "train", self.manifest["parts"]["train"])
+
+    @cached_property
+    def _held_out(self) -> "_Parts":
+        return _Parts(self.folder / "held_out", self.manifest["parts"]["held_out"])
+
+    def token_counts(self, hard_negatives: int = 0) -> np.ndarray:
+        """Real tokens of every training pair in stored order, int32 [pairs]."""
+        parts = [part.counts(hard_negatives) for part in self._training.all()]
+        return np.concatenate(parts) if parts else np.empty(0, np.int32)
+
+    def batch(self, start: int, stop: int, hard_negatives: int = 0) -> PairBatch:
+        """The stored training pairs start..stop; beyond the last comes the first again."""
+        found = []
+        while start < stop:
+            first = start % self.pairs
+            last = min(first + stop - start, self.pairs)
+            found += self._training.read(first, last, hard_negatives)
+            start += last - first
+        return _batch(found)
+
+    def held_out_batch(self, start: int, stop: int) -> PairBatch:
+        """The held-out pairs start..stop of all `held_out`."""
+        return _batch(self._held_out.read(start, stop, 0))
+
+
+class _Parts:
+    """Consecutive Arrow files, each mapped when it is first read."""
+
+    def __init__(self, folder: Path, sizes: list[int]):
+        self.folder, self.sizes = folder, sizes
+        self.ends = np.cumsum(sizes, dtype=np.int64)
+        self.open: dict[int, Part] = {}
+
+    def part(self, number: int) -> Part:
+        if number not in self.open:
+            self.open[number] = Part.open(part_file(self.folder, number))
+        return self.open[number]
+
+    def all(self) -> list[Part]:
+        return [self.part(number) for number, size in enumerate(self.sizes) if size]
+
+    def read(self, start: int, stop: int, hard_negatives: int) -> list[list[tuple[np.ndarray, np.ndarray, np.ndarray]]]:
+        found = []
+        number = int(np.searchsorted(self.ends, start, side="right"))
+        while start < stop:
+            begin = int(self.ends[number]) - self.sizes[number]
+            last = min(stop, int(self.ends[number]))
+            if last > start:
+                found.append(self.part(number).read(start - begin, last - begin, hard_negatives))
+            start, number = last, number + 1
+        return found
+
+
+def part_file(folder: Path, number: int) -> Path:
+    return folder / f"{number:05d}.arrow"
+
+
+def _batch(parts: list[list[tuple[np.ndarray, np.ndarray, np.ndarray]]]) -> PairBatch:
+    pieces = [piece for kind in zip(*parts, strict=True) for piece in kind]
+    tokens, lengths, texts = (np.concatenate(column) for column in zip(*pieces, strict=True))
+    return PairBatch(tokens.astype(np.int32), lengths.astype(np.int32), texts, sum(len(part[0][1]) for part in parts))
