@@ -41,3 +41,600 @@ something cannot be said. Loss is in nats, budgets in FLOP of the paper's conven
     excluded       rows {run, reason, detail, method, params, budget}
     notes          lines that a reader should see
 """
+
+import math
+from collections.abc import Callable
+from datetime import UTC, datetime
+from itertools import combinations, pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from analysis import optima, uncertainty
+from analysis.laws import CHINCHILLA, TRAINABLE_FRACTION, Law, power_law
+from analysis.optima import Profile
+from analysis.runs import COMPARABLE, HYPERPARAMETERS, Runs
+from analysis.solver import JointFit, TooFewRuns, fit_joint
+from analysis.uncertainty import OptimumDraws, interval
+from embedscale import __version__
+from embedscale.errors import UserError
+from embedscale.record import read_json, write_atomically, write_json
+
+FORMAT = 1
+FILE = "fits.json"
+KEPT_DRAWS = 200  # of each law, for the intervals of predictions
+Array = NDArray[np.float64]
+
+
+def fit(
+    runs: Runs,
+    *,
+    residual: str = "huber",
+    delta: float = 1e-3,
+    optimum: str = "parabola",
+    window: float = 4.0,
+    noise: float | None = None,
+    bootstrap: int = 1000,
+    confidence: float = 0.95,
+    seed: int = 0,
+    advance: Callable[[str], object] = lambda what: None,
+) -> dict[str, Any]:
+    """Everything that the runs say, in the layout above.
+
+    `residual` and `delta` are the joint laws' (`solver.RESIDUALS`); `optimum` is the estimator whose optima enter the
+    power laws, `window` the parabola's factor in N; `noise` the standard deviation of ln L, taken from replicates or
+    else from the joint laws' residuals where it is None. `advance` is told the name of each method as it begins.
+
+    Raises UserError for a setting out of range, runs of one budget only, and runs of under three sizes.
+    """
+    optima.check_estimator(optimum, window)
+    if noise is not None and not (math.isfinite(noise) and noise > 0):
+        raise UserError(f"noise: {noise} is out of range; allowed: above 0, the standard deviation of ln L")
+    if not 0 < confidence < 1:
+        raise UserError(f"confidence: {confidence} is out of range; allowed: between 0 and 1")
+    if bootstrap < 100:
+        raise UserError(f"bootstrap: {bootstrap} is out of range; allowed: at least 100")
+    table = runs.table.assign(budget=optima.group_budgets(runs.table["budget"].to_numpy(float)))
+    budgets, sizes = np.unique(table["budget"]), np.unique(table["params"])
+    if len(budgets) < 2:
+        raise UserError(f"budget: all {len(table)} runs have {budgets[0]:.4g} FLOP; laws need at least two budgets")
+    if len(sizes) < 3:
+        found = ", ".join(f"{size:.4g}" for size in sizes)
+        raise UserError(f"params: {len(sizes)} sizes only ({found}); optima and laws need at least three")
+
+    rng = np.random.default_rng(seed)
+    settings = {"residual": residual, "delta": delta, "optimum": optimum, "window": window}
+    cells = {method: _cells(table[table["method"] == method]) for method in runs.methods}
+    points = {method: optima.best_points(found) for method, found in cells.items()}
+    joint: dict[str, dict[str, JointFit | str]] = {}
+    for method in runs.methods:
+        advance(method)
+        joint[method] = _joint_fits(method, cells[method], points[method], residual, delta)
+    sigma, noise_facts = _noise(noise, cells, joint)
+
+    methods: dict[str, Any] = {}
+    draws: dict[str, dict[float, OptimumDraws]] = {}
+    for method in runs.methods:
+        advance(method)
+        lost = runs.excluded[(runs.excluded["method"] == method) & (runs.excluded["reason"] == "diverged")]
+        chinchilla = joint[method]["chinchilla"]
+        # One refit of each law, from which every interval of it is taken.
+        refits = {
+            name: uncertainty.resampled(each, _replicates(cells[method], points[method], name), bootstrap, rng)
+            for name, each in joint[method].items()
+            if isinstance(each, JointFit)
+        }
+        rows, draws[method] = _optima(
+            optima.profiles(points[method], lost), chinchilla, refits, settings, sigma, bootstrap, confidence, rng
+        )
+        methods[method] = {
+            "points": _points(points[method]),
+            "optima": rows,
+            "power_laws": _power_laws(rows, draws[method], points[method], confidence),
+            "joint_laws": {
+                name: _joint_facts(each, refits.get(name), confidence) for name, each in joint[method].items()
+            },
+            "hold_out": _hold_out(cells[method], points[method], joint[method], rows, residual, delta),
+        }
+    fits = {
+        "format": FORMAT,
+        "version": __version__,
+        "made": datetime.now(UTC).isoformat(timespec="seconds"),
+        "source": runs.source,
+        "settings": settings | {"bootstrap": bootstrap, "confidence": confidence, "seed": seed},
+        "runs": {
+            "used": len(table),
+            "excluded": len(runs.excluded),
+            "budgets": budgets.tolist(),
+            "sizes": sizes.tolist(),
+        },
+        "comparable": _comparable(table),
+        "noise": noise_facts,
+        "methods": methods,
+        "frontier": _frontier(methods, draws, points, sigma, budgets, confidence, bootstrap, rng),
+        "excluded": runs.excluded.to_dict("records"),
+    }
+    fits["notes"] = _notes(fits)
+    return _plain(fits)
+
+
+# --- Points and laws of one method -----------------------------------------------------------------------------------
+
+
+def _cells(table: pd.DataFrame) -> pd.DataFrame:
+    """The settings of one method (`optima.settings`), with FLOP a token and S in every row."""
+    cells = optima.settings(table)
+    cost = cells["budget"] / cells["tokens"]
+    cells["flop_per_token"] = cells["flop_per_token"].fillna(cost) if "flop_per_token" in cells else cost
+    if "trainable_fraction" not in cells:
+        cells["trainable_fraction"] = np.nan
+    return cells
+
+
+def _by_fraction(cells: pd.DataFrame) -> pd.DataFrame:
+    """The best point of each budget, size and trainable fraction: what the paper's law L(S, N, D) is fitted to."""
+    return optima.best_points(cells.dropna(subset=["trainable_fraction"]), ("budget", "params", "trainable_fraction"))
+
+
+def _replicates(cells: pd.DataFrame, points: pd.DataFrame, law: str) -> list[Array]:
+    return list((_by_fraction(cells) if law == TRAINABLE_FRACTION.name else points)["losses"])
+
+
+def _fit_law(law: Law, points: pd.DataFrame, residual: str, delta: float) -> JointFit:
+    columns = [points[name].to_numpy(float) for name in ("params", "tokens", "loss", "trainable_fraction", "seeds")]
+    params, tokens, loss, s, seeds = columns
+    fraction = s if law is TRAINABLE_FRACTION else None
+    return fit_joint(law, params, tokens, loss, fraction, weights=seeds, residual=residual, delta=delta)
+
+
+def _joint_fits(
+    method: str, cells: pd.DataFrame, points: pd.DataFrame, residual: str, delta: float
+) -> dict[str, JointFit | str]:
+    """Each joint law's fit, or why there is none."""
+    found: dict[str, JointFit | str] = {}
+    found[CHINCHILLA.name] = _try_law(CHINCHILLA, points, residual, delta)
+    if method in ("freeze", "lora") or cells["trainable_fraction"].nunique() > 1:
+        known = cells["trainable_fraction"].nunique()
+        reason = f"the trainable_fraction law needs at least 3 trainable fractions; found {known}"
+        found[TRAINABLE_FRACTION.name] = (
+            _try_law(TRAINABLE_FRACTION, _by_fraction(cells), residual, delta) if known >= 3 else reason
+        )
+    return found
+
+
+def _try_law(law: Law, points: pd.DataFrame, residual: str, delta: float) -> JointFit | str:
+    if points["budget"].nunique() < 2:
+        return f"the {law.name} law needs at least 2 budgets; found {points['budget'].nunique()}"
+    try:
+        return _fit_law(law, points, residual, delta)
+    except TooFewRuns as error:
+        return str(error)
+
+
+def _noise(
+    given: float | None, cells: dict[str, pd.DataFrame], joint: dict[str, dict[str, JointFit | str]]
+) -> tuple[float | None, dict[str, Any]]:
+    """The standard deviation of ln L of one run, and where it is from."""
+    if given is not None:
+        return given, {"log_loss": given, "source": "given", "degrees_of_freedom": 0}
+    sigma, freedom = optima.noise_of(pd.concat(cells.values()))
+    if sigma:
+        return sigma, {"log_loss": sigma, "source": "replicates", "degrees_of_freedom": freedom}
+    found = [each["chinchilla"] for each in joint.values() if isinstance(each["chinchilla"], JointFit)]
+    # Huber's and LAD's fits leave outliers outside; the median deviation does too (1.4826 makes it a Gaussian's).
+    spreads = [
+        1.4826 * np.median(np.abs(np.log(law.loss / law.predict(*_where(law))))) * _inflation(law) for law in found
+    ]
+    if spreads:
+        sigma = float(np.sqrt(np.mean(np.square(spreads))))
+        freedom = sum(len(law.loss) - len(law.theta) for law in found)
+        return sigma or None, {"log_loss": sigma, "source": "residuals", "degrees_of_freedom": freedom}
+    return None, {"log_loss": None, "source": "none", "degrees_of_freedom": 0}
+
+
+def _where(law: JointFit) -> tuple[Array, Array]:
+    return np.exp(law.data.log_n + law.data.centre[0]), np.exp(law.data.log_d + law.data.centre[1])
+
+
+def _inflation(law: JointFit) -> float:
+    return math.sqrt(len(law.loss) / (len(law.loss) - len(law.theta)))
+
+
+def _joint_facts(fitted: JointFit | str, refits: Array | None, confidence: float) -> dict[str, Any]:
+    if isinstance(fitted, str):
+        return {"refused": fitted}
+    assert refits is not None
+    names = fitted.law.names
+    params, tokens = _where(fitted)
+    facts: dict[str, Any] = fitted.coefficients | {
+        "intervals": {name: interval(refits[:, i], confidence) for i, name in enumerate(names)},
+        "not_fixed": list(fitted.not_fixed),
+        "residual": fitted.residual,
+        "delta": fitted.delta if fitted.residual == "huber" else None,
+        "objective": fitted.objective,
+        "runs": len(fitted.loss),
+        "log_residual": fitted.log_residual,
+        "convergence": {
+            "starts": fitted.starts,
+            "agreeing": fitted.agreeing,
+            "gradient": fitted.gradient,
+            "iterations": fitted.iterations,
+            "condition": fitted.condition,
+        },
+        "span": {
+            "params": [params.min(), params.max()],
+            "tokens": [tokens.min(), tokens.max()],
+            "trainable_fraction": [fitted.data.s.min(), fitted.data.s.max()],
+        },
+        "draws": refits[:KEPT_DRAWS].tolist(),
+    }
+    if fitted.law is CHINCHILLA:
+        exponents = refits[:, 4] / (refits[:, 3] + refits[:, 4])
+        facts["n_exponent"] = facts["beta"] / (facts["alpha"] + facts["beta"])
+        facts["n_exponent_interval"] = interval(exponents, confidence)
+    return facts
+
+
+# --- Optima and power laws of one method -----------------------------------------------------------------------------
+
+
+def _optima(
+    profiles: list[Profile],
+    law: JointFit | str,
+    refits: dict[str, Array],
+    settings: dict[str, Any],
+    sigma: float | None,
+    bootstrap: int,
+    confidence: float,
+    rng: np.random.Generator,
+) -> tuple[list[dict[str, Any]], dict[float, OptimumDraws]]:
+    rows, draws = [], {}
+    for profile in profiles:
+        state, why, add_size = profile.state()
+        found: dict[str, Any] = dict.fromkeys(optima.ESTIMATORS)
+        curve = None
+        if len(profile.points) >= 3:
+            log_n, log_loss, curvature = optima.parabola(profile.log_n, profile.log_loss[None], settings["window"])
+            found["parabola"] = _triple(log_n, np.log(profile.tokens_at(log_n)), log_loss)
+            if found["parabola"]:
+                curve = {"log_n": float(log_n[0]), "curvature": float(curvature[0])}
+            log_n, log_loss = optima.akima(profile.log_n, profile.log_loss[None])
+            found["akima"] = _triple(log_n, np.log(profile.tokens_at(log_n)), log_loss)
+            if isinstance(law, JointFit):
+                found["law"] = _triple(*optima.law_optimum(law.predict, profile.points, profile.budget))
+        chosen = found[settings["optimum"]]
+        if state == "interior" and chosen is None:
+            # The best size has neighbours on both sides, and yet the estimator's minimum is at an end.
+            state, why = "edge", f"the {settings['optimum']} has no minimum within the sizes"
+            add_size = optima.next_size(np.exp(profile.log_n), below=bool(profile.log_loss[0] < profile.log_loss[-1]))
+        row: dict[str, Any] = {"budget": profile.budget, "state": state}
+        row |= chosen if state == "interior" else dict.fromkeys(("n_opt", "d_opt", "loss"))
+        spread = None
+        if state == "interior":
+            if settings["optimum"] == "law":
+                spread = OptimumDraws(
+                    *optima.law_optimum(
+                        lambda n, d, s: CHINCHILLA.predict(refits["chinchilla"], n, d), profile.points, profile.budget
+                    )
+                )
+            elif sigma is not None:
+                spread = uncertainty.optimum_draws(
+                    profile, settings["optimum"], settings["window"], sigma, bootstrap, rng
+                )
+        if spread is not None:
+            draws[profile.budget] = spread
+        for name, values in (("n_opt", "log_n"), ("d_opt", "log_d"), ("loss", "log_loss")):
+            row[f"{name}_interval"] = interval(np.exp(getattr(spread, values)), confidence) if spread else None
+        row["valid_share"] = spread.valid_share if spread else None
+        best = profile.points.iloc[int(profile.log_loss.argmin())] if len(profile.points) else None
+        row |= found | {
+            "curve": curve,
+            "best": _points(best.to_frame().T)[0] if best is not None else None,
+            "add_size": add_size,
+            "why": why,
+        }
+        rows.append(row)
+    return rows, draws
+
+
+def _triple(log_n: Array, log_d: Array, log_loss: Array) -> dict[str, float] | None:
+    values = [float(np.exp(each[0])) for each in (log_n, log_d, log_loss)]
+    return dict(zip(("n_opt", "d_opt", "loss"), values, strict=True)) if all(map(math.isfinite, values)) else None
+
+
+def _power_laws(
+    rows: list[dict[str, Any]], draws: dict[float, OptimumDraws], points: pd.DataFrame, confidence: float
+) -> dict[str, Any]:
+    interior = [row for row in rows if row["state"] == "interior"]
+    if len(interior) < 2:
+        return dict.fromkeys(("n_opt", "d_opt", "loss"))
+    budgets = np.array([row["budget"] for row in interior])
+    spreads = [draws.get(budget) for budget in budgets]
+    # Porian et al.: an optimum is not known better than a third of the distance between sizes.
+    floors = np.array([0.33 * np.diff(_log_sizes(points, budget)).mean() for budget in budgets])
+    laws: dict[str, Any] = {}
+    for name, values in (("n_opt", "log_n"), ("d_opt", "log_d"), ("loss", "log_loss")):
+        y = np.array([row[name] for row in interior])
+        law = _line(*power_law(budgets, y)) | {"coefficient_interval": None, "exponent_interval": None}
+        law |= {"weighted": None, "points": len(interior), "draws": []}
+        if all(spread is not None for spread in spreads):
+            drawn = np.array([getattr(spread, values) for spread in spreads])  # [budgets, draws]
+            plain = uncertainty.power_law_draws(budgets, drawn)
+            weights = uncertainty.floored_spread(drawn, floors if name != "loss" else np.full(len(floors), 1e-9)) ** -2
+            law |= _line_intervals(plain, confidence)
+            law["weighted"] = _line(*power_law(budgets, y, weights)) | _line_intervals(
+                uncertainty.power_law_draws(budgets, drawn, weights), confidence
+            )
+            law["draws"] = plain[:KEPT_DRAWS].tolist()
+        laws[name] = law
+    return laws
+
+
+def _log_sizes(points: pd.DataFrame, budget: float) -> Array:
+    return np.log(np.sort(points[np.isclose(points["budget"], budget)]["params"].to_numpy(float)))
+
+
+def _line(log_coefficient: Array, exponent: Array) -> dict[str, Any]:
+    return {"coefficient": float(np.exp(log_coefficient)), "exponent": float(exponent)}
+
+
+def _line_intervals(draws: Array, confidence: float) -> dict[str, Any]:
+    return {
+        "coefficient_interval": interval(np.exp(draws[:, 0]), confidence),
+        "exponent_interval": interval(draws[:, 1], confidence),
+    }
+
+
+# --- Hold-out --------------------------------------------------------------------------------------------------------
+
+
+def _hold_out(
+    cells: pd.DataFrame,
+    points: pd.DataFrame,
+    joint: dict[str, JointFit | str],
+    rows: list[dict[str, Any]],
+    residual: str,
+    delta: float,
+) -> list[dict[str, Any]]:
+    """Fits without the largest budget, or the largest size (the paper's test, section 4.4), against what was found."""
+    result = []
+    for law in (CHINCHILLA, TRAINABLE_FRACTION):
+        if not isinstance(joint.get(law.name), JointFit):
+            continue
+        data = points if law is CHINCHILLA else _by_fraction(cells)
+        for what, column in (("largest budget", "budget"), ("largest size", "params")):
+            out, value = uncertainty.held_out_rows(data, column)
+            fitted = _try_law(law, data[~out], residual, delta)
+            if isinstance(fitted, str):
+                continue
+            left = data[out]
+            predicted = fitted.predict(
+                left["params"].to_numpy(float),
+                left["tokens"].to_numpy(float),
+                left["trainable_fraction"].to_numpy(float),
+            )
+            found = left["loss"].to_numpy(float)
+            result.append(
+                {"left_out": what, "value": value, "law": law.name}
+                | {"predicted": float(predicted.mean()), "found": float(found.mean())}
+                | uncertainty.prediction_errors(predicted, found)
+            )
+    interior = [row for row in rows if row["state"] == "interior"]
+    if len(interior) >= 3:
+        budgets, last = np.array([row["budget"] for row in interior]), interior[-1]
+        for name in ("n_opt", "loss"):
+            log_coefficient, exponent = power_law(budgets[:-1], np.array([row[name] for row in interior[:-1]]))
+            predicted = np.exp(log_coefficient + exponent * np.log(last["budget"]))
+            result.append(
+                {"left_out": "largest budget", "value": last["budget"], "law": name}
+                | {"predicted": float(predicted), "found": last[name]}
+                | uncertainty.prediction_errors(np.array([predicted]), np.array([last[name]]))
+            )
+    return result
+
+
+# --- Over methods ----------------------------------------------------------------------------------------------------
+
+
+def _frontier(
+    methods: dict[str, Any],
+    draws: dict[str, dict[float, OptimumDraws]],
+    points: dict[str, pd.DataFrame],
+    sigma: float | None,
+    budgets: Array,
+    confidence: float,
+    bootstrap: int,
+    rng: np.random.Generator,
+) -> dict[str, Any]:
+    """The lower envelope of the methods' laws of the loss (figure 1), where they cross, and whom noise separates."""
+    laws = {name: each["power_laws"]["loss"] for name, each in methods.items() if each["power_laws"]["loss"]}
+    lines = {name: np.array([math.log(law["coefficient"]), law["exponent"]]) for name, law in laws.items()}
+    low, high = np.log([budgets.min(), budgets.max()])
+    meetings = [float(uncertainty.crossing(lines[a], lines[b])) for a, b in combinations(lines, 2)]
+    ends = [low, *sorted(x for x in meetings if low < x < high), high]
+    segments: list[dict[str, Any]] = []
+    for start, stop in pairwise(ends):
+        if not lines:
+            break
+        middle = (start + stop) / 2
+        best = min(lines, key=lambda name: lines[name][0] + lines[name][1] * middle)
+        if segments and segments[-1]["method"] == best:
+            segments[-1]["to"] = math.exp(stop)
+        else:
+            segments.append({"method": best, "from": math.exp(start), "to": math.exp(stop)})
+    crossings = []
+    for below, above in pairwise(segments):
+        a, b = below["method"], above["method"]
+        drawn = np.array([])
+        if laws[a]["draws"] and laws[b]["draws"]:
+            drawn = uncertainty.crossing(_all_draws(methods, draws, a), _all_draws(methods, draws, b))
+            # Lines that hardly differ meet anywhere; a meeting far from the budgets is none.
+            drawn = np.where((drawn > low - math.log(100)) & (drawn < high + math.log(100)), drawn, np.nan)
+        crossings.append(
+            {
+                "budget": below["to"],
+                "interval": interval(np.exp(drawn), confidence) if len(drawn) else None,
+                "share": float(np.isfinite(drawn).mean()) if len(drawn) else None,
+                "below": a,
+                "above": b,
+            }
+        )
+    return {
+        "segments": segments,
+        "crossings": crossings,
+        "comparisons": _comparisons(methods, draws, sigma, confidence, bootstrap, rng),
+    }
+
+
+def _all_draws(methods: dict[str, Any], draws: dict[str, dict[float, OptimumDraws]], method: str) -> Array:
+    budgets = [row["budget"] for row in methods[method]["optima"] if row["state"] == "interior"]
+    drawn = np.array([draws[method][budget].log_loss for budget in budgets])
+    return uncertainty.power_law_draws(np.array(budgets), drawn)
+
+
+def _comparisons(
+    methods: dict[str, Any],
+    draws: dict[str, dict[float, OptimumDraws]],
+    sigma: float | None,
+    confidence: float,
+    bootstrap: int,
+    rng: np.random.Generator,
+) -> list[dict[str, Any]]:
+    """At each budget, each two methods' lowest losses: optima where interior, else the best runs."""
+    found: dict[float, dict[str, tuple[float, Array | None]]] = {}
+    for name, each in methods.items():
+        for row in each["optima"]:
+            if row["best"] is None:
+                continue
+            spread = draws[name].get(row["budget"])
+            value = math.log(row["loss"] if row["state"] == "interior" else row["best"]["loss"])
+            drawn = None
+            if spread is not None:
+                drawn = spread.log_loss
+            elif sigma is not None:
+                drawn = value + sigma / math.sqrt(row["best"]["seeds"]) * rng.standard_normal(bootstrap)
+            found.setdefault(row["budget"], {})[name] = (value, drawn)
+    result = []
+    for budget in sorted(found):
+        for a, b in combinations(found[budget], 2):
+            (value_a, drawn_a), (value_b, drawn_b) = found[budget][a], found[budget][b]
+            ends = interval(drawn_a - drawn_b, confidence) if drawn_a is not None and drawn_b is not None else None
+            result.append(
+                {"budget": budget, "a": a, "b": b, "difference": value_a - value_b, "interval": ends}
+                | {"distinguishable": None if ends is None else bool(ends[0] > 0 or ends[1] < 0)}
+            )
+    return result
+
+
+# --- Facts and notes -------------------------------------------------------------------------------------------------
+
+
+def _points(points: pd.DataFrame) -> list[dict[str, Any]]:
+    own = ["budget", "params", "tokens", "loss", "flop_per_token", "seeds", "backbone", "tried", "at_grid_end"]
+    own += [*HYPERPARAMETERS, "pairs", "steps", "batch_size", "gpu_hours", "train_loss", "run"]
+    return points[[name for name in own if name in points]].to_dict("records")  # type: ignore[return-value]
+
+
+def _comparable(table: pd.DataFrame) -> dict[str, Any]:
+    found = {field: table[field].dropna() for field in COMPARABLE if field in table}
+    return {field: values.iloc[0] for field, values in found.items() if len(values)}
+
+
+def _notes(fits: dict[str, Any]) -> list[str]:
+    notes = []
+    for name, method in fits["methods"].items():
+        for row in method["optima"]:
+            if row["state"] != "interior":
+                notes.append(f"{name}, {row['budget']:.3g} FLOP: no optimum ({row['state']}): {row['why']}")
+            elif row["valid_share"] is not None and row["valid_share"] < 0.9:
+                share = f"{100 * row['valid_share']:.0f} %"
+                notes.append(
+                    f"{name}, {row['budget']:.3g} FLOP: within the noise only {share} of draws have an optimum"
+                )
+            ends = row["best"]["at_grid_end"] if row["best"] else []
+            for end in ends:
+                value = row["best"][end]
+                notes.append(
+                    f"{name}, {row['budget']:.3g} FLOP: the best {end}, {value:.4g}, is at the end of its grid"
+                )
+        for law, facts in method["joint_laws"].items():
+            if "refused" in facts:
+                notes.append(f"{name}: {facts['refused']}")
+                continue
+            if facts["not_fixed"]:
+                notes.append(f"{name}, {law} law: the data do not fix {', '.join(facts['not_fixed'])}")
+            convergence = facts["convergence"]
+            if convergence["agreeing"] < 0.25 * convergence["starts"]:
+                agreeing = f"{convergence['agreeing']} of {convergence['starts']}"
+                notes.append(f"{name}, {law} law: only {agreeing} starts agree on the minimum")
+        if method["power_laws"]["loss"] is None:
+            notes.append(f"{name}: under two interior optima, so no power law and no place on the frontier")
+        notes += _parabola_bias(name, method)
+    if fits["noise"]["source"] == "none":
+        notes.append(
+            "noise: neither replicates nor a joint law tell it, so optima have no intervals; give it by --noise"
+        )
+    same = [each for each in fits["frontier"]["comparisons"] if each["distinguishable"] is False]
+    notes += [f"{each['budget']:.3g} FLOP: {each['a']} and {each['b']} are not distinguishable" for each in same]
+    return notes
+
+
+def _parabola_bias(name: str, method: dict[str, Any]) -> list[str]:
+    """Where the joint law's exponent of N* lies outside the power law's interval (trap A16)."""
+    law, line = method["joint_laws"]["chinchilla"], method["power_laws"]["n_opt"]
+    ends = line and line["exponent_interval"]
+    if "n_exponent" not in law or not ends or ends[0] <= law["n_exponent"] <= ends[1]:
+        return []
+    return [
+        f"{name}: N* grows as C^{line['exponent']:.3f} by the optima and as C^{law['n_exponent']:.3f} by the joint law, "
+        "outside the interval: a wide or off-centre grid biases parabolas"
+    ]
+
+
+def _plain(value: Any) -> Any:
+    """The value in JSON's own types; NaN and infinity, which JSON has not, become null."""
+    if isinstance(value, dict):
+        return {str(key): _plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple | np.ndarray):
+        return [_plain(each) for each in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return None if value is pd.NaT or value is pd.NA else value
+
+
+# --- Files -----------------------------------------------------------------------------------------------------------
+
+
+def write(fits: dict[str, Any], runs: Runs, folder: str | Path) -> Path:
+    """Write FOLDER/fits.json, with the tidy runs.csv and excluded.csv that it was made from beside it."""
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise UserError(f"out: {folder} is no folder") from None
+    write_atomically(folder / "runs.csv", lambda file: file.write(runs.table.to_csv(index=False).encode()))
+    write_atomically(folder / "excluded.csv", lambda file: file.write(runs.excluded.to_csv(index=False).encode()))
+    write_json(folder / FILE, fits)
+    return folder / FILE
+
+
+def read(path: str | Path) -> dict[str, Any]:
+    """The fits of a folder or of a fits.json. Raises UserError where there are none, or another version's."""
+    path = Path(path)
+    path = path / FILE if path.is_dir() else path
+    fits = read_json(path)
+    if fits is None:
+        raise UserError(f"{path}: does not exist; write it by embedscale fit RUNS")
+    if not isinstance(fits, dict) or "methods" not in fits:
+        raise UserError(f"{path}: holds no fits; write them by embedscale fit RUNS")
+    if fits.get("format") != FORMAT:
+        raise UserError(
+            f"{path}: was made by version {fits.get('version', 'unknown')} in format {fits.get('format')}; "
+            f"this version reads format {FORMAT}: run embedscale fit again"
+        )
+    return fits

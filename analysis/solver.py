@@ -18,6 +18,10 @@ RESIDUALS = ("huber", "lad", "log", "raw")
 LAD_DELTA = 1e-6  # Huber's δ where least absolute deviations are meant: far below any noise
 
 
+class TooFewRuns(UserError):
+    """The points cannot hold the law."""
+
+
 @dataclass
 class Solution:
     """theta [b, p], objective [b] (sum over points), gradient [b] (largest scaled component), iterations taken."""
@@ -187,8 +191,8 @@ def fit_joint(
 ) -> JointFit:
     """Fit a joint law to points [points]; `residual` is one of `RESIDUALS`, `delta` that of Huber on ln L.
 
-    Raises UserError for an unknown residual, a δ that is not positive, and data that cannot hold the law: no more
-    points than coefficients, under three sizes, under two amounts of data a size on average.
+    Raises UserError for an unknown residual and a δ that is not positive, TooFewRuns for data that cannot hold the
+    law: no more points than coefficients, or under three sizes.
     """
     if residual not in RESIDUALS:
         raise UserError(f"residual: {residual!r} is unknown; allowed: {', '.join(RESIDUALS)}")
@@ -197,9 +201,9 @@ def fit_joint(
     loss = np.asarray(loss, float)
     p, sizes = len(law.names), len(np.unique(params))
     if len(loss) <= p:
-        raise UserError(f"the {law.name} law has {p} coefficients and needs more runs than that; found {len(loss)}")
+        raise TooFewRuns(f"the {law.name} law has {p} coefficients and needs more runs than that; found {len(loss)}")
     if sizes < 3:
-        raise UserError(f"the {law.name} law needs at least 3 sizes; found {sizes}")
+        raise TooFewRuns(f"the {law.name} law needs at least 3 sizes; found {sizes}")
     weights = np.ones_like(loss) if weights is None else np.asarray(weights, float)
     data = Data.of(params, tokens, trainable_fraction)
 
