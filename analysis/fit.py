@@ -45,7 +45,6 @@ something cannot be said. Loss is in nats, budgets in FLOP of the paper's conven
 import math
 from collections.abc import Callable
 from datetime import UTC, datetime
-from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -53,11 +52,14 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from analysis import joint as joint_laws
 from analysis import optima, uncertainty
-from analysis.laws import CHINCHILLA, TRAINABLE_FRACTION, Law, power_law
+from analysis.frontier import frontier
+from analysis.joint import KEPT_DRAWS
+from analysis.laws import CHINCHILLA, power_law
 from analysis.optima import Profile
 from analysis.runs import COMPARABLE, HYPERPARAMETERS, Runs
-from analysis.solver import JointFit, TooFewRuns, fit_joint
+from analysis.solver import JointFit
 from analysis.uncertainty import OptimumDraws, interval
 from embedscale import __version__
 from embedscale.errors import UserError
@@ -65,7 +67,6 @@ from embedscale.record import read_json, write_atomically, write_json
 
 FORMAT = 1
 FILE = "fits.json"
-KEPT_DRAWS = 200  # of each law, for the intervals of predictions
 Array = NDArray[np.float64]
 
 
@@ -107,13 +108,13 @@ def fit(
 
     rng = np.random.default_rng(seed)
     settings = {"residual": residual, "delta": delta, "optimum": optimum, "window": window}
-    cells = {method: _cells(table[table["method"] == method]) for method in runs.methods}
+    cells = {method: joint_laws.cells_of(table[table["method"] == method]) for method in runs.methods}
     points = {method: optima.best_points(found) for method, found in cells.items()}
     joint: dict[str, dict[str, JointFit | str]] = {}
     for method in runs.methods:
         advance(method)
-        joint[method] = _joint_fits(method, cells[method], points[method], residual, delta)
-    sigma, noise_facts = _noise(noise, cells, joint)
+        joint[method] = joint_laws.fit_laws(method, cells[method], points[method], residual, delta)
+    sigma, noise_facts = joint_laws.noise_of(noise, cells, joint)
 
     methods: dict[str, Any] = {}
     draws: dict[str, dict[float, OptimumDraws]] = {}
@@ -123,7 +124,9 @@ def fit(
         chinchilla = joint[method]["chinchilla"]
         # One refit of each law, from which every interval of it is taken.
         refits = {
-            name: uncertainty.resampled(each, _replicates(cells[method], points[method], name), bootstrap, rng)
+            name: uncertainty.resampled(
+                each, joint_laws.replicates(cells[method], points[method], name), bootstrap, rng
+            )
             for name, each in joint[method].items()
             if isinstance(each, JointFit)
         }
@@ -135,9 +138,9 @@ def fit(
             "optima": rows,
             "power_laws": _power_laws(rows, draws[method], points[method], confidence),
             "joint_laws": {
-                name: _joint_facts(each, refits.get(name), confidence) for name, each in joint[method].items()
+                name: joint_laws.facts(each, refits.get(name), confidence) for name, each in joint[method].items()
             },
-            "hold_out": _hold_out(cells[method], points[method], joint[method], rows, residual, delta),
+            "hold_out": joint_laws.hold_out(cells[method], points[method], joint[method], rows, residual, delta),
         }
     fits = {
         "format": FORMAT,
@@ -154,128 +157,11 @@ def fit(
         "comparable": _comparable(table),
         "noise": noise_facts,
         "methods": methods,
-        "frontier": _frontier(methods, draws, points, sigma, budgets, confidence, bootstrap, rng),
+        "frontier": frontier(methods, draws, sigma, budgets, confidence, bootstrap, rng),
         "excluded": runs.excluded.to_dict("records"),
     }
     fits["notes"] = _notes(fits)
     return _plain(fits)
-
-
-# --- Points and laws of one method -----------------------------------------------------------------------------------
-
-
-def _cells(table: pd.DataFrame) -> pd.DataFrame:
-    """The settings of one method (`optima.settings`), with FLOP a token and S in every row."""
-    cells = optima.settings(table)
-    cost = cells["budget"] / cells["tokens"]
-    cells["flop_per_token"] = cells["flop_per_token"].fillna(cost) if "flop_per_token" in cells else cost
-    if "trainable_fraction" not in cells:
-        cells["trainable_fraction"] = np.nan
-    return cells
-
-
-def _by_fraction(cells: pd.DataFrame) -> pd.DataFrame:
-    """The best point of each budget, size and trainable fraction: what the paper's law L(S, N, D) is fitted to."""
-    return optima.best_points(cells.dropna(subset=["trainable_fraction"]), ("budget", "params", "trainable_fraction"))
-
-
-def _replicates(cells: pd.DataFrame, points: pd.DataFrame, law: str) -> list[Array]:
-    return list((_by_fraction(cells) if law == TRAINABLE_FRACTION.name else points)["losses"])
-
-
-def _fit_law(law: Law, points: pd.DataFrame, residual: str, delta: float) -> JointFit:
-    columns = [points[name].to_numpy(float) for name in ("params", "tokens", "loss", "trainable_fraction", "seeds")]
-    params, tokens, loss, s, seeds = columns
-    fraction = s if law is TRAINABLE_FRACTION else None
-    return fit_joint(law, params, tokens, loss, fraction, weights=seeds, residual=residual, delta=delta)
-
-
-def _joint_fits(
-    method: str, cells: pd.DataFrame, points: pd.DataFrame, residual: str, delta: float
-) -> dict[str, JointFit | str]:
-    """Each joint law's fit, or why there is none."""
-    found: dict[str, JointFit | str] = {}
-    found[CHINCHILLA.name] = _try_law(CHINCHILLA, points, residual, delta)
-    if method in ("freeze", "lora") or cells["trainable_fraction"].nunique() > 1:
-        known = cells["trainable_fraction"].nunique()
-        reason = f"the trainable_fraction law needs at least 3 trainable fractions; found {known}"
-        found[TRAINABLE_FRACTION.name] = (
-            _try_law(TRAINABLE_FRACTION, _by_fraction(cells), residual, delta) if known >= 3 else reason
-        )
-    return found
-
-
-def _try_law(law: Law, points: pd.DataFrame, residual: str, delta: float) -> JointFit | str:
-    if points["budget"].nunique() < 2:
-        return f"the {law.name} law needs at least 2 budgets; found {points['budget'].nunique()}"
-    try:
-        return _fit_law(law, points, residual, delta)
-    except TooFewRuns as error:
-        return str(error)
-
-
-def _noise(
-    given: float | None, cells: dict[str, pd.DataFrame], joint: dict[str, dict[str, JointFit | str]]
-) -> tuple[float | None, dict[str, Any]]:
-    """The standard deviation of ln L of one run, and where it is from."""
-    if given is not None:
-        return given, {"log_loss": given, "source": "given", "degrees_of_freedom": 0}
-    sigma, freedom = optima.noise_of(pd.concat(cells.values()))
-    if sigma:
-        return sigma, {"log_loss": sigma, "source": "replicates", "degrees_of_freedom": freedom}
-    found = [each["chinchilla"] for each in joint.values() if isinstance(each["chinchilla"], JointFit)]
-    # Huber's and LAD's fits leave outliers outside; the median deviation does too (1.4826 makes it a Gaussian's).
-    spreads = [
-        1.4826 * np.median(np.abs(np.log(law.loss / law.predict(*_where(law))))) * _inflation(law) for law in found
-    ]
-    if spreads:
-        sigma = float(np.sqrt(np.mean(np.square(spreads))))
-        freedom = sum(len(law.loss) - len(law.theta) for law in found)
-        return sigma or None, {"log_loss": sigma, "source": "residuals", "degrees_of_freedom": freedom}
-    return None, {"log_loss": None, "source": "none", "degrees_of_freedom": 0}
-
-
-def _where(law: JointFit) -> tuple[Array, Array]:
-    return np.exp(law.data.log_n + law.data.centre[0]), np.exp(law.data.log_d + law.data.centre[1])
-
-
-def _inflation(law: JointFit) -> float:
-    return math.sqrt(len(law.loss) / (len(law.loss) - len(law.theta)))
-
-
-def _joint_facts(fitted: JointFit | str, refits: Array | None, confidence: float) -> dict[str, Any]:
-    if isinstance(fitted, str):
-        return {"refused": fitted}
-    assert refits is not None
-    names = fitted.law.names
-    params, tokens = _where(fitted)
-    facts: dict[str, Any] = fitted.coefficients | {
-        "intervals": {name: interval(refits[:, i], confidence) for i, name in enumerate(names)},
-        "not_fixed": list(fitted.not_fixed),
-        "residual": fitted.residual,
-        "delta": fitted.delta if fitted.residual == "huber" else None,
-        "objective": fitted.objective,
-        "runs": len(fitted.loss),
-        "log_residual": fitted.log_residual,
-        "convergence": {
-            "starts": fitted.starts,
-            "agreeing": fitted.agreeing,
-            "gradient": fitted.gradient,
-            "iterations": fitted.iterations,
-            "condition": fitted.condition,
-        },
-        "span": {
-            "params": [params.min(), params.max()],
-            "tokens": [tokens.min(), tokens.max()],
-            "trainable_fraction": [fitted.data.s.min(), fitted.data.s.max()],
-        },
-        "draws": refits[:KEPT_DRAWS].tolist(),
-    }
-    if fitted.law is CHINCHILLA:
-        exponents = refits[:, 4] / (refits[:, 3] + refits[:, 4])
-        facts["n_exponent"] = facts["beta"] / (facts["alpha"] + facts["beta"])
-        facts["n_exponent_interval"] = interval(exponents, confidence)
-    return facts
 
 
 # --- Optima and power laws of one method -----------------------------------------------------------------------------
@@ -388,147 +274,6 @@ def _line_intervals(draws: Array, confidence: float) -> dict[str, Any]:
     }
 
 
-# --- Hold-out --------------------------------------------------------------------------------------------------------
-
-
-def _hold_out(
-    cells: pd.DataFrame,
-    points: pd.DataFrame,
-    joint: dict[str, JointFit | str],
-    rows: list[dict[str, Any]],
-    residual: str,
-    delta: float,
-) -> list[dict[str, Any]]:
-    """Fits without the largest budget, or the largest size (the paper's test, section 4.4), against what was found."""
-    result = []
-    for law in (CHINCHILLA, TRAINABLE_FRACTION):
-        if not isinstance(joint.get(law.name), JointFit):
-            continue
-        data = points if law is CHINCHILLA else _by_fraction(cells)
-        for what, column in (("largest budget", "budget"), ("largest size", "params")):
-            out, value = uncertainty.held_out_rows(data, column)
-            fitted = _try_law(law, data[~out], residual, delta)
-            if isinstance(fitted, str):
-                continue
-            left = data[out]
-            predicted = fitted.predict(
-                left["params"].to_numpy(float),
-                left["tokens"].to_numpy(float),
-                left["trainable_fraction"].to_numpy(float),
-            )
-            found = left["loss"].to_numpy(float)
-            result.append(
-                {"left_out": what, "value": value, "law": law.name}
-                | {"predicted": float(predicted.mean()), "found": float(found.mean())}
-                | uncertainty.prediction_errors(predicted, found)
-            )
-    interior = [row for row in rows if row["state"] == "interior"]
-    if len(interior) >= 3:
-        budgets, last = np.array([row["budget"] for row in interior]), interior[-1]
-        for name in ("n_opt", "loss"):
-            log_coefficient, exponent = power_law(budgets[:-1], np.array([row[name] for row in interior[:-1]]))
-            predicted = np.exp(log_coefficient + exponent * np.log(last["budget"]))
-            result.append(
-                {"left_out": "largest budget", "value": last["budget"], "law": name}
-                | {"predicted": float(predicted), "found": last[name]}
-                | uncertainty.prediction_errors(np.array([predicted]), np.array([last[name]]))
-            )
-    return result
-
-
-# --- Over methods ----------------------------------------------------------------------------------------------------
-
-
-def _frontier(
-    methods: dict[str, Any],
-    draws: dict[str, dict[float, OptimumDraws]],
-    points: dict[str, pd.DataFrame],
-    sigma: float | None,
-    budgets: Array,
-    confidence: float,
-    bootstrap: int,
-    rng: np.random.Generator,
-) -> dict[str, Any]:
-    """The lower envelope of the methods' laws of the loss (figure 1), where they cross, and whom noise separates."""
-    laws = {name: each["power_laws"]["loss"] for name, each in methods.items() if each["power_laws"]["loss"]}
-    lines = {name: np.array([math.log(law["coefficient"]), law["exponent"]]) for name, law in laws.items()}
-    low, high = np.log([budgets.min(), budgets.max()])
-    meetings = [float(uncertainty.crossing(lines[a], lines[b])) for a, b in combinations(lines, 2)]
-    ends = [low, *sorted(x for x in meetings if low < x < high), high]
-    segments: list[dict[str, Any]] = []
-    for start, stop in pairwise(ends):
-        if not lines:
-            break
-        middle = (start + stop) / 2
-        best = min(lines, key=lambda name: lines[name][0] + lines[name][1] * middle)
-        if segments and segments[-1]["method"] == best:
-            segments[-1]["to"] = math.exp(stop)
-        else:
-            segments.append({"method": best, "from": math.exp(start), "to": math.exp(stop)})
-    crossings = []
-    for below, above in pairwise(segments):
-        a, b = below["method"], above["method"]
-        drawn = np.array([])
-        if laws[a]["draws"] and laws[b]["draws"]:
-            drawn = uncertainty.crossing(_all_draws(methods, draws, a), _all_draws(methods, draws, b))
-            # Lines that hardly differ meet anywhere; a meeting far from the budgets is none.
-            drawn = np.where((drawn > low - math.log(100)) & (drawn < high + math.log(100)), drawn, np.nan)
-        crossings.append(
-            {
-                "budget": below["to"],
-                "interval": interval(np.exp(drawn), confidence) if len(drawn) else None,
-                "share": float(np.isfinite(drawn).mean()) if len(drawn) else None,
-                "below": a,
-                "above": b,
-            }
-        )
-    return {
-        "segments": segments,
-        "crossings": crossings,
-        "comparisons": _comparisons(methods, draws, sigma, confidence, bootstrap, rng),
-    }
-
-
-def _all_draws(methods: dict[str, Any], draws: dict[str, dict[float, OptimumDraws]], method: str) -> Array:
-    budgets = [row["budget"] for row in methods[method]["optima"] if row["state"] == "interior"]
-    drawn = np.array([draws[method][budget].log_loss for budget in budgets])
-    return uncertainty.power_law_draws(np.array(budgets), drawn)
-
-
-def _comparisons(
-    methods: dict[str, Any],
-    draws: dict[str, dict[float, OptimumDraws]],
-    sigma: float | None,
-    confidence: float,
-    bootstrap: int,
-    rng: np.random.Generator,
-) -> list[dict[str, Any]]:
-    """At each budget, each two methods' lowest losses: optima where interior, else the best runs."""
-    found: dict[float, dict[str, tuple[float, Array | None]]] = {}
-    for name, each in methods.items():
-        for row in each["optima"]:
-            if row["best"] is None:
-                continue
-            spread = draws[name].get(row["budget"])
-            value = math.log(row["loss"] if row["state"] == "interior" else row["best"]["loss"])
-            drawn = None
-            if spread is not None:
-                drawn = spread.log_loss
-            elif sigma is not None:
-                drawn = value + sigma / math.sqrt(row["best"]["seeds"]) * rng.standard_normal(bootstrap)
-            found.setdefault(row["budget"], {})[name] = (value, drawn)
-    result = []
-    for budget in sorted(found):
-        for a, b in combinations(found[budget], 2):
-            (value_a, drawn_a), (value_b, drawn_b) = found[budget][a], found[budget][b]
-            ends = interval(drawn_a - drawn_b, confidence) if drawn_a is not None and drawn_b is not None else None
-            result.append(
-                {"budget": budget, "a": a, "b": b, "difference": value_a - value_b, "interval": ends}
-                | {"distinguishable": None if ends is None else bool(ends[0] > 0 or ends[1] < 0)}
-            )
-    return result
-
-
 # --- Facts and notes -------------------------------------------------------------------------------------------------
 
 
@@ -589,7 +334,7 @@ def _parabola_bias(name: str, method: dict[str, Any]) -> list[str]:
     if "n_exponent" not in law or not ends or ends[0] <= law["n_exponent"] <= ends[1]:
         return []
     return [
-        f"{name}: N* grows as C^{line['exponent']:.3f} by the optima and as C^{law['n_exponent']:.3f} by the joint law, "
+        f"{name}: N* grows as C^{line['exponent']:.3f} by the optima, as C^{law['n_exponent']:.3f} by the joint law, "
         "outside the interval: a wide or off-centre grid biases parabolas"
     ]
 

@@ -74,7 +74,9 @@ def best_points(cells: pd.DataFrame, by: tuple[str, ...] = ("budget", "params"))
 
     `at_grid_end` names the hyper-parameters whose best value is the first or the last of three or more tried.
     """
-    choices = [name for name in varied(cells) if name not in by and pd.api.types.is_numeric_dtype(cells[name])]
+    # The ends of trainable fractions are nature's, not the grid's.
+    chosen = [name for name in varied(cells) if name not in (*by, "trainable_fraction")]
+    choices = [name for name in chosen if pd.api.types.is_numeric_dtype(cells[name])]
     rows = []
     for _, group in cells.groupby(list(by), dropna=False, sort=True):
         row: dict[Any, Any] = group.iloc[int(group["loss"].argmin())].to_dict()
