@@ -1,0 +1,240 @@
+"""The doctor finds what is wrong: in packages, on disk, and in what SLURM's own commands tell (stand-ins print it)."""
+
+import os
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+from embedscale.cli import main
+from slurm import doctor
+from slurm.cluster import Cluster, ResourceClass
+
+CONFIG = """Configuration data as of 2026-01-01T00:00:00
+AccountingStorageType   = accounting_storage/slurmdbd
+ClusterName             = trial
+JobRequeue              = 1
+KillWait                = 30 sec
+MaxArraySize            = 1001
+PreemptMode             = REQUEUE
+SLURM_VERSION           = 22.05.8
+"""
+PARTITIONS = (
+    "PartitionName=low AllowGroups=ALL Default=YES GraceTime=60 MaxTime=1-00:00:00 PreemptMode=REQUEUE State=UP\n"
+    "PartitionName=high AllowGroups=ALL Default=NO GraceTime=0 MaxTime=UNLIMITED PreemptMode=OFF State=UP"
+)
+NODES = (
+    "NodeName=n1 Arch=x86_64 CPUTot=16 AvailableFeatures=a100,ib Gres=gpu:a100:4(S:0-1) RealMemory=128000 "
+    "State=IDLE Partitions=low,high\n"
+    "NodeName=n2 Arch=x86_64 CPUTot=4 AvailableFeatures=(null) Gres=(null) RealMemory=8000 State=IDLE Partitions=high"
+)
+
+
+@pytest.fixture
+def scontrol(tmp_path, monkeypatch):
+    """A PATH of stand-ins for SLURM's commands; scontrol(config=…) changes what it tells."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
+
+    def write(config: str = CONFIG, partitions: str = PARTITIONS, nodes: str = NODES, **others: str) -> Path:
+        for name, text in {"config": config, "partition": partitions, "node": nodes}.items():
+            (folder / f"{name}.txt").write_text(text)
+        script = f'#!/bin/sh\nfor last; do :; done\ncat "{folder}/$last.txt"\n'
+        bodies = dict.fromkeys(("sbatch", "squeue", "scancel", "sacct", "sacctmgr"), "#!/bin/sh\n")
+        for name, body in (bodies | {"scontrol": script} | others).items():
+            (folder / name).write_text(body)
+            (folder / name).chmod(0o755)
+        return folder
+
+    return write
+
+
+def asked(cluster: Cluster) -> dict[str, doctor.Finding]:
+    return {each.subject: each for each in doctor.slurm(cluster)}
+
+
+def one_class(**settings) -> Cluster:
+    return Cluster(classes=[ResourceClass("it", **settings)])
+
+
+def test_a_fit_cluster_is_fine_in_every_line(scontrol):
+    scontrol()
+    found = asked(one_class(gpus=4, cpus=4, memory_gb=32, hours=24, constraint="a100"))
+    assert [each.text for each in found.values() if not each.fine] == []
+    assert found["controller"].text == "trial, SLURM 22.05.8"
+    assert found["class it"].text.startswith("fits partition low")
+    assert found["preemption in low"].text == "REQUEUE, 60 s from SIGTERM to SIGKILL"
+    assert "preemption in high" not in found
+
+
+@pytest.mark.parametrize(
+    "settings, complaint",
+    [
+        ({"hours": 25}, "25 h are more than its limit: set hours to at most 24"),
+        ({"gpus": 5, "cpus": 1, "memory_gb": 1}, "no node has 5 GPU"),
+        ({"cpus": 17}, "no node has 17 cores"),
+        ({"memory_gb": 129}, "no node has 129 GB"),
+        ({"constraint": "h100"}, "no node has the feature 'h100'"),
+        ({"partition": "hgih"}, "partition 'hgih' is unknown; set `partition` in the cluster file: high, low"),
+    ],
+)
+def test_a_class_that_does_not_fit_is_told_what_to_change(scontrol, settings, complaint):
+    scontrol()
+    finding = asked(one_class(**settings))["class it"]
+    assert not finding.fine
+    assert complaint in finding.text
+
+
+@pytest.mark.parametrize(
+    "old, new, subject, complaint",
+    [
+        ("JobRequeue              = 1", "JobRequeue = 0", "requeue", "set `requeue: false`"),
+        ("KillWait                = 30 sec", "KillWait = 300 sec", "time limit", "KillWait 300 s"),
+        ("= 1001", "= 0", "arrays", "are off"),
+    ],
+)
+def test_what_the_site_sets_is_held_against_the_cluster_file(scontrol, old, new, subject, complaint):
+    scontrol(config=CONFIG.replace(old, new))
+    finding = asked(one_class())[subject]
+    assert not finding.fine
+    assert complaint in finding.text
+
+
+def test_a_short_grace_time_is_named(scontrol):
+    scontrol(partitions=PARTITIONS.replace("GraceTime=60", "GraceTime=5"))
+    finding = asked(one_class())["preemption in low"]
+    assert not finding.fine and "5 s from SIGTERM to SIGKILL" in finding.text
+
+
+def test_a_site_without_requeue_is_fine_once_the_cluster_file_says_so(scontrol):
+    scontrol(config=CONFIG.replace("JobRequeue              = 1", "JobRequeue = 0"))
+    assert asked(Cluster(requeue=False, classes=[ResourceClass("it")]))["requeue"].fine
+
+
+def test_accounting_that_is_off_is_fine_and_one_that_does_not_answer_is_not(scontrol):
+    scontrol(config=CONFIG.replace("accounting_storage/slurmdbd", "accounting_storage/none"))
+    assert asked(one_class())["accounting"].text.startswith("none")
+    scontrol(sacct="#!/bin/sh\nexit 1\n")
+    assert not asked(one_class())["accounting"].fine
+
+
+def test_missing_commands_say_what_is_lost(scontrol):
+    folder = scontrol()
+    (folder / "sacct").unlink()
+    assert "what ended a silent job stays unknown" in asked(one_class())["sacct"].text
+    (folder / "scontrol").unlink()
+    found = asked(one_class())
+    assert not found["scontrol"].fine
+    assert not found["controller"].fine
+
+
+def test_without_slurm_there_is_one_line_and_it_is_fine(monkeypatch):
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    (finding,) = doctor.slurm(Cluster())
+    assert finding.fine and "this machine alone" in finding.text
+
+
+@pytest.mark.parametrize(
+    "limit, hours", [("UNLIMITED", float("inf")), ("02:30:00", 2.5), ("3-12:00:00", 84), ("00:00:36", 0.01)]
+)
+def test_time_limits_are_read(limit, hours):
+    assert doctor._hours(limit) == pytest.approx(hours)
+
+
+@pytest.mark.parametrize(
+    "gres, count", [("(null)", 0), ("gpu:4", 4), ("gpu:a100:8(S:0-1)", 8), ("gpu:a:2,gpu:b:1,nvme:1", 3), ("gpu", 1)]
+)
+def test_gpus_of_a_node_are_counted(gres, count):
+    assert doctor._gpus({"Gres": gres}) == count
+
+
+def test_this_installation_is_fine():
+    found = list(doctor.installation())
+    assert all(each.fine for each in found), found
+    assert any(f"lightning {metadata.version('lightning')}" in each.text for each in found)
+
+
+@pytest.mark.parametrize("version", ["2.6.2", "2.6.3"])
+def test_the_malicious_lightning_is_refused_before_anything_could_import_it(monkeypatch, capsys, version):
+    real = metadata.version
+    monkeypatch.setattr(metadata, "version", lambda name: version if name == "lightning" else real(name))
+    monkeypatch.setattr(doctor, "accelerator", lambda: pytest.fail("something was imported"))
+    assert main(["doctor"]) == 1
+    text = capsys.readouterr().out
+    assert f"lightning {version}" in text and "malware" in text
+
+
+def test_a_package_that_is_too_old_or_missing_is_named(monkeypatch):
+    real = metadata.version
+
+    def version(name: str) -> str:
+        if name == "peft":
+            raise metadata.PackageNotFoundError(name)
+        return "1.0" if name == "scipy" else real(name)
+
+    monkeypatch.setattr(metadata, "version", version)
+    packages = next(each for each in doctor.installation() if each.subject == "packages")
+    assert not packages.fine
+    assert "peft is missing" in packages.text and "scipy 1.0 is not >=1.11" in packages.text
+
+
+def test_models_load_with_every_connection_refused(backbone_folder):
+    assert all(each.fine for each in doctor.offline([str(backbone_folder)]))
+
+
+def test_a_backbone_that_is_no_folder_is_named():
+    found = {each.subject: each for each in doctor.offline(["EleutherAI/pythia-14m"])}
+    assert not found["backbones"].fine
+    assert "EleutherAI/pythia-14m; run `embedscale prefetch`" in found["backbones"].text
+
+
+def test_the_file_system_is_tried_and_left_as_it_was(tmp_path):
+    (finding,) = doctor.file_system(tmp_path / "runs" / "not" / "yet")
+    assert finding.fine and "writes, links and renames" in finding.text
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_system_without_links_is_no_place_for_runs(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(os, "link", refuse)
+    (finding,) = doctor.file_system(tmp_path)
+    assert not finding.fine and "Operation not supported" in finding.text
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_affinity_counts_the_cores_that_are_left(monkeypatch):
+    before = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {min(before)})
+        (one,) = doctor.affinity(1)
+        (two,) = doctor.affinity(2)
+    finally:
+        os.sched_setaffinity(0, before)
+    assert one.fine and one.text.startswith("1 of ")
+    assert not two.fine and "srun needs --cpus-per-task" in two.text
+
+
+def test_the_probe_on_a_node_is_asked_through_srun(scontrol, tmp_path, monkeypatch):
+    """The stand-in for srun runs the probe here, as if this were the node."""
+    log = tmp_path / "srun.log"
+    folder = scontrol(
+        srun=f'#!/bin/sh\necho "$*" > {log}\nenv | grep -c ^SLURM_ >> {log}\n'
+        'while [ "${1#--}" != "$1" ]; do shift; done\nexec "$@"\n'
+    )
+    monkeypatch.setenv("SLURM_CPU_BIND", "mask_cpu:0x1")
+    cluster = Cluster(partition="low", classes=[ResourceClass("it", gpus=0, cpus=1, memory_gb=2)])
+    found = {each.subject: each for each in doctor.on_node(cluster, tmp_path / "runs")}
+    assert found["a node of it: shared file system"].fine
+    assert found["a node of it: affinity"].fine
+    assert found["a node of it: offline loading"].fine
+    assert found["a node of it: scontrol"].fine
+    words, leaked = log.read_text().splitlines()
+    assert "--cpus-per-task=1 --mem=2000M --partition=low" in words
+    assert leaked == "0"
+    assert list((tmp_path / "runs").iterdir()) == []
+    (folder / "srun").write_text("#!/bin/sh\necho 'srun: error: Unable to allocate resources' >&2\nexit 1\n")
+    (finding,) = doctor.on_node(cluster, tmp_path / "runs")
+    assert not finding.fine and "Unable to allocate resources" in finding.text
