@@ -115,37 +115,26 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
 def refuse(*a, **k): raise OSError("the network was used")
 socket.socket.connect = refuse; socket.getaddrinfo = refuse
 from transformers import AutoConfig, AutoModel, GPTNeoXConfig
-names = sys.argv[1:]
 with tempfile.TemporaryDirectory() as folder:
-    if not names:
-        shape = dict(vocab_size=16, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
-        AutoModel.from_config(GPTNeoXConfig(**shape)).save_pretrained(folder)
-        AutoModel.from_pretrained(folder)
-    for name in names:
-        AutoConfig.from_pretrained(name)
+    shape = dict(vocab_size=16, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
+    AutoModel.from_config(GPTNeoXConfig(**shape)).save_pretrained(folder)
+    AutoModel.from_pretrained(folder)
+for name in sys.argv[1:]:
+    AutoConfig.from_pretrained(name)
 """
 
 
 def offline(backbones: Sequence[str] = ()) -> Iterator[Finding]:
     """Whether models load from folders while every connection is refused."""
-    output, error = _python(OFFLINE)
-    yield Finding(
-        "offline loading",
-        output is not None,
-        "a saved model loads with every connection refused" if output is not None else f"fails: {error}",
-    )
-    absent = [name for name in backbones if not Path(name).is_dir()]
+    local = [name for name in backbones if Path(name).is_dir()]
+    output, error = _python(OFFLINE, *local)
+    count = f"a saved model and {len(local)} backbones load" if local else "a saved model loads"
+    text = f"{count} with every connection refused" if output is not None else f"fails: {error}"
+    yield Finding("offline loading", output is not None, text)
+    absent = ", ".join(name for name in backbones if name not in local)
     if absent:
-        yield Finding(
-            "backbones",
-            False,
-            f"no local folders: {', '.join(absent)}; run `embedscale prefetch` on a machine with a network",
-        )
-    elif backbones:
-        output, error = _python(OFFLINE, *backbones)
-        yield Finding(
-            "backbones", output is not None, f"{len(backbones)} local folders" if output is not None else error
-        )
+        text = f"no local folders: {absent}; run `embedscale prefetch` on a machine with a network"
+        yield Finding("backbones", False, text)
 
 
 def _python(code: str, *words: str) -> tuple[str | None, str]:

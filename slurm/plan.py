@@ -18,9 +18,11 @@ from rich.table import Table
 
 from embedscale.config import RunConfig
 from embedscale.cost import Cost, cost_of, peak_learning_rate
-from embedscale.errors import UserError
+from embedscale.errors import DONE, UserError
+from embedscale.pairs import PairStore
 from embedscale.pythia import BackboneShape, known, short_name
 from embedscale.record import RunDirectory, read_json
+from slurm import grid
 from slurm.cluster import ResourceClass, shape_of
 from slurm.grid import Sweep
 
@@ -117,18 +119,16 @@ def refuse_above(plan: SweepPlan, max_gpu_hours: float | None) -> None:
 
 
 def _pairs_of(sweep: Sweep, folder: str, hard_negatives: int) -> Pairs:
-    assumed = Pairs(sweep.expected_pairs, sweep.expected_tokens_per_pair, counted=False)
-    if not Path(folder).is_dir():
-        return assumed
-    from embedscale.pairs import PairStore
-
     try:
         store = PairStore.open(folder)
-        if store.negatives < hard_negatives:
-            return Pairs(store.pairs, 1, True, store.context, store.held_out, store.negatives)
-        mean = float(store.token_counts(hard_negatives).mean())
     except UserError:
-        return assumed  # being written, or no store: preparing it will say so
+        return Pairs(sweep.expected_pairs, sweep.expected_tokens_per_pair, counted=False)
+    if not hard_negatives:
+        mean = store.manifest["tokens"]["training"] / store.pairs
+    elif hard_negatives <= store.negatives:
+        mean = float(store.token_counts(hard_negatives).mean())
+    else:
+        mean = 1.0  # refused below, by _check_data
     return Pairs(store.pairs, mean, True, store.context, store.held_out, store.negatives)
 
 
@@ -243,6 +243,36 @@ def _disk(run: RunConfig, shape: BackboneShape, cost: Cost, steps: int) -> int:
     return trained * (2 * CHECKPOINT_BYTES + WEIGHT_BYTES) + metrics
 
 
+def analysis_rows(path: str | Path) -> Any:
+    """The sweep's runnable runs as the DataFrame that `analysis.simulate` draws losses for, a row a run."""
+    import pandas as pd
+
+    rows = []
+    for each in plan_sweep(grid.load(path)).runnable:
+        run, shape = each.run, shape_of(each.run.backbone.name)
+        cost = cost_of(shape, run.method)
+        freezes = run.method.name == "freeze"
+        rows.append(
+            {
+                "run": each.run_id,
+                "method": run.method.name,
+                "backbone": short_name(run.backbone.name),
+                "params": cost.n_parameters,
+                "budget": run.budget,
+                "tokens": each.tokens,
+                "flop_per_token": cost.flop_per_token,
+                "trainable_fraction": len(run.method.training_blocks(shape.blocks)) / shape.blocks
+                if freezes
+                else cost.n_updated / cost.n_parameters,
+                "rank": run.method.rank,
+                "learning_rate": each.learning_rate,
+                "batch_size": run.training.batch_size,
+                "seed": run.training.seed,
+            }
+        )
+    return pd.DataFrame(rows)
+
+
 def print_plan(plan: SweepPlan, each: bool = False) -> None:
     """Print the plan, a row for each backbone and method, or for each run."""
     sweep, terminal = plan.sweep, Console()
@@ -321,7 +351,7 @@ def _footnotes(plan: SweepPlan, unit: str) -> Iterable[str]:
             "evaluation and start-up not counted; `embedscale calibrate` measures it."
         )
     stores = {each.run.data.store for each in plan.estimates}
-    missing = sorted(store for store in stores if not Path(store).is_dir())
+    missing = sorted(store for store in stores if not (Path(store) / "manifest.json").exists())
     if missing:
         yield (
             f"Steps: {sweep.expected_tokens_per_pair:g} tokens a pair are assumed, for there is no store yet at "
@@ -356,9 +386,6 @@ def size(count: float) -> str:
 
 def command(args: Any) -> int:
     """`embedscale sweep plan SWEEP.yaml [key=value …] [--max-gpu-hours H] [--each]`."""
-    from embedscale.errors import DONE
-    from slurm import grid
-
     plan = plan_sweep(grid.load(args.sweep, args.words))
     print_plan(plan, each=args.each)
     refuse_above(plan, args.max_gpu_hours)

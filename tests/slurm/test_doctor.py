@@ -179,14 +179,12 @@ def test_a_package_that_is_too_old_or_missing_is_named(monkeypatch):
     assert "peft is missing" in packages.text and "scipy 1.0 is not >=1.11" in packages.text
 
 
-def test_models_load_with_every_connection_refused(backbone_folder):
-    assert all(each.fine for each in doctor.offline([str(backbone_folder)]))
-
-
-def test_a_backbone_that_is_no_folder_is_named():
-    found = {each.subject: each for each in doctor.offline(["EleutherAI/pythia-14m"])}
+def test_backbones_load_with_every_connection_refused_and_one_that_is_no_folder_is_named(backbone_folder):
+    found = {each.subject: each for each in doctor.offline([str(backbone_folder), "EleutherAI/pythia-14m"])}
+    assert found["offline loading"].fine
+    assert found["offline loading"].text == "a saved model and 1 backbones load with every connection refused"
     assert not found["backbones"].fine
-    assert "EleutherAI/pythia-14m; run `embedscale prefetch`" in found["backbones"].text
+    assert "no local folders: EleutherAI/pythia-14m; run `embedscale prefetch`" in found["backbones"].text
 
 
 def test_the_file_system_is_tried_and_left_as_it_was(tmp_path):

@@ -207,6 +207,23 @@ def test_plan_of_the_papers_grid_takes_seconds_and_no_torch(tmp_path):
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 10
 
 
+def test_the_grid_can_be_handed_to_the_analysis(tmp_path):
+    """Trained fractions: blocks over blocks for freezing, parameters over parameters else (published counts)."""
+    from slurm.plan import analysis_rows
+
+    file = tmp_path / "small.yaml"
+    text = "methods: [full, bias, {name: freeze, active_fraction: 1/3}, {name: lora, rank: [8, 2048]}]"
+    file.write_text(f"axes: {{budget: 1e16}}\nbackbones: [EleutherAI/pythia-14m]\n{text}")
+    rows = analysis_rows(file).set_index("method")
+    assert list(rows.index) == ["full", "bias", "freeze", "lora"]  # rank 2048 does not fit
+    assert set(rows["params"]) == {1_189_888}
+    assert rows.loc["full", "trainable_fraction"] == 1
+    assert rows.loc["freeze", "trainable_fraction"] == pytest.approx(1 / 3)
+    # A block's adapters: r (d + 3d) + r (d + d) + 2 r (d + 4d), d = 128.
+    assert rows.loc["lora", "trainable_fraction"] == pytest.approx(6 * 8 * 16 * 128 / 1_189_888)
+    assert ((rows["budget"] / rows["flop_per_token"]).astype(int) == rows["tokens"]).all()
+
+
 def test_max_gpu_hours_on_the_command_line_exits_2(capsys):
     from embedscale.cli import main
 
