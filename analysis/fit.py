@@ -98,8 +98,8 @@ def fit(
         raise UserError(f"confidence: {confidence} is out of range; allowed: between 0 and 1")
     if bootstrap < 100:
         raise UserError(f"bootstrap: {bootstrap} is out of range; allowed: at least 100")
-    table = runs.table.assign(budget=optima.group_budgets(runs.table["budget"].to_numpy(float)))
-    budgets, sizes = np.unique(table["budget"]), np.unique(table["params"])
+    table = runs.table
+    budgets, sizes = np.unique(optima.group_budgets(table["budget"].to_numpy(float))), np.unique(table["params"])
     if len(budgets) < 2:
         raise UserError(f"budget: all {len(table)} runs have {budgets[0]:.4g} FLOP; laws need at least two budgets")
     if len(sizes) < 3:
@@ -110,6 +110,7 @@ def fit(
     settings = {"residual": residual, "delta": delta, "optimum": optimum, "window": window}
     cells = {method: joint_laws.cells_of(table[table["method"] == method]) for method in runs.methods}
     points = {method: optima.best_points(found) for method, found in cells.items()}
+    profiled = {method: _profiled(cells[method], points[method], table) for method in runs.methods}
     joint: dict[str, dict[str, JointFit | str]] = {}
     for method in runs.methods:
         advance(method)
@@ -131,12 +132,12 @@ def fit(
             if isinstance(each, JointFit)
         }
         rows, draws[method] = _optima(
-            optima.profiles(points[method], lost), chinchilla, refits, settings, sigma, bootstrap, confidence, rng
+            optima.profiles(profiled[method], lost), chinchilla, refits, settings, sigma, bootstrap, confidence, rng
         )
         methods[method] = {
             "points": _points(points[method]),
             "optima": rows,
-            "power_laws": _power_laws(rows, draws[method], points[method], confidence),
+            "power_laws": _power_laws(rows, draws[method], profiled[method], confidence),
             "joint_laws": {
                 name: joint_laws.facts(each, refits.get(name), confidence) for name, each in joint[method].items()
             },
@@ -161,10 +162,19 @@ def fit(
         "excluded": runs.excluded.to_dict("records"),
     }
     fits["notes"] = _notes(fits)
-    return _plain(fits)
+    return plain(fits)
 
 
 # --- Optima and power laws of one method -----------------------------------------------------------------------------
+
+
+def _profiled(cells: pd.DataFrame, points: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
+    """The points of IsoFLOP profiles: of each group of nearly equal budgets, over all methods, the best."""
+    every = np.concatenate([table["budget"].to_numpy(float), cells["budget"].to_numpy(float)])
+    grouped = optima.group_budgets(every)[len(table) :]
+    if np.allclose(grouped, cells["budget"], rtol=1e-6):
+        return points
+    return optima.best_points(cells.assign(budget=grouped))
 
 
 def _optima(
@@ -291,7 +301,12 @@ def _comparable(table: pd.DataFrame) -> dict[str, Any]:
 def _notes(fits: dict[str, Any]) -> list[str]:
     notes = []
     for name, method in fits["methods"].items():
+        few = [row for row in method["optima"] if row["state"] == "too few"]
+        if len(few) > 3:
+            notes.append(f"{name}: {len(few)} budgets have under three sizes, too few for an optimum")
         for row in method["optima"]:
+            if row["state"] == "too few" and len(few) > 3:
+                continue
             if row["state"] != "interior":
                 notes.append(f"{name}, {row['budget']:.3g} FLOP: no optimum ({row['state']}): {row['why']}")
             elif row["valid_share"] is not None and row["valid_share"] < 0.9:
@@ -339,12 +354,12 @@ def _parabola_bias(name: str, method: dict[str, Any]) -> list[str]:
     ]
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """The value in JSON's own types; NaN and infinity, which JSON has not, become null."""
     if isinstance(value, dict):
-        return {str(key): _plain(each) for key, each in value.items()}
+        return {str(key): plain(each) for key, each in value.items()}
     if isinstance(value, list | tuple | np.ndarray):
-        return [_plain(each) for each in value]
+        return [plain(each) for each in value]
     if isinstance(value, np.generic):
         value = value.item()
     if isinstance(value, float):
@@ -383,3 +398,42 @@ def read(path: str | Path) -> dict[str, Any]:
             f"this version reads format {FORMAT}: run embedscale fit again"
         )
     return fits
+
+
+# --- The verb --------------------------------------------------------------------------------------------------------
+
+
+def command(args: Any) -> int:
+    """`embedscale fit`: load, fit, write fits.json, and print what it says."""
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    from analysis import runs as loading
+    from analysis import summary
+
+    console = Console(highlight=False)
+    columns = loading.parse_assignments("columns", args.columns, loading.COLUMNS)
+    where: dict[str, str] = {}
+    for word in args.where or []:
+        where |= loading.parse_assignments("where", word, loading.COLUMNS)
+    runs = loading.load(args.runs, columns, where)
+    bar = Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), transient=True)
+    with bar:
+        task = bar.add_task("fit")
+        fits = fit(
+            runs,
+            residual=args.residual,
+            delta=args.delta,
+            optimum=args.optimum,
+            window=args.window,
+            noise=args.noise,
+            bootstrap=args.bootstrap,
+            seed=args.seed,
+            advance=lambda what: bar.update(task, description=f"fit {what}"),
+        )
+    fits["settings"]["where"] = where
+    folder = args.out or (args.runs if Path(args.runs).is_dir() else ".")
+    path = write(fits, runs, folder)
+    summary.show_fits(fits, console)
+    console.print(f"\nwritten: {path}", soft_wrap=True)
+    return 0

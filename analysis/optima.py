@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from scipy.interpolate import Akima1DInterpolator
 
 from analysis.runs import HYPERPARAMETERS
 from embedscale.errors import UserError
@@ -31,7 +30,10 @@ AKIMA_STEPS = 25  # of the interpolation for each interval between sizes, as in 
 
 
 def group_budgets(budgets: Array, tolerance: float = 0.1) -> Array:
-    """Each budget replaced by the geometric mean of those within `tolerance` above the smallest of its group."""
+    """Each budget replaced by the geometric mean of those within `tolerance` above the smallest of its group.
+
+    Budgets that were not planned as profiles, read off a figure, form profiles so.
+    """
     ordered = np.unique(budgets)
     grouped = np.empty_like(ordered)
     first = 0
@@ -57,7 +59,8 @@ def settings(table: pd.DataFrame) -> pd.DataFrame:
 
     `table` holds runs of one method. `losses` keeps the replicates' own.
     """
-    table = table.assign(budget=group_budgets(table["budget"].to_numpy()))
+    # Equal budgets may differ in their last digits; nearly equal ones are no replicates.
+    table = table.assign(budget=group_budgets(table["budget"].to_numpy(float), 1e-6))
     keys = ["budget", "params", *varied(table)]
     rows = []
     for _, group in table.groupby(keys, dropna=False, sort=True):
@@ -132,6 +135,8 @@ def parabola(log_n: Array, log_loss: Array, window: float = 4.0) -> tuple[Array,
 
 def akima(log_n: Array, log_loss: Array) -> tuple[Array, Array]:
     """ln N and ln L [draws] at the lowest point of an Akima interpolation; NaN at an end of the grid."""
+    from scipy.interpolate import Akima1DInterpolator
+
     grid = np.linspace(log_n[0], log_n[-1], AKIMA_STEPS * (len(log_n) - 1))
     curve = Akima1DInterpolator(log_n, log_loss.T)(grid)  # [grid, draws]
     best = curve.argmin(0)
@@ -151,15 +156,31 @@ def law_optimum(
     sizes = points.groupby("params")[["flop_per_token", "trainable_fraction"]].median()
     log_n = np.log(sizes.index.to_numpy(float))
     grid = np.linspace(log_n[0], log_n[-1], 801)
-    log_d = np.log(budget) - np.interp(grid, log_n, np.log(sizes["flop_per_token"]))
+    log_cost = np.interp(grid, log_n, np.log(sizes["flop_per_token"]))
     s = np.interp(grid, log_n, sizes["trainable_fraction"].fillna(1.0))
     with np.errstate(invalid="ignore"):
-        log_loss = np.log(np.atleast_2d(predict(np.exp(grid), np.exp(log_d), s)))
+        log_loss = np.log(np.atleast_2d(predict(np.exp(grid), budget / np.exp(log_cost), s)))
+    vertex, lowest = lowest_point(grid, log_loss)
+    return vertex, np.log(budget) - np.interp(vertex, grid, log_cost), lowest
+
+
+def lowest_point(grid: Array, log_loss: Array) -> tuple[Array, Array]:
+    """ln N and ln L [draws] at the minimum of smooth curves [draws, grid], between the steps of a uniform grid.
+
+    NaN at an end of the grid.
+    """
     log_loss = np.where(np.isfinite(log_loss), log_loss, np.inf)
     best = log_loss.argmin(1)
-    inside = (best > 0) & (best < len(grid) - 1)
-    found = grid[best], log_d[best], log_loss[np.arange(len(best)), best]
-    return tuple(np.where(inside, values, np.nan) for values in found)  # type: ignore[return-value]
+    middle = np.clip(best, 1, len(grid) - 2)
+    rows = np.arange(len(best))
+    before, here, after = (log_loss[rows, middle + k] for k in (-1, 0, 1))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        shift = 0.5 * (before - after) / (before - 2 * here + after)
+        lowest = here - 0.25 * (before - after) * shift
+    shift = np.where(np.isfinite(shift), shift, 0.0)
+    inside = middle == best
+    vertex = grid[middle] + shift * (grid[1] - grid[0])
+    return np.where(inside, vertex, np.nan), np.where(inside, np.where(np.isfinite(lowest), lowest, here), np.nan)
 
 
 # --- The optimum of each budget, and its state -----------------------------------------------------------------------
@@ -226,11 +247,15 @@ def profiles(points: pd.DataFrame, diverged: pd.DataFrame) -> list[Profile]:
     `diverged` are the excluded runs of the method that diverged (`params`, `budget`; unknown ones are ignored).
     """
     lost = diverged.dropna(subset=["params", "budget"]).astype({"params": float, "budget": float})
-    budgets = np.union1d(points["budget"], lost["budget"])
+    budgets = np.unique(points["budget"].to_numpy(float))
+    # A lost run belongs to the nearest budget that has points, or else stands for one of its own.
+    nearest = budgets[np.abs(np.log(lost["budget"].to_numpy()[:, None] / budgets)).argmin(1)]
+    close = np.isclose(lost["budget"], nearest, rtol=0.1)
+    of_lost = np.where(close, nearest, lost["budget"])
     result = []
-    for budget in np.unique(group_budgets(budgets)):
-        here = points[np.isclose(points["budget"], budget, rtol=0.1)].sort_values("params")
-        gone = set(lost[np.isclose(lost["budget"], budget, rtol=0.1)]["params"]) - set(here["params"])
+    for budget in np.union1d(budgets, of_lost):
+        here = points[points["budget"] == budget].sort_values("params")
+        gone = set(lost["params"][of_lost == budget]) - set(here["params"])
         result.append(Profile(float(budget), here, tuple(sorted(gone))))
     return result
 

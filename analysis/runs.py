@@ -232,6 +232,17 @@ def _exclusion(row: Mapping[Any, Any], reason: str, detail: str = "") -> dict[st
 
 
 def _from_file(path: Path, columns: dict[str, str]) -> tuple[pd.DataFrame, list[dict[str, Any]]]:
+    return _tidy(str(path), _renamed(path, columns))
+
+
+def load_grid(path: str | Path, columns: Mapping[str, str] | None = None) -> pd.DataFrame:
+    """The runs of a file that have no loss yet, for a simulation: `load`'s table without the loss."""
+    table = _renamed(Path(path), dict(columns or {})).drop(columns="loss", errors="ignore")
+    return _tidy(str(path), table.assign(loss=1.0))[0].drop(columns="loss")
+
+
+def _renamed(path: Path, columns: dict[str, str]) -> pd.DataFrame:
+    """The file's table by our names of its columns."""
     readers: dict[str, Any] = {
         ".csv": pd.read_csv,
         ".parquet": pd.read_parquet,
@@ -252,7 +263,7 @@ def _from_file(path: Path, columns: dict[str, str]) -> tuple[pd.DataFrame, list[
     mapped = {theirs: ours for ours, theirs in columns.items()}
     # A mapped column takes the place of one that happens to have our name.
     table = table.drop(columns=[name for name in table if name in columns and name not in mapped])
-    return _tidy(str(path), table.rename(columns=mapped))
+    return table.rename(columns=mapped)
 
 
 def _tidy(origin: str, table: pd.DataFrame) -> tuple[pd.DataFrame, list[dict[str, Any]]]:

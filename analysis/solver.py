@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy.optimize import linprog
 
 from analysis.laws import CHINCHILLA, Array, Data, Law
 from embedscale.errors import UserError
@@ -256,6 +255,8 @@ def _least_absolute(law: Law, theta: Array, data: Data, loss: Array, weights: Ar
     At a minimum of absolute deviations the law goes through as many points as it has coefficients, which no
     smoothed objective reaches.
     """
+    from scipy.optimize import linprog  # here, for it takes a third of a second to import
+
     target, (n, p) = np.log(loss)[None], (len(loss), len(theta))
     r, jacobian = _residuals(law, theta[None], data, target, False)
     value, box = float((weights * np.abs(r[0])).sum()), 1e-2

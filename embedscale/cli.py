@@ -72,6 +72,45 @@ def doctor(args: argparse.Namespace) -> int:
     return command(args)
 
 
+def fit(args: argparse.Namespace) -> int:
+    if args.simulate is not None:
+        from analysis.simulate import command as simulate
+
+        return simulate(args, _grid(args) if args.runs.endswith((".yaml", ".yml")) else None)
+    from analysis.fit import command
+
+    return command(args)
+
+
+def _grid(args: argparse.Namespace):
+    """A sweep file's runs for the analysis, which knows neither configurations nor sweeps."""
+    import pandas as pd
+
+    from embedscale.cost import cost_of
+    from slurm import grid
+    from slurm.cluster import shape_of
+
+    rows, refused = [], 0
+    for run in grid.load(args.runs).runs:
+        shape = shape_of(run.backbone.name)
+        try:
+            cost = cost_of(shape, run.method)
+        except UserError:
+            refused += 1
+            continue
+        share = cost.n_updated / cost.n_parameters
+        if run.method.name == "freeze":
+            share = len(run.method.training_blocks(shape.blocks)) / shape.blocks
+        rows.append(
+            {"run": run.run_id, "method": run.method.name, "params": cost.n_parameters, "budget": run.budget}
+            | {"flop_per_token": cost.flop_per_token, "trainable_fraction": 1.0 if run.method.name == "full" else share}
+            | {"rank": run.method.rank, "learning_rate": run.training.learning_rate, "seed": run.training.seed}
+        )
+    if refused:
+        print(f"left out: {refused} runs whose method does not fit their backbone; embedscale sweep plan says which")
+    return pd.DataFrame(rows).astype({"rank": float, "learning_rate": float})
+
+
 def _sweep_verbs(verbs) -> None:
     text = "many runs from one YAML file"
     actions = verbs.add_parser("sweep", help=text, description=text).add_subparsers(metavar="ACTION", required=True)
@@ -91,6 +130,28 @@ def _sweep_verbs(verbs) -> None:
     watch.add_argument("--every", type=float, default=10.0, metavar="SECONDS", help="default 10")
     cancel = action("cancel", sweep_cancel, "take the sweep's jobs out of the queue; asks first")
     cancel.add_argument("--yes", action="store_true", help="do not ask")
+
+
+def _fit_verb(verbs) -> None:
+    text = "runs into optima, laws and intervals: fits.json"
+    verb = verbs.add_parser("fit", help=text, description=text)
+    verb.add_argument(
+        "runs", metavar="RUNS", help="a folder of runs, a .csv, .parquet or .jsonl file; with --simulate a sweep"
+    )
+    verb.add_argument("--columns", metavar="OURS=THEIRS,…", help="params=N,tokens=D,budget=C,loss=loss")
+    verb.add_argument("--where", action="append", metavar="NAME=VALUE", help="keep only these runs; may be repeated")
+    verb.add_argument("--out", metavar="FOLDER", help="of fits.json; default RUNS, or here for a file")
+    verb.add_argument(
+        "--residual", default="huber", metavar="KIND", help="of joint laws: huber (default), lad, log or raw"
+    )
+    verb.add_argument("--delta", type=float, default=1e-3, help="Huber's, on ln L; default 1e-3")
+    verb.add_argument("--optimum", default="parabola", metavar="KIND", help="parabola (default), akima or law")
+    verb.add_argument("--window", type=float, default=4.0, metavar="FACTOR", help="of N in the parabola; default 4")
+    verb.add_argument("--noise", type=float, metavar="SD", help="standard deviation of ln L; default from replicates")
+    verb.add_argument("--bootstrap", type=int, default=1000, metavar="DRAWS", help="default 1000")
+    verb.add_argument("--seed", type=int, default=0, help="of the draws; default 0")
+    verb.add_argument("--simulate", metavar="LAW", help="E=…,A=…,B=…,alpha=…,beta=… or a fits.json: try a grid on it")
+    verb.set_defaults(run=fit)
 
 
 def _doctor_verb(verbs) -> None:
@@ -114,6 +175,7 @@ def parser() -> argparse.ArgumentParser:
     costs.add_argument("--budgets", nargs="+", metavar="FLOP", help="several budgets; default the configuration's")
     _with_config(verbs, "train", train, "one run; run again, it resumes or says that it is done")
     _sweep_verbs(verbs)
+    _fit_verb(verbs)
     _doctor_verb(verbs)
     return top
 
