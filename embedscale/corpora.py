@@ -1,7 +1,8 @@
 """Where text pairs come from: JSON lines, Parquet, Hugging Face datasets, and the Python installed on any machine.
 
-A source is cut into units that can be read apart: byte ranges of JSON lines, row groups of Parquet, index ranges of a
+A source is cut into units that can be read apart: byte ranges of JSON lines, row groups of Parquet, shards of a
 dataset, groups of Python files. Each worker reads its own units, and an interrupted `prepare` repeats only some.
+A row that is no pair is counted by reason, never an error; what cannot be read at all is a `UserError`.
 """
 
 import ast
@@ -11,16 +12,21 @@ import json
 import sysconfig
 import textwrap
 import warnings
+import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from embedscale.config import Source
 from embedscale.errors import UserError
 
-UNIT_BYTES = 16 * 2**20
+UNIT_BYTES = 8 * 2**20
+MOST_UNITS = 2048  # of the JSON lines of a source: a larger corpus has larger units
+SHARD_BYTES = 256 * 2**20  # of a dataset that does not say how large it is
+READ_ROWS = 1024  # at a time, of a table
 PYTHON_FILES = 200  # a unit
 
 
@@ -45,51 +51,58 @@ class Unit:
 def units_of(number: int, source: Source) -> list[Unit]:
     """All units of a source, in a fixed order. Raises UserError where there is nothing to read."""
     if source.kind == "installed-python":
-        files = installed_files()
-        starts = range(0, len(files), PYTHON_FILES)
+        files = len(installed_files())
         # Docstring and code are a small part of what is read.
-        return [Unit(number, "", first, min(first + PYTHON_FILES, len(files)), 2**20) for first in starts]
-    if source.kind == "dataset":
-        rows = _dataset(source)
-        size = max(1, rows.data.nbytes // max(1, len(rows)))
-        step = max(1, UNIT_BYTES // size)
         return [
-            Unit(number, source.path, first, min(first + step, len(rows)), size * step)
-            for first in range(0, len(rows), step)
+            Unit(number, "", first, min(first + PYTHON_FILES, files), 2**20) for first in range(0, files, PYTHON_FILES)
         ]
+    if source.kind == "dataset":
+        rows, size = _dataset(source)
+        shards = rows.num_shards
+        return [Unit(number, source.path, shard, shard + 1, size // shards) for shard in range(shards)]
+    files_of_source = [(path, path.stat().st_size) for path in _files(source)]
+    step = max(UNIT_BYTES, sum(size for _, size in files_of_source) // MOST_UNITS)
     units = []
-    for path in _files(source):
-        size = path.stat().st_size
+    for path, size in files_of_source:
         if source.kind == "parquet":
-            units += [Unit(number, str(path), group, group + 1, size) for group in range(_parquet(path).num_row_groups)]
+            groups = _parquet(path).num_row_groups
+            units += [Unit(number, str(path), group, group + 1, size // groups) for group in range(groups)]
         elif path.suffix == ".gz":
             units.append(Unit(number, str(path), 0, 0, 4 * size))
         else:
             units += [
-                Unit(number, str(path), first, min(first + UNIT_BYTES, size), min(UNIT_BYTES, size - first))
-                for first in range(0, size, UNIT_BYTES)
+                Unit(number, str(path), first, min(first + step, size), min(step, size - first))
+                for first in range(0, size, step)
             ]
     return units
 
 
 def read(unit: Unit, source: Source, counts: Counter[str]) -> Iterator[Pair]:
-    """The pairs of a unit; `counts` learns of rows that are no pair, by reason.
+    """The pairs of a unit; `counts` learns how many rows were read, and of those that are no pair, by reason.
 
-    Raises UserError for a missing column.
+    Raises UserError for a missing column and for a file that is cut off, forbidden or of another format.
     """
+    import pyarrow
+
     if source.kind == "installed-python":
         for path in installed_files()[unit.start : unit.stop]:
             yield from _functions(path, counts)
         return
-    for row in _rows(unit, source, counts):
-        pair = _pair(row, source, unit.path, counts)
-        if pair is not None:
-            yield pair
+    try:
+        for row in _rows(unit, source, counts):
+            pair = _pair(row, source, counts)
+            if pair is not None:
+                yield pair
+    except (OSError, EOFError, zlib.error, pyarrow.ArrowException) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{unit.path}: cannot be read ({reason})") from None
 
 
 def _files(source: Source) -> list[Path]:
     path = Path(source.path)
-    endings = {"jsonl": (".jsonl", ".json", ".jsonl.gz", ".json.gz"), "parquet": (".parquet",)}[source.kind]
+    endings = {"jsonl": (".jsonl", ".jsonl.gz"), "parquet": (".parquet",)}[source.kind]
+    if path.is_file():
+        return [path]
     if path.is_dir():
         found = sorted(p for p in path.rglob("*") if p.name.endswith(endings))
         if not found:
@@ -107,65 +120,78 @@ def _parquet(path: Path) -> Any:
 
     try:
         return parquet.ParquetFile(path)
-    except pyarrow.ArrowInvalid:
-        raise UserError(f"{path}: is no Parquet file") from None
+    except (OSError, pyarrow.ArrowException):
+        raise UserError(f"{path}: is no Parquet file that can be read") from None
 
 
-def _dataset(source: Source) -> Any:
-    """A memory-mapped dataset: a folder written by `save_to_disk`, a folder of data files, or a hub name."""
+@cache
+def _dataset(source: Source) -> tuple[Any, int]:
+    """A streamed dataset and its bytes, about: a folder by `save_to_disk`, a folder of data files, or a hub name.
+
+    Streaming neither copies the corpus into a cache nor waits for all of it; its shards are what workers share.
+    """
     import datasets
 
     datasets.disable_progress_bars()
     path = Path(source.path)
     try:
-        if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
-            loaded = datasets.load_from_disk(source.path)
-            if isinstance(loaded, datasets.DatasetDict):
-                if source.split not in loaded:
-                    raise UserError(f"data.sources.split: {source.split!r} is not in {source.path}; it has {[*loaded]}")
-                loaded = loaded[source.split]
-            return loaded
-        return datasets.load_dataset(source.path, source.subset, split=source.split)
-    except (OSError, ValueError, ConnectionError) as error:
+        if not any((path / name).exists() for name in ("dataset_info.json", "dataset_dict.json")):
+            loaded = datasets.load_dataset(source.path, source.subset, split=source.split, streaming=True)
+            return loaded, loaded.info.dataset_size or SHARD_BYTES * loaded.num_shards
+        loaded = datasets.load_from_disk(source.path)
+        if isinstance(loaded, datasets.DatasetDict):
+            if source.split not in loaded:
+                raise UserError(
+                    f"data.sources.split: {source.split!r} is not in {source.path}; allowed: {', '.join(loaded)}"
+                )
+            loaded = loaded[source.split]
+        size = loaded.data.nbytes
+        return loaded.to_iterable_dataset(num_shards=max(1, min(size // UNIT_BYTES, len(loaded)))), size
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"data.sources.path: the dataset {source.path!r} cannot be loaded ({reason})") from None
 
 
 def _rows(unit: Unit, source: Source, counts: Counter[str]) -> Iterator[dict[str, Any]]:
-    if source.kind == "jsonl":
-        for line in _lines(unit):
-            try:
-                row = json.loads(line.decode())
-            except UnicodeDecodeError:
-                counts["read"] += 1
-                counts["not_utf8"] += 1
-                continue
-            except ValueError:
-                counts["read"] += 1
-                counts["malformed"] += 1
-                continue
-            if isinstance(row, dict):
-                yield row
-            else:
-                counts["read"] += 1
-                counts["malformed"] += 1
-        return
     columns = [name for name in (source.query, source.positive, source.negative) if name]
+    if source.kind == "jsonl":
+        yield from _json_rows(unit, columns, counts)
+        return
+    tables: Iterable[Any]
     if source.kind == "parquet":
         file = _parquet(Path(unit.path))
         _refuse_missing(columns, file.schema_arrow.names, unit.path)
-        batches = file.iter_batches(4096, row_groups=[unit.start], columns=columns)
-        tables = ({name: batch.column(name) for name in columns} for batch in batches)
+        tables = file.iter_batches(READ_ROWS, row_groups=[unit.start], columns=columns)
     else:
-        rows = _dataset(source)
-        _refuse_missing(columns, rows.column_names, unit.path)
-        chosen = rows.with_format("arrow")
-        slices = (chosen[i : min(i + 4096, unit.stop)] for i in range(unit.start, unit.stop, 4096))
-        tables = ({name: part.column(name) for name in columns} for part in slices)
+        rows, _ = _dataset(source)
+        shard = rows.shard(num_shards=rows.num_shards, index=unit.start)
+        tables = shard.with_format("arrow").iter(batch_size=READ_ROWS)
     for table in tables:
-        values = {name: _values(column) for name, column in table.items()}
-        for index in range(len(values[columns[0]])):
-            yield {name: column[index] for name, column in values.items()}
+        _refuse_missing(columns, table.schema.names, unit.path)
+        values = [_values(table.column(name)) for name in columns]
+        for row in zip(*values, strict=True):
+            counts["read"] += 1
+            yield dict(zip(columns, row, strict=True))
+
+
+def _json_rows(unit: Unit, columns: list[str], counts: Counter[str]) -> Iterator[dict[str, Any]]:
+    first = unit.start == 0
+    for line in _lines(unit):
+        counts["read"] += 1
+        try:
+            row = json.loads(line.decode("utf-8-sig"))
+        except UnicodeDecodeError:
+            counts["not_utf8"] += 1
+        except (ValueError, RecursionError):
+            counts["malformed"] += 1
+        else:
+            if not isinstance(row, dict):
+                counts["malformed"] += 1
+                continue
+            if first:  # the file's first row stands for its columns; a later row without one is an empty pair
+                _refuse_missing(columns, list(row), unit.path)
+                first = False
+            yield row
 
 
 def _lines(unit: Unit) -> Iterator[bytes]:
@@ -191,8 +217,9 @@ def _values(column: Any) -> list[Any]:
     try:
         return column.to_pylist()
     except UnicodeDecodeError:
-        kind = column.type
-        return column.cast(pyarrow.list_(pyarrow.binary()) if pyarrow.types.is_list(kind) else "binary").to_pylist()
+        is_list = pyarrow.types.is_list(column.type) or pyarrow.types.is_large_list(column.type)
+        raw = pyarrow.large_binary()
+        return column.cast(pyarrow.large_list(raw) if is_list else raw).to_pylist()
 
 
 def _refuse_missing(wanted: list[str], present: list[str], path: str) -> None:
@@ -201,15 +228,16 @@ def _refuse_missing(wanted: list[str], present: list[str], path: str) -> None:
             raise UserError(f"{path}: there is no column {name!r}; it has: {', '.join(present)}")
 
 
-def _pair(row: dict[str, Any], source: Source, path: str, counts: Counter[str]) -> Pair | None:
-    _refuse_missing([source.query, source.positive], list(row), path)
-    counts["read"] += 1
-    query, positive = _texts(row[source.query]), _texts(row[source.positive])
+def _pair(row: dict[str, Any], source: Source, counts: Counter[str]) -> Pair | None:
+    query, positive = _texts(row.get(source.query)), _texts(row.get(source.positive))
     negatives = _texts(row.get(source.negative)) if source.negative else []
     if not query or not positive:
         counts["empty"] += 1
         return None
     texts = [query[0], positive[0], *negatives]
+    if not all(isinstance(text, str | bytes) for text in texts):
+        counts["malformed"] += 1
+        return None
     try:
         decoded = [text.decode() if isinstance(text, bytes) else text for text in texts]
         for text in decoded:
@@ -217,7 +245,7 @@ def _pair(row: dict[str, Any], source: Source, path: str, counts: Counter[str]) 
     except (UnicodeDecodeError, UnicodeEncodeError):
         counts["not_utf8"] += 1
         return None
-    return Pair(decoded[0], decoded[1], tuple(text for text in decoded[2:] if text.strip()))
+    return Pair(decoded[0], decoded[1], tuple(decoded[2:]))
 
 
 def _texts(value: Any) -> list[Any]:
@@ -226,18 +254,16 @@ def _texts(value: Any) -> list[Any]:
     return [item for item in value if item is not None] if isinstance(value, list) else [value]
 
 
-_installed: list[Path] = []
-
-
+@cache
 def installed_files() -> list[Path]:
     """Python source of the standard library and the installed packages, in the order of their names."""
-    if not _installed:
-        for name in ("stdlib", "purelib"):
-            root = Path(sysconfig.get_path(name))
-            inside = (p.relative_to(root) for p in root.rglob("*.py"))
-            found = [p for p in inside if name == "purelib" or "site-packages" not in p.parts]
-            _installed.extend(root / p for p in sorted(found, key=str))
-    return _installed
+    files = []
+    for folder in ("stdlib", "purelib", "platlib"):
+        root = Path(sysconfig.get_path(folder))
+        inside = (path.relative_to(root) for path in root.rglob("*.py"))
+        found = [path for path in inside if folder != "stdlib" or "site-packages" not in path.parts]
+        files += [root / path for path in sorted(found, key=str)]
+    return list(dict.fromkeys(files))
 
 
 def _functions(path: Path, counts: Counter[str]) -> Iterator[Pair]:
@@ -250,10 +276,10 @@ def _functions(path: Path, counts: Counter[str]) -> Iterator[Pair]:
             warnings.simplefilter("ignore")
             tree = ast.parse(text)
     except UnicodeDecodeError:
-        counts["not_utf8"] += 1
+        counts.update(read=1, not_utf8=1)
         return
     except (OSError, SyntaxError, ValueError, RecursionError, MemoryError):
-        counts["malformed"] += 1
+        counts.update(read=1, malformed=1)
         return
     lines = text.split("\n")
     for node in _statements(tree):

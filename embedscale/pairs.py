@@ -46,8 +46,13 @@ class Part:
     def open(cls, path: Path) -> "Part":
         import pyarrow
 
-        with pyarrow.memory_map(str(path)) as file:
-            table = pyarrow.ipc.open_file(file).get_batch(0)
+        try:
+            with pyarrow.memory_map(str(path)) as file:
+                table = pyarrow.ipc.open_file(file).get_batch(0)
+        except (OSError, pyarrow.ArrowException):
+            raise UserError(
+                f"data.store: {path} is missing or damaged; remove the store and prepare it again"
+            ) from None
 
         def lists(name: str) -> tuple[np.ndarray, Any]:
             column = table.column(name)
@@ -104,7 +109,7 @@ class PairStore:
 
     @classmethod
     def open(cls, folder: str | Path) -> "PairStore":
-        """Raises UserError for a folder that is no finished store."""
+        """Raises UserError for a folder that is no finished store, when it is opened or a damaged part is read."""
         try:
             manifest = json.loads((Path(folder) / "manifest.json").read_text())
         except FileNotFoundError:

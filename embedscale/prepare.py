@@ -3,20 +3,25 @@
 The first pass reads and tokenises unit by unit, on all cores, and spills each unit's pairs into buckets by a hash of
 their texts. The second takes a bucket at a time: equal pairs now lie side by side and one stays; the order of the
 hash is the shuffle, uniform, and the same on every machine; a hash of the query alone holds pairs out. Neither pass
-needs to know how large the corpus is.
+needs to know how large the corpus is. The price is disk: while it is made, a store takes twice its room.
 """
 
 import hashlib
-import json
 import os
 import shutil
+import signal
+import sys
+import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from dataclasses import asdict
-from functools import lru_cache, partial
-from multiprocessing import get_context
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import pairwise
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any
 
@@ -24,123 +29,160 @@ import numpy as np
 
 from embedscale.config import Data, RunConfig, Source
 from embedscale.corpora import Pair, Unit, read, units_of
-from embedscale.errors import DONE, UserError
-from embedscale.pairs import FORMAT, part_file
-from embedscale.record import read_json, write_atomically, write_json
+from embedscale.errors import DONE, FAILED, UserError
+from embedscale.pairs import FORMAT, PairStore, part_file
+from embedscale.record import Lease, read_json, write_atomically, write_json
+from embedscale.tokens import load_tokenizer, mixed, pair_hashes, schema, tokenised, vocabulary
+from embedscale.tokens import tokenizer_digest as tokenizer_digest
 
 BUCKET_BYTES = 32 * 2**20  # of source text
 MOST_BUCKETS = 1024
 SPILL_PAIRS = 16384
-SPARE_TOKENS = 16  # beyond the context, so that cutting a long text early does not change the tokens that are kept
+SPILL_CHARACTERS = 16 * 2**20
 
 
-@lru_cache
-def load_tokenizer(name: str) -> tuple[Any, str]:
-    """The tokenizer of a hub name or folder, and a digest of all that decides its token ids.
+@dataclass(frozen=True)
+class Work:
+    """What a worker needs to know of the store that is made."""
 
-    Raises UserError where there is no `tokenizer.json`.
-    """
-    from huggingface_hub import hf_hub_download
-    from tokenizers import Tokenizer
+    folder: Path
+    data: Data
+    tokenizer: tuple[str, str | None]  # name and revision
+    token: Any  # NumPy type of an id
+    units: int
+    buckets: int  # a power of two
 
-    file = Path(name) / "tokenizer.json"
-    if not Path(name).is_dir():
-        try:
-            file = Path(hf_hub_download(name, "tokenizer.json"))
-        except Exception as error:  # the hub's client has a class of its own for each way of not finding a file
-            reason = str(error).splitlines()[0]
-            raise UserError(
-                f"data.tokenizer: {name!r} is neither a local folder nor a model that the hub or its local cache has "
-                f"({reason})"
-            ) from None
-    if not file.is_file():
-        raise UserError(f"data.tokenizer: {name} holds no tokenizer.json; a fast tokenizer is needed")
-    text = file.read_text("utf-8")
-    values = json.loads(text)
-    decisive = {key: values.get(key) for key in ("normalizer", "pre_tokenizer", "model", "added_tokens")}
-    digest = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:16]
-    return Tokenizer.from_str(text), digest
+    def unit(self, number: int, ending: str) -> Path:
+        return self.folder / "work" / f"unit-{number:06d}.{ending}"
 
-
-def tokenizer_digest(name: str) -> str:
-    return load_tokenizer(name)[1]
+    def bucket(self, number: int) -> Path:
+        return self.folder / "work" / f"bucket-{number:05d}.json"
 
 
 def prepare(config: RunConfig) -> int:
     """Write the store that `config.data` describes, go on with it, or say that it is there.
 
-    Raises UserError for sources that cannot be read or yield no pair, and for a folder of other settings.
+    Raises UserError for sources that cannot be read or yield no pair, for a folder of other settings, and where
+    another process is writing the same store.
     """
     data, folder = config.data, Path(config.data.store)
-    name = data.tokenizer or config.backbone.name
-    if not data.sources:
-        raise UserError("data.sources: nothing is given; name at least one corpus")
-    weights = [source.weight for source in data.sources]
-    if None in weights and any(weights):
-        raise UserError("data.sources.weight: some sources have one and some have none; give all or none")
-    tokenizer, digest = load_tokenizer(name)
-    settings = {
-        "context": data.context,
-        "held_out": data.held_out,
-        "tokenizer": digest,
-        "sources": [asdict(source) for source in data.sources],
-    }
-    manifest = read_json(folder / "manifest.json")
-    if manifest is not None:
+    _check_sources(data.sources)
+    name, revision = (data.tokenizer, None) if data.tokenizer else (config.backbone.name, config.backbone.revision)
+    tokenizer, digest = load_tokenizer(name, revision)
+    settings = _settings(data, digest)
+    if (folder / "manifest.json").exists():
+        manifest = PairStore.open(folder).manifest
         _refuse_other_settings(folder, manifest["settings"], settings)
+        shutil.rmtree(folder / "work", ignore_errors=True)
         print(f"{folder} is there: {_summary(manifest)}")
         return DONE
     units = [unit for number, source in enumerate(data.sources) for unit in units_of(number, source)]
-    work, fresh = folder / "work", not folder.exists()
-    started = read_json(work / "settings.json")
-    if started is not None:
-        _refuse_other_settings(folder, started, settings)
-    elif not fresh and any(folder.iterdir()):
-        raise UserError(f"data.store: {folder} holds other files; name an empty or a new folder")
-    begun = time.monotonic()
+    begun = {"settings": settings, "units": hashlib.sha256(repr(units).encode()).hexdigest()[:16]}
+    made = _make_folder(folder, begun)
+    size = sum(unit.size for unit in units)
+    buckets = 1 << min(max(size // BUCKET_BYTES, 1).bit_length(), MOST_BUCKETS.bit_length() - 1)
+    token = np.uint16 if vocabulary(tokenizer) <= 2**16 else np.uint32
+    work = Work(folder, data, (name, revision), token, len(units), buckets)
+    lease = Lease(folder / "work" / "lease.json")
+    lease.take()
+    terminated = signal.signal(signal.SIGTERM, signal.default_int_handler)  # stops as Ctrl-C does
     try:
-        for part in (work, folder / "train", folder / "held_out"):
-            part.mkdir(parents=True, exist_ok=True)
-        write_json(work / "settings.json", settings)
-        size = sum(unit.size for unit in units)
-        buckets = 1 << min(max(size // BUCKET_BYTES, 1).bit_length(), MOST_BUCKETS.bit_length() - 1)
-        wide = np.uint16 if tokenizer.get_vocab_size() <= 2**16 else np.uint32
-        spill = partial(_spill, work=work, data=data, tokenizer=name, buckets=buckets, dtype=wide)
-        counts: list[Counter[str]] = [Counter() for _ in data.sources]
-        for unit, found in _in_parallel("tokenising", spill, list(enumerate(units))):
-            counts[unit[1].source] += found
-        shares = _shares(data.sources, counts)
-        gather = partial(
-            _gather,
-            buckets=buckets,
-            folder=folder,
-            units=len(units),
-            shares=shares,
-            held_out=data.held_out,
-            dtype=wide,
-        )
-        facts = dict(_in_parallel("shuffling", gather, list(range(buckets))))
-        parts = [facts[bucket] for bucket in range(buckets)]
-        if not sum(part["train"]["pairs"] for part in parts):
-            found_all = sum(counts, Counter())
-            raise UserError(f"data.sources: they yield no training pair ({_reasons(found_all)})")
+        write_json(folder / "work" / "settings.json", begun)
+        start = time.monotonic()
+        counts, parts = _build(work, units)
+        seconds = round(time.monotonic() - start, 1)
+        manifest = _manifest(settings, name, digest, vocabulary(tokenizer), data, counts, parts)
+        write_json(folder / "manifest.json", manifest | {"seconds": seconds})
     except UserError:
-        if fresh:
-            shutil.rmtree(folder, ignore_errors=True)
+        _unmake(made)
         raise
-    manifest = _manifest(settings, name, digest, data, counts, parts)
-    manifest["seconds"] = round(time.monotonic() - begun, 1)
-    write_json(folder / "manifest.json", manifest)
-    shutil.rmtree(work)
-    rate = manifest["read"] / max(manifest["seconds"], 0.1)
-    print(f"{folder}: {_summary(manifest)}; {manifest['seconds']:.0f} s, {rate:,.0f} pairs a second")
+    except BrokenProcessPool:
+        print(
+            "embedscale: a worker process was killed, perhaps for lack of memory; run again to go on", file=sys.stderr
+        )
+        return FAILED
+    finally:
+        lease.release()
+        signal.signal(signal.SIGTERM, terminated)
+    shutil.rmtree(folder / "work")
+    rate = manifest["read"] / max(seconds, 0.1)
+    print(f"{folder}: {_summary(manifest)}; {seconds:.0f} s, {rate:,.0f} pairs a second")
     return DONE
 
 
+def _check_sources(sources: list[Source]) -> None:
+    if not sources:
+        raise UserError("data.sources: nothing is given; name at least one corpus")
+    weights = [source.weight for source in sources]
+    if None in weights and any(weights):
+        raise UserError("data.sources.weight: some sources have one and some have none; give all or none")
+
+
+def _settings(data: Data, tokenizer: str) -> dict[str, Any]:
+    """All that decides the store's content, by the names of the fields."""
+    settings = {"context": data.context, "held_out": data.held_out, "tokenizer": tokenizer}
+    for number, source in enumerate(data.sources):
+        settings |= {f"sources[{number}].{name}": value for name, value in asdict(source).items()}
+    return settings
+
+
 def _refuse_other_settings(folder: Path, there: dict[str, Any], asked: dict[str, Any]) -> None:
-    for key, value in asked.items():
-        if there.get(key) != value:
-            raise UserError(f"data.{key}: {folder} was made with {there.get(key)!r}, not {value!r}; name another store")
+    for key in asked | there:
+        if there.get(key) != asked.get(key):
+            raise UserError(
+                f"data.{key}: {folder} was made with {there.get(key)!r}, not {asked.get(key)!r}; name another store"
+            )
+
+
+def _make_folder(folder: Path, begun: dict[str, Any]) -> list[Path]:
+    """Make the folder, or find the unfinished one of the same settings and files. Returns what was newly made."""
+    before = read_json(folder / "work" / "settings.json")
+    if before is not None:
+        _refuse_other_settings(folder, before["settings"], begun["settings"])
+        if before["units"] != begun["units"]:
+            raise UserError(f"data.sources: the files have changed since {folder} was begun; remove it to start again")
+    ours = {"work", "train", "held_out"}
+    if folder.exists() and not (folder.is_dir() and {path.name for path in folder.iterdir()} <= ours):
+        raise UserError(f"data.store: {folder} holds other files; name an empty or a new folder")
+    made = [path for path in (*reversed(folder.parents), folder) if not path.exists()]
+    try:
+        for name in ours:
+            (folder / name).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"data.store: {folder} cannot be made ({error.strerror})") from None
+    return made
+
+
+def _unmake(made: list[Path]) -> None:
+    """A wrong command leaves nothing behind, and nothing of others is taken: parents go only where they are empty."""
+    if made:
+        shutil.rmtree(made[-1], ignore_errors=True)
+        with suppress(OSError):
+            for path in reversed(made[:-1]):
+                path.rmdir()
+
+
+def _build(work: Work, units: list[Unit]) -> tuple[list[Counter[str]], list[dict[str, Any]]]:
+    """Both passes. Returns what was read of each source, and what each bucket became."""
+    counts: list[Counter[str]] = [Counter() for _ in work.data.sources]
+    for unit, found in _in_parallel("tokenising", partial(_spill, work=work), list(enumerate(units))):
+        counts[unit[1].source] += found
+    buckets = list(range(work.buckets))
+    shares = [1.0] * len(work.data.sources)
+    if work.data.sources[0].weight is not None:
+        distinct = [found for _, found in _in_parallel("counting", partial(_distinct, work=work), buckets)]
+        shares = _shares([source.weight or 1.0 for source in work.data.sources], np.sum(distinct, axis=0))
+    facts = dict(_in_parallel("shuffling", partial(_gather, work=work, shares=shares), buckets))
+    parts = [facts[bucket] for bucket in buckets]
+    if not sum(part["train"]["pairs"] for part in parts):
+        raise UserError(f"data.sources: they yield no training pair ({_reasons(sum(counts, Counter()))})")
+    return counts, parts
+
+
+def _shares(weights: list[float], distinct: np.ndarray) -> list[float]:
+    """The part of each source's pairs to keep, so that the kept ones are as `weights` and one source is kept whole."""
+    supply = distinct / np.array(weights)
+    return (supply.min() / np.maximum(supply, 1e-300)).tolist()
 
 
 def _reasons(counts: Counter[str]) -> str:
@@ -149,7 +191,7 @@ def _reasons(counts: Counter[str]) -> str:
 
 
 def _summary(manifest: dict[str, Any]) -> str:
-    dropped = Counter({k: v for k, v in manifest["counts"].items() if k != "read"})
+    dropped = Counter({k: v for k, v in manifest["counts"].items() if k not in ("read", "kept")})
     said = f"; dropped: {_reasons(dropped)}" if dropped.total() else ""
     return (
         f"{manifest['pairs']:,} training and {manifest['held_out']:,} held-out pairs of {manifest['read']:,} read{said}"
@@ -166,7 +208,7 @@ def _in_parallel(what: str, work: Callable[[Any], Any], items: list[Any]) -> Ite
     cores = min(len(os.sched_getaffinity(0)), max(1, len(items)))
     with (
         Progress(*columns, console=console, disable=not console.is_terminal) as progress,
-        ProcessPoolExecutor(cores, get_context("forkserver"), _alone) as pool,
+        ProcessPoolExecutor(cores, get_context("forkserver"), _begin_worker) as pool,
     ):
         task = progress.add_task(what, total=len(items))
         waiting, running = iter(items), {}
@@ -186,180 +228,134 @@ def _in_parallel(what: str, work: Callable[[Any], Any], items: list[Any]) -> Ite
             raise
 
 
-def _alone() -> None:
-    """A worker is one of as many as there are cores: its libraries need no threads of their own."""
+def _begin_worker() -> None:
+    """A worker is one of as many as there are cores, leaves Ctrl-C to its parent, and does not outlive it."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
-def text_hashes(texts: Iterable[str]) -> np.ndarray:
-    """uint64, uniform, the same everywhere."""
-    joined = b"".join(hashlib.blake2b(text.encode(), digest_size=8).digest() for text in texts)
-    return np.frombuffer(joined, dtype="<u8")
+def _end_with_parent() -> None:
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
-def mixed(x: np.ndarray) -> np.ndarray:
-    """A second, independent hash of 64-bit hashes (the finaliser of SplitMix64)."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
-
-
-def _spill(item: tuple[int, Unit], work: Path, data: Data, tokenizer: str, buckets: int, dtype: Any) -> Counter[str]:
-    """Tokenise a unit's pairs into work/unit-N.arrow: one record batch a bucket, again for every SPILL_PAIRS."""
+def _spill(item: tuple[int, Unit], work: Work) -> Counter[str]:
+    """Tokenise a unit's pairs into one file: a record batch for each bucket, and again for every SPILL_PAIRS."""
     import pyarrow
 
     number, unit = item
-    path, tally = work / f"unit-{number:06d}.arrow", work / f"unit-{number:06d}.json"
-    done = read_json(tally)
+    done = read_json(work.unit(number, "json"))
     if done is not None:
         return Counter(done)
     counts: Counter[str] = Counter()
-    encoder, _ = load_tokenizer(tokenizer)
-    encoder.enable_truncation(data.context)
-    schema = _schema(dtype, pair=pyarrow.uint64(), source=pyarrow.uint8())
+    tokenizer, _ = load_tokenizer(*work.tokenizer)
+    whole = _spilled_schema(work)
 
     def write(file: Any) -> None:
-        with pyarrow.ipc.new_file(file, schema) as writer:
-            for pairs in _portions(read(unit, data.sources[unit.source], counts)):
-                for batch in _bucketed(_tokenised(pairs, encoder, data.context, counts, unit.source, dtype), buckets):
-                    writer.write_batch(batch.select(schema.names))
+        with pyarrow.ipc.new_file(file, whole) as writer:
+            for pairs in _portions(read(unit, work.data.sources[unit.source], counts)):
+                columns = tokenised(pairs, tokenizer, work.data.context, work.token)
+                hashes = pair_hashes(columns["query_text"], columns["positive_text"])
+                counts["empty"] += len(pairs) - len(hashes)
+                columns |= {"pair": hashes, "source": np.full(len(hashes), unit.source, np.uint16)}
+                for batch in _bucketed(pyarrow.record_batch(columns, schema=whole), hashes, work.buckets):
+                    writer.write_batch(batch)
 
-    write_atomically(path, write)
-    write_json(tally, dict(counts))
+    write_atomically(work.unit(number, "arrow"), write)
+    write_json(work.unit(number, "json"), dict(counts))
     return counts
+
+
+def _spilled_schema(work: Work) -> Any:
+    import pyarrow
+
+    return schema(work.token, pair=pyarrow.uint64(), source=pyarrow.uint16())
 
 
 def _portions(pairs: Iterator[Pair]) -> Iterator[list[Pair]]:
     portion: list[Pair] = []
+    characters = 0
     for pair in pairs:
         portion.append(pair)
-        if len(portion) == SPILL_PAIRS:
+        characters += len(pair.query) + len(pair.positive) + sum(map(len, pair.negatives))
+        if len(portion) == SPILL_PAIRS or characters >= SPILL_CHARACTERS:
             yield portion
-            portion = []
+            portion, characters = [], 0
     if portion:
         yield portion
 
 
-def _schema(dtype: Any, **more: Any) -> Any:
+def _bucketed(batch: Any, hashes: np.ndarray, buckets: int) -> Iterator[Any]:
+    """The rows of each bucket, which is the first bits of the pair's hash."""
     import pyarrow
 
-    token, text = pyarrow.from_numpy_dtype(dtype), pyarrow.uint64()
-    columns = {
-        "query": pyarrow.list_(token),
-        "positive": pyarrow.list_(token),
-        "negatives": pyarrow.list_(pyarrow.list_(token)),
-        "query_text": text,
-        "positive_text": text,
-        "negative_text": pyarrow.list_(text),
-    }
-    return pyarrow.schema(list((columns | more).items()))
-
-
-def _tokenised(
-    pairs: list[Pair], encoder: Any, context: int, counts: Counter[str], source: int, dtype: Any
-) -> dict[str, Any]:
-    """Arrow columns of the pairs whose texts all have tokens."""
-    import pyarrow
-
-    owners = [i for i, pair in enumerate(pairs) for _ in pair.negatives]
-    texts = [pair.query for pair in pairs] + [pair.positive for pair in pairs]
-    texts += [negative for pair in pairs for negative in pair.negatives]
-    longest = (context + SPARE_TOKENS) * max(map(len, encoder.get_vocab()))
-    cut = [text[:longest] if text.strip() else "" for text in texts]
-    ids = [encoding.ids for encoding in encoder.encode_batch_fast(cut, add_special_tokens=False)]
-    hashes = text_hashes(texts)
-    n = len(pairs)
-    kept = np.array([bool(ids[i]) and bool(ids[n + i]) for i in range(n)])
-    counts["empty"] += int(n - kept.sum())
-    negatives: list[list[int]] = [[] for _ in pairs]
-    for place, owner in enumerate(owners):
-        if ids[2 * n + place]:
-            negatives[owner].append(2 * n + place)
-    which = np.flatnonzero(kept)
-
-    def lists(rows: list[list[int]]) -> Any:
-        offsets = np.concatenate([[0], np.cumsum([len(row) for row in rows], dtype=np.int64)]).astype(np.int32)
-        flat = np.fromiter((token for row in rows for token in row), dtype=dtype, count=int(offsets[-1]))
-        return pyarrow.ListArray.from_arrays(pyarrow.array(offsets), pyarrow.array(flat))
-
-    chosen = [negatives[i] for i in which]
-    bounds = np.concatenate([[0], np.cumsum([len(row) for row in chosen], dtype=np.int64)]).astype(np.int32)
-    flat = [place for row in chosen for place in row]
-    return {
-        "query": lists([ids[i] for i in which]),
-        "positive": lists([ids[n + i] for i in which]),
-        "negatives": pyarrow.ListArray.from_arrays(pyarrow.array(bounds), lists([ids[place] for place in flat])),
-        "query_text": hashes[which],
-        "positive_text": hashes[n + which],
-        "negative_text": pyarrow.ListArray.from_arrays(pyarrow.array(bounds), pyarrow.array(hashes[flat])),
-        "pair": mixed(hashes[which] ^ mixed(hashes[n + which])),
-        "source": np.full(len(which), source, np.uint8),
-    }
-
-
-def _bucketed(columns: dict[str, Any], buckets: int) -> Iterator[Any]:
-    """A record batch for each bucket, the bucket being the first bits of the pair's hash."""
-    import pyarrow
-
-    batch = pyarrow.record_batch({name: pyarrow.array(column) for name, column in columns.items()})
-    bits = buckets.bit_length() - 1
-    bucket = columns["pair"] >> np.uint64(64 - bits) if bits else np.zeros(len(columns["pair"]), np.uint64)
-    order = np.argsort(bucket, kind="stable")
-    ends = np.searchsorted(bucket[order], np.arange(buckets), side="right")
+    order = np.argsort(hashes)
+    bounds = np.arange(1, buckets, dtype=np.uint64) << np.uint64(64 - (buckets.bit_length() - 1))
+    ends = [0, *np.searchsorted(hashes[order], bounds).tolist(), len(hashes)]
     batch = batch.take(pyarrow.array(order))
-    for start, end in zip([0, *ends[:-1]], ends, strict=True):
+    for start, end in pairwise(ends):
         yield batch.slice(start, end - start)
 
 
-def _shares(sources: list[Source], counts: list[Counter[str]]) -> list[float]:
-    """The share of each source's pairs to keep, so that the mixture has the given weights."""
-    if all(source.weight is None for source in sources):
-        return [1.0] * len(sources)
-    usable = [found["read"] - found["empty"] - found["not_utf8"] - found["malformed"] for found in counts]
-    supply = [n / (source.weight or 1.0) for n, source in zip(usable, sources, strict=True)]
-    return [min(supply) / own if own else 0.0 for own in supply]
+def _spilled(bucket: int, work: Work, columns: list[str]) -> tuple[Any, np.ndarray, np.ndarray]:
+    """A bucket's table, the rows of its distinct pairs in the order of the hash, and those of their repetitions.
+
+    Of equal pairs the first in the order of the sources counts.
+    """
+    import pyarrow
+
+    batches = []
+    for number in range(work.units):
+        with pyarrow.memory_map(str(work.unit(number, "arrow"))) as file:
+            reader = pyarrow.ipc.open_file(file)
+            batches += [reader.get_batch(i) for i in range(bucket, reader.num_record_batches, work.buckets)]
+    table = pyarrow.Table.from_batches(batches, schema=_spilled_schema(work)).select(columns)
+    pair = table.column("pair").to_numpy()
+    order = np.argsort(pair, kind="stable")
+    repeated = np.zeros(len(order), bool)
+    repeated[1:] = pair[order][1:] == pair[order][:-1]
+    return table, order[~repeated], order[repeated]
 
 
-def _gather(
-    bucket: int, buckets: int, folder: Path, units: int, shares: list[float], held_out: float, dtype: Any
-) -> dict[str, dict[str, Any]]:
+def _distinct(bucket: int, work: Work) -> list[int]:
+    """The distinct pairs of each source."""
+    table, rows, _ = _spilled(bucket, work, ["pair", "source"])
+    return np.bincount(table.column("source").to_numpy()[rows], minlength=len(work.data.sources)).tolist()
+
+
+def _gather(bucket: int, work: Work, shares: list[float]) -> dict[str, Any]:
     """One bucket of all units: without duplicates, in the order of the hash, training and held-out pairs apart."""
     import pyarrow
 
-    work = folder / "work"
-    done = read_json(work / f"bucket-{bucket:05d}.json")
+    done = read_json(work.bucket(bucket))
     if done is not None:
         return dict(done)
-    spilled = []
-    for number in range(units):
-        with pyarrow.memory_map(str(work / f"unit-{number:06d}.arrow")) as file:
-            reader = pyarrow.ipc.open_file(file)
-            spilled += [reader.get_batch(i) for i in range(bucket, reader.num_record_batches, buckets)]
-    schema = _schema(dtype)
-    full = _schema(dtype, pair=pyarrow.uint64(), source=pyarrow.uint8())
-    table = pyarrow.Table.from_batches(spilled, schema=full)
+    columns = schema(work.token)
+    table, rows, repeated = _spilled(bucket, work, [*columns.names, "pair", "source"])
     pair, source = table.column("pair").to_numpy(), table.column("source").to_numpy()
-    order = np.argsort(pair, kind="stable")
-    first = np.concatenate([[True], pair[order][1:] != pair[order][:-1]]) if len(order) else np.empty(0, bool)
-    duplicates = np.bincount(source[order[~first]], minlength=len(shares))
-    order = order[first]
-    limit = np.array([min(share, 1.0) for share in shares])[source[order]]
-    chosen = mixed(pair[order]) / 2.0**64 < limit
-    left_out = np.bincount(source[order[~chosen]], minlength=len(shares))
-    order = order[chosen]
-    table = table.select(schema.names).take(pyarrow.array(order))
-    apart = table.column("query_text").to_numpy() / 2.0**64 < held_out
-    facts: dict[str, dict[str, Any]] = {
-        "dropped": {"duplicate": duplicates.tolist(), "left_out": left_out.tolist()},
+    # A second hash chooses, so that the chosen ones lie anywhere in the order of the first.
+    chosen = _below(mixed(pair[rows]), np.array(shares)[source[rows]])
+    facts: dict[str, Any] = {
+        reason: np.bincount(source[dropped], minlength=len(shares)).tolist()
+        for reason, dropped in (("duplicate", repeated), ("left_out", rows[~chosen]))
     }
+    table = table.select(columns.names).take(pyarrow.array(rows[chosen]))
+    apart = _below(table.column("query_text").to_numpy(), work.data.held_out)
     for name, mask in (("train", ~apart), ("held_out", apart)):
-        chosen_rows = table.filter(pyarrow.array(mask)).combine_chunks()
-        batches = chosen_rows.to_batches()
-        batch = batches[0] if batches else pyarrow.RecordBatch.from_pylist([], schema=schema)
-        write_atomically(part_file(folder / name, bucket), partial(_write_batch, batch=batch))
+        batches = table.filter(pyarrow.array(mask)).combine_chunks().to_batches()
+        batch = batches[0] if batches else pyarrow.RecordBatch.from_pylist([], schema=columns)
+        write_atomically(part_file(work.folder / name, bucket), partial(_write_batch, batch=batch))
         facts[name] = _statistics(batch)
-    write_json(work / f"bucket-{bucket:05d}.json", facts)
+    write_json(work.bucket(bucket), facts)
     return facts
+
+
+def _below(hashes: np.ndarray, share: Any) -> np.ndarray:
+    """True for this share of uniform 64-bit hashes; for all where it is 1."""
+    return (hashes >> np.uint64(11)) / 2.0**53 < share
 
 
 def _write_batch(file: Any, batch: Any) -> None:
@@ -396,40 +392,41 @@ def _manifest(
     settings: dict[str, Any],
     name: str,
     digest: str,
+    symbols: int,
     data: Data,
     counts: list[Counter[str]],
     parts: list[dict[str, Any]],
 ) -> dict[str, Any]:
     for number, found in enumerate(counts):
-        for kind in ("duplicate", "left_out"):
-            found[kind] += sum(part["dropped"][kind][number] for part in parts)
-    train, apart = [part["train"] for part in parts], [part["held_out"] for part in parts]
-    pairs, tokens = (
-        sum(p["pairs"] for p in train),
-        {k: sum(p[k] for p in train) for k in ("query_tokens", "positive_tokens")},
-    )
+        for reason in ("duplicate", "left_out"):
+            found[reason] += sum(part[reason][number] for part in parts)
+        found["kept"] = found["read"] - sum(n for reason, n in found.items() if reason != "read")
     total = sum(counts, Counter())
-    sha = hashlib.sha256("".join(p["digest"] for p in (*train, *apart)).encode())
+    train, apart = [part["train"] for part in parts], [part["held_out"] for part in parts]
+    pairs = sum(part["pairs"] for part in train)
+    queries, positives = (sum(part[f"{side}_tokens"] for part in train) for side in ("query", "positive"))
+    content = "".join(part["digest"] for part in (*train, *apart))
     return {
         "format": FORMAT,
-        "digest": sha.hexdigest()[:16],
+        "digest": hashlib.sha256(content.encode()).hexdigest()[:16],
         "pairs": pairs,
-        "held_out": sum(p["pairs"] for p in apart),
+        "held_out": sum(part["pairs"] for part in apart),
         "negatives": min((p["negatives"] for p in (*train, *apart) if p["negatives"] is not None), default=0),
         "tokens": {
-            "training": sum(tokens.values()),
-            "mean_query": round(tokens["query_tokens"] / pairs, 3),
-            "mean_positive": round(tokens["positive_tokens"] / pairs, 3),
-            "longest_query": max(p["longest_query"] for p in train),
-            "longest_positive": max(p["longest_positive"] for p in train),
+            "training": queries + positives,
+            "mean_query": round(queries / pairs, 3),
+            "mean_positive": round(positives / pairs, 3),
+            "longest_query": max(part["longest_query"] for part in train),
+            "longest_positive": max(part["longest_positive"] for part in train),
         },
         "tokenizer": {"name": name, "digest": digest},
+        "vocabulary": symbols,
         "read": total["read"],
         "counts": dict(total),
         "sources": [
             {"kind": source.kind, "path": source.path, **found}
             for source, found in zip(data.sources, counts, strict=True)
         ],
-        "parts": {"train": [p["pairs"] for p in train], "held_out": [p["pairs"] for p in apart]},
+        "parts": {"train": [part["pairs"] for part in train], "held_out": [part["pairs"] for part in apart]},
         "settings": settings,
     }
