@@ -6,6 +6,7 @@ hash is the shuffle, uniform, and the same on every machine; a hash of the query
 needs to know how large the corpus is. The price is disk: while it is made, a store takes twice its room.
 """
 
+import gc
 import hashlib
 import os
 import shutil
@@ -231,6 +232,7 @@ def _in_parallel(what: str, work: Callable[[Any], Any], items: list[Any]) -> Ite
 def _begin_worker() -> None:
     """A worker is one of as many as there are cores, leaves Ctrl-C to its parent, and does not outlive it."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    gc.disable()  # millions of small objects come and go, and none refer to each other in circles
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

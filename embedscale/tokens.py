@@ -139,6 +139,8 @@ def _token_ids(texts: list[str], tokenizer: Any, context: int, token: Any) -> An
     import pyarrow
 
     room = context + SPARE_TOKENS
+    most = room * _longest_symbol(tokenizer)
+    first = min(room * CHARACTERS, most)
     tokenizer.enable_truncation(room)
 
     def encoded(texts: list[str]) -> list[list[int]]:
@@ -148,12 +150,10 @@ def _token_ids(texts: list[str], tokenizer: Any, context: int, token: Any) -> An
     # A few texts at a time: as Python's integers, ids take twenty times the room.
     for start in range(0, len(texts), TEXTS_AT_ONCE):
         some = [text if text and not text.isspace() else "" for text in texts[start : start + TEXTS_AT_ONCE]]
-        ids = encoded([text[: CHARACTERS * room] for text in some])
-        dense = [i for i, text in enumerate(some) if len(text) > CHARACTERS * room and len(ids[i]) < room]
-        if dense:
-            most = _longest_symbol(tokenizer) * room
-            for i, found in zip(dense, encoded([some[i][:most] for i in dense]), strict=True):
-                ids[i] = found
+        ids = encoded([text[:first] for text in some])
+        short = [i for i, text in enumerate(some) if len(text) > first and len(ids[i]) < room]
+        for i, found in zip(short, encoded([some[i][:most] for i in short]), strict=True):
+            ids[i] = found
         ids = [found[:context] for found in ids]
         lengths += map(len, ids)
         flat.append(np.fromiter(chain.from_iterable(ids), token))
