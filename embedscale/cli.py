@@ -48,6 +48,12 @@ def sweep_plan(args: argparse.Namespace) -> int:
     return command(args)
 
 
+def sweep_submit(args: argparse.Namespace) -> int:
+    from slurm.submit import command
+
+    return command(args)
+
+
 def sweep_status(args: argparse.Namespace) -> int:
     from slurm.status import command
 
@@ -125,6 +131,10 @@ def _sweep_verbs(verbs) -> None:
     plan = action("plan", sweep_plan, "what the sweep costs, and what of it cannot be run")
     plan.add_argument("--each", action="store_true", help="a row for each run")
     plan.add_argument("--max-gpu-hours", type=float, metavar="H", help="refuse a sweep estimated to need more")
+    submit = action("submit", sweep_submit, "send out the runs that are missing or interrupted, and return")
+    submit.add_argument("--to", choices=["slurm", "here", "this-process"], help="default slurm, or here without it")
+    submit.add_argument("--retry-failed", action="store_true", help="failed runs too")
+    submit.add_argument("--max-gpu-hours", type=float, metavar="H", help="refuse if what would go out needs more")
     action("status", sweep_status, "where every run stands")
     watch = action("watch", sweep_watch, "the status, refreshed until all is done or Ctrl-C")
     watch.add_argument("--every", type=float, default=10.0, metavar="SECONDS", help="default 10")
