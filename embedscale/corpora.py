@@ -9,6 +9,7 @@ import ast
 import glob
 import gzip
 import json
+import math
 import sysconfig
 import textwrap
 import warnings
@@ -61,7 +62,7 @@ def units_of(number: int, source: Source) -> list[Unit]:
         shards = rows.num_shards
         return [Unit(number, source.path, shard, shard + 1, size // shards) for shard in range(shards)]
     files_of_source = [(path, path.stat().st_size) for path in _files(source)]
-    step = max(UNIT_BYTES, sum(size for _, size in files_of_source) // MOST_UNITS)
+    step = max(UNIT_BYTES, math.ceil(sum(size for _, size in files_of_source) / MOST_UNITS))
     units = []
     for path, size in files_of_source:
         if source.kind == "parquet":

@@ -16,12 +16,12 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import pairwise
+from itertools import islice, pairwise
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any
@@ -89,6 +89,8 @@ def prepare(config: RunConfig) -> int:
     terminated = signal.signal(signal.SIGTERM, signal.default_int_handler)  # stops as Ctrl-C does
     try:
         write_json(folder / "work" / "settings.json", begun)
+        for torn in folder.glob("*/.*.arrow.*.partial"):  # of a process that was killed
+            torn.unlink()
         start = time.monotonic()
         counts, parts = _build(work, units)
         seconds = round(time.monotonic() - start, 1)
@@ -166,14 +168,17 @@ def _unmake(made: list[Path]) -> None:
 def _build(work: Work, units: list[Unit]) -> tuple[list[Counter[str]], list[dict[str, Any]]]:
     """Both passes. Returns what was read of each source, and what each bucket became."""
     counts: list[Counter[str]] = [Counter() for _ in work.data.sources]
-    for unit, found in _in_parallel("tokenising", partial(_spill, work=work), list(enumerate(units))):
-        counts[unit[1].source] += found
-    buckets = list(range(work.buckets))
     shares = [1.0] * len(work.data.sources)
-    if work.data.sources[0].weight is not None:
-        distinct = [found for _, found in _in_parallel("counting", partial(_distinct, work=work), buckets)]
-        shares = _shares([source.weight or 1.0 for source in work.data.sources], np.sum(distinct, axis=0))
-    facts = dict(_in_parallel("shuffling", partial(_gather, work=work, shares=shares), buckets))
+    buckets = list(range(work.buckets))
+    workers = get_context("forkserver")  # a fork of this process would inherit the locks of its threads
+    workers.set_forkserver_preload([__name__])
+    with ProcessPoolExecutor(len(os.sched_getaffinity(0)), workers, _begin_worker) as pool:
+        for unit, found in _in_parallel(pool, "tokenising", partial(_spill, work=work), list(enumerate(units))):
+            counts[unit[1].source] += found
+        if work.data.sources[0].weight is not None:
+            distinct = [found for _, found in _in_parallel(pool, "counting", partial(_distinct, work=work), buckets)]
+            shares = _shares([source.weight or 1.0 for source in work.data.sources], np.sum(distinct, axis=0))
+        facts = dict(_in_parallel(pool, "shuffling", partial(_gather, work=work, shares=shares), buckets))
     parts = [facts[bucket] for bucket in buckets]
     if not sum(part["train"]["pairs"] for part in parts):
         raise UserError(f"data.sources: they yield no training pair ({_reasons(sum(counts, Counter()))})")
@@ -199,34 +204,30 @@ def _summary(manifest: dict[str, Any]) -> str:
     )
 
 
-def _in_parallel(what: str, work: Callable[[Any], Any], items: list[Any]) -> Iterator[tuple[Any, Any]]:
-    """(item, result) in the order of completion, on all cores, with a few items under way at a time."""
+def _in_parallel(
+    pool: ProcessPoolExecutor, what: str, work: Callable[[Any], Any], items: list[Any]
+) -> Iterator[tuple[Any, Any]]:
+    """(item, result) in the order of completion, with a few items under way at a time."""
     from rich.console import Console
     from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
     console = Console(stderr=True)
     columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
-    cores = min(len(os.sched_getaffinity(0)), max(1, len(items)))
-    with (
-        Progress(*columns, console=console, disable=not console.is_terminal) as progress,
-        ProcessPoolExecutor(cores, get_context("forkserver"), _begin_worker) as pool,
-    ):
+    waiting, running = iter(items), dict[Future[Any], Any]()
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task(what, total=len(items))
-        waiting, running = iter(items), {}
         try:
             while True:
-                for item in waiting:
+                for item in islice(waiting, 2 * len(os.sched_getaffinity(0)) - len(running)):
                     running[pool.submit(work, item)] = item
-                    if len(running) >= 2 * cores:
-                        break
                 if not running:
                     return
                 for done in wait(running, return_when=FIRST_COMPLETED).done:
                     yield running.pop(done), done.result()
                     progress.advance(task)
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+        finally:
+            for future in running:
+                future.cancel()
 
 
 def _begin_worker() -> None:
@@ -294,7 +295,7 @@ def _bucketed(batch: Any, hashes: np.ndarray, buckets: int) -> Iterator[Any]:
     """The rows of each bucket, which is the first bits of the pair's hash."""
     import pyarrow
 
-    order = np.argsort(hashes)
+    order = np.argsort(hashes, kind="stable")
     bounds = np.arange(1, buckets, dtype=np.uint64) << np.uint64(64 - (buckets.bit_length() - 1))
     ends = [0, *np.searchsorted(hashes[order], bounds).tolist(), len(hashes)]
     batch = batch.take(pyarrow.array(order))
