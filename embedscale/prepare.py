@@ -36,7 +36,7 @@ from embedscale.record import Lease, read_json, write_atomically, write_json
 from embedscale.tokens import load_tokenizer, mixed, pair_hashes, schema, tokenised, vocabulary
 from embedscale.tokens import tokenizer_digest as tokenizer_digest
 
-BUCKET_BYTES = 32 * 2**20  # of source text
+BUCKET_BYTES = 16 * 2**20  # of source text
 MOST_BUCKETS = 1024
 SPILL_PAIRS = 16384
 SPILL_CHARACTERS = 16 * 2**20
@@ -345,10 +345,10 @@ def _gather(bucket: int, work: Work, shares: list[float]) -> dict[str, Any]:
         reason: np.bincount(source[dropped], minlength=len(shares)).tolist()
         for reason, dropped in (("duplicate", repeated), ("left_out", rows[~chosen]))
     }
-    table = table.select(columns.names).take(pyarrow.array(rows[chosen]))
-    apart = _below(table.column("query_text").to_numpy(), work.data.held_out)
-    for name, mask in (("train", ~apart), ("held_out", apart)):
-        batches = table.filter(pyarrow.array(mask)).combine_chunks().to_batches()
+    rows = rows[chosen]
+    apart = _below(table.column("query_text").to_numpy()[rows], work.data.held_out)
+    for name, part in (("train", rows[~apart]), ("held_out", rows[apart])):
+        batches = table.select(columns.names).take(pyarrow.array(part)).combine_chunks().to_batches()
         batch = batches[0] if batches else pyarrow.RecordBatch.from_pylist([], schema=columns)
         write_atomically(part_file(work.folder / name, bucket), partial(_write_batch, batch=batch))
         facts[name] = _statistics(batch)
