@@ -28,6 +28,10 @@ class Diverged(Exception):
         self.step = step
 
 
+class Stopped(Exception):
+    """A stop was requested before the evaluation that the last attempt left open was made."""
+
+
 class Log(lightning.Callback):
     """metrics.jsonl, a row every `log_every` steps and at the last; and the optional loggers."""
 
@@ -82,10 +86,12 @@ class HeldOut(lightning.Callback):
         self.catch_up(trainer, module)
 
     def catch_up(self, trainer: Any, module: Contrastive) -> None:
-        """Evaluate if this step's row is due and missing."""
+        """Evaluate if this step's row is due and missing. Raises Stopped where a stop is requested meanwhile."""
         done = {row["step"] for row in self.writer.directory.read_metrics() if "held_out_loss" in row}
         if module.step in module.plan.evaluate_after and module.step not in done:
             self.evaluate(trainer, module)
+            if self.last is None:
+                raise Stopped
 
     def evaluate(self, trainer: Any, module: Contrastive) -> None:
         refuse_divergence(module)

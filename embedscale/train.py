@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 
 from embedscale import config as configs
 from embedscale.backbone import digest_of, load_body, shape_of, shape_without_weights
-from embedscale.callbacks import Budget, Checkpoints, Diverged, HeldOut, Log, Show, Signals, newest_checkpoint
+from embedscale.callbacks import Budget, Checkpoints, Diverged, HeldOut, Log, Show, Signals, Stopped, newest_checkpoint
 from embedscale.config import RunConfig
 from embedscale.contrastive import Batches, Contrastive
 from embedscale.cost import cost_of
@@ -191,6 +191,9 @@ def _fit(
         attempt.end("done", **reached)
         _record(config, directory, module, facts, "done", device)
         return DONE
+    except Stopped:
+        attempt.end("interrupted", reason=stop.reason, to_step=module.step, to_flop=module.flop)
+        return INTERRUPTED
     except Diverged as error:
         if lease is not None:
             attempt.end("diverged", reason=str(error), to_step=error.step, to_flop=module.flop)

@@ -76,9 +76,8 @@ def write_pairs(path: Path, pairs: int, seed: int = 0) -> Path:
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory, backbone_folder) -> list[str]:
     """The settings of a run of seconds: a prepared store of 3,000 pairs, and everything small. Add a budget."""
-    from embedscale.prepare import prepare
-
     from embedscale.config import load
+    from embedscale.prepare import prepare
 
     folder = tmp_path_factory.mktemp("tiny")
     source = write_pairs(folder / "pairs.jsonl", 3000)

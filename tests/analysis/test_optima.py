@@ -1,0 +1,166 @@
+"""IsoFLOP optima: Porian et al.'s sweeps, exact parabolas, and every state."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from analysis import optima, uncertainty
+from analysis.laws import power_law, predict_chinchilla
+from analysis.optima import Profile
+from embedscale.errors import UserError
+from embedscale.pythia import SUITE
+
+PORIAN = Path(__file__).resolve().parents[3] / "shared" / "data" / "porian_isoflop"
+needs_porian = pytest.mark.skipif(not PORIAN.exists(), reason="Porian et al.'s sweeps are not on this machine")
+
+
+def profile(sizes, losses, diverged=(), budget: float = 1e17) -> Profile:
+    sizes = np.asarray(sizes, float)
+    points = pd.DataFrame({"params": sizes, "loss": losses, "flop_per_token": 6 * sizes, "seeds": 1, "budget": budget})
+    return Profile(budget, points, tuple(diverged))
+
+
+def sweeps():
+    """(published row, [(budget, ln N, losses)]) of each experiment."""
+    points, published = pd.read_csv(PORIAN / "isoflop_points.csv"), pd.read_csv(PORIAN / "published_fits.csv")
+    for row in published.itertuples():
+        mine = points[points["experiment"] == row.experiment].sort_values("N")
+        yield row, [(c, np.log(part["N"].to_numpy()), part["loss"].to_numpy()) for c, part in mine.groupby("flops")]
+
+
+@needs_porian
+def test_akima_and_the_windowed_parabola_reproduce_porians_exponents():
+    seen = 0
+    for row, profiles in sweeps():
+        budgets = np.array([budget for budget, *_ in profiles])
+        by_akima = np.exp([optima.akima(x, np.log(loss)[None])[0][0] for _, x, loss in profiles])
+        by_parabola = np.exp([optima.parabola(x, np.log(loss)[None])[0][0] for _, x, loss in profiles])
+        assert power_law(budgets, by_akima)[1] == pytest.approx(row.n_exponent, abs=0.01)
+        assert power_law(budgets, by_parabola)[1] == pytest.approx(row.n_exponent, abs=0.035)
+        seen += 1
+    assert seen == 15
+
+
+@needs_porian
+def test_the_noise_bootstrap_reproduces_porians_intervals():
+    rng = np.random.default_rng(0)
+    for row, profiles in sweeps():
+        noise = 0.002 if row.dataset == "rw" else 0.01  # of the loss, as their code has it in fact
+        budgets = np.array([budget for budget, *_ in profiles])
+        draws = [
+            optima.akima(x, np.log(loss + noise * rng.standard_normal((1000, len(x)))))[0] for _, x, loss in profiles
+        ]
+        floors = np.array([0.33 * 25 * np.ptp(x) / (25 * (len(x) - 1) - 1) for _, x, _ in profiles])
+        weights = uncertainty.floored_spread(np.array(draws), floors) ** -2
+        exponents = uncertainty.power_law_draws(budgets, np.array(draws), weights)[:, 1]
+        assert uncertainty.interval(exponents) == pytest.approx([row.n_exponent_ci_lo, row.n_exponent_ci_hi], abs=0.01)
+
+
+def test_a_parabola_is_found_exactly_and_each_draw_has_its_own_window():
+    x = np.log(np.geomspace(1e6, 1e9, 13))
+    tops = np.array([x[2], x[6] + 0.1, x[10] - 0.1])
+    loss = 0.02 * (x - tops[:, None]) ** 2 + 0.5
+    log_n, lowest, curvature = optima.parabola(x, loss)
+    assert log_n == pytest.approx(tops)
+    assert lowest == pytest.approx([0.5] * 3)
+    assert curvature == pytest.approx([0.02] * 3)
+
+
+def test_a_far_point_does_not_move_the_windowed_parabola():
+    x = np.log(np.geomspace(1e6, 1e9, 13))
+    loss = (0.02 * (x - x[6]) ** 2)[None]
+    loss[0, -1] += 5
+    assert optima.parabola(x, loss, window=4)[0] == pytest.approx([x[6]])
+    assert abs(optima.parabola(x, loss, window=1e6)[0][0] - x[6]) > 0.1
+
+
+def test_minima_at_an_end_are_none():
+    x = np.log(np.geomspace(1e6, 1e9, 7))
+    ends = np.stack([x, -x])
+    assert np.isnan(optima.parabola(x, ends)[0]).all()
+    assert np.isnan(optima.akima(x, ends)[0]).all()
+
+
+@pytest.mark.parametrize(("alpha", "beta"), [(0.35, 0.35), (0.3, 0.45)])
+def test_the_laws_optimum_is_the_closed_form(alpha, beta):
+    """Hoffmann et al. 2022, equation 4."""
+    values, budget = np.array([0.4, 300.0, 900.0, alpha, beta]), 1e18
+    points = profile(np.geomspace(1e5, 1e11, 4), [1, 1, 1, 1]).points.assign(trainable_fraction=1.0)
+    found = optima.law_optimum(lambda n, d, s: predict_chinchilla(values, n, d), points, budget)
+    share = (alpha * 300 / (beta * 900)) ** (1 / (alpha + beta))
+    assert np.exp(found[0]) == pytest.approx([share * (budget / 6) ** (beta / (alpha + beta))], rel=1e-4)
+    assert 6 * np.exp(found[0] + found[1]) == pytest.approx([budget], rel=1e-9)
+    at_an_end = optima.law_optimum(lambda n, d, s: predict_chinchilla(values, n, d), points, 1e9)
+    assert np.isnan(at_an_end[0]).all()
+
+
+SUITE_SIZES = [SUITE[name].parameters for name in ("pythia-31m", "pythia-70m", "pythia-160m")]
+
+
+@pytest.mark.parametrize(
+    ("case", "state", "add", "told"),
+    [
+        (profile([1, 4, 16], [2, 1, 2]), "interior", None, ""),
+        (profile([1, 4, 16], [3, 2, 1]), "edge", 64, "the best size is the largest: add one above it, such as 64"),
+        (profile([1, 4, 16], [1, 2, 3]), "edge", 0.25, "the best size is the smallest: add one below it"),
+        (profile(SUITE_SIZES, [3, 2, 1]), "edge", SUITE["pythia-410m"].parameters, "3.023e+08 parameters"),
+        (profile(SUITE_SIZES, [1, 2, 3]), "edge", SUITE["pythia-14m"].parameters, "1.19e+06 parameters"),
+        (profile([1, 4], [2, 1]), "too few", None, "2 sizes"),
+        (profile([], []), "too few", None, "0 sizes"),
+        (profile([1, 4], [2, 1], diverged=[16]), "diverged", None, "1 of 3 sizes diverged"),
+        (profile([], [], diverged=[1, 4, 16]), "diverged", None, "3 of 3 sizes diverged"),
+        (profile([1, 4, 16], [3, 2, 1], diverged=[64]), "diverged", None, "the last before 64"),
+        (profile([1, 4, 16], [1, 2, 3], diverged=[64]), "edge", 0.25, "smallest"),
+        (profile([1, 4, 16], [2, 1, 2], diverged=[64]), "interior", None, ""),
+    ],
+)
+def test_every_state_is_told_with_the_size_to_add(case, state, add, told):
+    found, why, size = case.state()
+    assert (found, size) == (state, pytest.approx(add) if add else None)
+    assert told in why
+    assert bool(told) == bool(why)
+
+
+def test_hyperparameters_are_chosen_before_sizes_are_compared():
+    rows = [
+        {
+            "budget": 1e15,
+            "params": n,
+            "tokens": 1e15 / 6 / n,
+            "rank": r,
+            "learning_rate": rate,
+            "seed": seed,
+            "loss": loss,
+        }
+        for n, base in ((1e6, 2.0), (4e6, 1.8))
+        for r, worse in ((8, 0.3), (32, 0.0), (128, 0.1))
+        for rate, more in ((1e-4, 0.2), (1e-3, 0.1), (1e-2, 0.0))
+        for seed, loss in ((0, base + worse + more - 0.01), (1, base + worse + more + 0.01))
+    ]
+    cells = optima.settings(pd.DataFrame(rows))
+    assert len(cells) == 18
+    assert set(cells["seeds"]) == {2}
+    best = optima.best_points(cells)
+    assert list(best["loss"]) == pytest.approx([2.0, 1.8])
+    assert (list(best["rank"]), list(best["tried"])) == ([32, 32], [9, 9])
+    assert list(best["at_grid_end"]) == [["learning_rate"]] * 2
+    sigma, freedom = optima.noise_of(cells)
+    expected = np.sqrt(np.mean([np.var(np.log(each), ddof=1) for each in cells["losses"]]))
+    assert (sigma, freedom) == (pytest.approx(expected), 18)
+
+
+def test_nearly_equal_budgets_form_one_profile():
+    budgets = np.array([1e15, 1.05e15, 4e15, 4.1e15, 4e15, 1.6e16])
+    grouped = optima.group_budgets(budgets)
+    assert len(np.unique(grouped)) == 3
+    assert grouped[0] == grouped[1] == pytest.approx(np.sqrt(1e15 * 1.05e15))
+    assert grouped[5] == 1.6e16
+
+
+def test_settings_are_checked():
+    with pytest.raises(UserError, match="optimum: 'cubic' is unknown; allowed: parabola, akima, law"):
+        optima.check_estimator("cubic", 4)
+    with pytest.raises(UserError, match="window: 1.0 is out of range; allowed: above 1"):
+        optima.check_estimator("parabola", 1.0)

@@ -1,0 +1,260 @@
+"""Loading: what comes in, what is left out and why, and what is refused by name."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from analysis import runs
+from embedscale.errors import UserError
+
+
+def record(run_id: str = "a", **changes) -> dict:
+    """A record.json as `embedscale train` writes it, cut to what the analysis reads."""
+    whole = {
+        "format": 1,
+        "status": "done",
+        "run_id": run_id,
+        "backbone": "pythia-14m",
+        "backbone_weights": "pretrained",
+        "method": "lora",
+        "hyperparameters": {
+            "learning_rate": 1e-3,
+            "rank": 8,
+            "targets": ["dense", "query_key_value"],
+            "loss": "infonce",
+            "batch_size": 1024,
+            "context": 75,
+            "temperature": 0.025,
+            "blocks": "last",
+        },
+        "trainable_fraction": 0.1,
+        "seed": 0,
+        "data_digest": "d",
+        "budget_flop": 1.5e15,
+        "flop_per_token": 5_000_000,
+        "n_parameters": 1_189_888,
+        "blocks": 6,
+        "tokens": 300_000_000,
+        "loss": 2.5,
+        "evaluation": {"pool": 1000, "negatives": 127, "temperature": 0.025, "digest": "e"},
+        "device": {"name": "A100", "count": 1, "type": "cuda"},
+    }
+    return whole | changes
+
+
+def save(folder, content: dict | str | None, name: str | None = None):
+    directory = folder / (name or content["run_id"])
+    directory.mkdir(parents=True)
+    (directory / "config.yaml").write_text("budget: 1\n")
+    if content is not None:
+        (directory / "record.json").write_text(content if isinstance(content, str) else json.dumps(content))
+
+
+def csv(folder, **columns):
+    path = folder / "runs.csv"
+    pd.DataFrame(columns).to_csv(path, index=False)
+    return path
+
+
+GOOD = {"params": [1e6, 4e6, 16e6], "tokens": [1e9, 1e9, 1e9], "budget": [6e15, 24e15, 96e15], "loss": [3.0, 2.0, 1.5]}
+
+
+def test_records_become_tidy_rows(tmp_path):
+    save(tmp_path / "sweep", record("a"))
+    save(tmp_path / "sweep", record("b", seed=1, loss=2.6))
+    loaded = runs.load(tmp_path)
+    row = loaded.table.iloc[0]
+    assert list(loaded.table["run"]) == ["a", "b"]
+    assert (row["params"], row["budget"], row["loss"], row["rank"]) == (1_189_888, 1.5e15, 2.5, 8)
+    assert (row["loss_function"], row["targets"], row["blocks"]) == ("infonce", "dense query_key_value", "last")
+    assert (row["evaluation.digest"], row["device"]) == ("e", "A100")
+    assert loaded.excluded.empty
+    assert loaded.methods == ["lora"]
+
+
+def test_what_is_left_out_has_its_reason(tmp_path):
+    save(tmp_path, record("good"))
+    save(tmp_path, None, "unfinished")
+    save(tmp_path, record("diverged", status="diverged", diverged_at_step=7))
+    save(tmp_path, record("nan", loss=float("nan")))
+    save(tmp_path, "{torn", "torn")
+    save(tmp_path, "{}", "empty")
+    save(tmp_path / "copy", record("good"))
+    save(tmp_path, record("other", data_digest="x"))
+    with pytest.raises(UserError, match=r"differ in data_digest \(d, x\).*--where data_digest=d"):
+        runs.load(tmp_path)
+    loaded = runs.load(tmp_path, where={"data_digest": "d"})
+    reasons = dict(zip(loaded.excluded["run"], loaded.excluded["reason"], strict=True))
+    assert reasons == {
+        "unfinished": "unfinished",
+        "diverged": "diverged",
+        "nan": "diverged",
+        "torn": "unreadable",
+        "empty": "unreadable",
+        "good": "duplicate",
+        "other": "another data_digest",
+    }
+    lost = loaded.excluded.set_index("run").loc["diverged"]
+    assert (lost["detail"], lost["method"], lost["params"], lost["budget"]) == ("at step 7", "lora", 1_189_888, 1.5e15)
+
+
+@pytest.mark.parametrize(
+    ("field", "change"),
+    [
+        ("evaluation.pool", {"evaluation": {"pool": 500, "negatives": 127, "temperature": 0.025, "digest": "e"}}),
+        ("evaluation.negatives", {"evaluation": {"pool": 1000, "negatives": 63, "temperature": 0.025, "digest": "e"}}),
+        (
+            "evaluation.temperature",
+            {"evaluation": {"pool": 1000, "negatives": 127, "temperature": 0.05, "digest": "e"}},
+        ),
+        ("evaluation.digest", {"evaluation": {"pool": 1000, "negatives": 127, "temperature": 0.025, "digest": "f"}}),
+        ("data_digest", {"data_digest": "x"}),
+        ("batch_size", {"hyperparameters": {"batch_size": 2048, "context": 75}}),
+        ("context", {"hyperparameters": {"batch_size": 1024, "context": 512}}),
+        ("backbone_weights", {"backbone_weights": "random"}),
+    ],
+)
+def test_runs_that_cannot_be_compared_are_refused_by_the_field(tmp_path, field, change):
+    save(tmp_path, record("a"))
+    save(tmp_path, record("b", **change))
+    with pytest.raises(UserError, match=f"runs differ in {field} "):
+        runs.load(tmp_path)
+
+
+def test_thousands_of_runs_are_read(tmp_path):
+    for i in range(1000):
+        save(tmp_path, record(f"run{i:04}", seed=i))
+    assert len(runs.load(tmp_path).table) == 1000
+
+
+@pytest.mark.parametrize("ending", ["csv", "parquet", "jsonl"])
+def test_files_of_every_kind_give_the_same_table(tmp_path, ending):
+    table = pd.DataFrame({"N": GOOD["params"], "C": GOOD["budget"], "val": GOOD["loss"]})
+    path = tmp_path / f"runs.{ending}"
+    if ending == "csv":
+        table.to_csv(path, index=False)
+    elif ending == "parquet":
+        table.to_parquet(path)
+    else:
+        table.to_json(path, orient="records", lines=True)
+    loaded = runs.load(path, {"params": "N", "budget": "C", "loss": "val"}).table
+    assert list(loaded["tokens"]) == pytest.approx([1e9, 1e9, 1e9])
+    assert list(loaded["method"]) == ["full"] * 3
+
+
+def test_a_mapped_column_takes_the_place_of_one_of_our_name(tmp_path):
+    path = csv(tmp_path, **GOOD, held_out=[9.0, 8.0, 7.0])
+    assert list(runs.load(path, {"loss": "held_out"}).table["loss"]) == [9, 8, 7]
+
+
+@pytest.mark.parametrize("missing", ["params", "tokens", "budget"])
+@pytest.mark.parametrize(
+    ("method", "s", "factor"), [("full", 1, 6), ("bias", 0.01, 4), ("freeze", 0.5, 4), ("lora", 0.1, 4.6)]
+)
+def test_one_of_size_data_and_budget_follows_from_the_others(tmp_path, method, s, factor, missing):
+    whole = {"params": [1e6, 2e6], "tokens": [1e9, 3e9], "budget": [1e15 * factor, 6e15 * factor]}
+    given = {name: values for name, values in whole.items() if name != missing}
+    path = csv(tmp_path, **given, loss=[2.0, 1.5], method=[method] * 2, trainable_fraction=[s] * 2)
+    assert list(runs.load(path).table[missing]) == pytest.approx(whole[missing])
+
+
+def test_costs_from_the_trainable_fraction_are_the_papers():
+    """N_F, N_B and N_U of the cost module, section 3.5, within the final normalisation and the biases' own update."""
+    from embedscale.cost import Method, cost_of
+    from embedscale.pythia import SUITE
+
+    shape = SUITE["pythia-410m"].shape
+    for method in (Method("full"), Method("bias"), Method("freeze", active_fraction=0.25), Method("lora", rank=32)):
+        cost = cost_of(shape, method)
+        s = 0.25 if method.name == "freeze" else cost.n_updated / cost.n_parameters
+        assert runs.flop_per_token(method.name, shape.parameters, s) == pytest.approx(cost.flop_per_token, rel=2e-3)
+
+
+def test_equal_rows_are_duplicates_and_seeds_are_not(tmp_path):
+    path = csv(tmp_path, **{name: values * 2 for name, values in GOOD.items()})
+    loaded = runs.load(path)
+    assert (len(loaded.table), list(loaded.excluded["reason"])) == (3, ["duplicate"] * 3)
+    path = csv(tmp_path, **{name: values * 2 for name, values in GOOD.items()}, seed=[0, 0, 0, 1, 1, 1])
+    assert len(runs.load(path).table) == 6
+
+
+def test_a_tables_own_status_leaves_runs_out(tmp_path):
+    path = csv(tmp_path, **(GOOD | {"loss": [3.0, np.nan, 1.5]}), status=["done", "diverged", "done"])
+    loaded = runs.load(path)
+    assert (len(loaded.table), list(loaded.excluded["reason"])) == (2, ["diverged"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"loss": [3.0, 0.0, 1.5]}, r"loss: row 2 has 0.0; allowed: finite and above 0"),
+        ({"loss": [3.0, 2.0, -1.5]}, r"loss: row 3 has -1.5"),
+        ({"loss": [np.nan, 2.0, 1.5]}, r"loss: row 1 has nan"),
+        ({"loss": [3.0, np.inf, 1.5]}, r"loss: row 2 has inf"),
+        ({"loss": ["3.0", "two", "1.5"]}, r"loss: row 2 has 'two'; allowed: numbers"),
+        ({"params": [1e6, -4e6, 16e6]}, r"params: row 2 has -4000000.0"),
+        ({"tokens": [1e9, 0, 1e9]}, r"tokens: row 2 has 0.0"),
+        ({"loss": None}, r"column 'loss' is missing; name it by --columns loss=NAME"),
+        ({"params": None, "tokens": None}, r"tokens: row 1 has none|params: row 1 has none"),
+    ],
+)
+def test_bad_values_are_named_with_their_row(tmp_path, change, message):
+    columns = {name: values for name, values in (GOOD | change).items() if values is not None}
+    with pytest.raises(UserError, match=message) as error:
+        runs.load(csv(tmp_path, **columns))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"parameters": "params"}, "columns: 'parameters' is unknown; allowed: params, tokens"),
+        ({"loss": "val"}, r"column 'val' \(loss\) is missing; it has params, tokens, budget, loss"),
+    ],
+)
+def test_wrong_column_names_are_refused(tmp_path, columns, message):
+    with pytest.raises(UserError, match=message):
+        runs.load(csv(tmp_path, **GOOD), columns)
+
+
+@pytest.mark.parametrize("text", ["params", "params=", "unknown=N"])
+def test_assignments_are_checked(text):
+    with pytest.raises(UserError, match="columns: "):
+        runs.parse_assignments("columns", text, runs.COLUMNS)
+    assert runs.parse_assignments("columns", "params=N, loss=val", runs.COLUMNS) == {"params": "N", "loss": "val"}
+
+
+def test_sources_that_are_none_are_refused(tmp_path):
+    with pytest.raises(UserError, match="does not exist"):
+        runs.load(tmp_path / "nothing")
+    with pytest.raises(UserError, match="holds no run"):
+        runs.load(tmp_path)
+    (tmp_path / "runs.txt").write_text("")
+    with pytest.raises(UserError, match="has the ending '.txt'; allowed: .csv, .parquet, .jsonl"):
+        runs.load(tmp_path / "runs.txt")
+    for name, content in (("empty.csv", ""), ("torn.jsonl", '{"loss": 1'), ("no.parquet", "text")):
+        (tmp_path / name).write_text(content)
+        with pytest.raises(UserError, match="cannot be read as"):
+            runs.load(tmp_path / name)
+    (tmp_path / "header.csv").write_text("params,loss\n")
+    with pytest.raises(UserError, match="holds no run"):
+        runs.load(tmp_path / "header.csv")
+    save(tmp_path / "folder", None, "a")
+    save(tmp_path / "folder", record("b", status="diverged"))
+    with pytest.raises(UserError, match=r"no finished run \(1 unfinished, 1 diverged\)"):
+        runs.load(tmp_path / "folder")
+    with pytest.raises(UserError, match="columns: .* is a folder"):
+        runs.load(tmp_path / "folder", {"loss": "val"})
+
+
+def test_where_is_checked(tmp_path):
+    path = csv(tmp_path, **GOOD, learning_rate=[1e-3, 1e-3, 1e-2])
+    assert len(runs.load(path, where={"learning_rate": "1e-3"}).table) == 2
+    with pytest.raises(UserError, match="where: no run has 'colour'"):
+        runs.load(path, where={"colour": "red"})
+    with pytest.raises(UserError, match="where: learning_rate=high: is no number"):
+        runs.load(path, where={"learning_rate": "high"})
+    with pytest.raises(UserError, match="no finished run"):
+        runs.load(path, where={"learning_rate": "5"})

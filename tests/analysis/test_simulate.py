@@ -1,0 +1,122 @@
+"""A simulated sweep: the law comes back, a bad grid is told from a good one."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from analysis import simulate
+from embedscale.cli import main
+from embedscale.errors import UserError
+from embedscale.pythia import SUITE
+
+LAW = "E=0.3,A=900,B=900,alpha=0.45,beta=0.35"
+FRACTION_LAW = "E=0.3,a_d=2,b_d=800,a_s=60,b_s=1.5,c_s=800,alpha=0.45,beta=0.35"
+BUDGETS = 1.5e15 * 4.0 ** np.arange(6)
+SIZES = [row.parameters for row in list(SUITE.values())[:8]]
+
+
+def grid(sizes=SIZES, budgets=BUDGETS, method="full", fractions=(1.0,)) -> pd.DataFrame:
+    rows = [(method, n, c, s) for n in sizes for c in budgets for s in fractions]
+    return pd.DataFrame(rows, columns=["method", "params", "budget", "trainable_fraction"])
+
+
+def test_the_papers_grid_recovers_both_laws():
+    rows = pd.concat([grid(), grid(method="freeze", fractions=np.arange(1, 7) / 6)])
+    found = simulate.simulate(rows, simulate.stated_laws(f"full: {LAW}; freeze: {FRACTION_LAW}"), 0.005, repeats=100)
+    for method, law in (("full", "chinchilla"), ("freeze", "trainable_fraction")):
+        facts = found[method]
+        assert (facts["law"], facts["not_fixed"]) == (law, [])
+        for coefficient in facts["coefficients"].values():
+            low, high = coefficient["interval"]
+            assert low < coefficient["truth"] < high
+        for row in facts["optima"]:
+            assert row["law"]["median"] == pytest.approx(1, abs=0.01)
+            assert row["parabola"]["median"] == pytest.approx(1 + row["bias_without_noise"], abs=0.02)
+        assert max(row["law"]["high"] for row in facts["recipe"]) < 1e-3
+    assert found["full"]["n_exponent"]["truth"] == pytest.approx(0.35 / 0.8)
+    assert found["full"]["optima"][0]["truth"] == pytest.approx(
+        (0.45 / 0.35) ** (1 / 0.8) * (BUDGETS[0] / 6) ** (0.35 / 0.8), rel=1e-3
+    )
+
+
+def test_a_wide_off_centre_grid_biases_the_parabola_but_not_the_law():
+    """Trap A16."""
+    best = (0.45 / 0.35) ** (1 / 0.8) * (BUDGETS / 6) ** (0.35 / 0.8)
+    rows = pd.concat(
+        [grid(sizes=n * np.geomspace(0.5, 300, 7), budgets=[c]) for n, c in zip(best, BUDGETS, strict=True)]
+    )
+    rows = simulate.simulate(rows, simulate.stated_laws(LAW), 0.002, repeats=50, window=1e4)["full"]["optima"]
+    assert all(abs(row["bias_without_noise"]) > 0.3 for row in rows)
+    assert all(abs(row["law"]["median"] - 1) < 0.02 for row in rows)
+
+
+def test_a_grid_beside_its_optima_says_so():
+    found = simulate.simulate(grid(sizes=SIZES[-4:]), simulate.stated_laws(LAW), 0.005, repeats=20)["full"]
+    assert [row["truth"] for row in found["optima"]] == [None] * 6
+    assert found["recipe"][0]["parabola"] is None or found["optima"][0]["missing"] < 1
+
+
+def test_a_grid_too_small_is_refused_with_the_reason():
+    found = simulate.simulate(grid(sizes=SIZES[:2]), simulate.stated_laws(LAW), 0.005)["full"]
+    assert "needs at least 3 sizes; found 2" in found["refused"]
+
+
+def test_drawn_losses_are_the_laws_with_the_noise_asked_for():
+    rows = grid(sizes=np.geomspace(1e6, 1e9, 200))
+    clean = 0.3 + 900 / rows["params"] ** 0.45 + 900 / (rows["budget"] / 6 / rows["params"]) ** 0.35
+    drawn = np.log(simulate.draw(rows, simulate.stated_laws(LAW), 0.01)["loss"] / clean)
+    assert drawn.std() == pytest.approx(0.01, rel=0.1)
+    assert simulate.draw(rows, simulate.stated_laws(LAW), 0.01, seed=1)["loss"].iloc[0] != drawn.iloc[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("E=1,A=2", "E, A are no law's coefficients; allowed: E, A, B, alpha, beta or E, a_d"),
+        ("E=one", "'E=one' is no COEFFICIENT=NUMBER"),
+        ("E=0,A=1,B=1,alpha=1,beta=1", "E, alpha and beta must be above 0"),
+        ("nowhere", "'nowhere' is neither a law such as .* nor a file"),
+    ],
+)
+def test_laws_that_are_none_are_refused(text, message):
+    with pytest.raises(UserError, match=message):
+        simulate.stated_laws(text)
+
+
+def test_what_cannot_be_simulated_is_refused():
+    laws = simulate.stated_laws(f"full: {LAW}")
+    with pytest.raises(UserError, match="noise: 0 is out of range; allowed: above 0"):
+        simulate.simulate(grid(), laws, 0)
+    with pytest.raises(UserError, match="no law for the method 'lora'; allowed: full"):
+        simulate.simulate(grid(method="lora"), laws, 0.01)
+    with pytest.raises(UserError, match="column 'budget' is missing"):
+        simulate.simulate(grid().drop(columns="budget"), laws, 0.01)
+    with pytest.raises(UserError, match="no loss above 0"):
+        simulate.simulate(grid(), simulate.stated_laws("E=0.3,A=-9e9,B=900,alpha=0.45,beta=0.35"), 0.01)
+
+
+SWEEP = """
+name: trial
+axes: {budget: [1.5e15, 6e15, 2.4e16, 9.6e16]}
+backbones: [EleutherAI/pythia-14m, EleutherAI/pythia-31m, EleutherAI/pythia-70m, EleutherAI/pythia-160m]
+methods: [full, {name: lora, rank: [8, 32, 2048]}]
+"""
+
+
+def test_a_sweep_file_is_tried_from_the_command_line(tmp_path, capsys):
+    (tmp_path / "trial.yaml").write_text(SWEEP)
+    text = f"full: {LAW}; lora: {FRACTION_LAW}"
+    assert main(["fit", str(tmp_path / "trial.yaml"), "--simulate", text, "--out", str(tmp_path / "out")]) == 0
+    printed = capsys.readouterr().out
+    assert "left out: 4 runs whose method does not fit" in printed
+    found = json.loads((tmp_path / "out" / "simulation.json").read_text())
+    assert (found["full"]["runs"], found["lora"]["runs"]) == (16, 44)
+    assert main(["fit", str(tmp_path / "trial.yaml"), "--simulate", "E=1"]) == 2
+
+
+def test_a_grid_may_be_a_table_without_losses(tmp_path, capsys):
+    grid().rename(columns={"params": "N"}).to_csv(tmp_path / "grid.csv", index=False)
+    assert main(["fit", str(tmp_path / "grid.csv"), "--columns", "params=N", "--simulate", LAW]) == 0
+    assert "exponent of N*, law" in capsys.readouterr().out

@@ -1,0 +1,145 @@
+"""A real SLURM for the tests of this folder, and a place to write sweeps in. Without SLURM they are skipped."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from embedscale.record import RunDirectory
+from slurm.devcluster import INSTALL, DevCluster, missing
+
+
+def _cluster(**settings):
+    if missing():
+        pytest.skip(f"no SLURM here; on Debian: {INSTALL}")
+    folder = tempfile.mkdtemp(prefix="dc-")  # short: a Unix socket's path has at most 107 characters
+    cluster = DevCluster(folder, **settings)
+    try:
+        cluster.up()
+        yield cluster
+    finally:
+        cluster.down()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """Two nodes of four cores, accounting, 30 s of grace."""
+    yield from _cluster()
+
+
+@pytest.fixture(scope="module")
+def bare_cluster():
+    """One node, no accounting, five seconds of grace."""
+    yield from _cluster(nodes=1, accounting=False, grace=5)
+
+
+class Lab:
+    """A folder with a prepared store and a backbone, in which sweeps are written, submitted and watched."""
+
+    def __init__(self, folder: Path, settings: list[str], cluster: DevCluster | None):
+        self.folder, self.cluster = folder, cluster
+        self.base = {key: yaml.safe_load(value) for key, value in (word.split("=", 1) for word in settings)}
+        self.environment = {**(cluster.environment if cluster else os.environ), "OMP_NUM_THREADS": "1"}
+
+    def write(
+        self, name: str, base: dict | None = None, classes: dict | None = None, cluster: dict | None = None, **file
+    ):
+        """A sweep file and its cluster file."""
+        shape = {"name": "cpu", "gpus": 0, "cpus": 1, "memory_gb": 1, "hours": 1, "utilisation": 0.3} | (classes or {})
+        settings = {"max_gpus": 4, "warning_seconds": 20, "bundle_minutes": 0, "peak_flop_per_second": 3e10}
+        settings |= {"environment": {"OMP_NUM_THREADS": "1"}, "classes": [shape]} | (cluster or {})
+        (self.folder / f"{name}.cluster.yaml").write_text(json.dumps(settings))
+        grid = {"output": str(self.folder / "runs"), "cluster": str(self.folder / f"{name}.cluster.yaml")}
+        grid |= {"base": self.base | {"data.repeat": True} | (base or {})} | file
+        path = self.folder / f"{name}.yaml"
+        path.write_text(json.dumps(grid))
+        return path
+
+    def start(self, action: str, sweep: Path, *words: str, **settings) -> subprocess.Popen:
+        command = [sys.executable, "-m", "embedscale.cli", "sweep", action, str(sweep), *words]
+        more = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "cwd": self.folder}
+        return subprocess.Popen(command, env=self.environment | settings.pop("env", {}), **(more | settings))
+
+    def sweep(self, action: str, sweep: Path, *words: str, code: int | None = 0, **settings) -> str:
+        process = self.start(action, sweep, *words, **settings)
+        output = process.communicate(timeout=300)[0]
+        assert code is None or process.returncode == code, output
+        return output
+
+    def slurm(self, *words: str) -> str:
+        return self.cluster.ask(*words).strip()
+
+    def queued(self, name: str = "", states: str = "all") -> list[str]:
+        """array_task|state|reason of the jobs whose name begins with `name`."""
+        lines = self.slurm("squeue", "--noheader", "--array", f"--states={states}", "--format=%j|%i|%T|%r").splitlines()
+        live = [
+            line.split("|", 1) for line in lines if not line.split("|")[2].startswith(("COMPLETED", "CANCEL", "FAIL"))
+        ]
+        return [rest for job, rest in live if job.startswith(name)]
+
+    def hurry(self) -> None:
+        """Bring forward what was requeued: SLURM waits two minutes."""
+        for line in self.queued(states="PENDING"):
+            job, _, reason = line.split("|")
+            if reason in ("BeginTime", "None"):
+                self.slurm("scontrol", "update", f"JobId={job}", "StartTime=now")
+
+    def directories(self, name: str) -> list[RunDirectory]:
+        return [RunDirectory(path) for path in sorted((self.folder / "runs" / name).glob("[!.]*"))]
+
+    def log(self, name: str) -> str:
+        """What the jobs of a sweep have printed."""
+        return "\n".join(p.read_text() for p in sorted((self.folder / "runs" / name / ".submissions").glob("*/*.out")))
+
+
+def wait_until(happened, seconds: float = 120, what=lambda: "", between=lambda: None):
+    """The first true value of `happened()`; fails after so long, and says what it waited for."""
+    deadline = time.monotonic() + seconds
+    while not (found := happened()):
+        assert time.monotonic() < deadline, f"did not happen within {seconds} s: {what()}"
+        between()
+        time.sleep(0.3)
+    return found
+
+
+def comparable(directory: RunDirectory):
+    """All that two runs of one config must have in common: times, attempts and the code's place aside."""
+    times = {"attempt", "tokens_per_second", "seconds"}
+    metrics = [{k: v for k, v in row.items() if k not in times} for row in directory.read_metrics()]
+    record = directory.read_record()
+    for key in ("attempts", "wall_seconds", "gpu_hours", "code"):
+        record.pop(key)
+    return metrics, record
+
+
+@pytest.fixture
+def lab(tmp_path, tiny_run, cluster) -> Lab:
+    return Lab(tmp_path, tiny_run, cluster)
+
+
+@pytest.fixture
+def bare_lab(tmp_path, tiny_run, bare_cluster) -> Lab:
+    return Lab(tmp_path, tiny_run, bare_cluster)
+
+
+@pytest.fixture
+def laptop(tmp_path, tiny_run) -> Lab:
+    return Lab(tmp_path, tiny_run, None)
+
+
+@pytest.fixture
+def until():
+    return wait_until
+
+
+@pytest.fixture
+def same():
+    return comparable
