@@ -16,8 +16,14 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[test,mteb,loggers]"
 	touch $@
 
+RUN := $(BIN)/embedscale train configs/quickstart.yaml
+
 quickstart: install
-	$(BIN)/python -m embedscale.cli train configs/quickstart.yaml
+	$(BIN)/embedscale prepare configs/quickstart.yaml
+	$(RUN)
+	$(RUN) method.name=freeze method.active_fraction=0.5
+	$(RUN) method.name=bias training.learning_rate=0.01
+	$(RUN) method.name=lora method.rank=8 training.learning_rate=0.01
 
 test: install lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile

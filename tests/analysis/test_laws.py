@@ -45,7 +45,7 @@ def columns(runs: pd.DataFrame):
 
 @pytest.mark.parametrize("law", [CHINCHILLA, TRAINABLE_FRACTION], ids=lambda law: law.name)
 def test_slopes_are_the_derivatives_and_coordinates_go_both_ways(law):
-    n, d, _ = grid()
+    n, d, s = grid()
     data = Data.of(n, d, s)
     theta = law.internal(TRUE[law.name][None], data)
     assert law.coefficients(theta, data)[0] == pytest.approx(TRUE[law.name], rel=1e-12)
@@ -61,7 +61,7 @@ def test_slopes_are_the_derivatives_and_coordinates_go_both_ways(law):
 @pytest.mark.parametrize("residual", solver.RESIDUALS)
 @pytest.mark.parametrize("law", [CHINCHILLA, TRAINABLE_FRACTION], ids=lambda law: law.name)
 def test_every_residual_recovers_a_law_without_noise(law, residual):
-    n, d, _ = grid()
+    n, d, s = grid()
     loss = np.ravel(law.predict(TRUE[law.name], n, d, s))
     fit = fit_joint(law, n, d, loss, s, residual=residual)
     assert fit.values == pytest.approx(TRUE[law.name], rel=1e-4)
@@ -174,7 +174,7 @@ def test_coefficients_that_the_data_leave_open_are_named():
 
 
 def test_outliers_move_huber_and_lad_less_than_squares():
-    n, d, _ = grid()
+    n, d, s = grid()
     loss = laws.predict_chinchilla(TRUE["chinchilla"], n, d)
     loss[::40] *= 1.5
     error = {
@@ -199,7 +199,7 @@ def test_settings_out_of_range_are_refused(change, message):
 
 
 def test_data_that_cannot_hold_a_law_are_refused():
-    n, d, _ = grid()
+    n, d, s = grid()
     with pytest.raises(UserError, match="has 5 coefficients and needs more runs than that; found 5"):
         fit_joint(CHINCHILLA, n[:5], d[:5], np.ones(5))
     two = np.where(n > 1e8, 1e9, 1e7)
