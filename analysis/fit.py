@@ -205,7 +205,9 @@ def _optima(
         if state == "interior" and chosen is None:
             # The best size has neighbours on both sides, and yet the estimator's minimum is at an end.
             state, why = "edge", f"the {settings['optimum']} has no minimum within the sizes"
-            add_size = optima.next_size(np.exp(profile.log_n), below=bool(profile.log_loss[0] < profile.log_loss[-1]))
+            add_size = optima.next_size(
+                profile.points["params"].to_numpy(float), below=bool(profile.log_loss[0] < profile.log_loss[-1])
+            )
         row: dict[str, Any] = {"budget": profile.budget, "state": state}
         row |= chosen if state == "interior" else dict.fromkeys(("n_opt", "d_opt", "loss"))
         spread = None

@@ -209,7 +209,7 @@ class Profile:
 
     def state(self) -> tuple[str, str, float | None]:
         """State, the reason in words, and the parameters of the size to add."""
-        sizes = np.exp(self.log_n)
+        sizes = self.points["params"].to_numpy(float)
         if len(sizes) < 3:
             if len(sizes) + len(self.diverged) >= 3:
                 return "diverged", f"{len(self.diverged)} of {len(sizes) + len(self.diverged)} sizes diverged", None
@@ -232,7 +232,7 @@ def next_size(sizes: Array, below: bool) -> float:
     end = sizes.min() if below else sizes.max()
     suite = sorted(row.parameters for row in SUITE.values())
     # A Pythia helps only a grid of Pythias.
-    if set(map(int, sizes)) <= set(suite):
+    if set(sizes) <= set(suite):
         found = [n for n in suite if (n < end / 1.5 if below else n > end * 1.5)]
         if found:
             return float(found[-1] if below else found[0])

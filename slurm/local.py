@@ -210,10 +210,13 @@ def _outcome(each: _Running, stop: StopRequest) -> str | None:
         return OUTCOMES[code]
     directory = RunDirectory(each.run.folder)
     if lost and lease_holder(directory.lease) is None:
+        # Written here, for the dead cannot; one that died before it began its attempt has used up one all the same.
         why = f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit status {code}"
-        for facts in directory.read_attempts():
-            if "ended" not in facts:
-                Attempt(directory.attempts / str(facts["number"]), facts).write(end=now(), ended="killed", reason=why)
+        ended = [
+            Attempt(directory.attempts / str(f["number"]), f) for f in directory.read_attempts() if "ended" not in f
+        ]
+        for attempt in ended or [directory.begin_attempt()]:
+            attempt.write(end=now(), ended="killed", reason=why)
     return "interrupted" if stop.requested else None
 
 

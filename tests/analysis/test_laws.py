@@ -174,7 +174,7 @@ def test_coefficients_that_the_data_leave_open_are_named():
 
 
 def test_outliers_move_huber_and_lad_less_than_squares():
-    n, d, s = grid()
+    n, d, _s = grid()
     loss = laws.predict_chinchilla(TRUE["chinchilla"], n, d)
     loss[::40] *= 1.5
     error = {
@@ -199,7 +199,7 @@ def test_settings_out_of_range_are_refused(change, message):
 
 
 def test_data_that_cannot_hold_a_law_are_refused():
-    n, d, s = grid()
+    n, d, _s = grid()
     with pytest.raises(UserError, match="has 5 coefficients and needs more runs than that; found 5"):
         fit_joint(CHINCHILLA, n[:5], d[:5], np.ones(5))
     two = np.where(n > 1e8, 1e9, 1e7)
