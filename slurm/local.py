@@ -56,7 +56,7 @@ def run_all(runs: Iterable[RunConfig], places: Sequence[Place], stop: StopReques
     Returns by run id: done, failed (diverged too), interrupted (stopped, or never begun), or elsewhere (another
     process is at the run). Only the main thread may call this, before it has touched a GPU.
     """
-    _import_everything()
+    import_everything()
     waiting, free = deque(runs), list(places)
     running: list[_Running] = []
     outcomes: dict[str, str] = {}
@@ -86,7 +86,8 @@ def _say(run: RunConfig, what: str) -> None:
     print(f"{now()} {run.run_id}: {what}", flush=True)
 
 
-def _import_everything() -> None:
+def import_everything() -> None:
+    """What a run imports, once, for the children to inherit."""
     import peft  # noqa: F401
     import transformers.models.gpt_neox.modeling_gpt_neox  # noqa: F401
 
@@ -206,9 +207,15 @@ def _outcome(each: _Running, stop: StopRequest) -> str | None:
     codes = [process.exitcode or 0 for process in each.processes]
     lost = [code for code in codes if code not in OUTCOMES]
     code = lost[0] if lost else codes[0]
-    if code in OUTCOMES and (code != INTERRUPTED or stop.requested):
-        return OUTCOMES[code]
     directory = RunDirectory(each.run.folder)
+    if code == INTERRUPTED and stop.requested:
+        # The child knows only that this parent asked it, not why.
+        for facts in directory.read_attempts():
+            if facts.get("pid") == each.processes[0].pid and facts.get("ended") == "interrupted":
+                Attempt(directory.attempts / str(facts["number"]), facts).write(reason=stop.reason)
+        return "interrupted"
+    if code in OUTCOMES and code != INTERRUPTED:
+        return OUTCOMES[code]
     if lost and lease_holder(directory.lease) is None:
         # Written here, for the dead cannot; one that died before it began its attempt has used up one all the same.
         why = f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit status {code}"

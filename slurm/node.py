@@ -26,7 +26,7 @@ from embedscale.errors import DONE, FAILED, INTERRUPTED
 from embedscale.record import now, read_json, write_json
 from embedscale.stop import StopRequest
 from slurm import queue
-from slurm.local import Place, rank_environment, run_all
+from slurm.local import Place, import_everything, rank_environment, run_all
 
 REQUEUED_SECONDS = 120.0  # from `scontrol requeue` to the kill
 PATIENCE_SECONDS = 900.0  # for SLURM's own requeue, where the job cannot ask: longer than most grace times
@@ -74,6 +74,7 @@ def work(folder: str, submission: str, run_ids: Sequence[str]) -> NoReturn:
     signal.signal(signal.SIGCONT, signal.SIG_IGN)
     rank = _become_rank()
     print(f"{now()} {submission}: {len(run_ids)} runs on {_node()}, code {orders.code}", flush=True)
+    import_everything()
     if fault := self_test(orders):
         _leave_sick_node(Path(folder), orders, fault)
     places = [Place(threads=max(1, orders.cpus // orders.side_by_side))] * orders.side_by_side
