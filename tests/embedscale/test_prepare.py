@@ -26,6 +26,7 @@ from embedscale.record import Lease
 from embedscale.tokens import CHARACTERS, tokenizer_digest
 
 WORDS = WORDS.split()
+LONG_WORD = "internationalisation"  # one symbol of the tokenizer below
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +48,7 @@ def bpe_tokenizer(tmp_path_factory) -> Path:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator([" ".join(WORDS)] * 50, trainer)
+    tokenizer.train_from_iterator([" ".join([*WORDS, LONG_WORD])] * 50, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
     )
@@ -202,7 +203,8 @@ def test_ids_are_those_of_transformers_without_special_tokens(tmp_path, bpe_toke
     tokenizer = AutoTokenizer.from_pretrained(bpe_tokenizer)
     texts = ["open read", "Ünicode 北京 🙂", "<|endoftext|> inside", "a\n\n  b", "x", " ".join(WORDS * 9)]
     # Long texts of which a few characters, and of which very many, make a token.
-    texts += ["\x07" * 5000, " batch" * 40 * CHARACTERS, "    " * 3000 + "end"]
+    texts += ["\x07" * 5000, " batch" * 40 * CHARACTERS, "    " * 3000 + "end", f" {LONG_WORD}" * 300]
+    assert len(tokenizer.tokenize(f" {LONG_WORD}")) == 1 and len(LONG_WORD) > 2 * CHARACTERS
     rows = [row(f"query {i}", text) for i, text in enumerate(texts)]
     path = write(tmp_path / "pairs.jsonl", rows)
     store = made(tmp_path / "store", bpe_tokenizer, {"path": str(path)}, context=11, held_out=0.0001)
