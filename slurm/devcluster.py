@@ -284,14 +284,20 @@ class DevCluster:
             if _start_time(int(pid)) == start:
                 yield int(pid)
 
-    def _steps(self, node: str) -> Iterator[int]:
-        """The processes of jobs on a node: all that carry its name, and this cluster, in their environment."""
+    def _steps(self, node: str) -> list[int]:
+        """The processes of jobs on a node: all whose environment names it and this cluster; first their slurmstepds,
+        which would tell the controller of the others' end."""
         marks = {f"SLURMD_NODENAME={node}".encode(), f"SLURM_CONF={self.conf}".encode()}
+        parents, found = [], []
         for entry in Path("/proc").iterdir():
             if entry.name.isdigit():
                 with suppress(OSError):
                     if marks <= set((entry / "environ").read_bytes().split(b"\0")):
-                        yield int(entry.name)
+                        found.append(int(entry.name))
+                        parent = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
+                        if Path(f"/proc/{parent}/comm").read_text().startswith("slurmstepd"):
+                            parents.append(parent)
+        return [*dict.fromkeys(parents), *found]
 
     def _wait(self, name: str, ready: Callable[[], bool]) -> None:
         deadline = time.monotonic() + SECONDS

@@ -210,7 +210,7 @@ def _outcome(each: _Running, stop: StopRequest) -> str | None:
     directory = RunDirectory(each.run.folder)
     if code == INTERRUPTED and stop.requested:
         # The child knows only that this parent asked it, not why.
-        for facts in directory.read_attempts():
+        for facts in directory.read_attempts()[-1:]:
             if facts.get("pid") == each.processes[0].pid and facts.get("ended") == "interrupted":
                 Attempt(directory.attempts / str(facts["number"]), facts).write(reason=stop.reason)
         return "interrupted"

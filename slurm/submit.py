@@ -120,6 +120,8 @@ def throttles(arrays: Sequence[Array], max_gpus: int, held: Sequence[tuple[str, 
                 after.append(job)
                 share += gpus
             parallel = min(len(array.tasks), share // array.gpus)
+            if share > parallel * array.gpus:  # the last one holds more than this array takes over
+                holders.insert(0, (after[-1], share - parallel * array.gpus))
         holders.append((f"#{index}", parallel * array.gpus))
         result.append((parallel, after))
     return result

@@ -1,0 +1,106 @@
+"""This machine as an executor: the same directories and rules as on a cluster, Ctrl-C safe, no process left behind."""
+
+import json
+import os
+import signal
+
+import psutil
+import pytest
+
+from embedscale.record import RunDirectory
+from slurm.local import ATTEMPTS, stalled
+
+
+def checkpoints(directory: RunDirectory) -> bool:
+    return any(directory.checkpoints.glob("step-*.pt"))
+
+
+def sweep_of(laptop, name, budget, seeds):
+    base = {"resources.checkpoint_minutes": 0, "resources.log_every": 1}
+    axes = {"budget": [budget], "training.seed": seeds}
+    return laptop.write(name, base=base, axes=axes, methods=[{"name": "lora", "rank": 4}], cluster={"max_gpus": 2})
+
+
+@pytest.mark.slow
+def test_interrupted_and_killed_runs_go_on_to_the_same_bits(laptop, until, same):
+    whole = sweep_of(laptop, "whole", 1.5e10, [0, 1])
+    assert "2 done" in laptop.sweep("submit", whole, "--to", "here")
+    broken = sweep_of(laptop, "broken", 1.5e10, [0, 1])
+
+    first = laptop.start("submit", broken, "--to", "here")
+    until(lambda: len([d for d in laptop.directories("broken") if checkpoints(d)]) == 2, 90)
+    children = psutil.Process(first.pid).children()
+    first.send_signal(signal.SIGINT)
+    output = first.communicate(timeout=60)[0]
+    assert first.returncode == 75, output
+    assert "2 interrupted" in output
+    assert not any(child.is_running() for child in children)
+    assert "2 interrupted; 2 to submit" in laptop.sweep(
+        "submit", broken, "--to", "here", "--max-gpu-hours", "0", code=2
+    )
+
+    second = laptop.start("submit", broken, "--to", "here")
+    directory = laptop.directories("broken")[0]
+    pid = until(lambda: directory.lease.exists() and json.loads(directory.lease.read_text())["pid"], 90)
+    os.kill(pid, signal.SIGKILL)
+    output = second.communicate(timeout=120)[0]
+    assert second.returncode == 0, output
+    assert "died, and is tried again" in output
+    assert [a["ended"] for a in directory.read_attempts()] == ["interrupted", "killed", "done"]
+    assert directory.read_attempts()[0]["reason"] == "SIGINT"
+    assert directory.read_attempts()[1]["reason"] == "killed by SIGKILL"
+    for directory in laptop.directories("broken"):
+        assert same(directory) == same(RunDirectory(laptop.folder / "runs" / "whole" / directory.path.name))
+    assert "2 done; 0 to submit" in laptop.sweep("submit", broken, "--to", "here")
+
+
+def attempt(directory, ended, **facts):
+    begun = directory.begin_attempt(**facts)
+    begun.end(ended)
+
+
+def test_three_attempts_without_a_new_checkpoint_are_too_many(tmp_path):
+    directory = RunDirectory(tmp_path)
+    directory.checkpoints.mkdir()
+    for _ in range(ATTEMPTS - 1):
+        attempt(directory, "killed", from_step=4)
+        assert not stalled(directory)
+    (directory.checkpoints / "step-000000004.pt").touch()
+    attempt(directory, "interrupted", from_step=4)
+    assert stalled(directory)
+    (directory.checkpoints / "step-000000005.pt").touch()
+    assert not stalled(directory)
+    attempt(directory, "killed", from_step=5)
+    attempt(directory, "killed")  # died before it knew its step
+    assert not stalled(directory), "the first of the three made a checkpoint"
+    attempt(directory, "killed", from_step=5)
+    assert stalled(directory)
+    attempt(directory, "failed")
+    assert not stalled(directory), "a retry counts anew"
+
+
+def test_a_run_that_stalls_or_cannot_begin_has_failed_and_says_why(laptop):
+    sweep = sweep_of(laptop, "stalls", 1e9, [0])
+    laptop.sweep("plan", sweep)
+    run = json.loads(sweep.read_text())["base"]
+    directory = RunDirectory(laptop.folder / "runs" / "stalls" / "unknown")
+    assert run["training.batch_size"] == 16 and not directory.path.exists()
+    broken = laptop.write(
+        "nostore",
+        base={"data.store": str(laptop.folder / "store")},
+        axes={"budget": [1e9]},
+        methods=["full"],
+        expected_pairs=10**6,
+    )
+    output = laptop.sweep("submit", broken, "--to", "here", code=1)
+    assert "1 failed" in output
+    (directory,) = laptop.directories("nostore")
+    (only,) = directory.read_attempts()
+    assert only["ended"] == "failed" and str(laptop.folder / "store") in only["reason"]
+    assert "1 failed; 0 to submit" in laptop.sweep("submit", broken, "--to", "here")
+    assert "1 failed; 1 to submit" in laptop.sweep("submit", broken, "--to", "this-process", "--retry-failed", code=1)
+    for _ in range(ATTEMPTS):
+        attempt(directory, "killed", from_step=0, reason="out of memory")
+    laptop.sweep("submit", broken, "--to", "here", code=1)
+    reason = directory.read_attempts()[-1]["reason"]
+    assert reason.startswith("3 attempts without a new checkpoint") and reason.endswith("out of memory")
