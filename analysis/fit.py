@@ -407,13 +407,12 @@ def read(path: str | Path) -> dict[str, Any]:
 
 def command(args: Any) -> int:
     """`embedscale fit`: load, fit, write fits.json, and print what it says."""
-    from rich.console import Console
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
     from analysis import runs as loading
     from analysis import summary
 
-    console = Console(highlight=False)
+    console = summary.console()
     columns = loading.parse_assignments("columns", args.columns, loading.COLUMNS)
     where: dict[str, str] = {}
     for word in args.where or []:

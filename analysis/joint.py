@@ -39,11 +39,11 @@ def replicates(cells: pd.DataFrame, points: pd.DataFrame, law: str) -> list[Arra
     return list((by_fraction(cells) if law == TRAINABLE_FRACTION.name else points)["losses"])
 
 
-def _fit_law(law: Law, points: pd.DataFrame, residual: str, delta: float) -> JointFit:
+def _fit_law(law: Law, points: pd.DataFrame, residual: str, delta: float, starts: int) -> JointFit:
     columns = [points[name].to_numpy(float) for name in ("params", "tokens", "loss", "trainable_fraction", "seeds")]
     params, tokens, loss, s, seeds = columns
     fraction = s if law is TRAINABLE_FRACTION else None
-    return fit_joint(law, params, tokens, loss, fraction, weights=seeds, residual=residual, delta=delta)
+    return fit_joint(law, params, tokens, loss, fraction, weights=seeds, residual=residual, delta=delta, starts=starts)
 
 
 def fit_laws(
@@ -61,11 +61,11 @@ def fit_laws(
     return found
 
 
-def _try_law(law: Law, points: pd.DataFrame, residual: str, delta: float) -> JointFit | str:
+def _try_law(law: Law, points: pd.DataFrame, residual: str, delta: float, starts: int = 24) -> JointFit | str:
     if points["budget"].nunique() < 2:
         return f"the {law.name} law needs at least 2 budgets; found {points['budget'].nunique()}"
     try:
-        return _fit_law(law, points, residual, delta)
+        return _fit_law(law, points, residual, delta, starts)
     except TooFewRuns as error:
         return str(error)
 
@@ -153,7 +153,7 @@ def hold_out(
         data = points if law is CHINCHILLA else by_fraction(cells)
         for what, column in (("largest budget", "budget"), ("largest size", "params")):
             out, value = uncertainty.held_out_rows(data, column)
-            fitted = _try_law(law, data[~out], residual, delta)
+            fitted = _try_law(law, data[~out], residual, delta, starts=6)
             if isinstance(fitted, str):
                 continue
             left = data[out]

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
+TINY = 1e-300  # stands for an E that a fit has driven to nothing
 
 
 # --- Power laws ------------------------------------------------------------------------------------------------------
@@ -114,7 +115,7 @@ def _chinchilla_coefficients(theta: Array, data: Data) -> Array:
 def _chinchilla_internal(coefficients: Array, data: Data) -> Array:
     e, a, b, alpha, beta = coefficients.T
     n, d = data.centre
-    return np.stack([np.log(e), np.log(a) - alpha * n, np.log(b) - beta * d, alpha, beta], 1)
+    return np.stack([np.log(np.maximum(e, TINY)), np.log(a) - alpha * n, np.log(b) - beta * d, alpha, beta], 1)
 
 
 def _projected(design: Array, loss: Array) -> tuple[Array, Array]:
@@ -175,7 +176,8 @@ def _fraction_internal(coefficients: Array, data: Data) -> Array:
     e, a_d, b_d, a_s, b_s, c_s, alpha, beta = coefficients.T
     n, d = data.centre
     by_n, by_d = np.exp(-alpha * n), np.exp(-beta * d)
-    columns = [np.log(e), a_d * by_n, (b_d + a_d * d) * by_n, a_s * by_d, np.log(b_s), c_s * by_d, alpha, beta]
+    floor = np.log(np.maximum(e, TINY))
+    columns = [floor, a_d * by_n, (b_d + a_d * d) * by_n, a_s * by_d, np.log(b_s), c_s * by_d, alpha, beta]
     return np.stack(columns, 1)
 
 

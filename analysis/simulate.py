@@ -324,15 +324,13 @@ def _regret(rows, stated, fitted, optima_rows, parabolas, confidence) -> list[di
 
 def command(args: Any, rows: pd.DataFrame | None) -> int:
     """`embedscale fit SWEEP --simulate LAW`: print what the sweep would find; `rows` are a sweep file's runs."""
-    from rich.console import Console
-
-    from analysis.summary import show_simulation
+    from analysis import summary
 
     laws = stated_laws(args.simulate)
     if rows is None:
         rows = load_grid(args.runs, parse_assignments("columns", args.columns, COLUMNS))
     result = simulate(rows, laws, 0.005 if args.noise is None else args.noise, window=args.window, seed=args.seed)
-    show_simulation(result, Console(highlight=False))
+    summary.show_simulation(result, summary.console())
     if args.out:
         Path(args.out).mkdir(parents=True, exist_ok=True)
         write_json(Path(args.out) / "simulation.json", result)

@@ -35,7 +35,8 @@ def objective(residual: Array, weights: Array, delta: float | None) -> Array:
     """Σ w ρ(r) over the last axis: Huber's ρ for `delta`, half squares for None. Overflowed rows are infinite."""
     size = np.abs(residual)
     rho = 0.5 * size**2 if delta is None else np.where(size <= delta, 0.5 * size**2, delta * (size - 0.5 * delta))
-    total = (weights * rho).sum(-1)
+    with np.errstate(invalid="ignore"):  # no weight times an overflow
+        total = (weights * rho).sum(-1)
     return np.where(np.isfinite(total), total, np.inf)
 
 
@@ -173,7 +174,8 @@ class JointFit:
         weights = self.weights[None] if weights is None else weights
         loss = self.loss[None] if loss is None else loss
         theta = np.tile(self.theta, (max(len(weights), len(loss)), 1))
-        found = minimise(self.law, theta, self.data, loss, weights, self.residual, self.delta)
+        # To a hundredth of a standard error; valleys that the data leave flat are not walked to their end.
+        found = minimise(self.law, theta, self.data, loss, weights, self.residual, self.delta, 60, 1e-8)
         return self.law.coefficients(found.theta, self.data)
 
 
@@ -206,16 +208,17 @@ def fit_joint(
     weights = np.ones_like(loss) if weights is None else np.asarray(weights, float)
     data = Data.of(params, tokens, trainable_fraction)
 
-    def solve(theta: Array, kind: str, step: float = delta) -> Solution:
-        return minimise(law, theta, data, loss[None], weights[None], kind, step)
+    def solve(theta: Array, kind: str, step: float = delta, iterations: int = 300) -> Solution:
+        return minimise(law, theta, data, loss[None], weights[None], kind, step, iterations)
 
     # A smooth objective first: from afar, nearly every point lies on the straight part of a small Huber δ.
     found = solve(law.starts(loss, data, starts), "raw" if residual == "raw" else "log")
     rough = found.theta[np.isfinite(found.objective)]
     if residual in ("huber", "lad"):
         last = delta if residual == "huber" else LAD_DELTA
-        for step in [*(d for d in (0.1, 0.03, 0.01, 3e-3, 1e-3, 1e-4, 1e-5) if d > last), last]:
-            found = solve(found.theta, "huber", step)
+        for step in (each for each in (0.1, 0.03, 0.01, 3e-3, 1e-3, 1e-4, 1e-5) if each > last):
+            found = solve(found.theta, "huber", step, iterations=40)
+        found = solve(found.theta, "huber", last)
         # Others go straight from the least-squares fits to the last δ.
         again = solve(rough, "huber", last)
         found = Solution(

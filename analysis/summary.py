@@ -8,6 +8,12 @@ from rich.console import Console
 from rich.table import Table
 
 
+def console() -> Console:
+    """Standard output; where that is no terminal, wide enough that no column is cut."""
+    found = Console(highlight=False)
+    return found if found.is_terminal else Console(highlight=False, width=160)
+
+
 def number(value: Any, digits: int = 3) -> str:
     return "–" if value is None else f"{value:.{digits}g}"
 

@@ -37,16 +37,19 @@ def resampled(fit: JointFit, losses: list[Array], count: int, rng: np.random.Gen
     """
     points = len(losses)
     weights = rng.multinomial(points, np.full(points, 1 / points), count) * fit.weights
-    if all(len(each) == 1 for each in losses):
-        return fit.refit(weights=weights)
-    drawn = np.tile(fit.loss, (count, 1))
-    for i, each in enumerate(losses):
-        r = len(each)
-        if r > 1:
-            means = each[rng.integers(r, size=(count, r))].mean(1)
-            # r draws out of r spread by (r − 1) / r too little.
-            drawn[:, i] = each.mean() + (means - each.mean()) * np.sqrt(r / (r - 1))
-    return fit.refit(weights=weights, loss=drawn)
+    drawn = None
+    if any(len(each) > 1 for each in losses):
+        drawn = np.tile(fit.loss, (count, 1))
+        for i, each in enumerate(losses):
+            r = len(each)
+            if r > 1:
+                means = each[rng.integers(r, size=(count, r))].mean(1)
+                # r draws out of r spread by (r − 1) / r too little.
+                drawn[:, i] = each.mean() + (means - each.mean()) * np.sqrt(r / (r - 1))
+    # A law with p coefficients leaves residuals too small by (points − p) / points, and so do its refits.
+    widening = np.sqrt(points / (points - len(fit.theta)))
+    theta = fit.law.internal(fit.refit(weights=weights, loss=drawn), fit.data)
+    return fit.law.coefficients(fit.theta + widening * (theta - fit.theta), fit.data)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
@@ -48,6 +48,8 @@ SwitchType=switch/none
 MpiDefault=none
 ReturnToService=2
 SlurmdTimeout=20
+# With MessageTimeout (10 s) the age from which a job that its node knows nothing of counts as lost.
+BatchStartTimeout=1
 # The cores that a node claims count, not those that the machine has.
 SlurmdParameters=config_overrides
 SelectType=select/cons_tres
@@ -193,9 +195,7 @@ class DevCluster:
 
     def kill_node(self, node: str) -> None:
         """End the node's slurmd by SIGKILL, and its jobs with it, as a power cut would."""
-        for process in [*self._steps(node), *self._noted(node)]:
-            with suppress(ProcessLookupError):
-                os.kill(process, signal.SIGKILL)
+        _end([*self._steps(node), *self._noted(node)], [signal.SIGKILL])
 
     def down(self) -> None:
         """Cancel the jobs, then end every daemon that `up` started, and wait for its end."""
@@ -316,15 +316,15 @@ def _start_time(pid: int) -> str:
     return "" if fields[0] == "Z" else fields[19]
 
 
-def _end(processes: list[int], seconds: float = 10.0) -> None:
-    """SIGTERM, then SIGKILL for whoever is still there, and wait."""
+def _end(processes: list[int], signals: Sequence[signal.Signals] = (signal.SIGTERM, signal.SIGKILL)) -> None:
+    """Send the first signal and wait; send the next to whoever is still there."""
     started = {pid: _start_time(pid) for pid in processes}
-    for number, patience in ((signal.SIGTERM, seconds), (signal.SIGKILL, seconds)):
+    for number in signals:
         for pid in processes:
             with suppress(ProcessLookupError):
                 if started[pid] and _start_time(pid) == started[pid]:
                     os.kill(pid, number)
-        deadline = time.monotonic() + patience
+        deadline = time.monotonic() + 10
         while time.monotonic() < deadline and any(started[p] and _start_time(p) == started[p] for p in processes):
             time.sleep(0.05)
 

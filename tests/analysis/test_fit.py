@@ -35,7 +35,7 @@ def sweep(noise: float = 0.004, seeds: int = 1, seed: int = 0, methods=("full", 
             if "full" in methods:
                 add("full", n, c, 1.0, 6 * n, predict_chinchilla(FULL, n, c / (6 * n)))
             if "lora" in methods:
-                for rank, worse in ((8, 1.02), (32, 1.0), (128, 1.01)):
+                for rank, worse in ((8, 1.05), (32, 1.0), (128, 1.04)):
                     s = rank * 1e-3
                     cost = (4 * (1 + s) + 2 * s) * n
                     add("lora", n, c, s, cost, worse * predict_chinchilla(LORA, n, c / cost), rank=rank)
@@ -89,14 +89,17 @@ def test_the_hold_out_is_fitted_without_what_it_predicts(fits):
         ("largest budget", "loss"),
     }
     table = sweep(methods=("full",))
-    kept = table[table["budget"] < BUDGETS[-1]]
-    changed = pd.concat([kept, table[table["budget"] == BUDGETS[-1]].assign(loss=lambda part: part["loss"] * 2)])
-    again = fits_file.fit(runs.from_table(changed), bootstrap=100)["methods"]["full"]["hold_out"]
-    row = rows["largest budget", "chinchilla"]
-    assert (row["error"] < 0.02, row["points"], row["value"]) == (True, 6, BUDGETS[-1])
-    assert again[0]["predicted"] == pytest.approx(row["predicted"], rel=1e-9)
-    assert again[0]["found"] == pytest.approx(2 * row["found"])
-    assert again[0]["error"] == pytest.approx(0.5, abs=0.02)
+    last = table["budget"] == BUDGETS[-1]
+    changed = table.assign(loss=table["loss"] * np.where(last, 2, 1))
+    before, after = (
+        fits_file.fit(runs.from_table(each), bootstrap=100)["methods"]["full"]["hold_out"][0]
+        for each in (table, changed)
+    )
+    assert (before["left_out"], before["value"], before["points"]) == ("largest budget", BUDGETS[-1], 6)
+    assert before["error"] < 0.02
+    assert after["predicted"] == pytest.approx(before["predicted"], rel=1e-9)
+    assert after["found"] == pytest.approx(2 * before["found"])
+    assert after["error"] == pytest.approx(0.5, abs=0.02)
 
 
 def test_the_frontier_changes_hands_where_the_lines_meet(fits):
@@ -117,12 +120,12 @@ def test_the_frontier_changes_hands_where_the_lines_meet(fits):
 def test_a_crossing_has_an_interval():
     table = pd.concat(
         [
-            pd.DataFrame({"method": name, "params": n, "budget": c, "tokens": c / 6 / n, "loss": low * bowl})
+            pd.DataFrame({"method": name, "params": n, "budget": c, "tokens": c / 6 / n, "loss": low * bowl}, index=[0])
             for name, slope, level in (("full", -0.20, 3.0), ("lora", -0.24, 3.0 + 0.04 * np.log(2.4e16)))
             for c in BUDGETS
             for n in SIZES
             for low, bowl in [
-                (np.exp(level + slope * np.log(c)) * 1e3, [np.exp(0.01 * np.log(n / 1e7 / (c / 2.4e16) ** 0.5) ** 2)])
+                (np.exp(level + slope * np.log(c)) * 1e3, np.exp(0.01 * np.log(n / 1e7 / (c / 2.4e16) ** 0.5) ** 2))
             ]
         ]
     )
@@ -178,11 +181,12 @@ def test_diverged_runs_make_a_budget_diverged():
     assert rows[0]["why"] == "4 of 6 sizes diverged"
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(8))
 def test_a_sweep_with_holes_never_crashes(seed, tmp_path):
     """Down to a tenth of the runs: whatever is left gives fits, or one line that says why not."""
     rng = np.random.default_rng(seed)
-    whole = sweep(seeds=1 + seed % 2, seed=seed)
+    methods = [("full", "freeze"), ("full", "lora"), ("lora",)][seed % 3]
+    whole = sweep(seeds=1 + seed % 2, seed=seed, methods=methods)
     table = whole.sample(frac=[0.9, 0.6, 0.3, 0.1][seed % 4], random_state=seed).assign(status="done")
     table.loc[rng.random(len(table)) < 0.1, "status"] = "diverged"
     loaded = runs.from_table(table)

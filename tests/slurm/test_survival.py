@@ -52,8 +52,13 @@ class Cluster:
 
         return until(ready, 240, lambda: f"{self.deeds} {self.lab.queued()} {self.lab.log(self.name)[-3000:]}")
 
+    def note(self, deed, node):
+        for _, at, directory in self.running():
+            if at == node:
+                self.deeds[directory.path.name].append(deed)
+
     def preempt(self, job, node, run):
-        self.deeds[run].append("preempted")
+        self.note("preempted", node)
         words = ["--partition=high", f"--nodelist={node}", "--exclusive", "--time=1", "--output=/dev/null"]
         self.lab.slurm("sbatch", *words, "--wrap=sleep 1")
 
@@ -66,11 +71,9 @@ class Cluster:
         self.lab.slurm("scontrol", "update", f"JobId={job}", "TimeLimit=1")
 
     def cut_power(self, job, node, run):
-        for _, at, directory in self.running():
-            if at == node:
-                self.deeds[directory.path.name].append("node killed")
+        self.note("node killed", node)
         self.lab.cluster.kill_node(node)
-        time.sleep(1)
+        time.sleep(12)  # then SLURM counts the node's jobs as lost when it comes back
         self.lab.cluster.start_node(node)
 
     def cancel(self, job, node, run):

@@ -1,0 +1,47 @@
+"""The cluster that the other tests stand on: it comes up, answers, survives the loss of a node, and leaves nothing."""
+
+import subprocess
+import sys
+import tempfile
+import time
+
+import psutil
+
+from slurm.devcluster import DevCluster
+
+
+def test_nodes_partitions_and_accounting_answer(cluster, until):
+    assert cluster.ask("sinfo", "--noheader", "--format=%P %a %D").split("\n")[:2] == ["low* up 2", "high up 2"]
+    job = cluster.ask("sbatch", "--parsable", "--output=/dev/null", "--wrap=true").strip()
+    ended = ["sacct", "--noheader", "--allocations", "--parsable2", f"--jobs={job}", "--format=State"]
+    assert until(lambda: "COMPLETED" in cluster.ask(*ended), 30)
+
+
+def test_a_cut_of_power_requeues_the_nodes_jobs_and_no_other_cluster_notices(cluster, until):
+    words = ["--parsable", "--output=/dev/null", "--nodelist=n2", "--requeue", "--wrap=srun sleep 100"]
+    job = cluster.ask("sbatch", *words).strip()
+    until(lambda: cluster.ask("squeue", "--noheader", "--states=RUNNING", f"--jobs={job}", "--format=%N").strip(), 30)
+    until(lambda: len(cluster._steps("n2")) >= 3, 10)
+    cluster.kill_node("n2")
+    assert cluster.alive() == {**dict.fromkeys(cluster.alive(), True), "n2": False}
+    assert not cluster._steps("n2")
+    time.sleep(12)  # then SLURM counts the node's jobs as lost when it comes back
+    cluster.start_node("n2")
+    until(lambda: "Restarts=1" in cluster.ask("scontrol", "show", "job", job), 60)
+    cluster.ask("scancel", job)
+
+
+def test_down_ends_what_up_started_and_nothing_else(cluster):
+    with tempfile.TemporaryDirectory(prefix="dc-") as folder:
+        other = DevCluster(folder, nodes=1, accounting=False)
+        other.up()
+        pids = [int(file.read_text().split()[0]) for file in other.folder.glob("*.process")]
+        assert len(pids) == 3 and all(psutil.pid_exists(pid) for pid in pids)
+        module = [sys.executable, "-m", "slurm.devcluster"]
+        again = subprocess.run([*module, "up", folder], capture_output=True, text=True)
+        assert again.returncode == 2 and "a cluster is up there" in again.stderr
+        assert subprocess.run([*module, "status", folder], capture_output=True).returncode == 0
+        assert subprocess.run([*module, "down", folder], capture_output=True).returncode == 0
+        assert not any(psutil.pid_exists(pid) for pid in pids)
+        assert subprocess.run([*module, "status", folder], capture_output=True).returncode == 1
+    assert all(cluster.alive().values())
