@@ -42,8 +42,32 @@ def train(args: argparse.Namespace) -> int:
     return train(_config(args))
 
 
+def evaluate(args: argparse.Namespace) -> int:
+    from embedscale.evaluate import evaluate
+
+    return evaluate(args.run_folder, args.tasks)
+
+
+def export(args: argparse.Namespace) -> int:
+    from embedscale.export import export
+
+    return export(args.run_folder, args.folder)
+
+
+def encode(args: argparse.Namespace) -> int:
+    from embedscale.encode import encode
+
+    return encode(args.run_folder, args.texts, args.out, args.column, args.format)
+
+
 def sweep_plan(args: argparse.Namespace) -> int:
     from slurm.plan import command
+
+    return command(args)
+
+
+def sweep_prefetch(args: argparse.Namespace) -> int:
+    from slurm.prefetch import command
 
     return command(args)
 
@@ -131,6 +155,7 @@ def _sweep_verbs(verbs) -> None:
     plan = action("plan", sweep_plan, "what the sweep costs, and what of it cannot be run")
     plan.add_argument("--each", action="store_true", help="a row for each run")
     plan.add_argument("--max-gpu-hours", type=float, metavar="H", help="refuse a sweep estimated to need more")
+    action("prefetch", sweep_prefetch, "models, tokenizers and pairs, fetched for nodes without a network")
     submit = action("submit", sweep_submit, "send out the runs that are missing or interrupted, and return")
     submit.add_argument("--to", choices=["slurm", "here", "this-process"], help="default slurm, or here without it")
     submit.add_argument("--retry-failed", action="store_true", help="failed runs too")
@@ -140,6 +165,26 @@ def _sweep_verbs(verbs) -> None:
     watch.add_argument("--every", type=float, default=10.0, metavar="SECONDS", help="default 10")
     cancel = action("cancel", sweep_cancel, "take the sweep's jobs out of the queue; asks first")
     cancel.add_argument("--yes", action="store_true", help="do not ask")
+
+
+def _model_verbs(verbs) -> None:
+    def action(name: str, run, text: str) -> argparse.ArgumentParser:
+        verb = verbs.add_parser(name, help=text, description=text)
+        verb.add_argument("run_folder", metavar="RUN", help="the directory of a run that is done")
+        verb.set_defaults(run=run)
+        return verb
+
+    scored = action("evaluate", evaluate, "MTEB scores of a run: RUN/scores, a file a task")
+    scored.add_argument(
+        "--tasks", nargs="+", default=["held-out"], metavar="NAME", help="mteb's, or held-out (default) or paper"
+    )
+    exported = action("export", export, "a run as a sentence-transformers model")
+    exported.add_argument("folder", metavar="FOLDER", help="a new one")
+    encoded = action("encode", encode, "texts into embeddings; run again, it goes on")
+    encoded.add_argument("texts", metavar="TEXTS", help="a .txt (a text a line), .jsonl or .parquet file")
+    encoded.add_argument("out", metavar="OUT", help="a folder for 00000.npy, 00001.npy, …")
+    encoded.add_argument("--column", default="text", metavar="NAME", help="of .jsonl and .parquet; default text")
+    encoded.add_argument("--format", default="npy", metavar="KIND", help="npy (default) or arrow")
 
 
 def _fit_verb(verbs) -> None:
@@ -184,6 +229,7 @@ def parser() -> argparse.ArgumentParser:
     costs = _with_config(verbs, "flops", flops, "what a run costs, before anything is loaded")
     costs.add_argument("--budgets", nargs="+", metavar="FLOP", help="several budgets; default the configuration's")
     _with_config(verbs, "train", train, "one run; run again, it resumes or says that it is done")
+    _model_verbs(verbs)
     _sweep_verbs(verbs)
     _fit_verb(verbs)
     _doctor_verb(verbs)

@@ -8,7 +8,8 @@ import difflib
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, get_args
 
@@ -198,9 +199,14 @@ class RunConfig:
 
     def science(self) -> dict[str, Any]:
         """The fields that change the result, as plain values. Two configs with equal science are one run."""
-        values = asdict(self)
-        del values["output"], values["resources"]
+        # Not asdict, which copies everything: a sweep asks ten thousand times.
+        values: dict[str, Any] = {
+            name: dict(vars(getattr(self, name))) for name in ("backbone", "method", "loss", "training", "evaluation")
+        }
+        values["budget"] = self.budget
         values["backbone"]["name"] = short_name(self.backbone.name)
+        if self.method.active_fraction is not None:
+            values["method"]["active_fraction"] = round(self.method.active_fraction, 3)  # 1/6, 0.1667: the same blocks
         values["data"] = {
             "store": short_name(self.data.store),
             "context": self.data.context,
@@ -226,6 +232,7 @@ class RunConfig:
         return Path(self.output) / self.run_id
 
 
+@cache
 def _default_science() -> dict[str, Any]:
     return RunConfig().science()
 
@@ -266,9 +273,8 @@ def structured(schema: type, values: dict[str, Any], words: Sequence[str] = (), 
     for word in words:
         if "=" not in word:
             raise UserError(f"{word!r} is neither a configuration file nor a key=value word")
-    base = OmegaConf.structured(schema)
     try:
-        merged = OmegaConf.merge(base, OmegaConf.create(values), OmegaConf.from_dotlist(list(words)))
+        merged = OmegaConf.merge(_defaults(schema), OmegaConf.create(values), OmegaConf.from_dotlist(list(words)))
         return OmegaConf.to_object(merged)
     except ConfigKeyError as error:
         key = str(error.full_key or error.key)
@@ -291,6 +297,12 @@ def structured(schema: type, values: dict[str, Any], words: Sequence[str] = (), 
         key = str(getattr(error, "full_key", None) or "")
         message = str(getattr(error, "msg", None) or error).split("\n")[0]
         raise UserError(f"{where}{key + ': ' if key else ''}{message}") from None
+
+
+@cache
+def _defaults(schema: type) -> Any:
+    """To merge into, which copies it."""
+    return OmegaConf.structured(schema)
 
 
 def known_keys(schema: type, prefix: str = "") -> list[str]:

@@ -64,7 +64,7 @@ class Method:
         if self.name == "lora":
             return f"lora-r{self.rank}" + ("-emb" if self.embedding else "")
         if self.name == "freeze":
-            amount = f"{self.active_blocks}" if self.active_blocks is not None else f"{self.active_fraction:.4g}"
+            amount = f"{self.active_blocks}" if self.active_blocks is not None else f"{self.active_fraction:.3g}"
             return f"freeze-{'' if self.blocks == 'last' else self.blocks + '-'}{amount}"
         return self.name
 

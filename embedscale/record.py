@@ -60,19 +60,30 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
+class _Entry:
+    """A path in a run directory, built when it is asked for: `status` looks at few of ten thousand runs' files."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def __get__(self, directory: "RunDirectory", owner: type) -> Path:
+        return directory.path / self.name
+
+
 class RunDirectory:
     """runs/RUN_ID and what lies in it."""
 
+    config = _Entry("config.yaml")
+    plan = _Entry("plan.json")
+    metrics = _Entry("metrics.jsonl")
+    checkpoints = _Entry("checkpoints")
+    attempts = _Entry("attempts")
+    record = _Entry("record.json")
+    lease = _Entry("lease.json")
+    model = _Entry("model")
+
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        self.config = self.path / "config.yaml"
-        self.plan = self.path / "plan.json"
-        self.metrics = self.path / "metrics.jsonl"
-        self.checkpoints = self.path / "checkpoints"
-        self.attempts = self.path / "attempts"
-        self.record = self.path / "record.json"
-        self.lease = self.path / "lease.json"
-        self.model = self.path / "model"
 
     def read_record(self) -> dict[str, Any] | None:
         """The record of a finished run, or None."""

@@ -5,7 +5,7 @@ no setting of a class in between can change the ids. Texts are hashed whole, bef
 """
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
@@ -118,7 +118,7 @@ def tokenised(pairs: list[Pair], tokenizer: Any, context: int, token: Any) -> di
     n = len(pairs)
     texts = [pair.query for pair in pairs] + [pair.positive for pair in pairs]
     texts += [negative for pair in pairs for negative in pair.negatives]
-    ids, hashes = _token_ids(texts, tokenizer, context, token), text_hashes(texts)
+    ids, hashes = token_ids(texts, tokenizer, context, token), text_hashes(texts)
     full = np.diff(ids.offsets.to_numpy()) > 0
     kept = np.flatnonzero(full[:n] & full[n : 2 * n])
     owner = np.repeat(np.arange(n), [len(pair.negatives) for pair in pairs])
@@ -134,7 +134,7 @@ def tokenised(pairs: list[Pair], tokenizer: Any, context: int, token: Any) -> di
     }
 
 
-def _token_ids(texts: list[str], tokenizer: Any, context: int, token: Any) -> Any:
+def token_ids(texts: Sequence[str], tokenizer: Any, context: int, token: Any) -> Any:
     """The first `context` ids of each text, as a pyarrow.ListArray. Of a long text only the beginning is tokenised."""
     import pyarrow
 
