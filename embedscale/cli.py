@@ -163,7 +163,7 @@ def _sweep_verbs(verbs) -> None:
     action("status", sweep_status, "where every run stands")
     watch = action("watch", sweep_watch, "the status, refreshed until all is done or Ctrl-C")
     watch.add_argument("--every", type=float, default=10.0, metavar="SECONDS", help="default 10")
-    cancel = action("cancel", sweep_cancel, "take the sweep's jobs out of the queue; asks first")
+    cancel = action("cancel", sweep_cancel, "end the sweep's jobs, and its processes here; asks first")
     cancel.add_argument("--yes", action="store_true", help="do not ask")
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from embedscale.errors import DONE, FAILED, WRONG, UserError
 from embedscale.record import write_atomically
+from slurm.local import start_time
 
 PACKAGES = "munge slurmctld slurmd slurm-client slurmdbd mariadb-server"
 INSTALL = f"apt-get install -y --no-install-recommends {PACKAGES}"
@@ -275,13 +276,13 @@ class DevCluster:
                 start_new_session=True,
                 cwd=self.folder,
             )
-        self._file(name).write_text(f"{process.pid} {_start_time(process.pid)}")
+        self._file(name).write_text(f"{process.pid} {start_time(process.pid)}")
 
     def _noted(self, name: str) -> Iterator[int]:
         """The daemon's process id, while it lives: a number that another process has got since is not it."""
         with suppress(FileNotFoundError, ValueError):
             pid, start = self._file(name).read_text().split()
-            if _start_time(int(pid)) == start:
+            if start_time(int(pid)) == start:
                 yield int(pid)
 
     def _steps(self, node: str) -> list[int]:
@@ -307,25 +308,16 @@ class DevCluster:
             time.sleep(0.2)
 
 
-def _start_time(pid: int) -> str:
-    """In clock ticks since boot; empty where the process is gone."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-    except OSError:
-        return ""
-    return "" if fields[0] == "Z" else fields[19]
-
-
 def _end(processes: list[int], signals: Sequence[signal.Signals] = (signal.SIGTERM, signal.SIGKILL)) -> None:
     """Send the first signal and wait; send the next to whoever is still there."""
-    started = {pid: _start_time(pid) for pid in processes}
+    started = {pid: start_time(pid) for pid in processes}
     for number in signals:
         for pid in processes:
             with suppress(ProcessLookupError):
-                if started[pid] and _start_time(pid) == started[pid]:
+                if started[pid] and start_time(pid) == started[pid]:
                     os.kill(pid, number)
         deadline = time.monotonic() + 10
-        while time.monotonic() < deadline and any(started[p] and _start_time(p) == started[p] for p in processes):
+        while time.monotonic() < deadline and any(started[p] and start_time(p) == started[p] for p in processes):
             time.sleep(0.05)
 
 

@@ -14,17 +14,19 @@ import subprocess
 import sys
 import time
 from collections import Counter, defaultdict, deque
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 from embedscale.config import RunConfig
 from embedscale.errors import DONE, FAILED, INTERRUPTED, UserError
-from embedscale.record import STALE_SECONDS, Attempt, RunDirectory, lease_holder, leased, now
+from embedscale.record import STALE_SECONDS, Attempt, RunDirectory, lease_holder, leased, now, read_json, write_json
 from embedscale.stop import StopRequest
+from slurm import queue
 from slurm.grid import Sweep
 
 ATTEMPTS = 3  # without a new checkpoint, then a run has failed
@@ -225,6 +227,35 @@ def _outcome(each: _Running, stop: StopRequest) -> str | None:
         for attempt in ended or [directory.begin_attempt()]:
             attempt.write(end=now(), ended="killed", reason=why)
     return "interrupted" if stop.requested else None
+
+
+@contextmanager
+def announced(folder: Path) -> Iterator[None]:
+    """Write down, beside the run directories, that this process is at the sweep: `cancel` ends it."""
+    process = {"host": socket.gethostname(), "pid": os.getpid(), "born": start_time(os.getpid())}
+    note = folder / queue.FOLDER / f"{process['host']}-{process['pid']}.process"
+    note.parent.mkdir(parents=True, exist_ok=True)
+    write_json(note, process)
+    try:
+        yield
+    finally:
+        note.unlink(missing_ok=True)
+
+
+def processes_at(folder: Path) -> list[dict[str, Any]]:
+    """The processes that are at the sweep, on this machine and, for all that is known here, on others."""
+    found = [noted for note in (folder / queue.FOLDER).glob("*.process") if (noted := read_json(note))]
+    own = socket.gethostname()
+    return [each for each in found if each["host"] != own or start_time(each["pid"]) == each["born"]]
+
+
+def start_time(pid: int) -> str:
+    """Of a process, in clock ticks since boot: tells it from a later one of the same number. Empty where it is gone."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    except OSError:
+        return ""
+    return "" if fields[0] == "Z" else fields[19]
 
 
 def run_here(sweep: Sweep, runs: Sequence[RunConfig]) -> int:

@@ -199,9 +199,8 @@ def _go_on_later(orders: Orders, stop: StopRequest, rank: int | None) -> NoRetur
     job = _scontrol("--oneliner", "show", "job", _job())
     if job is None:
         # A preempted job is requeued by SLURM itself, once it has killed it; at the time limit nobody would.
-        near_the_end = stop.deadline is not None and time.time() > stop.deadline
         print(f"no scontrol on {_node()}: SLURM's own requeue or the next submit goes on", flush=True)
-        _stay(0 if near_the_end else PATIENCE_SECONDS)
+        _stay(PATIENCE_SECONDS if stop.deadline is None else min(PATIENCE_SECONDS, stop.deadline - time.time()))
     if job.get("JobState") == "RUNNING":  # else it was cancelled, or SLURM has requeued it already
         if _scontrol("requeue", _job()) is not None:
             print(f"requeued job {_job()}", flush=True)

@@ -16,7 +16,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from embedscale.config import RunConfig
+from embedscale.config import RunConfig, bounded
 from embedscale.cost import Cost, cost_of, peak_learning_rate
 from embedscale.errors import DONE, UserError
 from embedscale.pairs import PairStore
@@ -133,16 +133,19 @@ def _pairs_of(sweep: Sweep, folder: str, hard_negatives: int) -> Pairs:
 
 
 def _measured_speeds(path: str | None) -> dict[tuple[str, str], float]:
-    """Tokens a second of one device, by backbone and method label."""
+    """Tokens a second of one device, by backbone and method (its label, lora-r32, or its name alone)."""
     if path is None:
         return {}
     found = read_json(Path(path))
     if found is None:
         raise UserError(f"calibration: {path}: there is no such file; run `embedscale calibrate` on a node")
     try:
-        return {(each["backbone"], each["label"]): float(each["tokens_per_second"]) for each in found["entries"]}
+        speeds = {(each["backbone"], each["method"]): float(each["tokens_per_second"]) for each in found["rows"]}
     except (KeyError, TypeError, ValueError):
         raise UserError(f"calibration: {path}: does not hold what `embedscale calibrate` writes") from None
+    for pair, speed in speeds.items():
+        bounded(f"calibration: {path}: tokens_per_second of {' '.join(pair)}", speed, 0, above=True)
+    return speeds
 
 
 class _Estimator:
@@ -186,7 +189,8 @@ class _Estimator:
         chunked = chunk is not None and chunk < batch * data.tokens_per_pair
         # A pair's two texts are taken as equally long: the attention's share is small at these lengths.
         exact = cost.exact(tokens, int(tokens * data.tokens_per_pair / 2), extra_forwards=int(chunked))
-        speed = self.speeds.get((short_name(run.backbone.name), run.method.label))
+        backbone = short_name(run.backbone.name)
+        speed = self.speeds.get((backbone, run.method.label)) or self.speeds.get((backbone, run.method.name))
         assumed = cluster.peak_flop_per_second * resource_class.utilisation
         devices = run.resources.devices * run.resources.nodes
         return Estimate(

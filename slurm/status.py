@@ -5,6 +5,8 @@ themselves from runs that wait for the next `submit`; accounting only explains w
 """
 
 import os
+import signal
+import socket
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,7 +23,7 @@ from rich.table import Table
 from embedscale.config import bounded
 from embedscale.errors import DONE, UserError
 from embedscale.record import RunDirectory, lease_holder
-from slurm import grid, queue
+from slurm import grid, local, queue
 from slurm.grid import Sweep
 from slurm.plan import SweepPlan, duration, plan_sweep
 from slurm.queue import Job
@@ -298,18 +300,26 @@ def watch(args: Any) -> int:
 
 
 def cancel(args: Any) -> int:
-    """`embedscale sweep cancel SWEEP.yaml [--yes]`: take the sweep's jobs out of the queue. Asks first."""
+    """`embedscale sweep cancel SWEEP.yaml [--yes]`: end the sweep's jobs, and its processes here. Asks first."""
     sweep = grid.load(args.sweep, args.words)
     jobs = queue.jobs_by_run(sweep.folder)
-    if jobs is None:
+    processes = local.processes_at(sweep.folder)
+    here = [each["pid"] for each in processes if each["host"] == socket.gethostname()]
+    for each in processes:
+        if each["pid"] not in here:
+            print(f"a process of {each['host']} ({each['pid']}) is at this sweep; cancel it there")
+    if jobs is None and not here:
         raise UserError("squeue: cannot be asked here, so that no job of the sweep is known; nothing was cancelled")
-    chosen = {run_id: job for run_id, job in jobs.items() if run_id in sweep.by_id}
+    chosen = {run_id: job for run_id, job in (jobs or {}).items() if run_id in sweep.by_id}
     ids = sorted({job.id for job in chosen.values()})
-    if not ids:
+    if not ids and not here:
         print(f"{sweep.name}: no job in the queue; nothing to cancel")
         return DONE
-    running = sum(job.running for job in chosen.values())
-    print(f"{sweep.name}: {len(ids):,} jobs with {len(chosen):,} runs, {running:,} of them in jobs that run now.")
+    what = [f"{len(here)} processes on this machine"] if here else []
+    if ids:
+        running = sum(job.running for job in chosen.values())
+        what.append(f"{len(ids):,} jobs with {len(chosen):,} runs, {running:,} of them in jobs that run now")
+    print(f"{sweep.name}: {'; '.join(what)}.")
     print("What they have checkpointed stays; the next submit goes on with them.")
     if not args.yes:
         try:
@@ -319,8 +329,11 @@ def cancel(args: Any) -> int:
         if answer.strip().lower() not in ("y", "yes"):
             print("nothing was cancelled")
             return DONE
+    for pid in here:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGTERM)
     queue.cancel(ids)
-    print(f"cancelled {len(ids):,} jobs")
+    print(f"cancelled {len(ids):,} jobs" + (f", asked {len(here)} processes to save and stop" if here else ""))
     return DONE
 
 

@@ -325,4 +325,5 @@ def command(args: Any) -> int:
     chosen = reconcile(sweep, plan, queue.jobs_by_run(sweep.folder), args.retry_failed)
     refuse_above(SweepPlan(sweep, chosen), args.max_gpu_hours)
     runs = [each.run for each in chosen]
-    return (local.run_here if to == "here" else local.run_in_this_process)(sweep, runs)
+    with local.announced(sweep.folder):
+        return (local.run_here if to == "here" else local.run_in_this_process)(sweep, runs)

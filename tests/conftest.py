@@ -45,6 +45,12 @@ def save_backbone(folder: Path, width: int = 32, blocks: int = 4, heads: int = 2
 
 
 @pytest.fixture(scope="session")
+def save_decoder():
+    """`save_backbone`, for a test that needs a shape of its own."""
+    return save_backbone
+
+
+@pytest.fixture(scope="session")
 def backbone_folder(tmp_path_factory) -> Path:
     """Four blocks of width 32."""
     return save_backbone(tmp_path_factory.mktemp("hub") / "pythia-tiny")

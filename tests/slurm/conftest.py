@@ -1,5 +1,6 @@
 """A real SLURM for the tests of this folder, and a place to write sweeps in. Without SLURM they are skipped."""
 
+import getpass
 import json
 import os
 import shutil
@@ -31,14 +32,20 @@ def _cluster(**settings):
 
 @pytest.fixture(scope="module")
 def cluster():
-    """Two nodes of four cores, accounting, 30 s of grace."""
-    yield from _cluster()
+    """Two nodes of two cores, accounting, 30 s of grace."""
+    yield from _cluster(cpus=2)
 
 
 @pytest.fixture(scope="module")
 def bare_cluster():
     """One node, no accounting, five seconds of grace."""
     yield from _cluster(nodes=1, accounting=False, grace=5)
+
+
+@pytest.fixture(scope="module")
+def wide_cluster():
+    """Two nodes of sixteen cores, no accounting: more room than a throttle lets a sweep take."""
+    yield from _cluster(cpus=16, accounting=False)
 
 
 class Lab:
@@ -80,9 +87,8 @@ class Lab:
     def queued(self, name: str = "", states: str = "all") -> list[str]:
         """array_task|state|reason of the jobs whose name begins with `name`."""
         lines = self.slurm("squeue", "--noheader", "--array", f"--states={states}", "--format=%j|%i|%T|%r").splitlines()
-        live = [
-            line.split("|", 1) for line in lines if not line.split("|")[2].startswith(("COMPLETED", "CANCEL", "FAIL"))
-        ]
+        over = ("COMPLETED", "CANCEL", "FAIL", "TIMEOUT", "PREEMPTED", "NODE_FAIL")
+        live = [line.split("|", 1) for line in lines if not line.split("|")[2].startswith(over)]
         return [rest for job, rest in live if job.startswith(name)]
 
     def hurry(self) -> None:
@@ -120,14 +126,26 @@ def comparable(directory: RunDirectory):
     return metrics, record
 
 
-@pytest.fixture
-def lab(tmp_path, tiny_run, cluster) -> Lab:
-    return Lab(tmp_path, tiny_run, cluster)
+def _lab(folder: Path, settings: list[str], cluster: DevCluster):
+    """A lab that leaves an empty queue."""
+    yield Lab(folder, settings, cluster)
+    cluster.ask("scancel", f"--user={getpass.getuser()}")
+    wait_until(lambda: not cluster.ask("squeue", "--noheader"), 60)
 
 
 @pytest.fixture
-def bare_lab(tmp_path, tiny_run, bare_cluster) -> Lab:
-    return Lab(tmp_path, tiny_run, bare_cluster)
+def lab(tmp_path, tiny_run, cluster):
+    yield from _lab(tmp_path, tiny_run, cluster)
+
+
+@pytest.fixture
+def bare_lab(tmp_path, tiny_run, bare_cluster):
+    yield from _lab(tmp_path, tiny_run, bare_cluster)
+
+
+@pytest.fixture
+def wide_lab(tmp_path, tiny_run, wide_cluster):
+    yield from _lab(tmp_path, tiny_run, wide_cluster)
 
 
 @pytest.fixture

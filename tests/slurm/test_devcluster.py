@@ -5,8 +5,7 @@ import sys
 import tempfile
 import time
 
-import psutil
-
+from embedscale.record import process_alive
 from slurm.devcluster import DevCluster
 
 
@@ -36,12 +35,12 @@ def test_down_ends_what_up_started_and_nothing_else(cluster):
         other = DevCluster(folder, nodes=1, accounting=False)
         other.up()
         pids = [int(file.read_text().split()[0]) for file in other.folder.glob("*.process")]
-        assert len(pids) == 3 and all(psutil.pid_exists(pid) for pid in pids)
+        assert len(pids) == 3 and all(process_alive(pid) for pid in pids)
         module = [sys.executable, "-m", "slurm.devcluster"]
         again = subprocess.run([*module, "up", folder], capture_output=True, text=True)
         assert again.returncode == 2 and "a cluster is up there" in again.stderr
         assert subprocess.run([*module, "status", folder], capture_output=True).returncode == 0
         assert subprocess.run([*module, "down", folder], capture_output=True).returncode == 0
-        assert not any(psutil.pid_exists(pid) for pid in pids)
+        assert not any(process_alive(pid) for pid in pids)
         assert subprocess.run([*module, "status", folder], capture_output=True).returncode == 1
     assert all(cluster.alive().values())

@@ -1,6 +1,7 @@
 """The doctor finds what is wrong: in packages, on disk, and in what SLURM's own commands tell (stand-ins print it)."""
 
 import os
+import shutil
 from importlib import metadata
 from pathlib import Path
 
@@ -35,7 +36,9 @@ def scontrol(tmp_path, monkeypatch):
     """A PATH of stand-ins for SLURM's commands; scontrol(config=…) changes what it tells."""
     folder = tmp_path / "bin"
     folder.mkdir()
-    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
+    monkeypatch.setenv("PATH", str(folder))  # this machine may have a SLURM of its own
+    for name in ("sh", "cat", "env", "grep"):
+        (folder / name).symlink_to(shutil.which(name, path="/usr/bin:/bin"))
 
     def write(config: str = CONFIG, partitions: str = PARTITIONS, nodes: str = NODES, **others: str) -> Path:
         for name, text in {"config": config, "partition": partitions, "node": nodes}.items():
@@ -129,8 +132,8 @@ def test_missing_commands_say_what_is_lost(scontrol):
     assert not found["controller"].fine
 
 
-def test_without_slurm_there_is_one_line_and_it_is_fine(monkeypatch):
-    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+def test_without_slurm_there_is_one_line_and_it_is_fine(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
     (finding,) = doctor.slurm(Cluster())
     assert finding.fine and "this machine alone" in finding.text
 
@@ -184,7 +187,7 @@ def test_backbones_load_with_every_connection_refused_and_one_that_is_no_folder_
     assert found["offline loading"].fine
     assert found["offline loading"].text == "a saved model and 1 backbones load with every connection refused"
     assert not found["backbones"].fine
-    assert "no local folders: EleutherAI/pythia-14m; run `embedscale prefetch`" in found["backbones"].text
+    assert "not on this disk: EleutherAI/pythia-14m; run `embedscale sweep prefetch`" in found["backbones"].text
 
 
 def test_the_file_system_is_tried_and_left_as_it_was(tmp_path):

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from embedscale import config
+from embedscale.config import RunConfig
+from embedscale.cost import Method
 from embedscale.errors import UserError
 from slurm import grid
 from slurm.cluster import Cluster, ResourceClass
@@ -241,3 +243,12 @@ def test_what_is_wrong_in_a_cluster_file_is_said_in_one_line(tmp_path, text, mes
     with pytest.raises(UserError, match=r"cluster\.yaml") as error:
         sweep(tmp_path, f"cluster: {file}\naxes: {{budget: 1e15}}")
     assert message in str(error.value)
+
+
+def test_one_sixth_is_the_same_run_however_it_is_written(tmp_path):
+    file = tmp_path / "sixths.yaml"
+    file.write_text("axes: {budget: 1e15}\nmethods: [{name: freeze, active_fraction: [1/6, 0.1667, 0.16667, 2/6]}]")
+    ids = list(grid.load(file).by_id)
+    assert len(ids) == 2
+    for fraction in (1 / 6, 0.1667, 0.167):
+        assert RunConfig(budget=1e15, method=Method("freeze", active_fraction=fraction)).run_id in ids

@@ -43,12 +43,20 @@ def test_interrupted_and_killed_runs_go_on_to_the_same_bits(laptop, until, same)
     directory = laptop.directories("broken")[0]
     pid = until(lambda: directory.lease.exists() and json.loads(directory.lease.read_text())["pid"], 90)
     os.kill(pid, signal.SIGKILL)
+    until(lambda: len(directory.read_attempts()) == 3, 60)
+    assert "1 processes on this machine" in laptop.sweep("cancel", broken, "--yes")
     output = second.communicate(timeout=120)[0]
-    assert second.returncode == 0, output
+    assert second.returncode == 75 and "stopped by SIGTERM" in output, output
     assert "died, and is tried again" in output
-    assert [a["ended"] for a in directory.read_attempts()] == ["interrupted", "killed", "done"]
-    assert directory.read_attempts()[0]["reason"] == "SIGINT"
-    assert directory.read_attempts()[1]["reason"] == "killed by SIGKILL"
+    assert "2 done" in laptop.sweep("submit", broken, "--to", "here")
+    assert [a["ended"] for a in directory.read_attempts()] == [
+        "interrupted",
+        "killed",
+        "interrupted",
+        "done",
+    ]
+    reasons = [a.get("reason") for a in directory.read_attempts()]
+    assert reasons == ["SIGINT", "killed by SIGKILL", "SIGTERM", None]
     for directory in laptop.directories("broken"):
         assert same(directory) == same(RunDirectory(laptop.folder / "runs" / "whole" / directory.path.name))
     assert "2 done; 0 to submit" in laptop.sweep("submit", broken, "--to", "here")

@@ -111,17 +111,25 @@ def test_gradcache_pays_its_second_forward_pass(tmp_path):
 
 def test_measured_speeds_replace_the_assumption(tmp_path, capsys):
     measured = tmp_path / "calibration.json"
-    entry = {"backbone": "pythia-70m", "method": "full", "label": "full", "tokens_per_second": 1000.0}
-    measured.write_text(json.dumps({"device": "X", "entries": [entry | {"memory_bytes": 1}]}))
+    rows = [
+        {"backbone": "pythia-70m", "method": method, "tokens_per_second": speed, "peak_memory_bytes": 1}
+        for method, speed in {"full": 1000.0, "lora": 500.0, "lora-r8": 800.0}.items()
+    ]
+    measured.write_text(json.dumps({"device": "X", "rows": rows}))
     cluster = tmp_path / "cluster.yaml"
     cluster.write_text(f"calibration: {measured}")
-    text = f"cluster: {cluster}\nbackbones: [EleutherAI/pythia-70m]\nmethods: [full, bias]\naxes: {{budget: 1e16}}"
+    text = f"cluster: {cluster}\nbackbones: [EleutherAI/pythia-70m]\naxes: {{budget: 1e16}}"
+    text += "\nmethods: [full, bias, {name: lora, rank: [8, 32]}]"
     plan = planned(tmp_path, text)
-    full, bias = plan.estimates
+    full, bias, own, any_rank = plan.estimates
     assert full.measured and full.seconds == pytest.approx(full.tokens / 1000)
+    assert own.seconds == pytest.approx(own.tokens / 800) and any_rank.seconds == pytest.approx(any_rank.tokens / 500)
     assert not bias.measured
     print_plan(plan)
-    assert "1 runs at the speed measured in" in capsys.readouterr().out
+    assert "3 runs at the speed measured in" in capsys.readouterr().out
+    measured.write_text(json.dumps({"device": "X", "rows": [rows[0] | {"tokens_per_second": 0}]}))
+    with pytest.raises(UserError, match="tokens_per_second of pythia-70m full: 0.0 is out of range"):
+        planned(tmp_path, text)
     measured.write_text("{}")
     with pytest.raises(UserError, match="does not hold what `embedscale calibrate` writes"):
         planned(tmp_path, text)

@@ -12,117 +12,144 @@ from collections import defaultdict
 
 import pytest
 
+from embedscale.record import RunDirectory
+
 METHODS = ["full", "bias", {"name": "freeze", "active_fraction": 0.5}, {"name": "lora", "rank": 4}]
 
 
-class Cluster:
-    """What a script does to the jobs of a sweep, one deed a run or more, as soon as the run has checkpoints to lose."""
+class Script:
+    """What is done to the jobs of a sweep, each deed as soon as the run that it is meant for has steps to lose."""
 
-    def __init__(self, lab, name):
-        self.lab, self.name = lab, name
-        self.deeds = defaultdict(list)  # run id → what was done
+    def __init__(self, lab, name, until):
+        self.lab, self.name, self.until = lab, name, until
+        self.deeds, self.nodes = defaultdict(list), defaultdict(set)  # by run id
+        self.limited = {}  # run id → its job
+        self.begun = time.monotonic()
 
     def running(self):
-        """(job, its node, the run it is at) of each running job."""
+        """(job, its node, the directory of the run that it is at) for each running job."""
         noted = {}
         for file in (self.lab.folder / "runs" / self.name / ".submissions").glob("*.json"):
-            noted |= {json.loads(file.read_text())["name"]: json.loads(file.read_text())["tasks"]}
+            submission = json.loads(file.read_text())
+            noted[submission["name"]] = submission["tasks"]
         lines = self.lab.slurm("squeue", "--noheader", "--states=RUNNING", "--format=%j|%F_%K|%N").splitlines()
         for job_name, job, node in (line.split("|") for line in lines):
-            tasks = noted.get(job_name)
-            if tasks is None:
-                continue
             index = int(job.split("_")[1]) if "N/A" not in job else 0
             for directory in self.lab.directories(self.name):
-                if directory.path.name in tasks[index] and directory.lease.exists():
+                run = directory.path.name
+                if run in noted.get(job_name, {index: ()})[index] and directory.lease.exists():
+                    self.nodes[run].add(node)
                     yield job.removesuffix("_N/A"), node, directory
 
-    def wait_for(self, wanted, until, but_not=()):
-        """A job whose run is to be `wanted` and has a checkpoint newer than its attempt's beginning."""
+    def find(self, wanted):
+        """A job, its node and its run, which has a checkpoint newer than its attempt's beginning, no earlier deed where
+        that can be had, and no deed that still waits for its time limit beside it on the node."""
+        deadline = time.monotonic() + 10
 
         def ready():
-            for job, node, directory in self.running():
+            running = list(self.running())
+            held = {node for _, node, directory in running if directory.path.name in self.waiting()}
+            for job, node, directory in running:
+                run = directory.path.name
                 attempts = directory.read_attempts()
                 newest = max((int(p.stem[5:]) for p in directory.checkpoints.glob("step-*.pt")), default=0)
                 fresh = attempts and newest > attempts[-1].get("from_step", newest)
-                if fresh and directory.path.name not in but_not and wanted(directory.path.name):
-                    return job, node, directory.path.name
+                if fresh and wanted(run, node, held) and (run not in self.deeds or time.monotonic() > deadline):
+                    return job, node, run
             self.lab.hurry()
             return None
 
-        return until(ready, 240, lambda: f"{self.deeds} {self.lab.queued()} {self.lab.log(self.name)[-3000:]}")
+        return self.until(
+            ready, 180, lambda: f"{dict(self.deeds)} {self.lab.queued()} {self.lab.log(self.name)[-3000:]}"
+        )
 
-    def note(self, deed, node):
+    def waiting(self):
+        """The limited runs whose time limit has not stopped them yet."""
+        return [run for run in self.limited if not self.has_met_its_limit(run)]
+
+    def has_met_its_limit(self, run):
+        directory = RunDirectory(self.lab.folder / "runs" / self.name / run)
+        reasons = {attempt.get("reason") for attempt in directory.read_attempts()}
+        return directory.record.exists() or bool(reasons & {"SIGUSR2", "the time is up"})
+
+    def note(self, run, deed):
+        self.deeds[run].append(f"{deed} ({time.monotonic() - self.begun:.0f} s)")
+
+    def note_all(self, node, deed):
         for _, at, directory in self.running():
             if at == node:
-                self.deeds[directory.path.name].append(deed)
+                self.note(directory.path.name, deed)
 
-    def preempt(self, job, node, run):
-        self.note("preempted", node)
+    def limit(self):
+        job, _, run = self.find(lambda run, node, held: "8e10" in run and run not in self.limited)
+        self.note(run, "time limit")
+        self.limited[run] = job
+        self.lab.slurm("scontrol", "update", f"JobId={job}", "TimeLimit=1")
+
+    def preempt(self):
+        _, node, _ = self.find(lambda run, node, held: node not in held)
+        self.note_all(node, "preempted")
         words = ["--partition=high", f"--nodelist={node}", "--exclusive", "--time=1", "--output=/dev/null"]
         self.lab.slurm("sbatch", *words, "--wrap=sleep 1")
 
-    def requeue(self, job, node, run):
-        self.deeds[run].append("requeued")
+    def requeue(self):
+        job, _, run = self.find(lambda run, node, held: run not in self.limited)
+        self.note(run, "requeued")
         self.lab.slurm("scontrol", "requeue", job)
 
-    def limit(self, job, node, run):
-        self.deeds[run].append("time limit")
-        self.lab.slurm("scontrol", "update", f"JobId={job}", "TimeLimit=1")
-
-    def cut_power(self, job, node, run):
-        self.note("node killed", node)
+    def cut_power(self):
+        _, node, _ = self.find(lambda run, node, held: node not in held)
+        self.note_all(node, "node killed")
         self.lab.cluster.kill_node(node)
         time.sleep(12)  # then SLURM counts the node's jobs as lost when it comes back
         self.lab.cluster.start_node(node)
 
-    def cancel(self, job, node, run):
-        self.deeds[run].append("cancelled")
+    def cancel(self):
+        job, _, run = self.find(lambda run, node, held: run not in self.limited)
+        self.note(run, "cancelled")
         self.lab.slurm("scancel", job)
+
+    def lift_limits(self):
+        for run, job in self.limited.items():
+            if run not in self.waiting():
+                self.lab.slurm("scontrol", "update", f"JobId={job}", "TimeLimit=60")
 
 
 @pytest.mark.slow
 def test_every_run_ends_with_the_bits_of_the_undisturbed_one(lab, until, same, capsys):
     axes = {"budget": [1e10], "training.seed": [0, 1]}
     file = {"methods": METHODS, "base": {"resources.checkpoint_minutes": 0, "resources.log_every": 1}}
-    file["include"] = [{"budget": 3e10, "training.seed": seed, "method.name": "full"} for seed in range(4)]
+    longer = {0: 8e10, 1: 8e10, 2: 3e10, 3: 3e10}
+    file["include"] = [{"budget": longer[seed], "training.seed": seed, "method.name": "full"} for seed in longer]
     alone = lab.write("alone", axes=axes, **file)
     assert "12 done" in lab.sweep("submit", alone, "--to", "here")
 
     # Two short runs share a job; the long ones have one each.
     sweep = lab.write("sweep", axes=axes, cluster={"bundle_minutes": 0.05, "max_gpus": 4}, **file)
-    script = Cluster(lab, "sweep")
+    script = Script(lab, "sweep", until)
     laptop = lab.start("submit", sweep, "--to", "here")
     begun = until(lambda: [d for d in lab.directories("sweep") if any(d.checkpoints.glob("step-*.pt"))], 60)
     laptop.send_signal(signal.SIGINT)
     assert laptop.wait(60) == 75, laptop.stdout.read()
     for directory in begun:
-        script.deeds[directory.path.name].append("Ctrl-C on a laptop")
+        script.note(directory.path.name, "Ctrl-C on a laptop")
 
     assert re.search(r"submitted (9|1[0-2]) runs", lab.sweep("submit", sweep))
-    short, long = (lambda run: "1e10" in run), (lambda run: "3e10" in run)
-    done, limited = set(), ""
-    for deed, wanted in [
-        (script.limit, long),
-        (script.preempt, lambda run: True),
-        (script.requeue, short),
-        (script.cut_power, lambda run: True),
-        (script.cancel, short),
-        (script.preempt, short),
-        (script.requeue, lambda run: True),
-    ]:
-        job, node, run = script.wait_for(wanted, until, but_not=done)
-        done.add(run)
-        deed(job, node, run)
-        limited = job if deed == script.limit else limited
+    for deed in (script.limit, script.limit, script.preempt, script.requeue, script.cut_power, script.cancel):
+        deed()
+    until(lambda: not script.waiting(), 120, script.tell, between=lab.hurry)
+    script.lift_limits()
+    assert "to submit" in lab.sweep("submit", sweep)  # what was cancelled
+    for deed in (script.preempt, script.requeue, script.cancel):
+        deed()
 
     def over():
         lab.hurry()
-        lab.slurm("scontrol", "update", f"JobId={limited}", "TimeLimit=60")
-        time.sleep(3)
+        script.lift_limits()
+        time.sleep(1)
         return "12 done; 0 to submit" in lab.sweep("submit", sweep)
 
-    until(over, 400, lambda: f"{lab.queued()} {lab.sweep('status', sweep)} {lab.log('sweep')[-3000:]}")
+    until(over, 300, lambda: f"{lab.queued()} {lab.sweep('status', sweep)} {lab.log('sweep')[-3000:]}")
     print_deeds(lab, script, capsys)
     whole = {directory.path.name: same(directory) for directory in lab.directories("alone")}
     assert len(whole) == 12
@@ -132,16 +159,20 @@ def test_every_run_ends_with_the_bits_of_the_undisturbed_one(lab, until, same, c
         steps = [row["step"] for row in metrics if "loss" in row]
         assert steps == list(range(1, record["steps"] + 1)), "a step is missing or counted twice"
         assert metrics[-1]["flops"] == record["spent_flop"]
-    reasons = {a.get("reason") for d in lab.directories("sweep") for a in d.read_record()["attempts"]}
-    assert {"SIGINT", "SIGTERM", "SIGUSR2"} <= reasons
-    assert {a["ended"] for d in lab.directories("sweep") for a in d.read_record()["attempts"]} >= {"killed", "done"}
+    attempts = [attempt for directory in lab.directories("sweep") for attempt in directory.read_record()["attempts"]]
+    assert {"SIGINT", "SIGTERM", "SIGUSR2"} <= {attempt.get("reason") for attempt in attempts}
+    assert {"interrupted", "killed", "done"} == {attempt["ended"] for attempt in attempts}
+    assert set.union(*script.nodes.values()) == {"n1", "n2"}
 
 
 def print_deeds(lab, script, capsys):
     with capsys.disabled():
-        print(f"\n{'run':44} {'attempts':>8}  {'how they ended':48} done to it")
+        print(f"\n{'run':40} {'nodes':7} {'attempts and how they ended':64} done to it")
         for directory in lab.directories("sweep"):
-            attempts = directory.read_attempts()
-            ended = ", ".join(f"{a.get('ended')} ({a['reason']})" if a.get("reason") else a["ended"] for a in attempts)
-            deeds = ", ".join(script.deeds[directory.path.name]) or "–"
-            print(f"{directory.path.name:44} {len(attempts):8}  {ended:48} {deeds}")
+            run = directory.path.name
+            ended = [
+                f"{a['ended']} ({a['reason']})" if a.get("reason") else a["ended"] for a in directory.read_attempts()
+            ]
+            deeds, nodes = ", ".join(script.deeds[run]) or "–", ", ".join(sorted(script.nodes[run]))
+            print(f"{run:40} {nodes:7} {f'{len(ended)}: ' + ', '.join(ended):64} {deeds}")
+        print(f"{time.monotonic() - script.begun:.0f} s in all")

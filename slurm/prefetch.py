@@ -1,0 +1,63 @@
+"""What the nodes of a sweep will load, fetched where there is a network: models, tokenizers, pairs.
+
+Models go into the hub's own cache (HF_HOME), which nodes read by the same name without asking the hub; pairs into
+their stores. Both folders have to be visible from the nodes.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from embedscale.errors import DONE, UserError
+from embedscale.prepare import prepare
+from slurm import grid
+from slurm.grid import Sweep
+from slurm.plan import size
+
+DESCRIPTION = ("*.json", "*.txt", "*.model")  # configuration and tokenizer
+WEIGHTS = (("*.safetensors",), ("*.bin",))  # the first that the repository has
+
+
+def prefetch(sweep: Sweep) -> int:
+    """Fetch what is not here yet; returns DONE, or what `prepare` returned where it did not end.
+
+    Raises UserError for a model that cannot be fetched and for sources that cannot be read.
+    """
+    backbones = {(run.backbone.name, run.backbone.revision): run.backbone.weights for run in sweep.runs}
+    for (name, revision), weights in backbones.items():
+        if not Path(name).is_dir():
+            _fetch(name, revision, weights == "pretrained")
+    for name in sorted({run.data.tokenizer for run in sweep.runs if run.data.tokenizer}):
+        if not Path(name).is_dir():
+            _fetch(name, None, weights=False)
+    for run in {run.data.store: run for run in sweep.runs}.values():
+        if code := prepare(run):
+            return code
+    return DONE
+
+
+def _fetch(name: str, revision: str | None, weights: bool) -> None:
+    folder = _download(name, revision, DESCRIPTION)
+    for patterns in WEIGHTS if weights else ():
+        folder = _download(name, revision, patterns)
+        if any(folder.glob(patterns[0])):
+            break
+    else:
+        if weights:
+            raise UserError(f"backbone.name: {name!r} holds no weights in its repository")
+    files = [file for file in folder.rglob("*") if file.is_file()]
+    print(f"{name}: {len(files)} files, {size(sum(file.stat().st_size for file in files))} in {folder}", flush=True)
+
+
+def _download(name: str, revision: str | None, patterns: Sequence[str]) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
+    except Exception as error:  # the hub's client has a class of its own for each way to fail
+        raise UserError(f"backbone.name: {name!r} cannot be fetched ({str(error).splitlines()[0]})") from None
+
+
+def command(args: Any) -> int:
+    """`embedscale sweep prefetch SWEEP.yaml [key=value …]`."""
+    return prefetch(grid.load(args.sweep, args.words))
