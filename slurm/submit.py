@@ -324,6 +324,8 @@ def command(args: Any) -> int:
         return DONE
     chosen = reconcile(sweep, plan, queue.jobs_by_run(sweep.folder), args.retry_failed)
     refuse_above(SweepPlan(sweep, chosen), args.max_gpu_hours)
+    if not chosen:
+        return DONE
     runs = [each.run for each in chosen]
     with local.announced(sweep.folder):
         return (local.run_here if to == "here" else local.run_in_this_process)(sweep, runs)

@@ -106,7 +106,7 @@ class Lab:
         return "\n".join(p.read_text() for p in sorted((self.folder / "runs" / name / ".submissions").glob("*/*.out")))
 
 
-def wait_until(happened, seconds: float = 120, what=lambda: "", between=lambda: None):
+def wait_until(happened, seconds: float = 240, what=lambda: "", between=lambda: None):
     """The first true value of `happened()`; fails after so long, and says what it waited for."""
     deadline = time.monotonic() + seconds
     while not (found := happened()):

@@ -26,7 +26,7 @@ def test_a_cut_of_power_requeues_the_nodes_jobs_and_no_other_cluster_notices(clu
     assert not cluster._steps("n2")
     time.sleep(12)  # then SLURM counts the node's jobs as lost when it comes back
     cluster.start_node("n2")
-    until(lambda: "Restarts=1" in cluster.ask("scontrol", "show", "job", job), 60)
+    until(lambda: "Restarts=1" in cluster.ask("scontrol", "show", "job", job), 240)
     cluster.ask("scancel", job)
 
 
@@ -44,3 +44,18 @@ def test_down_ends_what_up_started_and_nothing_else(cluster):
         assert not any(process_alive(pid) for pid in pids)
         assert subprocess.run([*module, "status", folder], capture_output=True).returncode == 1
     assert all(cluster.alive().values())
+
+
+def test_the_doctor_asks_a_real_cluster_and_its_nodes(lab):
+    lab.write("asks", axes={"budget": [1e9]}, methods=["full"])
+    words = ["doctor", "--cluster", str(lab.folder / "asks.cluster.yaml"), "--folder", str(lab.folder), "--on-node"]
+    command = [sys.executable, "-m", "embedscale.cli", *words]
+    done = subprocess.run(command, env=lab.environment, capture_output=True, text=True)
+    lines = done.stdout.splitlines()
+    assert not [line for line in lines if line.startswith("change") and "GB free" not in line], done.stderr
+    for subject in ("controller: dev, SLURM", "class cpu: fits partition low", "arrays: MaxArraySize 1001"):
+        assert any(subject in line for line in lines), lines
+    for subject in ("preemption in low: REQUEUE, 30 s", "requeue: by SLURM itself", "accounting: accounting_storage"):
+        assert any(subject in line for line in lines), lines
+    for subject in ("shared file system: ", "affinity: ", "offline loading: ", "scontrol: here"):
+        assert any(f"a node of cpu: {subject}" in line for line in lines), lines

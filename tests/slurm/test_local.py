@@ -28,10 +28,10 @@ def test_interrupted_and_killed_runs_go_on_to_the_same_bits(laptop, until, same)
     broken = sweep_of(laptop, "broken", 1.5e10, [0, 1])
 
     first = laptop.start("submit", broken, "--to", "here")
-    until(lambda: len([d for d in laptop.directories("broken") if checkpoints(d)]) == 2, 90)
+    until(lambda: len([d for d in laptop.directories("broken") if checkpoints(d)]) == 2, 240)
     children = psutil.Process(first.pid).children()
     first.send_signal(signal.SIGINT)
-    output = first.communicate(timeout=60)[0]
+    output = first.communicate(timeout=240)[0]
     assert first.returncode == 75, output
     assert "2 interrupted" in output
     assert not any(child.is_running() for child in children)
@@ -41,11 +41,11 @@ def test_interrupted_and_killed_runs_go_on_to_the_same_bits(laptop, until, same)
 
     second = laptop.start("submit", broken, "--to", "here")
     directory = laptop.directories("broken")[0]
-    pid = until(lambda: directory.lease.exists() and json.loads(directory.lease.read_text())["pid"], 90)
+    pid = until(lambda: directory.lease.exists() and json.loads(directory.lease.read_text())["pid"], 240)
     os.kill(pid, signal.SIGKILL)
-    until(lambda: len(directory.read_attempts()) == 3, 60)
+    until(lambda: len(directory.read_attempts()) == 3, 240)
     assert "1 processes on this machine" in laptop.sweep("cancel", broken, "--yes")
-    output = second.communicate(timeout=120)[0]
+    output = second.communicate(timeout=240)[0]
     assert second.returncode == 75 and "stopped by SIGTERM" in output, output
     assert "died, and is tried again" in output
     assert "2 done" in laptop.sweep("submit", broken, "--to", "here")
@@ -88,11 +88,6 @@ def test_three_attempts_without_a_new_checkpoint_are_too_many(tmp_path):
 
 
 def test_a_run_that_stalls_or_cannot_begin_has_failed_and_says_why(laptop):
-    sweep = sweep_of(laptop, "stalls", 1e9, [0])
-    laptop.sweep("plan", sweep)
-    run = json.loads(sweep.read_text())["base"]
-    directory = RunDirectory(laptop.folder / "runs" / "stalls" / "unknown")
-    assert run["training.batch_size"] == 16 and not directory.path.exists()
     broken = laptop.write(
         "nostore",
         base={"data.store": str(laptop.folder / "store")},

@@ -31,9 +31,9 @@ def test_a_run_of_two_tasks_is_preempted_and_resumes_with_both_ranks(lab, until,
     lab.sweep("submit", sweep)
     (whole,) = lab.directories("together")
     directory = RunDirectory(lab.folder / "runs" / "ranks" / whole.path.name)
-    until(lambda: has_progress(directory), 120, lambda: lab.log("ranks"))
+    until(lambda: has_progress(directory), 240, lambda: lab.log("ranks"))
     preempt(lab, lab.slurm("squeue", "--noheader", "--states=RUNNING", "--format=%N"))
-    until(directory.record.exists, 180, lambda: lab.log("ranks"), between=lab.hurry)
+    until(directory.record.exists, 240, lambda: lab.log("ranks"), between=lab.hurry)
     assert [a["ended"] for a in directory.read_attempts()] == ["interrupted", "done"]
     assert directory.read_attempts()[0]["reason"] == "SIGTERM"
     assert same(directory) == same(whole)
@@ -41,7 +41,7 @@ def test_a_run_of_two_tasks_is_preempted_and_resumes_with_both_ranks(lab, until,
         p.name for p in directory.attempts.iterdir()
     }
     assert directory.read_record()["device"]["count"] == 2
-    until(lambda: not lab.queued("ranks"), 60)
+    until(lambda: not lab.queued("ranks"), 240)
 
 
 def only(folder: Path, *programs: str) -> str:
@@ -61,17 +61,17 @@ def test_without_scontrol_and_accounting_a_job_waits_for_its_requeue_and_ends_re
     limits = {"classes": {"hours": 1 / 60}, "cluster": {"warning_seconds": 20, "environment": {"PATH": nothing}}}
     sweep = lab.write("bare", **file, **limits)
     lab.sweep("submit", sweep)
-    (directory,) = until(lambda: lab.directories("bare"), 60)
-    until(lambda: has_progress(directory), 60, lambda: lab.log("bare"))
+    (directory,) = until(lambda: lab.directories("bare"), 240)
+    until(lambda: has_progress(directory), 240, lambda: lab.log("bare"))
 
     preempt(lab)
-    until(lambda: "BeginTime" in "".join(lab.queued("bare")), 60, lambda: lab.log("bare"))
+    until(lambda: "BeginTime" in "".join(lab.queued("bare")), 240, lambda: lab.log("bare"))
     assert "preempted" in lab.sweep("status", sweep, env=queue_alone)
     assert "1 preempted; 0 to submit" in lab.sweep("submit", sweep)
     assert "no scontrol on n1" in lab.log("bare")
 
-    until(lambda: len(directory.read_attempts()) == 2, 90, lambda: lab.log("bare"), between=lab.hurry)
-    until(lambda: not lab.queued("bare"), 120, lambda: lab.log("bare"))
+    until(lambda: len(directory.read_attempts()) == 2, 240, lambda: lab.log("bare"), between=lab.hurry)
+    until(lambda: not lab.queued("bare"), 240, lambda: lab.log("bare"))
     stopped, timed_out = directory.read_attempts()
     assert (stopped["ended"], stopped["reason"]) == ("interrupted", "SIGTERM")
     assert (timed_out["ended"], timed_out["reason"]) in {("interrupted", "the time is up"), ("interrupted", "SIGUSR2")}
@@ -81,10 +81,10 @@ def test_without_scontrol_and_accounting_a_job_waits_for_its_requeue_and_ends_re
 
     sweep = lab.write("bare", **file)
     assert "1 interrupted; 1 to submit" in lab.sweep("submit", sweep)
-    until(lambda: has_progress(directory, 3), 90, lambda: lab.log("bare"))
+    until(lambda: has_progress(directory, 3), 240, lambda: lab.log("bare"))
     assert directory.read_attempts()[2]["from_step"] == timed_out["to_step"]
     lab.sweep("cancel", sweep, "--yes")
-    until(lambda: not lab.queued("bare"), 60)
+    until(lambda: not lab.queued("bare"), 240)
     assert directory.read_attempts()[2]["ended"] == "interrupted", "a cancelled job has saved, and is not requeued"
 
 
@@ -98,16 +98,16 @@ def test_a_sick_node_is_named_and_excluded_and_costs_no_attempt(lab, until):
     promised = json.loads(orders.read_text())
     orders.write_text(json.dumps(promised | {"gpus": 1}))  # which no node here has
     gate.touch()
-    sick = until(lambda: list(orders.parent.parent.glob("sick/*.json")), 90, lambda: lab.log("sick"))
+    sick = until(lambda: list(orders.parent.parent.glob("sick/*.json")), 240, lambda: lab.log("sick"))
     node = sick[0].stem
     assert json.loads(sick[0].read_text())["fault"] == "0 GPUs are visible of 1"
-    job = until(lambda: lab.queued("sick", "PENDING"), 60)[0].split("|")[0]
+    job = until(lambda: lab.queued("sick", "PENDING"), 240)[0].split("|")[0]
     until(lambda: f"ExcNodeList={node}" in lab.slurm("scontrol", "show", "job", job), 30)
     assert not any(directory.read_attempts() for directory in lab.directories("sick"))
 
     orders.write_text(json.dumps(promised))
-    (directory,) = until(lambda: lab.directories("sick"), 120, lambda: lab.log("sick"), between=lab.hurry)
-    until(directory.record.exists, 60, lambda: lab.log("sick"))
+    (directory,) = until(lambda: lab.directories("sick"), 240, lambda: lab.log("sick"), between=lab.hurry)
+    until(directory.record.exists, 240, lambda: lab.log("sick"))
     other = {"n1": "n2", "n2": "n1"}[node]
     assert f"runs on {other}" in lab.log("sick")
     assert [a["ended"] for a in directory.read_attempts()] == ["done"]
@@ -118,4 +118,4 @@ def test_a_sick_node_is_named_and_excluded_and_costs_no_attempt(lab, until):
     job = lab.queued("sick")[0].split("|")[0]
     assert f"ExcNodeList={node}" in lab.slurm("scontrol", "show", "job", job)
     lab.sweep("cancel", more, "--yes")
-    until(lambda: not lab.queued("sick"), 60)
+    until(lambda: not lab.queued("sick"), 240)

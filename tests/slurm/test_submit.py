@@ -197,7 +197,7 @@ def test_submit_works_from_inside_a_job(lab, until):
     command = f"{sys.executable} -m embedscale.cli sweep submit {sweep}"
     words = ["--ntasks=2", "--cpus-per-task=2", "--mem=2000M", f"--output={lab.folder}/outer.out"]
     outer = lab.slurm("sbatch", "--parsable", "--export=ALL,SLURM_CPU_BIND=none", *words, f"--wrap={command}")
-    found = until(lambda: sorted(lab.folder.glob("inner.*.env")), 60, lambda: (lab.folder / "outer.out").read_text())
+    found = until(lambda: sorted(lab.folder.glob("inner.*.env")), 240, lambda: (lab.folder / "outer.out").read_text())
     assert "submitted 2 runs" in (lab.folder / "outer.out").read_text()
     inner = dict(line.split("=", 1) for line in found[0].read_text().splitlines() if "=" in line)
     assert inner["SLURM_JOB_ID"] != outer and inner["SLURM_CPUS_PER_TASK"] == "1" and inner["SLURM_NTASKS"] == "1"

@@ -59,9 +59,10 @@ class Script:
             self.lab.hurry()
             return None
 
-        return self.until(
-            ready, 180, lambda: f"{dict(self.deeds)} {self.lab.queued()} {self.lab.log(self.name)[-3000:]}"
-        )
+        return self.until(ready, 240, self.tell)
+
+    def tell(self):
+        return f"{dict(self.deeds)} {self.lab.queued()} {self.lab.log(self.name)[-3000:]}"
 
     def waiting(self):
         """The limited runs whose time limit has not stopped them yet."""
