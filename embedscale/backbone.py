@@ -124,7 +124,9 @@ def load_body(backbone: Backbone, seed: int) -> nn.Module:
     `random` weights are drawn from the configuration and `seed`. Raises UserError where weights are missing.
     """
     from transformers import AutoModel
+    from transformers.utils import logging
 
+    logging.set_verbosity_error()  # its report of a checkpoint's other weights, such as a language model's head
     config = hub_config(backbone)
     if backbone.weights == "random":
         torch.manual_seed(seed)

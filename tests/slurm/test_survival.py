@@ -12,7 +12,7 @@ from collections import defaultdict
 
 import pytest
 
-from embedscale.record import RunDirectory
+from embedscale.record import RunDirectory, lease_holder
 
 METHODS = ["full", "bias", {"name": "freeze", "active_fraction": 0.5}, {"name": "lora", "rank": 4}]
 
@@ -37,7 +37,7 @@ class Script:
             index = int(job.split("_")[1]) if "N/A" not in job else 0
             for directory in self.lab.directories(self.name):
                 run = directory.path.name
-                if run in noted.get(job_name, {index: ()})[index] and directory.lease.exists():
+                if run in noted.get(job_name, {index: ()})[index] and lease_holder(directory.lease):
                     self.nodes[run].add(node)
                     yield job.removesuffix("_N/A"), node, directory
 
@@ -82,7 +82,7 @@ class Script:
                 self.note(directory.path.name, deed)
 
     def limit(self):
-        job, _, run = self.find(lambda run, node, held: "8e10" in run and run not in self.limited)
+        job, _, run = self.find(lambda run, node, held: "6e10" in run and run not in self.limited)
         self.note(run, "time limit")
         self.limited[run] = job
         self.lab.slurm("scontrol", "update", f"JobId={job}", "TimeLimit=1")
@@ -120,7 +120,7 @@ class Script:
 def test_every_run_ends_with_the_bits_of_the_undisturbed_one(lab, until, same, capsys):
     axes = {"budget": [1e10], "training.seed": [0, 1]}
     file = {"methods": METHODS, "base": {"resources.checkpoint_minutes": 0, "resources.log_every": 1}}
-    longer = {0: 8e10, 1: 8e10, 2: 3e10, 3: 3e10}
+    longer = {0: 6e10, 1: 6e10, 2: 2e10, 3: 2e10}
     file["include"] = [{"budget": longer[seed], "training.seed": seed, "method.name": "full"} for seed in longer]
     alone = lab.write("alone", axes=axes, **file)
     assert "12 done" in lab.sweep("submit", alone, "--to", "here")

@@ -1,0 +1,348 @@
+"""A trained run as others use it: loaded, encoded with, scored by mteb, exported to sentence-transformers."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import write_pairs
+from transformers import AutoModel, AutoTokenizer
+
+from embedscale import encode as encoding
+from embedscale.cli import main
+from embedscale.config import load
+from embedscale.embedder import Embedder
+from embedscale.encode import encode
+from embedscale.errors import DONE, INTERRUPTED, UserError
+from embedscale.evaluate import HELD_OUT, adapter_of, evaluate, held_out_texts
+from embedscale.export import export
+from embedscale.pairs import PairStore
+from embedscale.prepare import prepare
+from embedscale.record import RunDirectory
+from embedscale.stop import StopRequest
+from embedscale.train import train
+
+METHODS = {
+    "full": [],
+    "freeze": ["method.name=freeze", "method.active_blocks=1"],
+    "bias": ["method.name=bias", "training.learning_rate=0.03"],
+    "lora": ["method.name=lora", "method.rank=4", "method.embedding=true", "training.learning_rate=0.03"],
+}
+TEXTS = ["a", "the query", "naïve café 北京 🙂", "x = [1, 2, 3]\n\treturn x", "long " * 200]
+OLDEST = Path(sys.prefix) / "oldest"  # the oldest supported sentence-transformers, put there by `make test`
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, tiny_run) -> dict[str, Path]:
+    """A finished run of each method."""
+    folder = tmp_path_factory.mktemp("runs")
+    rows = write_pairs(folder / "all.jsonl", 3000).read_text().splitlines()
+    once = {json.loads(row)["pos"][0]: row for row in rows}  # equal positives would be ties, which nothing orders
+    (folder / "once.jsonl").write_text("\n".join(once.values()) + "\n")
+    data = [f"data.store={folder / 'store'}", f"data.sources=[{{kind: jsonl, path: {folder / 'once.jsonl'}}}]"]
+    assert prepare(load(None, [*tiny_run, *data])) == DONE
+    found = {}
+    for name, words in METHODS.items():
+        config = load(None, [*tiny_run, *data, *words, "budget=2e9", f"output={folder}"])
+        assert train(config) == DONE
+        found[name] = Path(config.folder)
+    return found
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory, runs) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("exported")
+    for name, run in runs.items():
+        assert export(str(run), str(folder / name)) == DONE
+    return {name: folder / name for name in runs}
+
+
+def held_out(run: Path) -> list[str]:
+    config = load(RunDirectory(run).config)
+    return held_out_texts(config, PairStore.open(config.data.store).held_out_batch(0, 64))
+
+
+def in_fresh_process(code: str, *words: str, path: Path | None = None) -> str:
+    """What a Python process without a network prints; `path` shadows installed packages."""
+    environment = {"PYTHONPATH": str(path)} if path else {}
+    offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code, *words],
+        capture_output=True,
+        text=True,
+        env=os.environ | environment | offline,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+SENTENCE_TRANSFORMERS = """
+import json, sys, numpy, sentence_transformers, transformers
+for case in json.load(open(sys.argv[1])):
+    model = sentence_transformers.SentenceTransformer(case["model"], device="cpu")
+    numpy.save(case["found"], model.encode(case["texts"], convert_to_numpy=True))
+print(sentence_transformers.__version__, transformers.__version__)
+"""
+
+
+@pytest.mark.parametrize("release", ["newest", "oldest"])
+def test_sentence_transformers_embeds_as_the_run_does(tmp_path, runs, exported, release):
+    if release == "oldest" and not OLDEST.is_dir():
+        pytest.skip("the oldest supported sentence-transformers is not installed; `make test` installs it")
+    texts = {name: TEXTS + held_out(runs[name]) for name in METHODS}
+    found = {name: tmp_path / f"{name}.npy" for name in METHODS}
+    cases = [{"model": str(exported[n]), "texts": texts[n], "found": str(found[n])} for n in METHODS]
+    (tmp_path / "cases.json").write_text(json.dumps(cases))
+    path = OLDEST if release == "oldest" else None
+    said = in_fresh_process(SENTENCE_TRANSFORMERS, str(tmp_path / "cases.json"), path=path)
+    assert said.startswith("5.0") == (release == "oldest")
+    for name in METHODS:
+        embeddings = np.load(found[name])
+        np.testing.assert_allclose(embeddings, Embedder.of_run(runs[name]).encode(texts[name]), atol=1e-5)
+        assert recalls(embeddings[len(TEXTS) :]) == recorded_recalls(runs[name])
+
+
+def recalls(embeddings: np.ndarray) -> list[float]:
+    """Recall@1 and @10 in the two groups of 32 that the run's pool of 64 pairs makes; the queries come first."""
+    similar = embeddings[:64] @ embeddings[64:].T
+    ranks = [(part >= part.diagonal()[:, None]).sum(1) for part in (similar[:32, :32], similar[32:, 32:])]
+    return [float(np.mean([rank <= k for rank in ranks])) for k in (1, 10)]
+
+
+def recorded_recalls(run: Path) -> list[float]:
+    record = RunDirectory(run).read_record()
+    assert (record["evaluation"]["pool"], record["evaluation"]["negatives"]) == (64, 31)
+    return [record["recall_at_1"], record["recall_at_10"]]
+
+
+def test_transformers_alone_loads_an_exported_model(runs, exported):
+    """Mean over the mask, normalised, written out here."""
+    tokenizer, model = AutoTokenizer.from_pretrained(exported["lora"]), AutoModel.from_pretrained(exported["lora"])
+    assert tokenizer.padding_side == "right" and tokenizer.pad_token is not None
+    inputs = tokenizer(TEXTS, padding=True, truncation=True, return_tensors="pt")
+    with torch.no_grad():
+        hidden = model(**{key: inputs[key] for key in ("input_ids", "attention_mask")}).last_hidden_state
+    mask = inputs["attention_mask"][..., None]
+    found = torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
+    np.testing.assert_allclose(found.numpy(), Embedder.of_run(runs["lora"]).encode(TEXTS), atol=1e-5)
+    card = (exported["lora"] / "README.md").read_text()
+    assert "lora" in card and RunDirectory(runs["lora"]).read_record()["run_id"] in card
+
+
+def test_an_export_that_embeds_otherwise_leaves_nothing(tmp_path, runs, monkeypatch):
+    monkeypatch.setattr("embedscale.export.POOLING_FLAGS", {"mean": "pooling_mode_cls_token"})
+    assert export(str(runs["full"]), str(tmp_path / "out" / "model")) == 1
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def small_tasks() -> list:
+    """mteb tasks of three kinds, on data made here."""
+    from datasets import Dataset, DatasetDict
+    from mteb.abstasks.classification import AbsTaskClassification
+    from mteb.abstasks.pair_classification import AbsTaskPairClassification
+    from mteb.abstasks.sts import AbsTaskSTS
+    from mteb.abstasks.task_metadata import TaskMetadata
+
+    animals, tools = ["cat", "dog", "cow", "hen", "pig"], ["saw", "axe", "nail", "file", "drill"]
+    first = [f"the {word} number {i}" for i in range(8) for word in animals + tools]
+    second = [first[(7 * i) % len(first)] for i in range(len(first))]
+    same = [int((a.split()[1] in animals) == (b.split()[1] in animals)) for a, b in zip(first, second, strict=True)]
+
+    def described(name: str, kind: str, score: str) -> TaskMetadata:
+        return TaskMetadata(
+            name=name,
+            description="made here",
+            type=kind,
+            category="t2t" if kind == "STS" else "t2c",
+            eval_langs=["eng-Latn"],
+            main_score=score,
+            dataset={"path": "local/made", "revision": "1"},
+        )
+
+    def loaded(task, splits):
+        task.dataset = DatasetDict({name: Dataset.from_dict(columns) for name, columns in splits.items()})
+        task.data_loaded = True
+        return task
+
+    class LocalSTS(AbsTaskSTS):
+        metadata = described("LocalSTS", "STS", "cosine_spearman")
+        max_score = 1
+
+    class LocalClassification(AbsTaskClassification):
+        metadata = described("LocalClassification", "Classification", "accuracy")
+        n_experiments = 2
+
+    class LocalPairs(AbsTaskPairClassification):
+        metadata = described("LocalPairs", "PairClassification", "max_ap")
+
+    kinds = [int(text.split()[1] in animals) for text in first]
+    scores = [float(len(set(a) & set(b))) / 20 for a, b in zip(first, second, strict=True)]
+    return [
+        loaded(LocalSTS(), {"test": {"sentence1": first, "sentence2": second, "score": scores}}),
+        loaded(LocalClassification(), {name: {"text": first, "label": kinds} for name in ("train", "test")}),
+        loaded(LocalPairs(), {"test": {"sentence1": first, "sentence2": second, "labels": same}}),
+    ]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_mteb_scores_the_run_and_its_export_equally(runs, exported, name):
+    import mteb
+    from sentence_transformers import SentenceTransformer
+
+    shutil.rmtree(runs[name] / "scores", ignore_errors=True)
+    tasks = small_tasks()
+    assert evaluate(str(runs[name]), [HELD_OUT], tasks) == DONE
+    found = {path.stem: json.loads(path.read_text()) for path in (runs[name] / "scores").glob("*.json")}
+    assert found.keys() == {HELD_OUT, "LocalSTS", "LocalClassification", "LocalPairs"}
+    record = RunDirectory(runs[name]).read_record()
+    splits = found[HELD_OUT]["scores"]
+    recall = {k: np.mean([rows[0][f"recall_at_{k}"] for rows in splits.values()]) for k in (1, 10)}
+    assert recall == pytest.approx({1: record["recall_at_1"], 10: record["recall_at_10"]})
+    from embedscale.evaluate import held_out_task
+
+    other = SentenceTransformer(str(exported[name]), device="cpu")
+    for task in [*small_tasks(), held_out_task(RunDirectory(runs[name]), record)]:
+        task.load_data()
+        result = mteb.evaluate(other, task, cache=None, co2_tracker=False, show_progress_bar=False).task_results[0]
+        assert result.get_score() == pytest.approx(found[task.metadata.name]["score"], abs=1e-5)
+
+
+def test_an_evaluation_that_was_stopped_goes_on_with_the_next_task(runs, monkeypatch):
+    run = runs["bias"]
+    shutil.rmtree(run / "scores", ignore_errors=True)
+    stop, done = StopRequest(), []
+    from embedscale import evaluate as module
+
+    score = module._score
+
+    def stopping(mteb, adapter, task, record):
+        found = score(mteb, adapter, task, record)
+        done.append(task.metadata.name)
+        stop.request("SIGTERM") if len(done) == 2 else None
+        return found
+
+    monkeypatch.setattr(module, "_score", stopping)
+    assert evaluate(str(run), [HELD_OUT], small_tasks(), stop) == INTERRUPTED
+    assert len(done) == 2 and len(list((run / "scores").glob("*.json"))) == 2
+    assert evaluate(str(run), [HELD_OUT], small_tasks(), StopRequest()) == DONE
+    assert sorted(done) == sorted({HELD_OUT, "LocalSTS", "LocalClassification", "LocalPairs"})
+    assert evaluate(str(run), [HELD_OUT], small_tasks(), StopRequest()) == DONE and len(done) == 4
+
+
+def test_two_checkpoints_never_share_a_name(runs):
+    metas = {(m.name, m.revision) for m in (adapter_of(Embedder.of_run(run)).mteb_model_meta for run in runs.values())}
+    assert len(metas) == len(runs)
+
+
+@pytest.mark.parametrize("form", ["npy", "arrow"])
+def test_encode_streams_and_goes_on_after_a_kill(tmp_path, runs, form, monkeypatch):
+    monkeypatch.setattr(encoding, "PART", 50)
+    texts = [f"text number {i} {'word ' * (i % 60)}".strip() for i in range(230)]
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"body": text}) + "\n" for text in texts))
+    words = [str(runs["full"]), str(tmp_path / "texts.jsonl"), str(tmp_path / "out"), "body", form]
+    calls, whole = [], Embedder.encode
+
+    def dying(self, texts, progress=lambda n: None):
+        calls.append(len(texts))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return whole(self, texts, progress)
+
+    monkeypatch.setattr(Embedder, "encode", dying)
+    with pytest.raises(KeyboardInterrupt):
+        encode(*words)
+    assert len(list((tmp_path / "out").glob(f"*.{form}"))) == 2
+    assert encode(*words) == DONE
+    assert calls == [50, 50, 50, 50, 50, 30]  # the first two are not encoded again
+    parts = sorted((tmp_path / "out").glob(f"*.{form}"))
+    if form == "npy":
+        found = np.concatenate([np.load(part) for part in parts])
+    else:
+        import pyarrow
+
+        tables = [pyarrow.ipc.open_file(part).read_all() for part in map(str, parts)]
+        found = np.concatenate([t.column(0).combine_chunks().flatten().to_numpy().reshape(len(t), -1) for t in tables])
+    np.testing.assert_allclose(found, whole(Embedder.of_run(runs["full"]), texts), atol=1e-6)
+    with pytest.raises(UserError, match="holds another encoding: run_id"):
+        encode(str(runs["lora"]), *words[1:])
+
+
+def test_texts_without_a_token_are_similar_to_nothing(runs):
+    found = Embedder.of_run(runs["full"]).encode(["", "a", ""])
+    assert not found[0].any() and not found[2].any() and np.linalg.norm(found[1]) == pytest.approx(1)
+
+
+BAD = {
+    "an empty text": ("encode", "empty.txt", "text 2 is empty"),
+    "no UTF-8": ("encode", "latin.txt", "line 1 is not UTF-8"),
+    "another ending": ("encode", "texts.csv", ".csv is not known"),
+    "a missing column": ("encode", "texts.jsonl", "no JSON object with a column 'text'"),
+    "a missing file": ("encode", "nothing.txt", "no such file"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_texts_are_one_line(tmp_path, runs, capsys, case):
+    (tmp_path / "empty.txt").write_text("one\n\nthree\n")
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9\n")
+    (tmp_path / "texts.csv").write_text("a,b\n")
+    (tmp_path / "texts.jsonl").write_text('{"other": "a"}\n')
+    verb, file, expected = BAD[case]
+    assert main([verb, str(runs["full"]), str(tmp_path / file), str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert expected in said and said.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_cannot_be_used_is_one_line(tmp_path, runs, capsys, monkeypatch):
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "thesis.tex").write_text("mine")
+    unfinished = tmp_path / "unfinished"
+    unfinished.mkdir()
+    damaged = tmp_path / "damaged"
+    shutil.copytree(runs["full"], damaged)
+    with (damaged / "model" / "trainable.safetensors").open("r+b") as file:
+        file.seek(-8, os.SEEK_END)
+        file.write(b"\x01" * 8)
+    good = str(runs["full"])
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    cases = {
+        ("export", good, str(full)): "is not empty",
+        ("export", str(unfinished), str(tmp_path / "x")): "is not finished",
+        ("export", str(tmp_path / "none"), str(tmp_path / "x")): "does not exist",
+        ("export", str(damaged), str(tmp_path / "x")): "weights_digest is",
+        ("evaluate", good, "--tasks", "STS51"): "did you mean STS",
+        ("evaluate", good, "--tasks", "STS15"): "its data is not in the local cache",
+    }
+    for words, expected in cases.items():
+        assert main(list(words)) == 2, words
+        said = capsys.readouterr().err.splitlines()
+        assert any(expected in line for line in said if line.startswith("embedscale:")), said
+    assert (full / "thesis.tex").read_text() == "mine" and not (tmp_path / "x").exists()
+
+
+WITHOUT_SOCKETS = """
+import socket, sys
+def refused(*words, **more): raise OSError("no network in this test")
+socket.socket.connect = refused
+socket.create_connection = socket.getaddrinfo = refused
+from embedscale.cli import main
+words, run, folder = sys.argv[4:], sys.argv[1], sys.argv[2]
+assert main(["train", *words]) == 0
+assert main(["evaluate", run]) == 0
+assert main(["export", run, folder + "/model"]) == 0
+assert main(["encode", run, sys.argv[3], folder + "/embeddings"]) == 0
+"""
+
+
+def test_the_whole_chain_needs_no_network(tmp_path, tiny_run):
+    words = [*tiny_run, "budget=1e9", f"output={tmp_path / 'runs'}"]
+    (tmp_path / "texts.txt").write_text("one text\nanother\n")
+    in_fresh_process(WITHOUT_SOCKETS, str(load(None, words).folder), str(tmp_path), str(tmp_path / "texts.txt"), *words)
+    assert np.load(tmp_path / "embeddings" / "00000.npy").shape[0] == 2
