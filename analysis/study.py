@@ -1,0 +1,143 @@
+"""What figures and report are made from: a folder's fits with the runs beside them, their curves and their scores."""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from analysis import fit as fits_file
+from analysis import joint, optima, runs
+from embedscale.errors import UserError
+from embedscale.record import RunDirectory, read_json
+
+
+@dataclass(frozen=True)
+class Study:
+    """An experiment after `embedscale fit`.
+
+    `table` has a row a run (`runs.Runs`); `curves` a row a logged step of the best runs: `run`, `method`, `params`,
+    `budget`, `flops`, `loss` (of the batch), `held_out_loss`; `scores` a row a run and task: `run`, `task`, `score`.
+    The last two are empty where the run directories are not at hand. `code` are the commits that the runs name.
+    `other` is a second sweep, whose runs may not be compared with these but may be predicted (figure 23).
+    """
+
+    fits: Mapping[str, Any]
+    table: pd.DataFrame
+    excluded: pd.DataFrame
+    curves: pd.DataFrame = field(default_factory=pd.DataFrame)
+    scores: pd.DataFrame = field(default_factory=pd.DataFrame)
+    code: tuple[str, ...] = ()
+    other: "Study | None" = None
+
+    @cached_property
+    def methods(self) -> list[str]:
+        return runs.Runs(self.table, self.excluded, "").methods
+
+    @cached_property
+    def budgets(self) -> list[float]:
+        return list(self.fits["runs"]["budgets"])
+
+    @cached_property
+    def sizes(self) -> list[float]:
+        return list(self.fits["runs"]["sizes"])
+
+    @cached_property
+    def names(self) -> dict[float, str]:
+        """Size → what to call it: its backbone where one has that size, else its parameters."""
+        found = {size: short_number(size) for size in self.sizes}
+        if "backbone" in self.table:
+            for size, rows in by_number(self.table.dropna(subset=["backbone"]), "params"):
+                if rows["backbone"].nunique() == 1:
+                    found[size] = str(rows["backbone"].iloc[0])
+        return found
+
+    @cached_property
+    def cells(self) -> dict[str, pd.DataFrame]:
+        """Method → a row a setting, replicates averaged (`joint.cells_of`)."""
+        return {method: joint.cells_of(self.table[self.table["method"] == method]) for method in self.methods}
+
+    @cached_property
+    def points(self) -> dict[str, pd.DataFrame]:
+        """Method → the best setting of each budget and size."""
+        return {method: optima.best_points(cells) for method, cells in self.cells.items()}
+
+    def left_out(self, method: str | None = None) -> pd.DataFrame:
+        """Excluded runs of a method, or all, as rows for a figure's table."""
+        rows = self.excluded if method is None else self.excluded[self.excluded["method"] == method]
+        return rows.rename(columns={"reason": "state"})[["method", "budget", "params", "state", "run"]]
+
+
+def by_number(rows: pd.DataFrame, column: str) -> Iterator[tuple[float, pd.DataFrame]]:
+    """Each value of a numeric column with its rows, ascending."""
+    for value in np.unique(rows[column].dropna().to_numpy(float)):
+        yield float(value), rows[rows[column] == value]
+
+
+def short_number(value: float) -> str:
+    """1.2M, 85k, 1.2B."""
+    for limit, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if value >= 0.9995 * limit:
+            return f"{value / limit:.3g}{letter}"
+    return f"{value:.3g}"
+
+
+def load(folder: str | Path) -> Study:
+    """The study of a folder that `embedscale fit` wrote into. Raises UserError where it holds none."""
+    folder = Path(folder)
+    fits = fits_file.read(folder)
+    folder = folder if folder.is_dir() else folder.parent
+    if not (folder / "runs.csv").exists():
+        raise UserError(f"{folder / 'runs.csv'}: does not exist; embedscale fit writes it beside its fits.json")
+    table = runs.load(folder / "runs.csv").table
+    excluded = pd.DataFrame(fits["excluded"], columns=runs.EXCLUDED)
+    directories = {
+        str(run): RunDirectory(path)
+        for run, path in zip(table["run"], table.get("path", pd.Series(dtype=object)), strict=False)
+        if isinstance(path, str) and Path(path).is_dir()
+    }
+    best = {str(row.get("run")) for method in fits["methods"].values() for row in method["points"]}
+    return Study(
+        fits,
+        table,
+        excluded,
+        _curves(table, {run: each for run, each in directories.items() if run in best}),
+        _scores(directories),
+        _code(directories),
+    )
+
+
+def _curves(table: pd.DataFrame, directories: Mapping[str, RunDirectory]) -> pd.DataFrame:
+    rows: list[dict[str, Any]] = []
+    facts = table.set_index("run")[["method", "params", "budget"]]
+    for run, directory in directories.items():
+        own = {str(name): facts.at[run, name] for name in facts}
+        for row in directory.read_metrics():
+            if "loss" in row or "held_out_loss" in row:
+                value = {"flops": row.get("flops", np.nan), "step": row["step"]}
+                rows.append(own | {"run": run} | value | {key: row.get(key) for key in ("loss", "held_out_loss")})
+    found = pd.DataFrame(rows)
+    return found.astype({"loss": float, "held_out_loss": float, "flops": float}) if rows else found
+
+
+def _scores(directories: Mapping[str, RunDirectory]) -> pd.DataFrame:
+    rows = []
+    for run, directory in directories.items():
+        for path in sorted((directory.path / "scores").glob("*.json")):
+            found = read_json(path) or {}
+            if isinstance(found.get("score"), int | float):
+                rows.append({"run": run, "task": path.stem, "score": float(found["score"])})
+    return pd.DataFrame(rows)
+
+
+def _code(directories: Mapping[str, RunDirectory]) -> tuple[str, ...]:
+    commits = set()
+    for directory in directories.values():
+        record = directory.read_record() or {}
+        if code := record.get("code"):
+            commits.add(json.dumps({key: code[key] for key in ("version", "commit", "dirty") if key in code}))
+    return tuple(sorted(commits))

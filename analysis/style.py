@@ -1,0 +1,199 @@
+"""One look for all figures: print sizes, colours that the colour-blind and a grey printer tell apart, axes with units.
+
+Methods go by colour, marker and line style; budgets and sizes by two ordered palettes that darken, with markers. A
+budget has one colour in all figures of a sweep. What is no interior optimum is drawn hollow.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patheffects import withStroke
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+from analysis.study import Study, short_number
+
+ONE, TWO = 3.5, 7.0  # inches: one column, and two
+LABELS = {"full": "full fine-tuning", "freeze": "block freezing", "bias": "bias-only", "lora": "LoRA"}
+# Okabe and Ito's palette
+_METHODS = {
+    "full": ("#0072B2", "o", "-"),
+    "freeze": ("#009E73", "^", "-."),
+    "bias": ("#CC79A7", "D", ":"),
+    "lora": ("#D55E00", "s", "--"),
+}
+_OTHERS = [("#56B4E9", "v", "-"), ("#E69F00", "P", "--"), ("#000000", "X", "-."), ("#999999", "*", ":")]
+MARKERS = "osD^vPX*<>hp"
+GREY = "0.45"
+BUDGET, PARAMETERS, TOKENS, LOSS = (
+    *("compute budget C (FLOP)", "parameters N (non-embedding)", "tokens D", "held-out loss (nats)"),
+)
+
+SETTINGS: dict[str, Any] = {
+    "font.family": "DejaVu Sans",
+    "font.size": 8,
+    "axes.titlesize": 8.5,
+    "axes.labelsize": 8,
+    "xtick.labelsize": 7,
+    "ytick.labelsize": 7,
+    "legend.fontsize": 6.8,
+    "legend.title_fontsize": 7,
+    "legend.frameon": False,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.6,
+    "axes.grid": True,
+    "grid.color": "0.9",
+    "grid.linewidth": 0.5,
+    "lines.linewidth": 1.2,
+    "lines.markersize": 4,
+    "errorbar.capsize": 1.5,
+    "figure.constrained_layout.use": True,
+    "savefig.dpi": 200,
+    "pdf.fonttype": 42,
+    "svg.hashsalt": "embedscale",
+}
+
+
+@contextmanager
+def style() -> Iterator[None]:
+    """The look, for the time of drawing and saving."""
+    with matplotlib.rc_context(SETTINGS):  # type: ignore[arg-type]
+        yield
+
+
+def label(method: str) -> str:
+    return LABELS.get(method, method)
+
+
+def method_style(method: str, methods: Sequence[str]) -> dict[str, Any]:
+    """Colour, marker and line style of a method, among those of the study."""
+    own = _METHODS.get(method)
+    if own is None:
+        own = _OTHERS[[name for name in methods if name not in _METHODS].index(method) % len(_OTHERS)]
+    return dict(zip(("color", "marker", "linestyle"), own, strict=True))
+
+
+def _ordered(value: float, values: Sequence[float], palette: str, low: float, high: float) -> dict[str, Any]:
+    nearest = int(np.abs(np.log(np.asarray(values) / value)).argmin())
+    place = nearest / max(len(values) - 1, 1)
+    color = matplotlib.colormaps[palette](low + (high - low) * place)
+    return {"color": color, "marker": MARKERS[nearest % len(MARKERS)]}
+
+
+def budget_style(budget: float, study: Study) -> dict[str, Any]:
+    return _ordered(budget, study.budgets, "viridis_r", 0.2, 1.0)
+
+
+def size_style(size: float, study: Study) -> dict[str, Any]:
+    return _ordered(size, study.sizes, "plasma_r", 0.2, 1.0)
+
+
+def panels(count: int, columns: int = 2, height: float = 2.5, **options: Any) -> tuple[Figure, list[Axes]]:
+    """A figure of `count` panels, in rows of `columns`; one alone is one column wide."""
+    columns = min(columns, count)
+    rows = -(-count // columns)
+    figure = Figure(figsize=(ONE if columns == 1 else TWO, height * rows))
+    grid = figure.subplots(rows, columns, squeeze=False, **options)
+    for axes in grid.flat[count:]:
+        axes.remove()
+    found = list(grid.flat[:count])
+    if options.get("sharex"):  # a panel above an empty place shows its own ticks
+        for axes in found[-columns:]:
+            axes.tick_params(labelbottom=True)
+    return figure, found
+
+
+def log_axis(axis: Any, kind: str = "power") -> None:
+    """A logarithmic axis: "power" with powers of ten, "sizes" with 1M and 1B, "plain" for under a decade or two."""
+    axes, name = axis.axes, axis.axis_name
+    getattr(axes, f"set_{name}scale")("log")
+    low, high = getattr(axes, f"get_{name}lim")()
+    if kind == "plain":
+        ticks = _round_ticks(low, high)
+        axis.set_major_locator(FixedLocator(ticks))
+        axis.set_minor_locator(NullLocator())
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
+    elif kind == "sizes":
+        many = np.log10(high / low) < 1.5
+        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if many else (1.0,)))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: short_number(value)))
+        axis.set_minor_formatter(FuncFormatter(lambda value, _: ""))
+    else:
+        axis.set_minor_formatter(FuncFormatter(lambda value, _: ""))
+
+
+def _round_ticks(low: float, high: float) -> list[float]:
+    if high / low < 4:
+        ticks = list(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high))
+    else:
+        decades = np.arange(np.floor(np.log10(low)), np.ceil(np.log10(high)) + 1)
+        ticks = list(np.ravel(10.0 ** decades[:, None] * np.array([1, 2, 5])))
+    return [float(tick) for tick in ticks if low <= tick <= high]
+
+
+def outer_labels(axes: Sequence[Axes], x: str, y: str) -> None:
+    """Axis labels at the left and the lower edge of a grid of panels alone."""
+    for each in axes:
+        place = each.get_subplotspec()
+        assert place is not None
+        below = [other.get_subplotspec() for other in axes if other is not each]
+        if not any(b and b.colspan == place.colspan and b.rowspan.start > place.rowspan.start for b in below):
+            each.set_xlabel(x)
+        if place.colspan.start == 0:
+            each.set_ylabel(y)
+
+
+def power_of_ten(value: float) -> str:
+    """7.8e17."""
+    return f"{value:.2g}".replace("e+", "e")
+
+
+HALO = [withStroke(linewidth=1.6, foreground="white")]
+
+
+def hollow(style: dict[str, Any]) -> dict[str, Any]:
+    return {"color": style["color"], "marker": style["marker"], "markerfacecolor": "white", "linestyle": "none"}
+
+
+def legend_below(figure: Figure, handles: Sequence[Any], title: str | None = None, columns: int = 6) -> None:
+    """One legend for all panels, under them, that hides no point."""
+    if handles:
+        shown = min(columns, len(handles))
+        figure.legend(handles=list(handles), loc="outside lower center", ncols=shown, title=title)
+
+
+def budget_handles(study: Study, budgets: Sequence[float], most: int = 10) -> list[Line2D]:
+    """Legend entries of budgets; of very many, evenly chosen ones."""
+    chosen = budgets
+    if len(budgets) > most:
+        chosen = [budgets[i] for i in np.unique(np.linspace(0, len(budgets) - 1, most).round().astype(int))]
+    return [
+        Line2D([], [], linestyle="-", label=f"{budget:.3g}".replace("e+", "e"), **budget_style(budget, study))
+        for budget in chosen
+    ]
+
+
+def size_handles(study: Study, sizes: Sequence[float], linestyle: Any = "-") -> list[Line2D]:
+    chosen = [sizes[i] for i in np.unique(np.linspace(0, len(sizes) - 1, 12).round().astype(int))]
+    return [Line2D([], [], linestyle=linestyle, label=study.names[size], **size_style(size, study)) for size in chosen]
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A figure, the table of what it shows, and what a reader must know to read it."""
+
+    figure: Figure
+    rows: pd.DataFrame
+    caption: str
+
+
+class NotDrawn(Exception):
+    """The runs do not have what the figure shows; the message says what is missing."""
