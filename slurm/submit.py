@@ -7,6 +7,7 @@ share jobs, and over all arrays the sweep never holds more GPUs than its cluster
 
 import math
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -30,7 +31,8 @@ from slurm.snapshot import snapshot
 from slurm.status import survey
 
 MAX_ARRAY = 1001  # SLURM's default, where it cannot be asked
-LOOK_SECONDS = 20.0  # for a job that sbatch did submit before it failed
+LOOK_SECONDS = 20.0  # for a job that sbatch did submit before it lost touch with the controller
+LOST_TOUCH = re.compile("time|contact|connect|communicat|transmi|recei", re.IGNORECASE)
 OUTGOING = ("missing", "interrupted")
 OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
 
@@ -259,10 +261,11 @@ def _send(
         with _clean_environment():
             job = executor.map_array(node.work, *zip(*tasks, strict=True))[0].job_id.split("_")[0]
     except (FailedJobError, FailedSubmissionError) as error:
-        job = _look_for(name)
+        lines = str(error).splitlines()
+        why = ([line for line in lines if "error" in line.lower()] or lines)[-1].strip()
+        job = _look_for(name, LOOK_SECONDS if LOST_TOUCH.search(why) else 0)
         if job is None:
-            why = [line for line in str(error).splitlines() if "error" in line.lower()] or str(error).splitlines()
-            raise UserError(f"sbatch: {why[-1].strip()}") from None
+            raise UserError(f"sbatch: {why}") from None
         print(f"sbatch failed, but job {job} is in the queue under its name")
         _write_pickles(files, job, tasks)
     queue.note_submission(sweep.folder, name, array.tasks, job_id=job, **note)
@@ -290,9 +293,9 @@ def _clean_environment() -> Iterator[None]:
         yield
 
 
-def _look_for(name: str) -> str | None:
+def _look_for(name: str, seconds: float) -> str | None:
     """The number of the job that bears the name: sbatch may time out after the controller has taken the job."""
-    deadline = time.monotonic() + LOOK_SECONDS
+    deadline = time.monotonic() + seconds
     while True:
         found = [job.array for job in queue.jobs() or [] if job.name == name]
         if found or time.monotonic() > deadline:

@@ -184,11 +184,11 @@ def test_2500_runs_in_arrays_of_1001_at_most_eight_at_once(wide_lab, until):
     arrays = {each["job_id"]: len(each["tasks"]) for each in noted}
     assert sum(arrays.values()) == 2500 and len(arrays) == 3 and max(arrays.values()) <= 1001
     begun, most, seen = time.monotonic(), 0, set()
-    while time.monotonic() - begun < 30:
+    while time.monotonic() - begun < 15:
         running = [line.split("|")[0] for line in lab.queued("many", "RUNNING,COMPLETING")]
         most, seen = max(most, len(running)), seen | set(running)
         time.sleep(0.2)
-    assert most == 8 and len(seen) > 50
+    assert most == 8 and len(seen) > 30
     assert {task.split("_")[0] for task in seen} == set(arrays), "a part of the throttle for each array"
 
 
