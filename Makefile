@@ -25,7 +25,14 @@ quickstart: install
 	$(RUN) method.name=bias training.learning_rate=0.01
 	$(RUN) method.name=lora method.rank=8 training.learning_rate=0.01
 
-test: install lint
+# The oldest supported sentence-transformers, with what it needs, beside the newest: exports are tested with both.
+OLDEST := $(VENV)/oldest
+$(OLDEST)/installed: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(OLDEST) \
+		sentence-transformers==5.0.0 transformers==4.57.6 tokenizers==0.22.1 huggingface-hub==0.36.0 datasets==4.1.1
+	touch $@
+
+test: install lint $(OLDEST)/installed
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: install

@@ -1,6 +1,7 @@
 """The command line: each verb a few lines that import what they need when they are called."""
 
 import argparse
+import re
 import signal
 import sys
 from collections.abc import Sequence
@@ -37,9 +38,16 @@ def flops(args: argparse.Namespace) -> int:
 
 
 def train(args: argparse.Namespace) -> int:
+    if args.recipe is None:
+        config = _config(args)
+    else:
+        from analysis.recipe import configuration
+
+        file = args.words.pop(0) if args.words and "=" not in args.words[0] else None
+        config = configuration(args.fits, args.recipe, file, args.words)
     from embedscale.train import train
 
-    return train(_config(args))
+    return train(config)
 
 
 def evaluate(args: argparse.Namespace) -> int:
@@ -108,6 +116,18 @@ def fit(args: argparse.Namespace) -> int:
 
         return simulate(args, _grid(args) if args.runs.endswith((".yaml", ".yml")) else None)
     from analysis.fit import command
+
+    return command(args)
+
+
+def report(args: argparse.Namespace) -> int:
+    from analysis.report import command
+
+    return command(args)
+
+
+def recipe(args: argparse.Namespace) -> int:
+    from analysis.recipe import command
 
     return command(args)
 
@@ -209,6 +229,24 @@ def _fit_verb(verbs) -> None:
     verb.set_defaults(run=fit)
 
 
+def _report_verbs(verbs) -> None:
+    text = "what to train for a budget, by the fits"
+    verb = verbs.add_parser("recipe", help=text, description=text)
+    verb.add_argument("fits", metavar="FITS", help="the folder that fit wrote into, or its fits.json")
+    verb._negative_number_matcher = re.compile(r"-\d")  # -1e17 is a budget out of range, and no option
+    verb.add_argument("budget", metavar="BUDGET", nargs="*", help="1e17, 100 PFLOP, 2 PFLOP-days, 24 GPU-hours")
+    verb.add_argument("--tokens", metavar="D", help="at most so much data; with no budget, for this much")
+    verb.add_argument("--json", action="store_true", help="print it as JSON")
+    verb.set_defaults(run=recipe)
+    text = "one page with the recipe, every figure, the laws and what was left out: report.html"
+    verb = verbs.add_parser("report", help=text, description=text)
+    verb.add_argument("fits", metavar="FITS", help="the folder that fit wrote into")
+    verb.add_argument("--out", metavar="FOLDER", help="of report.html and figures; default FITS")
+    verb.add_argument("--budget", action="append", metavar="BUDGET", help="a recipe for it first; may be repeated")
+    verb.add_argument("--compare", metavar="FITS", help="of another batch size or context, for figure 23")
+    verb.set_defaults(run=report)
+
+
 def _doctor_verb(verbs) -> None:
     text = "is this machine, installation and cluster fit to run"
     verb = verbs.add_parser("doctor", help=text, description=text)
@@ -228,10 +266,15 @@ def parser() -> argparse.ArgumentParser:
     _with_config(verbs, "prepare", prepare, "text pairs into a PairStore")
     costs = _with_config(verbs, "flops", flops, "what a run costs, before anything is loaded")
     costs.add_argument("--budgets", nargs="+", metavar="FLOP", help="several budgets; default the configuration's")
-    _with_config(verbs, "train", train, "one run; run again, it resumes or says that it is done")
+    trained = _with_config(verbs, "train", train, "one run; run again, it resumes or says that it is done")
+    trained.add_argument(
+        "--recipe", metavar="BUDGET", help="what the fits advise for this budget: 1e17, '24 GPU-hours'"
+    )
+    trained.add_argument("--fits", default=".", metavar="FITS", help="of --recipe: the folder that fit wrote into")
     _model_verbs(verbs)
     _sweep_verbs(verbs)
     _fit_verb(verbs)
+    _report_verbs(verbs)
     _doctor_verb(verbs)
     return top
 
