@@ -67,8 +67,8 @@ def _against(rows: pd.DataFrame, study: Study, predicted_kind: str) -> Figure:
             else:
                 look |= {"markersize": 5, "markeredgecolor": "black", "markeredgewidth": 0.5}
             upper.plot(found, predicted, **look)
-            error = np.maximum([predicted - low, high - predicted], 0) / found
-            lower.errorbar(found, 100 * (predicted / found - 1), 100 * error, linewidth=0.5, **look)
+            error = None if kind == "fitted" else 100 * np.maximum([predicted - low, high - predicted], 0) / found
+            lower.errorbar(found, 100 * (predicted / found - 1), error, linewidth=0.5, **look)
     ends = np.array([rows[["loss", "predicted"]].min().min() / 1.05, rows[["loss", "predicted"]].max().max() * 1.05])
     upper.plot(ends, ends, color=style.GREY, linewidth=0.7, zorder=0.5)
     upper.set(xlim=ends, ylim=ends, ylabel="predicted loss (nats)")
@@ -84,7 +84,7 @@ def _against(rows: pd.DataFrame, study: Study, predicted_kind: str) -> Figure:
     upper.text(0.03, 0.97, "\n".join(told), va="top", fontsize=7, transform=upper.transAxes)
     upper.set_title(style.label(rows["method"].iloc[0]))
     sizes = [size for size in study.sizes if (rows["params"] == size).any()]
-    style.legend_below(figure, style.size_handles(study, sizes, "none"), columns=4)
+    style.legend_below(figure, style.size_handles(study, sizes, "none"), columns=3)
     return figure
 
 

@@ -87,7 +87,8 @@ def frontier(study: Study) -> Drawn:
             axes.axvspan(*crossing["interval"], color="black", alpha=0.06, linewidth=0)
         axes.annotate(
             style.power_of_ten(crossing["budget"]) + " FLOP", (crossing["budget"], 1), (2, -2),
-            xycoords=("data", "axes fraction"), textcoords="offset points", va="top", fontsize=6.5, color=style.GREY, rotation=90,
+            xycoords=("data", "axes fraction"), textcoords="offset points", va="top", fontsize=6.5,
+            color=style.GREY, rotation=90,
         )  # fmt: skip
     if not any(row["loss"] for row in rows):
         raise NotDrawn("no method has a loss at any budget")

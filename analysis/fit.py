@@ -54,6 +54,7 @@ from numpy.typing import NDArray
 
 from analysis import joint as joint_laws
 from analysis import optima, uncertainty
+from analysis.fits_file import FILE, FORMAT, read
 from analysis.frontier import frontier
 from analysis.joint import KEPT_DRAWS
 from analysis.laws import CHINCHILLA, power_law
@@ -63,11 +64,10 @@ from analysis.solver import JointFit
 from analysis.uncertainty import OptimumDraws, interval
 from embedscale import __version__
 from embedscale.errors import UserError
-from embedscale.record import read_json, write_atomically, write_json
+from embedscale.record import write_atomically, write_json
 
-FORMAT = 1
-FILE = "fits.json"
 Array = NDArray[np.float64]
+__all__ = ["fit", "plain", "read", "write"]
 
 
 def fit(
@@ -383,23 +383,6 @@ def write(fits: dict[str, Any], runs: Runs, folder: str | Path) -> Path:
     write_atomically(folder / "excluded.csv", lambda file: file.write(runs.excluded.to_csv(index=False).encode()))
     write_json(folder / FILE, fits)
     return folder / FILE
-
-
-def read(path: str | Path) -> dict[str, Any]:
-    """The fits of a folder or of a fits.json. Raises UserError where there are none, or another version's."""
-    path = Path(path)
-    path = path / FILE if path.is_dir() else path
-    fits = read_json(path)
-    if fits is None:
-        raise UserError(f"{path}: does not exist; write it by embedscale fit RUNS")
-    if not isinstance(fits, dict) or "methods" not in fits:
-        raise UserError(f"{path}: holds no fits; write them by embedscale fit RUNS")
-    if fits.get("format") != FORMAT:
-        raise UserError(
-            f"{path}: was made by version {fits.get('version', 'unknown')} in format {fits.get('format')}; "
-            f"this version reads format {FORMAT}: run embedscale fit again"
-        )
-    return fits
 
 
 # --- The verb --------------------------------------------------------------------------------------------------------

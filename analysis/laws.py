@@ -13,6 +13,17 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 TINY = 1e-300  # stands for an E that a fit has driven to nothing
+VALID = 0.5  # of draws must give a value, or there is no interval
+
+
+def interval(draws: Array, confidence: float = 0.95) -> list[float] | None:
+    """[low, high] percentiles of finite draws [draws]; None where fewer than half are finite."""
+    finite = draws[np.isfinite(draws)]
+    if len(finite) < max(2, VALID * len(draws)):
+        return None
+    tail = 50 * (1 - confidence)
+    low, high = np.percentile(finite, [tail, 100 - tail])
+    return [float(low), float(high)]
 
 
 # --- Power laws ------------------------------------------------------------------------------------------------------

@@ -133,6 +133,8 @@ def log_axis(axis: Any, kind: str = "power") -> None:
 def _round_ticks(low: float, high: float) -> list[float]:
     if high / low < 4:
         ticks = list(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high))
+    elif high / low < 12:
+        ticks = [0.1 * 10**k * each for k in range(-3, 6) for each in (1, 1.5, 2, 3, 4, 5, 7)]
     else:
         decades = np.arange(np.floor(np.log10(low)), np.ceil(np.log10(high)) + 1)
         ticks = list(np.ravel(10.0 ** decades[:, None] * np.array([1, 2, 5])))

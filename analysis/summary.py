@@ -7,6 +7,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from analysis.fits_file import miniature
+
 
 def console() -> Console:
     """Standard output; where that is no terminal, wide enough that no column is cut."""
@@ -48,6 +50,8 @@ def show_fits(fits: Mapping[str, Any], console: Console) -> None:
         _show_optima(name, method, percent, console)
         _show_laws(name, method, percent, console)
     _show_frontier(fits["frontier"], percent, console)
+    if miniature(fits):
+        console.print(f"note: {miniature(fits)}", soft_wrap=True)
     for note in fits["notes"]:
         console.print(f"note: {note}", soft_wrap=True)
 

@@ -11,22 +11,12 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from analysis.laws import power_law
+from analysis.laws import interval, power_law
 from analysis.optima import Profile, akima, parabola
 from analysis.solver import JointFit
 
 Array = NDArray[np.float64]
-VALID = 0.5  # of draws must give a value, or there is no interval
-
-
-def interval(draws: Array, confidence: float = 0.95) -> list[float] | None:
-    """[low, high] percentiles of finite draws [draws]; None where fewer than half are finite."""
-    finite = draws[np.isfinite(draws)]
-    if len(finite) < max(2, VALID * len(draws)):
-        return None
-    tail = 50 * (1 - confidence)
-    low, high = np.percentile(finite, [tail, 100 - tail])
-    return [float(low), float(high)]
+__all__ = ["OptimumDraws", "interval", "optimum_draws", "resampled"]
 
 
 def resampled(fit: JointFit, losses: list[Array], count: int, rng: np.random.Generator) -> Array:

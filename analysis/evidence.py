@@ -1,0 +1,195 @@
+"""What fits say of one method at any size and budget, and what a budget may be: the ground that a recipe stands on."""
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from analysis.laws import CHINCHILLA, Array, interval
+from embedscale.errors import UserError
+from embedscale.pythia import SUITE
+
+UNITS = {"flop": 1.0, "flops": 1.0, "": 1.0} | {
+    f"{letter}{word}": 10.0 ** (3 * power) * seconds
+    for power, letter in enumerate("kmgtpezy", 1)
+    for word, seconds in (("flop", 1.0), ("flops", 1.0), ("flop-day", 86400.0), ("flop-days", 86400.0))
+}
+HOURS = ("gpu-hour", "gpu-hours", "gpuh", "gpu-h")
+
+
+@dataclass(frozen=True)
+class Limit:
+    """What is given: FLOP or GPU-hours (one of them, or none), and at most so many tokens (or none)."""
+
+    flop: float | None = None
+    gpu_hours: float | None = None
+    tokens: float | None = None
+
+    @property
+    def text(self) -> str:
+        spent = f"{self.flop:.4g} FLOP" if self.flop else f"{self.gpu_hours:.4g} GPU-hours" if self.gpu_hours else ""
+        data = f"{self.tokens:.4g} tokens" if self.tokens else ""
+        return " and at most ".join(part for part in (spent, data) if part)
+
+
+def parse_limit(budget: str | None, tokens: str | None = None) -> Limit:
+    """`1e17`, `100 PFLOP`, `2 PFLOP-days`, `24 GPU-hours`; tokens `2e9`. Raises UserError for what is no amount."""
+    limit: dict[str, float] = {}
+    if budget is not None:
+        found = re.fullmatch(r"\s*([-+]?[\d.,_]+(?:e[-+]?\d+)?)\s*([a-z-]*)\s*", budget.lower())
+        unit = found[2] if found else ""
+        if not found or (unit not in UNITS and unit not in HOURS):
+            raise UserError(
+                f"budget: {budget!r} is no amount with a unit we know; allowed: 1e17, "
+                "100 PFLOP, 2 PFLOP-days, 24 GPU-hours"
+            )
+        limit["gpu_hours" if unit in HOURS else "flop"] = _amount("budget", found[1]) * UNITS.get(unit, 1.0)
+    if tokens is not None:
+        limit["tokens"] = _amount("--tokens", tokens)
+    if not limit:
+        raise UserError("budget: nothing is given; allowed: a budget such as 1e17, --tokens, or both")
+    return Limit(**limit)
+
+
+def _amount(name: str, text: str) -> float:
+    try:
+        value = float(text.replace(",", ""))
+    except ValueError:
+        raise UserError(f"{name}: {text!r} is no number") from None
+    if not (math.isfinite(value) and value > 0):
+        raise UserError(f"{name}: {text} is out of range; allowed: above 0")
+    return value
+
+
+class Evidence:
+    """One method's points and laws as functions of size and budget."""
+
+    def __init__(self, name: str, facts: Mapping[str, Any], names: Mapping[float, str]):
+        self.name = name
+        self.points = facts["points"]
+        self.optima = facts["optima"]
+        self.names = names
+        self.lines = facts["power_laws"]
+        law = facts["joint_laws"].get(CHINCHILLA.name) or {}
+        self.law = law if "E" in law else None
+        self.interior = [row for row in self.optima if row["state"] == "interior"]
+        curves = [row["curve"]["curvature"] for row in self.interior if row["curve"]]
+        self.curvature = float(np.median(curves)) if curves else 0.0
+        self.sizes = np.unique([point["params"] for point in self.points])
+
+    def basis(self, limit: Limit) -> str:
+        lines = "power laws" if self.lines["loss"] and self.lines["n_opt"] else None
+        law = "joint law" if self.law else None
+        if limit.tokens:  # a parabola says nothing far from its vertex
+            return law or ""
+        if limit.gpu_hours:
+            return (law or lines or "") if self._rates() else ""
+        return lines or law or "best run"
+
+    def cost(self, params: Array, budget: float | None = None) -> Array:
+        """FLOP a token: the points' ratio to N, between sizes interpolated, beyond them held."""
+        nearest = self._nearest_points(budget)
+        sizes = np.array([point["params"] for point in nearest])
+        ratio = np.array([point["flop_per_token"] for point in nearest]) / sizes
+        return params * np.interp(np.log(params), np.log(sizes), ratio)
+
+    def _nearest_points(self, budget: float | None) -> list[Mapping[str, Any]]:
+        """Of each size the point nearest in budget, by ascending size."""
+        log_budget = math.log(budget) if budget else math.inf
+        found = []
+        for size in self.sizes:
+            own = [point for point in self.points if point["params"] == size]
+            found.append(min(own, key=lambda point: abs(math.log(point["budget"]) - min(log_budget, 700.0))))
+        return found
+
+    def _rates(self) -> list[tuple[float, float]]:
+        """(size, FLOP a GPU-hour) of the sizes whose runs carry timings; the longest run tells most."""
+        rates = []
+        for size in self.sizes:
+            timed = [point for point in self.points if point["params"] == size and (point.get("gpu_hours") or 0) > 0]
+            if timed:
+                longest = max(timed, key=lambda point: point["gpu_hours"])
+                rates.append((float(size), longest["budget"] / longest["gpu_hours"]))
+        return rates
+
+    def rate(self, params: Array) -> Array | None:
+        rates = self._rates()
+        if not rates:
+            return None
+        sizes, values = np.log(np.array(rates)).T
+        return np.exp(np.interp(np.log(params), sizes, values))
+
+    def budget_of(self, params: Array, limit: Limit) -> Array:
+        """The FLOP that the limit allows for each size."""
+        allowed = np.full(len(params), np.inf)
+        if limit.flop:
+            allowed = np.full(len(params), limit.flop)
+        if limit.gpu_hours:
+            rate = self.rate(params)
+            assert rate is not None
+            allowed = limit.gpu_hours * rate
+        if limit.tokens:
+            allowed = np.minimum(allowed, limit.tokens * self.cost(params))
+        return allowed
+
+    def log_loss(self, params: Array, budget: Array, basis: str) -> tuple[Array, Array | None]:
+        """ln L of each size at its budget [k], and draws of it [draws, k]."""
+        if basis == "power laws":
+            centre = np.array([[math.log(self.lines[key]["coefficient"]), self.lines[key]["exponent"]] for key in
+                               ("loss", "n_opt")])  # fmt: skip
+            values: Array = self._bowl(centre[:, None], params, budget)[0]
+            drawn = [np.asarray(self.lines[key]["draws"], float) for key in ("loss", "n_opt")]
+            return values, self._bowl(np.stack(drawn), params, budget) if len(drawn[0]) else None
+        if basis == "joint law":
+            assert self.law is not None
+            tokens = budget / self.cost(params)
+            law = np.array([self.law[name] for name in CHINCHILLA.names])
+            with np.errstate(invalid="ignore"):
+                drawn_loss = np.log(CHINCHILLA.predict(np.asarray(self.law["draws"], float), params, tokens))
+            return np.log(np.ravel(CHINCHILLA.predict(law, params, tokens))), drawn_loss
+        found = self._nearest_points(float(budget[0]))
+        sizes = np.array([point["params"] for point in found])
+        losses = np.array([point["loss"] for point in found])
+        nearest = np.abs(np.log(sizes)[:, None] - np.log(params)).argmin(0)
+        return np.log(losses[nearest]), None
+
+    def _bowl(self, laws: Array, params: Array, budget: Array) -> Array:
+        """ln L = ln L*(C) + curvature (ln N − ln N*(C))² for laws [2, draws, 2]: [draws, sizes]."""
+        lowest, size = (law[:, :1] + law[:, 1:] * np.log(budget) for law in laws)
+        return lowest + self.curvature * (np.log(params) - size) ** 2
+
+    def optimum(self, limit: Limit, basis: str, confidence: float) -> tuple[float, list[float] | None]:
+        """The continuous best size, with its interval."""
+        if basis == "power laws" and limit.flop:
+            law = self.lines["n_opt"]
+            draws = np.asarray(law["draws"], float)
+            spread = draws[:, 0] + draws[:, 1] * math.log(limit.flop) if len(draws) else np.array([])
+            return law["coefficient"] * limit.flop ** law["exponent"], interval(np.exp(spread), confidence)
+        reach = 1.0 if basis == "best run" or limit.tokens else 4.0  # beyond the sizes, for a joint law
+        grid = np.geomspace(self.sizes[0] / reach, self.sizes[-1] * reach, 401)
+        if basis == "best run":
+            grid = self.sizes
+        values, drawn = self.log_loss(grid, self.budget_of(grid, limit), basis)
+        ends = interval(grid[np.nan_to_num(drawn, nan=np.inf).argmin(1)], confidence) if drawn is not None else None
+        return float(grid[values.argmin()]), ends
+
+    def nearest(self, params: float, budget: float) -> Mapping[str, Any]:
+        """The point whose size, and then whose budget, is nearest: its hyper-parameters are taken."""
+
+        def distance(point: Mapping[str, Any]) -> tuple[float, float]:
+            size, spent = (abs(math.log(point[key] / value)) for key, value in (("params", params), ("budget", budget)))
+            return round(size, 6), spent
+
+        found: Mapping[str, Any] = min(self.points, key=distance)
+        return found
+
+    def available(self) -> Iterator[tuple[str, float]]:
+        """Backbones that may be used: the Pythia suite where the runs are of it, else the sizes that were run."""
+        suite = {float(row.parameters): row.name for row in SUITE.values()}
+        if set(map(float, self.sizes)) <= set(suite):
+            yield from ((name, size) for size, name in suite.items())
+        else:
+            yield from ((self.names.get(float(size), f"{size:.4g} parameters"), float(size)) for size in self.sizes)
