@@ -38,7 +38,7 @@ def _law_of(study: Study, method: str) -> Law:
     for law in (TRAINABLE_FRACTION, CHINCHILLA):
         if "E" in laws.get(law.name, {}):
             return law
-    raise NotDrawn(f"{style.label(method)}: " + laws[CHINCHILLA.name]["refused"])
+    raise NotDrawn(laws[CHINCHILLA.name]["refused"])
 
 
 def _fit(law: Law, rows: pd.DataFrame, study: Study, amount: str = "tokens") -> tuple[JointFit, Array]:

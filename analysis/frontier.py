@@ -84,11 +84,11 @@ def _comparisons(
                 continue
             spread = draws[name].get(row["budget"])
             value = math.log(row["loss"] if row["state"] == "interior" else row["best"]["loss"])
-            drawn = None
-            if spread is not None:
-                drawn = spread.log_loss
-            elif sigma is not None:
-                drawn = value + sigma / math.sqrt(row["best"]["seeds"]) * rng.standard_normal(bootstrap)
+            drawn = None if spread is None else spread.log_loss
+            if sigma is not None:
+                # A draw whose minimum is at an end of the grid has a lowest loss nevertheless, that of a run.
+                own = value + sigma / math.sqrt(row["best"]["seeds"]) * rng.standard_normal(bootstrap)
+                drawn = own if drawn is None else np.where(np.isfinite(drawn), drawn, own)
             found.setdefault(row["budget"], {})[name] = (value, drawn)
     result = []
     for budget in sorted(found):

@@ -27,7 +27,7 @@ SHOWN_ROWS = 60  # of the runs left out; all of them are in excluded.csv
 CSS = """
 :root { color-scheme: light; }
 * { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 60rem; padding: 1rem 1.2rem 4rem; color: #1c1c1c; background: #fff;
+body { margin: 0 auto; max-width: 72rem; padding: 1rem 1.2rem 4rem; color: #1c1c1c; background: #fff;
   font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; overflow-wrap: anywhere; }
 h1 { font-size: 1.6rem; line-height: 1.2; margin: .5rem 0 .2rem; }
 h2 { font-size: 1.25rem; margin: 2.4rem 0 .6rem; border-bottom: 1px solid #ccc; padding-bottom: .2rem; }
@@ -93,7 +93,7 @@ def _recipes(fits: Mapping[str, Any], runs: list[dict[str, str]], budgets: Seque
         rival = min((each for each in found.others if each["lost"] > 0), key=lambda each: each["lost"], default=None)
         rows.append(
             [
-                limit.text,
+                limit.text.removesuffix(" FLOP"),
                 best.label,
                 best.backbone,
                 f"{found.n_opt:.3g}",
@@ -106,7 +106,7 @@ def _recipes(fits: Mapping[str, Any], runs: list[dict[str, str]], budgets: Seque
                 "; ".join(found.extrapolates) or "no",
             ]
         )
-    columns = ["budget", "method", "model", "best size", "tokens", "pairs", "steps", "peak rate"]
+    columns = ["budget (FLOP)", "method", "model", "best size", "tokens", "pairs", "steps", "peak rate"]
     columns += [f"expected loss ({_percent(fits)})", "next best loses", "extrapolates"]
     full = _definitions(recipe.lines(first, fits["settings"]["confidence"])) if first else ""
     title = f"What to train for {first.limit.text}" if first else "What to train"
