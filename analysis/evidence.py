@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -186,10 +186,12 @@ class Evidence:
         found: Mapping[str, Any] = min(self.points, key=distance)
         return found
 
-    def available(self) -> Iterator[tuple[str, float]]:
-        """Backbones that may be used: the Pythia suite where the runs are of it, else the sizes that were run."""
+    def available(self, basis: str) -> list[tuple[str, float]]:
+        """Backbones that may be used, by ascending size.
+
+        The Pythia suite where the runs are of it and a law reaches beyond them, else the sizes that were run.
+        """
         suite = {float(row.parameters): row.name for row in SUITE.values()}
-        if set(map(float, self.sizes)) <= set(suite):
-            yield from ((name, size) for size, name in suite.items())
-        else:
-            yield from ((self.names.get(float(size), f"{size:.4g} parameters"), float(size)) for size in self.sizes)
+        if basis != "best run" and set(map(float, self.sizes)) <= set(suite):
+            return sorted(((name, size) for size, name in suite.items()), key=lambda each: each[1])
+        return [(self.names.get(float(size), f"{size:.4g} parameters"), float(size)) for size in self.sizes]

@@ -253,7 +253,7 @@ def by_choice(study: Study, method: str, column: str) -> Drawn:
 def sizes(study: Study, methods: Sequence[str]) -> Drawn:
     """Figures 6 and 13: the optimal size against the budget."""
     found = _present(study, methods)
-    figure, every = style.panels(len(found), height=2.7, sharey=True)
+    figure, every = style.panels(len(found), height=2.7, sharex=True, sharey=True)
     rows = []
     for axes, method in zip(every, found, strict=True):
         facts = study.fits["methods"][method]
@@ -289,10 +289,11 @@ def sizes(study: Study, methods: Sequence[str]) -> Drawn:
                 fontsize=7,
             )
         letter = "ab"[methods.index(method)]
-        style.log_axis(axes.xaxis)
         axes.set(xlabel=style.BUDGET, title=f"({letter}) {style.label(method)}")
     low, high = min(study.sizes), max(study.sizes)
     every[0].set_ylim(low / 1.8, high * 2.5)
+    every[0].set_xlim(0.7 * min(study.budgets), 1.4 * max(study.budgets))
+    style.log_axis(every[0].xaxis)
     style.log_axis(every[0].yaxis, "sizes")
     every[0].set_ylabel("optimal " + style.PARAMETERS)
     if not rows:

@@ -179,7 +179,8 @@ def _fraction_coefficients(theta: Array, data: Data) -> Array:
     n, d = data.centre
     by_n, by_d = np.exp(alpha * n), np.exp(beta * d)
     power = np.exp(np.clip(log_power, -6, 4))
-    columns = [np.exp(e), slope * by_n, (level - slope * d) * by_n, gain * by_d, power, rest * by_d, alpha, beta]
+    with np.errstate(over="ignore"):  # a resample that cannot hold the law
+        columns = [np.exp(e), slope * by_n, (level - slope * d) * by_n, gain * by_d, power, rest * by_d, alpha, beta]
     return np.stack(columns, 1)
 
 

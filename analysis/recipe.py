@@ -206,7 +206,7 @@ def _covers(evidence: Evidence, limit: Limit) -> bool:
 
 def _reasonable(evidence: Evidence, limit: Limit, basis: str, confidence: float) -> list[tuple[str, float]]:
     """The available backbones on both sides of the optimum; with data fixed, the largest that was run too."""
-    available = sorted(evidence.available(), key=lambda each: each[1])
+    available = evidence.available(basis)
     if limit.tokens:
         available = [each for each in available if each[1] <= evidence.sizes[-1] * 1.001]
     n_opt, _ = evidence.optimum(limit, basis, confidence)
@@ -223,7 +223,7 @@ def _other_sizes(
     comparable: Mapping[str, Any],
     confidence: float,
 ) -> list[dict[str, Any]]:
-    available = sorted(evidence.available(), key=lambda each: each[1])
+    available = evidence.available(best.basis)
     place = [size for _, size in available].index(best.params)
     found = []
     for number, word in ((place - 1, "smaller"), (place + 1, "larger")):

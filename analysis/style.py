@@ -112,7 +112,11 @@ def panels(count: int, columns: int = 2, height: float = 2.5, **options: Any) ->
 
 
 def log_axis(axis: Any, kind: str = "power") -> None:
-    """A logarithmic axis: "power" with powers of ten, "sizes" with 1M and 1B, "plain" for under a decade or two."""
+    """A logarithmic axis.
+
+    "power" has powers of ten, and what lies between where they are few; "sizes" has 1M and 1B; "plain" has plain
+    numbers, for under a decade or two.
+    """
     axes, name = axis.axes, axis.axis_name
     getattr(axes, f"set_{name}scale")("log")
     low, high = getattr(axes, f"get_{name}lim")()
@@ -125,6 +129,10 @@ def log_axis(axis: Any, kind: str = "power") -> None:
         many = np.log10(high / low) < 1.5
         axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if many else (1.0,)))
         axis.set_major_formatter(FuncFormatter(lambda value, _: short_number(value)))
+        axis.set_minor_formatter(FuncFormatter(lambda value, _: ""))
+    elif high / low < 50:
+        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: power_of_ten(value)))
         axis.set_minor_formatter(FuncFormatter(lambda value, _: ""))
     else:
         axis.set_minor_formatter(FuncFormatter(lambda value, _: ""))

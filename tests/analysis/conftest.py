@@ -16,7 +16,7 @@ from embedscale.pythia import SUITE
 LAWS = {
     "full": np.array([0.1, 900.0, 90.0, 0.45, 0.25]),
     "bias": np.array([0.15, 1000.0, 130.0, 0.44, 0.245]),
-    "lora": np.array([0.08, 900.0, 120.0, 0.45, 0.267]),
+    "lora": np.array([0.08, 900.0, 145.0, 0.45, 0.267]),
     "freeze": np.array([0.12, 2.0, 800.0, 60.0, 1.5, 105.0, 0.45, 0.25]),
 }
 BACKBONES = [SUITE[f"pythia-{name}"] for name in ("14m", "31m", "70m", "160m", "410m", "1b")]

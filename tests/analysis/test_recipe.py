@@ -1,0 +1,227 @@
+"""Recipes against the laws that drew the runs: size, data, cost, rank, loss, and what other choices lose."""
+
+import json
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import BACKBONES, BUDGETS, FLOP_AN_HOUR, LAWS, fitted, miniature, paper_like
+
+from analysis import recipe
+from analysis.evidence import Limit, parse_limit
+from analysis.laws import predict_chinchilla
+from embedscale.cli import main
+from embedscale.cost import Method, cost_of
+from embedscale.errors import UserError
+from embedscale.pythia import SUITE
+
+
+def loss_of(method: str, backbone: str, budget: float, rank: int | None = None) -> float:
+    row = SUITE[backbone]
+    tokens = budget / cost_of(row.shape, Method(method, rank=rank)).flop_per_token
+    return float(np.ravel(predict_chinchilla(LAWS[method], row.parameters, tokens))[0])
+
+
+@pytest.fixture(scope="module")
+def study(paper_folder):
+    return recipe.read(paper_folder)
+
+
+@pytest.mark.parametrize("budget", [6e15, 5e16])
+def test_a_budget_within_the_runs_gets_the_closed_forms_size_and_the_true_loss(study, budget):
+    found = recipe.recipe(*study[:1], Limit(flop=budget), study[1])
+    best = found.best
+    assert (best.method, best.basis, found.extrapolates) == ("full", "power laws", [])
+    _, a, b, alpha, beta = LAWS["full"]
+    optimum = (alpha * a / (beta * b)) ** (1 / (alpha + beta)) * (budget / 6) ** (beta / (alpha + beta))
+    assert found.n_opt == pytest.approx(optimum, rel=0.2)
+    assert found.n_opt_interval[0] < found.n_opt < found.n_opt_interval[1]
+    truth = {name: loss_of("full", name, budget) for name in SUITE}
+    assert truth[best.backbone] < 1.01 * min(truth.values())
+    assert best.loss == pytest.approx(truth[best.backbone], rel=0.02)
+    assert best.tokens == pytest.approx(budget / cost_of(SUITE[best.backbone].shape, Method()).flop_per_token)
+    assert best.pairs == pytest.approx(best.tokens / 78, rel=1e-3)
+    assert best.steps == math.ceil(best.pairs / 1024)
+    assert best.learning_rate == pytest.approx(SUITE[best.backbone].pretraining_learning_rate / 10)
+
+
+def test_the_method_changes_where_the_laws_cross_and_lora_brings_its_rank(study):
+    low, high = (recipe.recipe(study[0], Limit(flop=budget), study[1]) for budget in (BUDGETS[0], 4 * BUDGETS[-1]))
+    assert (low.best.method, high.best.method, high.best.rank) == ("full", "lora", 32)
+    assert high.best.learning_rate == 1e-3
+    assert high.best.tokens == pytest.approx(
+        high.best.budget / cost_of(SUITE[high.best.backbone].shape, Method("lora", rank=32)).flop_per_token
+    )
+    assert high.extrapolates == [f"budget: 4 times the largest ({BUDGETS[-1]:.3g} FLOP)"]
+    assert (
+        high.best.loss_interval[1] - high.best.loss_interval[0] < 0.2 * high.best.loss
+        and high.best.loss_interval[0] < loss_of("lora", high.best.backbone, high.best.budget, 32) * 1.02
+    )
+
+
+def test_what_other_choices_lose_is_what_the_laws_say(study):
+    budget = BUDGETS[2]
+    found = recipe.recipe(study[0], Limit(flop=budget), study[1])
+    lost = {each["what"]: each for each in found.others}
+    assert set(lost) > {"lora", "freeze", "bias"}
+    truth = loss_of("full", found.best.backbone, budget)
+    bias = lost["bias"]
+    assert bias["distinguishable"] is True
+    assert bias["lost"] == pytest.approx(loss_of("bias", bias["choice"].backbone, budget) / truth - 1, abs=0.03)
+    for what, each in lost.items():
+        if what.startswith("the next"):
+            true = loss_of("full", each["choice"].backbone, budget) / truth - 1
+            assert each["lost"] == pytest.approx(true, abs=0.08)
+    high = recipe.recipe(study[0], Limit(flop=4 * BUDGETS[-1]), study[1])
+    ranks = {each["what"].split(",")[0]: each["lost"] for each in high.others if each["what"].startswith("rank")}
+    assert set(ranks) == {"rank 8", "rank 512"}
+    assert min(ranks.values()) > 0
+
+
+def test_gpu_hours_buy_what_their_flop_buy(study):
+    hours = recipe.recipe(study[0], Limit(gpu_hours=0.3), study[1])
+    assert hours.best.budget == pytest.approx(0.3 * FLOP_AN_HOUR)
+    assert hours.best.gpu_hours == pytest.approx(0.3)
+    truth = {row.name: loss_of("full", row.name, 0.3 * FLOP_AN_HOUR) for row in BACKBONES}
+    assert truth[hours.best.backbone] < 1.01 * min(truth.values())
+
+
+def test_fixed_data_take_the_largest_model_unless_a_budget_stops_it(study):
+    free = recipe.recipe(study[0], Limit(tokens=1e8), study[1])
+    assert free.best.params == max(row.parameters for row in BACKBONES)
+    assert free.best.tokens == pytest.approx(1e8)
+    assert free.best.budget == pytest.approx(1e8 * free.best.flop_per_token)
+    bound = recipe.recipe(study[0], Limit(flop=5e16, tokens=1e8), study[1])
+    assert bound.best.tokens <= 1e8 * (1 + 1e-9)
+    assert bound.best.budget <= 5e16 * (1 + 1e-9)
+    truth = {}
+    for row in BACKBONES:
+        tokens = min(1e8, 5e16 / (6 * row.parameters))
+        truth[row.name] = float(np.ravel(predict_chinchilla(LAWS["full"], row.parameters, tokens))[0])
+    assert truth[bound.best.backbone] < 1.01 * min(truth.values())
+
+
+def test_without_a_law_the_best_run_is_named_as_what_it_is(tmp_path):
+    table = paper_like()
+    table = table[(table["method"] == "full") & (table["budget"] <= BUDGETS[1])]
+    table = table[table["params"].isin([row.parameters for row in BACKBONES[3:]])]
+    table = table[(table["params"] != BACKBONES[3].parameters) | (table["budget"] == BUDGETS[0])]
+    found = recipe.recipe(*recipe.read(fitted(table, tmp_path))[:1], Limit(flop=BUDGETS[0]))
+    assert found.best.basis == "best run"
+    here = table[table["budget"] == BUDGETS[0]]
+    assert found.best.loss == pytest.approx(here["loss"].min())
+    assert found.best.params == here.loc[here["loss"].idxmin(), "params"]
+    assert any("no optimum" in note for note in found.notes)
+    with pytest.raises(UserError, match="for 1e\\+08 tokens a recipe needs a joint law, which no method"):
+        recipe.recipe(recipe.read(tmp_path)[0], Limit(tokens=1e8))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_sweep_with_holes_gives_a_recipe_or_one_line(seed, tmp_path):
+    table = paper_like(seed=seed).sample(frac=[0.7, 0.3, 0.15][seed % 3], random_state=seed)
+    if seed % 2:
+        table = table.drop(columns=["gpu_hours", "backbone", "pairs"])
+    folder = fitted(table, tmp_path)
+    fits, rows = recipe.read(folder)
+    for limit in (Limit(flop=1e16), Limit(flop=1e21), Limit(gpu_hours=1.0), Limit(tokens=1e9)):
+        try:
+            found = recipe.recipe(fits, limit, rows)
+        except UserError as error:
+            assert "\n" not in str(error)
+            continue
+        assert found.best.loss > 0
+        assert recipe.lines(found, 0.95)
+
+
+def test_budgets_are_read_with_their_units():
+    day = 1e15 * 86400
+    for text, flop in {"1e17": 1e17, "100 PFLOP": 1e17, "0.1EFLOP": 1e17, "2 PFLOP-days": 2 * day}.items():
+        assert parse_limit(text).flop == pytest.approx(flop)
+    assert parse_limit("24 GPU-hours") == Limit(gpu_hours=24.0)
+    assert parse_limit(None, "2e9") == Limit(tokens=2e9)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["0"], "budget: 0 is out of range; allowed: above 0"),
+        (["-1e17"], "budget: -1e17 is out of range; allowed: above 0"),
+        (["nan"], "budget: 'nan' is no amount with a unit we know; allowed: 1e17, 100 PFLOP"),
+        (["5", "bananas"], "budget: '5 bananas' is no amount with a unit we know"),
+        (["1e999"], "budget: 1e999 is out of range"),
+        ([], "budget: nothing is given; allowed: a budget such as 1e17, --tokens, or both"),
+        (["--tokens", "-3"], "--tokens: -3 is out of range; allowed: above 0"),
+    ],
+)
+def test_budgets_that_are_none_are_one_clear_line(paper_folder, words, message, capsys):
+    assert main(["recipe", str(paper_folder), *words]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith(f"embedscale: {message}")
+    assert printed.err.count("\n") == 1
+
+
+def test_folders_without_fits_and_fits_of_another_version_are_refused(tmp_path, paper_folder, capsys):
+    for verb in ("recipe", "report"):
+        words = ["1e17"] if verb == "recipe" else []
+        assert main([verb, str(tmp_path), *words]) == 2
+        assert "does not exist; write it by embedscale fit RUNS" in capsys.readouterr().err
+    fits = json.loads((paper_folder / "fits.json").read_text()) | {"format": 99, "version": "9.9"}
+    (tmp_path / "fits.json").write_text(json.dumps(fits))
+    for verb in ("recipe", "report"):
+        assert main([verb, str(tmp_path), *(["1e17"] if verb == "recipe" else [])]) == 2
+        assert "made by version 9.9 in format 99" in capsys.readouterr().err
+
+
+def test_the_verb_prints_the_recipe_and_how_to_train_it(paper_folder, capsys):
+    assert main(["recipe", str(paper_folder), "50", "PFLOP"]) == 0
+    printed = capsys.readouterr().out
+    for text in ("recipe for 5e+16 FLOP", "pythia-", "tokens, about", "95 %", "extrapolates:", "instead:", "--recipe"):
+        assert text in printed
+    assert main(["recipe", str(paper_folder), "5e16", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["best"]["budget"] == 5e16
+
+
+def test_training_by_a_recipe_takes_the_rest_from_the_most_similar_run(tmp_path, capsys):
+    folder = miniature(tmp_path / "runs", scores=False)
+    assert main(["fit", str(folder), "--bootstrap", "100"]) == 0
+    capsys.readouterr()
+    advised = recipe.recipe(*recipe.read(folder)[:1], Limit(flop=3e11)).best
+    config = recipe.configuration(str(folder), "3e11", None, ["training.seed=7"])
+    assert config.backbone.name == f"configs/quickstart/backbones/{advised.backbone}"
+    assert (config.budget, config.method.name, config.training.seed) == (3e11, advised.method, 7)
+    assert (config.data.store, config.training.batch_size, config.output) == ("stores/tiny", 128, "runs")
+    assert config.training.learning_rate == advised.learning_rate
+    assert (
+        "a miniature: models of 6,592 to 84,912 parameters"
+        in recipe.recipe(recipe.read(folder)[0], Limit(flop=3e11)).notes[-1]
+    )
+
+
+def test_training_by_a_recipe_of_a_table_knows_the_hubs_names(paper_folder, tmp_path, capsys):
+    config = recipe.configuration(str(paper_folder), "5e16", None, [])
+    assert config.backbone.name.startswith("EleutherAI/pythia-")
+    assert config.method == Method("full")
+    table = paper_like().assign(backbone="own")
+    table["params"] *= 1.01
+    folder = fitted(table, tmp_path)
+    with pytest.raises(UserError, match=r"--recipe: where '.*' lies is not known here; give backbone.name=FOLDER"):
+        recipe.configuration(str(folder), "5e16", None, [])
+    assert recipe.configuration(str(folder), "5e16", None, ["backbone.name=here"]).backbone.name == "here"
+
+
+def test_fit_report_and_recipe_start_without_what_is_slow(paper_folder):
+    """torch takes seconds to import, pandas and matplotlib most of one."""
+    for verb, words, slow in (
+        ("recipe", ["recipe", str(paper_folder), "1e16"], ("torch", "pandas", "matplotlib", "scipy", "lightning")),
+        ("report", ["report", "nowhere"], ("torch", "matplotlib", "scipy", "lightning")),
+        ("fit", ["fit", "nowhere"], ("torch", "matplotlib", "scipy", "lightning")),
+    ):
+        code = (
+            f"import sys; from embedscale.cli import main; main({words!r}); "
+            f"print([name for name in {slow!r} if name in sys.modules], file=sys.stderr)"
+        )
+        told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False).stderr
+        assert told.splitlines()[-1] == "[]", (verb, told)
