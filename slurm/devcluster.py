@@ -171,15 +171,16 @@ class DevCluster:
         for node in self.nodes:
             self.start_node(node)
         idle = f"{len(self.nodes)} idle"
-        self._wait("slurmd", lambda: idle in self.ask("sinfo", "--noheader", "--partition=low", "--format=%D %t"))
+        self._wait(self.nodes[0], lambda: idle in self.ask("sinfo", "--noheader", "--partition=low", "--format=%D %t"))
 
     def _start_accounting(self) -> None:
         data, user = self.folder / "database", f"--user={getpass.getuser()}"
-        install = [str(_program("mariadb-install-db")), "--no-defaults", f"--datadir={data}", user, "--skip-test-db"]
+        install = [str(_program("mariadb-install-db")), "--no-defaults", f"--datadir={data}", user]
+        install += ["--skip-test-db", "--skip-name-resolve", "--force"]  # where the host's own name is not known
         if not (data / "mysql").exists():
             log = self.folder / "mariadb-install-db.log"
             with log.open("ab") as output:
-                if subprocess.run([*install, "--skip-name-resolve"], stdout=output, stderr=output).returncode:
+                if subprocess.run(install, stdout=output, stderr=output).returncode:
                     raise UserError(f"mariadb-install-db failed; see {log}")
         words = ["--no-defaults", f"--datadir={data}", user, f"--socket={self.folder}/database.socket"]
         words += ["--bind-address=127.0.0.1", f"--port={self._port('database_port')}"]

@@ -7,7 +7,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import BACKBONES, BUDGETS, FLOP_AN_HOUR, LAWS, fitted, miniature, paper_like
+from sweeps import BACKBONES, BUDGETS, FLOP_AN_HOUR, LAWS, fitted, miniature, paper_like
 
 from analysis import recipe
 from analysis.evidence import Limit, parse_limit

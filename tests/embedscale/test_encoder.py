@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import save_backbone
+from saved import save_backbone
 from torch.nn.functional import normalize
 from transformers import AutoModel, GPTNeoXConfig, LlamaConfig
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import write_pairs
+from saved import write_pairs
 from transformers import AutoModel, AutoTokenizer
 
 from embedscale import encode as encoding

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from conftest import WORDS, save_byte_tokenizer
+from saved import WORDS, save_byte_tokenizer
 from scipy import stats
 
 from embedscale import cli, corpora, prepare

@@ -1,0 +1,139 @@
+"""Sweeps with known laws: as a table fitted into a folder, and as the run directories that training leaves."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from analysis import fit as fits_file
+from analysis import runs
+from analysis.laws import predict_chinchilla, predict_trainable_fraction
+from embedscale.cost import Method, cost_of
+from embedscale.pythia import SUITE
+
+LAWS = {
+    "full": np.array([0.1, 900.0, 90.0, 0.45, 0.25]),
+    "bias": np.array([0.15, 1000.0, 130.0, 0.44, 0.245]),
+    "lora": np.array([0.08, 900.0, 145.0, 0.45, 0.267]),
+    "freeze": np.array([0.12, 2.0, 800.0, 60.0, 1.5, 105.0, 0.45, 0.25]),
+}
+BACKBONES = [SUITE[f"pythia-{name}"] for name in ("14m", "31m", "70m", "160m", "410m", "1b")]
+BUDGETS = 1.5e15 * 4.0 ** np.arange(5)
+FLOP_AN_HOUR = 2e17
+METHODS = [
+    *(Method("full"), Method("bias")),
+    *(Method("freeze", active_fraction=share) for share in (1 / 2, 1.0)),
+    *(Method("lora", rank=rank) for rank in (8, 32, 512)),
+]
+RANK_PENALTY = {8: 1.04, 32: 1.0, 512: 1.03}
+
+
+def paper_like(noise: float = 0.004, batch: int = 1024, context: int = 75, seed: int = 0) -> pd.DataFrame:
+    """Six Pythias at five budgets by four methods, with costs by `cost_of` and losses by `LAWS`."""
+    rng, rows = np.random.default_rng(seed), []
+    for row in BACKBONES:
+        for method in METHODS:
+            cost = cost_of(row.shape, method)
+            share = {"freeze": method.active_fraction}.get(method.name, cost.n_updated / cost.n_parameters)
+            for budget in BUDGETS:
+                tokens = budget / cost.flop_per_token
+                if method.name == "freeze":
+                    loss = predict_trainable_fraction(LAWS["freeze"], row.parameters, tokens, share)
+                else:
+                    loss = predict_chinchilla(LAWS[method.name], row.parameters, tokens)
+                worse = RANK_PENALTY.get(method.rank, 1.0) * np.exp(noise * rng.standard_normal())
+                pairs = tokens / 78
+                rows.append(
+                    {"method": method.name, "backbone": row.name, "params": row.parameters, "budget": budget}
+                    | {"tokens": tokens, "flop_per_token": cost.flop_per_token, "trainable_fraction": share}
+                    | {"rank": method.rank, "loss": float(np.ravel(loss)[0] * worse), "batch_size": batch}
+                    | {"context": context, "pairs": pairs, "steps": np.ceil(pairs / batch), "seed": 0}
+                    | {"gpu_hours": budget / FLOP_AN_HOUR, "evaluation.pool": 4096, "evaluation.negatives": 1023}
+                )
+    table = pd.DataFrame(rows)
+    return table.assign(rank=table["rank"].astype(float), status="done")
+
+
+def fitted(table: pd.DataFrame, folder: Path, **settings) -> Path:
+    """The table's fits in a folder, as `embedscale fit` leaves it."""
+    loaded = runs.from_table(table)
+    fits_file.write(fits_file.fit(loaded, **{"bootstrap": 100} | settings), loaded, folder)
+    return folder
+
+
+def write_run(folder: Path, budget: float, size: int, method: str, loss: float, backbone: str, seed: int = 0) -> Path:
+    """A run directory such as training leaves: configuration, metrics, record."""
+    settings = {"full": {}, "lora": {"rank": 8}, "bias": {}, "freeze": {"active_fraction": 0.5}}[method]
+    path = folder / f"{Path(backbone).name}_{method}_{budget:.3g}_s{seed}"
+    path.mkdir(parents=True)
+    per_token = {"full": 6, "lora": 4.6, "bias": 4.1, "freeze": 4}[method] * size
+    tokens = int(budget / per_token)
+    config = {
+        "budget": budget,
+        "output": str(folder),
+        "backbone": {"name": backbone},
+        "method": {"name": method} | settings,
+        "data": {"store": "stores/tiny"},
+        "training": {"batch_size": 128, "learning_rate": 0.003, "seed": seed},
+    }
+    (path / "config.yaml").write_text(json.dumps(config))  # JSON is YAML
+    rows = []
+    for share in (0.1, 0.25, 0.5, 0.75, 1.0):
+        value = loss * share**-0.2
+        rows.append({"step": int(100 * share), "flops": share * budget, "loss": value * 1.02})
+        rows.append({"step": int(100 * share), "flops": share * budget, "held_out_loss": value})
+    (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    record = {
+        "status": "done",
+        "run_id": path.name,
+        "backbone": Path(backbone).name,
+        "method": method,
+        "hyperparameters": {"batch_size": 128, "learning_rate": 0.003, "context": 75, "loss": "symmetric"} | settings,
+        "trainable_fraction": {"full": 1.0, "lora": 0.1, "bias": 0.02, "freeze": 0.5}[method],
+        "seed": seed,
+        "data_digest": "d1",
+        "budget_flop": budget,
+        "spent_flop": budget * 0.999,
+        "spent_flop_exact": budget * 1.1,
+        "flop_per_token": per_token,
+        "n_parameters": size,
+        "tokens": tokens,
+        "pairs": tokens / 120,
+        "steps": int(np.ceil(tokens / 120 / 128)),
+        "loss": loss,
+        "evaluation": {"pool": 2048, "negatives": 127, "temperature": 0.05, "digest": "e1"},
+        "gpu_hours": budget / 1e13,
+        "device": {"name": "cpu"},
+        "code": {"version": "0.1.0", "commit": "abc", "dirty": False},
+    }
+    (path / "record.json").write_text(json.dumps(record))
+    return path
+
+
+def write_score(path: Path, task: str, score: float) -> None:
+    (path / "scores").mkdir(exist_ok=True)
+    (path / "scores" / f"{task}.json").write_text(json.dumps({"task": task, "score": score}))
+
+
+TINY = {"tiny-7k": 6592, "tiny-13k": 12864, "tiny-25k": 25472, "tiny-50k": 50176, "tiny-85k": 84912}
+
+
+def miniature(folder: Path, scores: bool = True) -> Path:
+    """A quickstart's folder of run directories: tiny decoders, three budgets, holes as its sweep file has them."""
+    rng = np.random.default_rng(0)
+    for name, size in TINY.items():
+        for budget in (5e10, 2e11, 6e11):
+            for method in ("full", "lora", "freeze", "bias"):
+                if method != "full" and (size < 20000 or budget != 2e11):
+                    continue
+                if budget == 6e11 and size < 20000:
+                    continue
+                best = 9000 * (budget / 5e10) ** 0.6
+                worse = {"full": 1.0, "lora": 1.02, "freeze": 1.05, "bias": 1.2}[method]
+                loss = 4.0 * (budget / 5e10) ** -0.18 * np.exp(0.06 * np.log(size / best) ** 2) * worse
+                loss *= np.exp(0.01 * rng.standard_normal())
+                path = write_run(folder, budget, size, method, float(loss), f"configs/quickstart/backbones/{name}")
+                if scores:
+                    write_score(path, "HeldOutRetrieval", float(1 - loss / 8))
+    return folder

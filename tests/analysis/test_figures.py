@@ -1,0 +1,185 @@
+"""Every figure from a sweep, its files, what it shows, and how it looks: in grey, at its size, with holes."""
+
+import itertools
+import warnings
+from dataclasses import replace
+
+import matplotlib.colors
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from sweeps import BUDGETS, fitted, miniature, paper_like
+
+from analysis import figures, figures_optima, figures_runs, style
+from analysis import study as studies
+from embedscale.cli import main
+from embedscale.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def study(paper_folder, tmp_path_factory) -> studies.Study:
+    """Of the paper's shape, with a second sweep, and scores and curves as run directories give them."""
+    found = studies.load(paper_folder)
+    other = paper_like(batch=2048, context=512, seed=1)
+    other = other[other["method"] == "full"]
+    other = studies.load(fitted(other, tmp_path_factory.mktemp("other")))
+    best = found.points["full"]
+    scores = pd.DataFrame({"run": best["run"], "task": "STS15", "score": 0.8 - 0.1 * np.log(best["loss"])})
+    curves = best[["run", "method", "params", "budget"]].assign(flops=best["budget"], loss=best["loss"])
+    curves = pd.concat([curves.assign(flops=curves["flops"] * f, loss=curves["loss"] / f**0.1) for f in (0.2, 1)])
+    return replace(found, other=other, scores=scores, curves=curves.assign(held_out_loss=curves["loss"]))
+
+
+@pytest.fixture(scope="module")
+def drawn(study) -> dict[str, style.Drawn]:
+    with style.style(), warnings.catch_warnings():
+        warnings.simplefilter("error")  # a figure that warns is a figure with a flaw
+        return {name: draw(study) for name, _, draw in figures.FIGURES}
+
+
+NAMES = [name for name, _, _ in figures.FIGURES]
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 4, 5, 6, 7, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23])
+def test_every_figure_of_the_paper_is_among_them(number):
+    assert sum(name.startswith(f"figure_{number:02d}_") for name in NAMES) == 1
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_nothing_is_cut_off_and_axes_have_names(drawn, name):
+    figure = drawn[name].figure
+    with style.style():
+        FigureCanvasAgg(figure).draw()
+    words = [text for axes in figure.axes for text in (axes.title, axes.xaxis.label, axes.yaxis.label)]
+    for artist in [*figure.legends, *(text for text in words if text.get_text())]:
+        box = artist.get_window_extent()
+        assert figure.bbox.x0 - 1 <= box.x0 and box.x1 <= figure.bbox.x1 + 1, artist
+        assert figure.bbox.y0 - 1 <= box.y0 and box.y1 <= figure.bbox.y1 + 1, artist
+    for first, second in itertools.combinations([*figure.legends, *(text for text in words if text.get_text())], 2):
+        assert not first.get_window_extent().padded(-1).overlaps(second.get_window_extent().padded(-1)), (first, second)
+    assert any(axes.get_xlabel() for axes in figure.axes)
+    assert any(axes.get_ylabel() for axes in figure.axes)
+    assert figure.get_size_inches()[0] in (style.ONE, style.TWO)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_has_a_table_of_what_it_shows_and_a_caption(drawn, name):
+    assert len(drawn[name].rows)
+    assert drawn[name].caption.endswith(".")
+
+
+def test_the_tables_hold_the_fits_own_values(drawn, study):
+    optima = study.fits["methods"]["full"]["optima"]
+    rows = drawn["figure_01_frontier"].rows
+    full = rows[rows["method"] == "full"]
+    assert full["loss"].tolist() == [row["loss"] for row in optima]
+    assert (full["low"] < full["loss"]).all() and (full["loss"] < full["high"]).all()
+    bias = rows[(rows["method"] == "bias") & (rows["budget"] == BUDGETS[-1])].iloc[0]
+    assert bias["state"] != "interior" and bias["why"]
+    profiles = drawn["figure_02_isoflop"].rows
+    found = profiles[(profiles["method"] == "full") & (profiles["state"] == "optimum")]
+    assert found["params"].tolist() == [row["n_opt"] for row in optima]
+    ranks = drawn["figure_04_isoflop"].rows
+    assert set(ranks[ranks["method"] == "lora"]["choice"]) <= {"8", "32", "512", ""}
+
+
+def test_a_figures_table_tells_what_was_left_out(drawn):
+    rows = drawn["figure_02_isoflop"].rows
+    lost = rows[rows["state"] == "diverged"]
+    assert lost[["params", "budget"]].to_numpy().tolist() == [[302_311_424, 6e15]]
+
+
+def test_edges_are_hollow_and_interior_optima_are_not(drawn, study):
+    axes = drawn["figure_01_frontier"].figure.axes[0]
+    look = style.method_style("bias", study.methods)
+    filled = {}
+    for line in axes.get_lines():
+        if line.get_marker() == look["marker"] and len(line.get_xdata()) == 1:
+            face = matplotlib.colors.to_hex(line.get_markerfacecolor())
+            filled[float(line.get_xdata()[0])] = face != "#ffffff"
+    states = {row["budget"]: row["state"] == "interior" for row in study.fits["methods"]["bias"]["optima"]}
+    assert filled == states
+    assert not all(states.values())
+
+
+def luminance(color) -> float:
+    red, green, blue = matplotlib.colors.to_rgb(color)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+def test_colours_are_told_apart_in_grey(study):
+    budgets = [style.budget_style(budget, study) for budget in study.budgets]
+    grey = [luminance(look["color"]) for look in budgets]
+    assert grey == sorted(grey, reverse=True)
+    assert min(-np.diff(grey)) > 0.05
+    assert len({look["marker"] for look in budgets}) == len(budgets)
+    methods = [style.method_style(name, study.methods) for name in study.methods]
+    for key in ("color", "marker", "linestyle"):
+        assert len({look[key] for look in methods}) == len(methods)
+
+
+def test_a_budget_has_one_colour_in_all_figures(drawn, study):
+    wanted = {style.budget_style(budget, study)["marker"]: style.budget_style(budget, study)["color"]
+              for budget in study.budgets}  # fmt: skip
+    for name in ("figure_02_isoflop", "figure_03_fraction", "figure_04_isoflop", "figure_05_rank", "figure_15_score"):
+        (legend,) = drawn[name].figure.legends
+        entries = {line.get_marker(): line.get_color() for line in legend.get_lines()}
+        assert entries and all(wanted[marker] == color for marker, color in entries.items())
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_a_sweep_with_holes_leaves_figures_out_with_a_reason(seed, tmp_path):
+    table = paper_like(seed=seed).sample(frac=[0.3, 0.1][seed], random_state=seed)
+    if seed == 1:
+        table = table.drop(columns=["steps", "backbone"])
+    study = studies.load(fitted(table, tmp_path))
+    told = 0
+    for name, _, draw in figures.FIGURES:
+        try:
+            with style.style():
+                FigureCanvasAgg(draw(study).figure).draw()
+        except style.NotDrawn as reason:
+            assert str(reason), name
+            told += 1
+    assert told >= 5  # scores, curves and the second sweep at the least
+
+
+def test_one_method_alone_and_methods_of_other_names(tmp_path):
+    table = paper_like().query("method == 'full'")
+    table = pd.concat([table.assign(method="adam"), table.assign(method="muon", loss=table["loss"] * 0.97)])
+    study = studies.load(fitted(table, tmp_path))
+    names = {name for name, _, _ in figures._others(study)}
+    assert names == {"isoflop_other_1", "isoflop_other_2"}
+    with style.style():
+        assert len(figures_optima.isoflop(study, methods=("muon",)).rows)
+        figures_optima.frontier(study)
+        with pytest.raises(style.NotDrawn, match="no run of full fine-tuning or block freezing"):
+            figures_optima.isoflop(study, methods=("full", "freeze"))
+
+
+def test_files_are_the_same_for_the_same_runs(study, tmp_path, monkeypatch):
+    monkeypatch.setattr(figures, "FIGURES", figures.FIGURES[:1])
+    for name in ("a", "b"):
+        figures.write(study, tmp_path / name)
+    for ending in ("png", "pdf", "csv"):
+        first, second = ((tmp_path / name / f"figure_01_frontier.{ending}").read_bytes() for name in ("a", "b"))
+        assert first == second
+    (tmp_path / "taken").write_text("")
+    with pytest.raises(UserError, match="is no folder"):
+        figures.write(study, tmp_path / "taken")
+
+
+def test_run_directories_bring_curves_and_scores(tmp_path, capsys):
+    folder = miniature(tmp_path / "runs")
+    assert main(["fit", str(folder), "--bootstrap", "100"]) == 0
+    study = studies.load(folder)
+    assert set(study.curves["run"]) == set(study.table["run"])
+    assert study.curves["held_out_loss"].notna().sum() == 5 * len(study.table)
+    assert len(study.scores) == len(study.table)
+    with style.style():
+        rows = figures_runs.score_and_loss(study).rows
+    assert len(rows) == len(study.table)
+    (folder / "runs.csv").unlink()
+    with pytest.raises(UserError, match="runs.csv: does not exist; embedscale fit writes it"):
+        studies.load(folder)
