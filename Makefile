@@ -16,14 +16,15 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[test,mteb,loggers]"
 	touch $@
 
-RUN := $(BIN)/embedscale train configs/quickstart.yaml
+SWEEP := configs/sweep/quickstart.yaml
 
+# The whole chain in miniature: pairs, a sweep on this machine, laws, figures and the report, a recipe.
 quickstart: install
-	$(BIN)/embedscale prepare configs/quickstart.yaml
-	$(RUN)
-	$(RUN) method.name=freeze method.active_fraction=0.5
-	$(RUN) method.name=bias training.learning_rate=0.01
-	$(RUN) method.name=lora method.rank=8 training.learning_rate=0.01
+	$(BIN)/embedscale sweep prefetch $(SWEEP)
+	$(BIN)/embedscale sweep submit $(SWEEP) --to here
+	$(BIN)/embedscale fit runs/quickstart
+	$(BIN)/embedscale report runs/quickstart --budget 2e12
+	$(BIN)/embedscale recipe runs/quickstart 2e12
 
 # The oldest supported sentence-transformers, with what it needs, beside the newest: exports are tested with both.
 OLDEST := $(VENV)/oldest
