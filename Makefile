@@ -34,7 +34,7 @@ $(OLDEST)/installed: $(VENV)/installed
 	touch $@
 
 test: install lint $(OLDEST)/installed
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 lint: install
 	$(BIN)/ruff check .

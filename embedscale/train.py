@@ -252,6 +252,8 @@ def _run(
             num_workers=resources.workers,
             prefetch_factor=4 if resources.workers else None,
             worker_init_fn=_ignore_signals,
+            # Forked, a worker imports nothing anew, and notices when this process is killed.
+            multiprocessing_context="fork" if resources.workers else None,
             pin_memory=torch.cuda.is_available(),
         )
         trainer.fit(module, loader)

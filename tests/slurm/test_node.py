@@ -58,7 +58,7 @@ def test_without_scontrol_and_accounting_a_job_waits_for_its_requeue_and_ends_re
     nothing = only(lab.folder / "node", "srun", "bash")
     queue_alone = {"PATH": only(lab.folder / "login", "squeue")}
     file = {"base": EACH_STEP, "axes": {"budget": [1e12]}, "methods": ["full"]}
-    limits = {"classes": {"hours": 1 / 60}, "cluster": {"warning_seconds": 20, "environment": {"PATH": nothing}}}
+    limits = {"classes": {"hours": 2 / 60}, "cluster": {"warning_seconds": 50, "environment": {"PATH": nothing}}}
     sweep = lab.write("bare", **file, **limits)
     lab.sweep("submit", sweep)
     (directory,) = until(lambda: lab.directories("bare"), 240)
