@@ -116,10 +116,14 @@ def _curves(table: pd.DataFrame, directories: Mapping[str, RunDirectory]) -> pd.
     facts = table.set_index("run")[["method", "params", "budget"]]
     for run, directory in directories.items():
         own = {str(name): facts.at[run, name] for name in facts}
-        for row in directory.read_metrics():
-            if "loss" in row or "held_out_loss" in row:
+        metrics = directory.read_metrics()
+        last = max((row["step"] for row in metrics), default=0)
+        for row in metrics:
+            # The last batch is cut to the budget: its loss, among fewer negatives, is none to compare.
+            loss = row.get("loss") if row["step"] < last else None
+            if loss is not None or "held_out_loss" in row:
                 value = {"flops": row.get("flops", np.nan), "step": row["step"]}
-                rows.append(own | {"run": run} | value | {key: row.get(key) for key in ("loss", "held_out_loss")})
+                rows.append(own | {"run": run} | value | {"loss": loss, "held_out_loss": row.get("held_out_loss")})
     found = pd.DataFrame(rows)
     return found.astype({"loss": float, "held_out_loss": float, "flops": float}) if rows else found
 

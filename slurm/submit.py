@@ -329,6 +329,7 @@ def command(args: Any) -> int:
     refuse_above(SweepPlan(sweep, chosen), args.max_gpu_hours)
     if not chosen:
         return DONE
-    runs = [each.run for each in chosen]
+    # The longest first, so that none of them is begun last and runs on alone.
+    runs = [each.run for each in sorted(chosen, key=lambda each: -each.seconds)]
     with local.announced(sweep.folder):
         return (local.run_here if to == "here" else local.run_in_this_process)(sweep, runs)
