@@ -23,8 +23,8 @@ quickstart: install
 	$(BIN)/embedscale sweep prefetch $(SWEEP)
 	$(BIN)/embedscale sweep submit $(SWEEP) --to here
 	$(BIN)/embedscale fit runs/quickstart
-	$(BIN)/embedscale report runs/quickstart --budget 3e12
-	$(BIN)/embedscale recipe runs/quickstart 3e12
+	$(BIN)/embedscale report runs/quickstart --budget 1e12
+	$(BIN)/embedscale recipe runs/quickstart 1e12
 
 # The oldest supported sentence-transformers, with what it needs, beside the newest: exports are tested with both.
 OLDEST := $(VENV)/oldest
