@@ -131,7 +131,7 @@ def _curves(table: pd.DataFrame, directories: Mapping[str, RunDirectory]) -> pd.
 def _scores(directories: Mapping[str, RunDirectory]) -> pd.DataFrame:
     rows = []
     for run, directory in directories.items():
-        for path in sorted((directory.path / "scores").glob("*.json")):
+        for path in sorted(directory.scores.glob("*.json")):
             found = read_json(path) or {}
             if isinstance(found.get("score"), int | float):
                 rows.append({"run": run, "task": path.stem, "score": float(found["score"])})

@@ -175,11 +175,15 @@ def _sweep_verbs(verbs) -> None:
     plan = action("plan", sweep_plan, "what the sweep costs, and what of it cannot be run")
     plan.add_argument("--each", action="store_true", help="a row for each run")
     plan.add_argument("--max-gpu-hours", type=float, metavar="H", help="refuse a sweep estimated to need more")
-    action("prefetch", sweep_prefetch, "models, tokenizers and pairs, fetched for nodes without a network")
+    fetch = action("prefetch", sweep_prefetch, "models, tokenizers and pairs, fetched for nodes without a network")
+    fetch.add_argument("--evaluate", nargs="+", metavar="TASK", help="the data of these mteb tasks or suites too")
     submit = action("submit", sweep_submit, "send out the runs that are missing or interrupted, and return")
     submit.add_argument("--to", choices=["slurm", "here", "this-process"], help="default slurm, or here without it")
     submit.add_argument("--retry-failed", action="store_true", help="failed runs too")
     submit.add_argument("--max-gpu-hours", type=float, metavar="H", help="refuse if what would go out needs more")
+    submit.add_argument(
+        "--evaluate", nargs="+", metavar="TASK", help="score the runs that are done: mteb's tasks, held-out, paper, …"
+    )
     action("status", sweep_status, "where every run stands")
     watch = action("watch", sweep_watch, "the status, refreshed until all is done or Ctrl-C")
     watch.add_argument("--every", type=float, default=10.0, metavar="SECONDS", help="default 10")
@@ -196,7 +200,11 @@ def _model_verbs(verbs) -> None:
 
     scored = action("evaluate", evaluate, "MTEB scores of a run: RUN/scores, a file a task")
     scored.add_argument(
-        "--tasks", nargs="+", default=["held-out"], metavar="NAME", help="mteb's, or held-out (default) or paper"
+        "--tasks",
+        nargs="+",
+        default=["held-out"],
+        metavar="NAME",
+        help="mteb's, or a suite: held-out (default), paper, published-code",
     )
     exported = action("export", export, "a run as a sentence-transformers model")
     exported.add_argument("folder", metavar="FOLDER", help="a new one")

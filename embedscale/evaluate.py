@@ -4,7 +4,6 @@ A task's file under RUN/scores is its done-marker: an evaluation that is stopped
 without one. Every score is stored with what changes scores: precision, context, prompts (none), versions.
 """
 
-import os
 import time
 from collections.abc import Iterable, Sequence
 from importlib.metadata import version
@@ -17,20 +16,7 @@ from embedscale.errors import DONE, INTERRUPTED, UserError
 from embedscale.pairs import PairBatch, PairStore
 from embedscale.record import RunDirectory, now, read_json, write_json
 from embedscale.stop import StopRequest
-
-HELD_OUT = "HeldOutRetrieval"
-SUITES = {
-    "held-out": (HELD_OUT,),
-    "paper": (  # a task a category
-        "EmotionClassification",
-        "TwentyNewsgroupsClustering",
-        "SprintDuplicateQuestions",
-        "AskUbuntuDupQuestions",
-        "SciFact",
-        "STS15",
-        "SummEval",
-    ),
-}
+from embedscale.tasks import HELD_OUT, load_data, mteb_package, names_of, task_of
 
 
 def evaluate(run: str, names: Sequence[str], tasks: Iterable[Any] = (), stop: StopRequest | None = None) -> int:
@@ -41,62 +27,29 @@ def evaluate(run: str, names: Sequence[str], tasks: Iterable[Any] = (), stop: St
     """
     directory = RunDirectory(run)
     record = finished(directory)
-    wanted = [name for word in names for name in SUITES.get(word, (word,))]
-    try:
-        import mteb
-    except ModuleNotFoundError:
-        raise UserError("evaluate needs the package mteb: pip install 'embedscale[mteb]'") from None
-    known = {**{task.metadata.name: task for task in tasks}, **_tasks(mteb, wanted, directory, record)}
+    mteb = mteb_package()
+    known = {task.metadata.name: task for task in tasks}
+    known |= {name: held_out_task(directory, record) if name == HELD_OUT else task_of(name) for name in names_of(names)}
     if stop is None:
         stop = StopRequest()
         stop.on_signals()
-    scores = directory.path / "scores"
-    missing = {name: task for name, task in known.items() if not (scores / f"{name}.json").exists()}
+    missing = {name: task for name, task in known.items() if not directory.score(name).exists()}
     if missing:
-        scores.mkdir(exist_ok=True)
+        directory.scores.mkdir(exist_ok=True)
         adapter = adapter_of(Embedder.of_run(run))
     for number, (name, task) in enumerate(missing.items(), 1):
         if stop.requested:
             print(f"{record['run_id']}: interrupted ({stop.reason}) before {name}; run it again to go on")
             return INTERRUPTED
         print(f"{record['run_id']}: task {number} of {len(missing)}, {name}", flush=True)
-        write_json(scores / f"{name}.json", _score(mteb, adapter, task, record))
-    _show(record, {name: read_json(scores / f"{name}.json") for name in known})
+        write_json(directory.score(name), _score(mteb, adapter, task, record))
+    _show(record, {name: read_json(directory.score(name)) for name in known})
     return DONE
-
-
-def _tasks(mteb: Any, names: Sequence[str], directory: RunDirectory, record: dict[str, Any]) -> dict[str, Any]:
-    """mteb's tasks by name. Raises UserError for an unknown one, naming the nearest."""
-    import difflib
-
-    found: dict[str, Any] = {}
-    for name in names:
-        if name == HELD_OUT:
-            found[name] = held_out_task(directory, record)
-            continue
-        try:
-            found[name] = mteb.get_task(name)
-        except KeyError:
-            every = [task.metadata.name for task in mteb.get_tasks()] + [*SUITES]
-            near = difflib.get_close_matches(name, every, 1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise UserError(f"--tasks: {name!r} is no task of mteb {version('mteb')} and no suite{hint}") from None
-    return found
 
 
 def _score(mteb: Any, adapter: Any, task: Any, record: dict[str, Any]) -> dict[str, Any]:
     begun = time.monotonic()
-    try:
-        task.load_data()
-    except UserError:
-        raise
-    except Exception as error:  # the hub's client and datasets have many classes for one fact
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        offline = " and HF_HUB_OFFLINE is set" if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0") else ""
-        raise UserError(
-            f"--tasks: {task.metadata.name}: its data is not in the local cache{offline}; evaluate once on a machine "
-            f"with a network, with the same HF_HOME ({reason})"
-        ) from None
+    load_data(task)
     result = mteb.evaluate(adapter, task, cache=None, co2_tracker=False, show_progress_bar=False).task_results[0]
     hyperparameters = record["hyperparameters"]
     return {

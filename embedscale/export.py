@@ -171,7 +171,7 @@ def model_card(embedder: Embedder, directory: RunDirectory, name: str, likeness:
     """README.md: how to use the model, and what made it."""
     record, config = embedder.record, embedder.config
     settings = record["hyperparameters"]
-    scores = [read_json(path) for path in sorted((directory.path / "scores").glob("*.json"))]
+    scores = [read_json(path) for path in sorted(directory.scores.glob("*.json"))]
     rows = {
         "backbone": f"{record['backbone']} ({record['backbone_weights']}, digest {record['backbone_digest']})",
         "method": settings["method_label"],

@@ -81,9 +81,14 @@ class RunDirectory:
     record = _Entry("record.json")
     lease = _Entry("lease.json")
     model = _Entry("model")
+    scores = _Entry("scores")
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
+
+    def score(self, task: str) -> Path:
+        """The file of an mteb task's score."""
+        return self.scores / f"{task}.json"
 
     def read_record(self) -> dict[str, Any] | None:
         """The record of a finished run, or None."""

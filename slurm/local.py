@@ -28,6 +28,7 @@ from embedscale.record import STALE_SECONDS, Attempt, RunDirectory, lease_holder
 from embedscale.stop import StopRequest
 from slurm import queue
 from slurm.grid import Sweep
+from slurm.scoring import score_all
 
 ATTEMPTS = 3  # without a new checkpoint, then a run has failed
 ELSEWHERE = 3  # exit status of a child that found another process at its run
@@ -293,6 +294,14 @@ def run_in_this_process(sweep: Sweep, runs: Sequence[RunConfig]) -> int:
         if codes[-1] == INTERRUPTED:
             return INTERRUPTED
     return FAILED if FAILED in codes else DONE
+
+
+def score_here(runs: Sequence[RunConfig], names: Sequence[str]) -> int:
+    """Score finished runs in this process. Returns as `run_here` does."""
+    stop = StopRequest()
+    stop.on_signals()
+    outcomes = set(score_all(runs, names, stop).values())
+    return INTERRUPTED if "interrupted" in outcomes else FAILED if "failed" in outcomes else DONE
 
 
 def _gpus() -> list[str]:

@@ -27,6 +27,7 @@ from embedscale.record import now, read_json, write_json
 from embedscale.stop import StopRequest
 from slurm import queue
 from slurm.local import Place, import_everything, rank_environment, run_all
+from slurm.scoring import score_all
 
 REQUEUED_SECONDS = 120.0  # from `scontrol requeue` to the kill
 PATIENCE_SECONDS = 900.0  # for SLURM's own requeue, where the job cannot ask: longer than most grace times
@@ -47,6 +48,7 @@ class Orders:
     cpus: int  # a task
     memory_gb: float  # a node
     code: dict[str, Any]
+    scores: Sequence[str] = ()  # mteb tasks to score the runs on; none: train them
 
     def write(self, folder: Path, submission: str) -> None:
         path = _orders(folder, submission)
@@ -78,7 +80,8 @@ def work(folder: str, submission: str, run_ids: Sequence[str]) -> NoReturn:
     if fault := self_test(orders):
         _leave_sick_node(Path(folder), orders, fault)
     places = [Place(threads=max(1, orders.cpus // orders.side_by_side))] * orders.side_by_side
-    outcomes = run_all([orders.run(run_id) for run_id in run_ids], places, stop)
+    runs = [orders.run(run_id) for run_id in run_ids]
+    outcomes = score_all(runs, orders.scores, stop) if orders.scores else run_all(runs, places, stop)
     left = [run_id for run_id, outcome in outcomes.items() if outcome == "interrupted"]
     if left:
         _go_on_later(orders, stop, rank)

@@ -10,6 +10,7 @@ from typing import Any
 
 from embedscale.errors import DONE, UserError
 from embedscale.prepare import prepare
+from embedscale.tasks import HELD_OUT, load_data, names_of, task_of
 from slurm import grid
 from slurm.grid import Sweep
 from slurm.plan import size
@@ -18,11 +19,13 @@ DESCRIPTION = ("*.json", "*.txt", "*.model")  # configuration and tokenizer
 WEIGHTS = (("*.safetensors",), ("*.bin",))  # the first that the repository has
 
 
-def prefetch(sweep: Sweep) -> int:
+def prefetch(sweep: Sweep, scores: Sequence[str] = ()) -> int:
     """Fetch what is not here yet; returns DONE, or what `prepare` returned where it did not end.
 
-    Raises UserError for a model that cannot be fetched and for sources that cannot be read.
+    `scores` names mteb tasks whose data come too. Raises UserError for a model or data that cannot be fetched and for
+    sources that cannot be read.
     """
+    tasks = [task_of(name) for name in names_of(scores) if name != HELD_OUT]
     backbones = {(run.backbone.name, run.backbone.revision): run.backbone.weights for run in sweep.runs}
     for (name, revision), weights in backbones.items():
         if not Path(name).is_dir():
@@ -33,6 +36,11 @@ def prefetch(sweep: Sweep) -> int:
     for run in {run.data.store: run for run in sweep.runs}.values():
         if code := prepare(run):
             return code
+    for task in tasks:
+        load_data(task)
+        print(
+            f"{task.metadata.name}: {task.metadata.dataset['path']} at {task.metadata.dataset['revision']}", flush=True
+        )
     return DONE
 
 
@@ -60,4 +68,4 @@ def _download(name: str, revision: str | None, patterns: Sequence[str]) -> Path:
 
 def command(args: Any) -> int:
     """`embedscale sweep prefetch SWEEP.yaml [key=value …]`."""
-    return prefetch(grid.load(args.sweep, args.words))
+    return prefetch(grid.load(args.sweep, args.words), args.evaluate or [])

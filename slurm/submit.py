@@ -27,6 +27,7 @@ from slurm.cluster import Cluster, ResourceClass
 from slurm.grid import Sweep
 from slurm.plan import Estimate, SweepPlan, plan_sweep, refuse_above
 from slurm.queue import Job
+from slurm.scoring import checked, to_score
 from slurm.snapshot import snapshot
 from slurm.status import survey
 
@@ -45,6 +46,7 @@ class Array:
     nodes: int
     devices: int  # tasks a node, a GPU each
     tasks: list[list[str]]  # run ids
+    scores: tuple[str, ...] = ()  # mteb tasks to score the runs on; none: train them
 
     @property
     def gpus(self) -> int:
@@ -129,8 +131,16 @@ def throttles(arrays: Sequence[Array], max_gpus: int, held: Sequence[tuple[str, 
     return result
 
 
-def submit(sweep: Sweep, plan: SweepPlan, retry_failed: bool = False, max_gpu_hours: float | None = None) -> int:
+def submit(
+    sweep: Sweep,
+    plan: SweepPlan,
+    retry_failed: bool = False,
+    max_gpu_hours: float | None = None,
+    scores: Sequence[str] = (),
+) -> int:
     """Send out what is missing, interrupted or, with `retry_failed`, failed; returns how many runs went out.
+
+    With `scores`, names of mteb tasks, what is sent out is instead the scoring of finished runs.
 
     Raises UserError where the queue cannot be asked, another submit is at work, or sbatch refuses: the arrays that
     were submitted before are named, stay in the queue, and are known to the next submit.
@@ -139,14 +149,14 @@ def submit(sweep: Sweep, plan: SweepPlan, retry_failed: bool = False, max_gpu_ho
         jobs = queue.jobs_by_run(sweep.folder)
         if jobs is None:
             raise UserError("squeue: cannot be asked, so that runs might go out twice; nothing was submitted")
-        chosen = reconcile(sweep, plan, jobs, retry_failed)
+        chosen = to_score(sweep, plan, scores, jobs) if scores else reconcile(sweep, plan, jobs, retry_failed)
         refuse_above(SweepPlan(sweep, chosen), max_gpu_hours)
         if not chosen:
             return 0
         if sick := node.sick_nodes(sweep.folder):
             print(f"kept away from: {', '.join(f'{name} ({fault})' for name, fault in sick.items())}")
         copy, facts = snapshot(sweep.folder / queue.FOLDER / "code")
-        arrays = arrange(chosen, sweep.cluster, _max_array())
+        arrays = [replace(each, scores=tuple(scores)) for each in arrange(chosen, sweep.cluster, _max_array())]
         sent: dict[str, str] = {}
         for index, (parallel, after) in enumerate(throttles(arrays, sweep.cluster.max_gpus, _held(sweep.folder, jobs))):
             dependencies = [sent.get(job, job) for job in after]
@@ -226,6 +236,7 @@ def _send(
         cpus=shape.cpus,
         memory_gb=shape.memory_gb * array.devices,
         code=dict(code),
+        scores=list(array.scores),
     ).write(folder, name)
     note = {"parallel": parallel, "gpus": array.gpus}
     queue.note_submission(sweep.folder, name, array.tasks, **note)
@@ -313,23 +324,27 @@ def _write_pickles(files: Path, job: str, tasks: Sequence[tuple[str, str, list[s
 
 
 def command(args: Any) -> int:
-    """`embedscale sweep submit SWEEP.yaml [key=value …] [--to slurm|here|this-process] [--retry-failed]`."""
+    """`embedscale sweep submit SWEEP.yaml [key=value …] [--to slurm|here|this-process] [--retry-failed] [--evaluate TASK …]`."""
     from slurm import local
 
+    scores = checked(args.evaluate or [])
     sweep = grid.load(args.sweep, args.words)
     plan = plan_sweep(sweep)
     to = args.to or ("slurm" if shutil.which("sbatch") else "here")
     if to == "slurm":
         if shutil.which("sbatch") is None:
             raise UserError("--to slurm: there is no sbatch here; allowed: here, this-process")
-        if submit(sweep, plan, args.retry_failed, args.max_gpu_hours):
+        if submit(sweep, plan, args.retry_failed, args.max_gpu_hours, scores):
             print(f"embedscale sweep watch {args.sweep}")
         return DONE
-    chosen = reconcile(sweep, plan, queue.jobs_by_run(sweep.folder), args.retry_failed)
+    jobs = queue.jobs_by_run(sweep.folder)
+    chosen = to_score(sweep, plan, scores, jobs) if scores else reconcile(sweep, plan, jobs, args.retry_failed)
     refuse_above(SweepPlan(sweep, chosen), args.max_gpu_hours)
     if not chosen:
         return DONE
     # The longest first, so that none of them is begun last and runs on alone.
     runs = [each.run for each in sorted(chosen, key=lambda each: -each.seconds)]
     with local.announced(sweep.folder):
+        if scores:
+            return local.score_here(runs, scores)
         return (local.run_here if to == "here" else local.run_in_this_process)(sweep, runs)

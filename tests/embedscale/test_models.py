@@ -19,12 +19,13 @@ from embedscale.config import load
 from embedscale.embedder import Embedder
 from embedscale.encode import encode
 from embedscale.errors import DONE, INTERRUPTED, UserError
-from embedscale.evaluate import HELD_OUT, adapter_of, evaluate, held_out_texts
+from embedscale.evaluate import adapter_of, evaluate, held_out_texts
 from embedscale.export import export
 from embedscale.pairs import PairStore
 from embedscale.prepare import prepare
 from embedscale.record import RunDirectory
 from embedscale.stop import StopRequest
+from embedscale.tasks import HELD_OUT, SUITES, task_of
 from embedscale.train import train
 
 METHODS = {
@@ -346,3 +347,9 @@ def test_the_whole_chain_needs_no_network(tmp_path, tiny_run):
     (tmp_path / "texts.txt").write_text("one text\nanother\n")
     in_fresh_process(WITHOUT_SOCKETS, str(load(None, words).folder), str(tmp_path), str(tmp_path / "texts.txt"), *words)
     assert np.load(tmp_path / "embeddings" / "00000.npy").shape[0] == 2
+
+
+def test_every_task_of_every_suite_is_one_that_mteb_knows():
+    names = {name for suite in SUITES.values() for name in suite} - {HELD_OUT}
+    assert len(names) == 20
+    assert {task_of(name).metadata.name for name in names} == names

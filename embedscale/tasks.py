@@ -1,0 +1,82 @@
+"""MTEB tasks by name, the suites of the paper and of its published code, and their data."""
+
+import os
+from collections.abc import Iterable
+from importlib.metadata import version
+from typing import Any
+
+from embedscale.errors import UserError
+
+HELD_OUT = "HeldOutRetrieval"  # over a store's held-out pairs; needs no network
+SUITES = {
+    "held-out": (HELD_OUT,),
+    "paper": (  # section 4.4: a task a category
+        "EmotionClassification",
+        "TwentyNewsgroupsClustering",
+        "SprintDuplicateQuestions",
+        "AskUbuntuDupQuestions",
+        "SciFact",
+        "STS15",
+        "SummEval",
+    ),
+    "published-code": (  # what the authors' repository lists as broad
+        "MedrxivClusteringS2S",
+        "StackExchangeClusteringP2P",
+        "ArguAna",
+        "CQADupstackGisRetrieval",
+        "CQADupstackAndroidRetrieval",
+        "QuoraRetrieval",
+        "BIOSSES",
+        "SICK-R",
+        "STS22",
+        "SummEval",
+        "ImdbClassification",
+        "Banking77Classification",
+        "AmazonReviewsClassification",
+        "SprintDuplicateQuestions",
+        "StackOverflowDupQuestions",
+    ),
+}
+
+
+def names_of(words: Iterable[str]) -> list[str]:
+    """Task names, suites written out, each once."""
+    return list(dict.fromkeys(name for word in words for name in SUITES.get(word, (word,))))
+
+
+def mteb_package() -> Any:
+    """The module. Raises UserError where it is not installed."""
+    try:
+        import mteb
+    except ModuleNotFoundError:
+        raise UserError("evaluate needs the package mteb: pip install 'embedscale[mteb]'") from None
+    return mteb
+
+
+def task_of(name: str) -> Any:
+    """mteb's task. Raises UserError for an unknown one, naming the nearest."""
+    import difflib
+
+    mteb = mteb_package()
+    try:
+        return mteb.get_task(name)
+    except KeyError:
+        every = [task.metadata.name for task in mteb.get_tasks()] + [*SUITES]
+        near = difflib.get_close_matches(name, every, 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise UserError(f"--tasks: {name!r} is no task of mteb {version('mteb')} and no suite{hint}") from None
+
+
+def load_data(task: Any) -> None:
+    """Have the task load its data. Raises UserError where they cannot be had."""
+    try:
+        task.load_data()
+    except UserError:
+        raise
+    except Exception as error:  # the hub's client and datasets have many classes for one fact
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        offline = " and HF_HUB_OFFLINE is set" if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0") else ""
+        raise UserError(
+            f"--tasks: {task.metadata.name}: its data is not in the local cache{offline}; fetch it on a machine with a "
+            f"network, with the same HF_HOME: embedscale sweep prefetch SWEEP --evaluate {task.metadata.name} ({reason})"
+        ) from None

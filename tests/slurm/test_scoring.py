@@ -1,0 +1,40 @@
+"""Finished runs of a sweep are scored: here, and by jobs of their own on a real SLURM."""
+
+import json
+
+import pytest
+
+FILE = {"axes": {"budget": [1e9]}, "methods": ["full", "bias"]}
+
+
+def scores(lab, name):
+    return {d.path.name: json.loads(d.score("HeldOutRetrieval").read_text())["score"] for d in lab.directories(name)}
+
+
+@pytest.mark.slow
+def test_scoring_jobs_score_what_is_done_and_no_run_twice(lab, until):
+    sweep = lab.write("scored", **FILE)
+    assert "2 not done; 0 to score" in lab.sweep("submit", sweep, "--evaluate", "held-out")
+    assert "2 done" in lab.sweep("submit", sweep, "--to", "here", "axes.budget=[1e9]")
+    said = lab.sweep("submit", sweep, "--evaluate", "held-out")
+    assert "2 without all scores; 2 to score on 1 tasks" in said and "submitted 2 runs" in said
+    assert "0 to score" in lab.sweep("submit", sweep, "--evaluate", "held-out")
+    until(lambda: not lab.queued("scored"), 240, lambda: lab.log("scored"))
+    found = scores(lab, "scored")
+    assert len(found) == 2
+    for directory in lab.directories("scored"):
+        record = directory.read_record()
+        score = json.loads(directory.score("HeldOutRetrieval").read_text())
+        assert score["weights_digest"] == record["weights_digest"]
+        assert found[directory.path.name] == pytest.approx(record["recall_at_10"], abs=0.02)
+        directory.score("HeldOutRetrieval").unlink()
+    # The same on this machine, after one score was lost.
+    assert "2 to score" in lab.sweep("submit", sweep, "--evaluate", "held-out", "--to", "here")
+    assert scores(lab, "scored") == pytest.approx(found, abs=1e-6)
+
+
+def test_a_task_that_mteb_does_not_know_is_refused_before_anything_is_sent(laptop):
+    sweep = laptop.write("scored", **FILE)
+    said = laptop.sweep("submit", sweep, "--evaluate", "SciFcat", code=2)
+    assert "'SciFcat' is no task of mteb" in said and "did you mean SciFact?" in said
+    assert not laptop.directories("scored")
