@@ -199,13 +199,8 @@ def _model_verbs(verbs) -> None:
         return verb
 
     scored = action("evaluate", evaluate, "MTEB scores of a run: RUN/scores, a file a task")
-    scored.add_argument(
-        "--tasks",
-        nargs="+",
-        default=["held-out"],
-        metavar="NAME",
-        help="mteb's, or a suite: held-out (default), paper, published-code",
-    )
+    suites = "mteb's, or a suite: held-out (default), paper, published-code"
+    scored.add_argument("--tasks", nargs="+", default=["held-out"], metavar="NAME", help=suites)
     exported = action("export", export, "a run as a sentence-transformers model")
     exported.add_argument("folder", metavar="FOLDER", help="a new one")
     encoded = action("encode", encode, "texts into embeddings; run again, it goes on")

@@ -76,7 +76,8 @@ def load_data(task: Any) -> None:
     except Exception as error:  # the hub's client and datasets have many classes for one fact
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         offline = " and HF_HUB_OFFLINE is set" if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0") else ""
+        name = task.metadata.name
         raise UserError(
-            f"--tasks: {task.metadata.name}: its data is not in the local cache{offline}; fetch it on a machine with a "
-            f"network, with the same HF_HOME: embedscale sweep prefetch SWEEP --evaluate {task.metadata.name} ({reason})"
+            f"--tasks: {name}: its data is not in the local cache{offline}; fetch it on a machine with a network, with "
+            f"the same HF_HOME: embedscale sweep prefetch SWEEP --evaluate {name} ({reason})"
         ) from None

@@ -57,7 +57,7 @@ def score_all(runs: Sequence[RunConfig], names: Sequence[str], stop: StopRequest
         if stop.requested:
             break
         try:
-            code = evaluate(run.folder, names, stop=stop)
+            code = evaluate(str(run.folder), names, stop=stop)
         except UserError as error:
             print(f"{run.run_id}: {error}", flush=True)
             code = FAILED

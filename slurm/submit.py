@@ -324,7 +324,7 @@ def _write_pickles(files: Path, job: str, tasks: Sequence[tuple[str, str, list[s
 
 
 def command(args: Any) -> int:
-    """`embedscale sweep submit SWEEP.yaml [key=value …] [--to slurm|here|this-process] [--retry-failed] [--evaluate TASK …]`."""
+    """`embedscale sweep submit SWEEP.yaml [key=value …] [--to …] [--retry-failed] [--evaluate TASK …]`."""
     from slurm import local
 
     scores = checked(args.evaluate or [])
