@@ -13,7 +13,20 @@ import pytest
 from saved import save_backbone, write_pairs
 
 # The files that take minutes, those that mostly wait first: begun last, one of them would end alone.
-LONG = "survival node models train kill local submit devcluster scoring status prefetch loss".split()
+LONG = [
+    "survival",
+    "node",
+    "models",
+    "train",
+    "kill",
+    "local",
+    "submit",
+    "devcluster",
+    "scoring",
+    "status",
+    "prefetch",
+    "loss",
+]
 
 
 def pytest_collection_modifyitems(items):
