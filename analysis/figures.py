@@ -29,6 +29,14 @@ def _choice(method: str, column: str) -> Draw:
     return partial(figures_optima.by_choice, method=method, column=column)
 
 
+def _scores(*methods: str) -> Draw:
+    return partial(figures_runs.score_profiles, methods=methods)
+
+
+def _score_by(method: str, column: str) -> Draw:
+    return partial(figures_runs.score_by_choice, method=method, column=column)
+
+
 def _hold_out(method: str) -> Draw:
     return partial(figures_laws.hold_out, method=method)
 
@@ -42,10 +50,18 @@ FIGURES: tuple[tuple[str, str, Draw], ...] = (
     ("figure_05_rank", "5. Loss against the LoRA rank", _choice("lora", "rank")),
     ("figure_06_size", "6. Optimal size: full fine-tuning and LoRA", _sizes("full", "lora")),
     ("figure_07_held_out", "7. The largest size predicted: full fine-tuning", _hold_out("full")),
+    ("figure_08_score", "8. MTEB score against size: full fine-tuning and block freezing", _scores("full", "freeze")),
+    (
+        "figure_09_score",
+        "9. MTEB score against the share of active blocks",
+        _score_by("freeze", "trainable_fraction"),
+    ),
+    ("figure_10_score", "10. MTEB score against size: bias-only and LoRA", _scores("bias", "lora")),
+    ("figure_11_score", "11. MTEB score against the LoRA rank", _score_by("lora", "rank")),
     ("figure_12_score", "12. MTEB score against budget", figures_runs.score_frontier),
     ("figure_13_size", "13. Optimal size: block freezing and bias-only", _sizes("freeze", "bias")),
     ("figure_14_held_out", "14. The largest size predicted: block freezing", _hold_out("freeze")),
-    ("figure_15_score", "15. MTEB score against size", figures_runs.score_profiles),
+    ("figure_15_score", "15. MTEB score against size: every method", figures_runs.score_profiles),
     ("figure_16_score", "16. MTEB score against loss", figures_runs.score_and_loss),
     ("figure_17_fixed_data", "17. Loss against tokens", figures_laws.fixed_data),
     ("figure_18_data_term", "18. The data term of the joint law", figures_laws.data_trend),

@@ -1,6 +1,7 @@
 """Figures of what was run: frontier (1), IsoFLOP profiles (2, 4), fractions and ranks (3, 5), model sizes (6, 13)."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -208,8 +209,15 @@ def by_choice(study: Study, method: str, column: str) -> Drawn:
     cells = study.cells[method]
     if column not in cells or cells[column].nunique() < 2:
         raise NotDrawn(f"{style.label(method)} has no two values of {column}")
-    cells = cells.dropna(subset=[column])
-    best = cells.groupby(["budget", "params", column])["loss"].min().reset_index()
+    drawn = choice_panels(study, cells, column, "loss")
+    return replace(drawn, rows=pd.concat([drawn.rows.assign(state=""), study.left_out(method)], ignore_index=True))
+
+
+def choice_panels(study: Study, rows: pd.DataFrame, column: str, measure: str) -> Drawn:
+    """Panels of figures 3 and 5 with the lowest loss, of 9 and 11 with the highest score."""
+    low = measure == "loss"
+    best = rows.dropna(subset=[column]).groupby(["budget", "params", column])[measure]
+    best = (best.min() if low else best.max()).reset_index()
     sizes = [size for size in study.sizes if (best["params"] == size).any()]
     figure, every = style.panels(len(sizes), 4 if len(sizes) > 4 else len(sizes), 1.75, sharex=True, sharey=True)
     for axes, size in zip(every, sizes, strict=True):
@@ -218,11 +226,11 @@ def by_choice(study: Study, method: str, column: str) -> Drawn:
             if part.empty:
                 continue
             look = style.budget_style(budget, study)
-            axes.plot(part[column], part["loss"], linewidth=0.9, **look | {"markersize": 3})
-            lowest = part.iloc[int(part["loss"].argmin())]
-            at_end = len(part) > 1 and lowest[column] in (part[column].min(), part[column].max())
+            axes.plot(part[column], part[measure], linewidth=0.9, **look | {"markersize": 3})
+            chosen = part.iloc[int(part[measure].argmin() if low else part[measure].argmax())]
+            at_end = len(part) > 1 and chosen[column] in (part[column].min(), part[column].max())
             ring = {"markerfacecolor": "white" if at_end else look["color"], "markeredgecolor": "black"}
-            axes.plot(lowest[column], lowest["loss"], markersize=5.5, markeredgewidth=0.7, **look | ring)
+            axes.plot(chosen[column], chosen[measure], markersize=5.5, markeredgewidth=0.7, **look | ring)
         axes.set_title(study.names[size], pad=2)
     values = np.unique(best[column])
     every[0].margins(0.06)
@@ -235,15 +243,16 @@ def by_choice(study: Study, method: str, column: str) -> Drawn:
             axes.tick_params(axis="x", labelsize=6)
         else:
             axes.set_xlim(0, 1.05)
-    style.log_axis(every[0].yaxis, "plain")
+    if low:
+        style.log_axis(every[0].yaxis, "plain")
     name = {"rank": "LoRA rank", "trainable_fraction": "share of active blocks S"}[column]
-    style.outer_labels(every, name, style.LOSS)
+    style.outer_labels(every, name, style.LOSS if low else "mean score")
     style.legend_below(figure, style.budget_handles(study, study.budgets), "budget (FLOP)")
     return Drawn(
         figure,
-        pd.concat([best.assign(state=""), study.left_out(method)], ignore_index=True),
-        f"Held-out loss against the {name}, for each size. The ringed mark is the best; hollow where it is the first "
-        "or the last value tried.",
+        best,
+        f"{'Held-out loss' if low else 'Score'} against the {name}, for each size. The ringed mark is the best; hollow "
+        "where it is the first or the last value tried.",
     )
 
 

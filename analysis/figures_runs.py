@@ -1,9 +1,13 @@
-"""Figures of the runs' own files: loss curves against FLOP spent, and MTEB scores (12, 15, 16)."""
+"""Figures of the runs' own files: loss curves against FLOP spent, and MTEB scores (8 to 12, 15, 16)."""
+
+from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 
 from analysis import style
+from analysis.figures_optima import choice_panels
 from analysis.study import Study, by_number
 from analysis.style import Drawn, NotDrawn
 
@@ -66,11 +70,14 @@ def score_frontier(study: Study) -> Drawn:
     )
 
 
-def score_profiles(study: Study) -> Drawn:
-    """Figure 15: score against size, a panel a method, a curve a budget."""
+def score_profiles(study: Study, methods: Sequence[str] = ()) -> Drawn:
+    """Figures 8, 10 and 15: score against size, a panel a method (of `methods`, or of all), a curve a budget."""
     runs = _scored(study)
     best = runs.loc[runs.groupby(["method", "budget", "params"])["loss"].idxmin()].sort_values("params")
-    methods = [method for method in study.methods if (best["method"] == method).any()]
+    methods = [each for each in methods or study.methods if (best["method"] == each).any()]
+    if not methods:
+        raise NotDrawn("none of its methods has scores")
+    best = best[best["method"].isin(methods)]
     figure, every = style.panels(len(methods), height=2.4, sharex=True, sharey=True)
     for axes, method in zip(every, methods, strict=True):
         for budget, part in by_number(best[best["method"] == method], "budget"):
@@ -84,6 +91,16 @@ def score_profiles(study: Study) -> Drawn:
         best[["method", "budget", "params", "loss", "score", "run"]],
         f"IsoFLOP profiles of the score of the run with the lowest loss of each size. Mean over {runs.attrs['tasks']}.",
     )
+
+
+def score_by_choice(study: Study, method: str, column: str) -> Drawn:
+    """Figures 9 and 11: score against the share of active blocks, or the rank."""
+    scored = _scored(study)
+    rows = scored[scored["method"] == method]
+    if column not in rows or rows[column].nunique() < 2:
+        raise NotDrawn(f"{style.label(method)} has no scores at two values of {column}")
+    drawn = choice_panels(study, rows, column, "score")
+    return replace(drawn, caption=f"{drawn.caption} Mean over {scored.attrs['tasks']}.")
 
 
 def score_and_loss(study: Study) -> Drawn:

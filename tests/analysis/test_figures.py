@@ -25,7 +25,7 @@ def study(paper_folder, tmp_path_factory) -> studies.Study:
     other = other[other["method"] == "full"]
     other = studies.load(fitted(other, tmp_path_factory.mktemp("other")))
     best = found.points["full"]
-    scores = pd.DataFrame({"run": best["run"], "task": "STS15", "score": 0.8 - 0.1 * np.log(best["loss"])})
+    scores = found.table[["run"]].assign(task="STS15", score=0.8 - 0.1 * np.log(found.table["loss"]))
     curves = best[["run", "method", "params", "budget"]].assign(flops=best["budget"], loss=best["loss"])
     curves = pd.concat([curves.assign(flops=curves["flops"] * f, loss=curves["loss"] / f**0.1) for f in (0.2, 1)])
     return replace(found, other=other, scores=scores, curves=curves.assign(held_out_loss=curves["loss"]))
@@ -41,7 +41,7 @@ def drawn(study) -> dict[str, style.Drawn]:
 NAMES = [name for name, _, _ in figures.FIGURES]
 
 
-@pytest.mark.parametrize("number", [1, 2, 3, 4, 5, 6, 7, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23])
+@pytest.mark.parametrize("number", range(1, 24))
 def test_every_figure_of_the_paper_is_among_them(number):
     assert sum(name.startswith(f"figure_{number:02d}_") for name in NAMES) == 1
 
@@ -122,10 +122,24 @@ def test_colours_are_told_apart_in_grey(study):
 def test_a_budget_has_one_colour_in_all_figures(drawn, study):
     wanted = {style.budget_style(budget, study)["marker"]: style.budget_style(budget, study)["color"]
               for budget in study.budgets}  # fmt: skip
-    for name in ("figure_02_isoflop", "figure_03_fraction", "figure_04_isoflop", "figure_05_rank", "figure_15_score"):
+    for name in ("figure_02_isoflop", "figure_03_fraction", "figure_04_isoflop", "figure_05_rank", "figure_08_score",
+                 "figure_09_score", "figure_10_score", "figure_11_score", "figure_15_score"):  # fmt: skip
         (legend,) = drawn[name].figure.legends
         entries = {line.get_marker(): line.get_color() for line in legend.get_lines()}
         assert entries and all(wanted[marker] == color for marker, color in entries.items())
+
+
+@pytest.mark.parametrize(("of_loss", "of_score"), [("03_fraction", "09_score"), ("05_rank", "11_score")])
+def test_scores_that_fall_with_the_loss_choose_what_the_loss_chooses(drawn, of_loss, of_score):
+    losses, scores = (drawn[f"figure_{name}"].rows for name in (of_loss, of_score))
+    losses = losses[losses["state"] == ""]
+    cells = (
+        losses.groupby(["budget", "params"])["loss"].idxmin(),
+        scores.groupby(["budget", "params"])["score"].idxmax(),
+    )
+    column = scores.columns[2]
+    assert list(losses.loc[cells[0], column]) == list(scores.loc[cells[1], column])
+    np.testing.assert_allclose(scores["score"], 0.8 - 0.1 * np.log(losses["loss"]), rtol=1e-12)
 
 
 @pytest.mark.parametrize("seed", range(2))
