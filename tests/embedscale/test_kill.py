@@ -1,6 +1,5 @@
 """Killed at random moments, by SIGKILL and by SIGTERM, a run ends with the bits of the run that was left alone."""
 
-import multiprocessing.forkserver
 import os
 import random
 import signal
@@ -24,20 +23,10 @@ def _train(words, tmpdir):
     os._exit(train(load(None, words)))
 
 
-@pytest.fixture(scope="module")
-def server():
-    """Fresh processes without the seconds of imports: real ones, forked from a server that holds the modules."""
-    os.environ["OMP_NUM_THREADS"] = "1"  # one order of summation, and no thread pool to lose in a fork
-    context = multiprocessing.get_context("forkserver")
-    multiprocessing.forkserver._forkserver._stop()  # one that `prepare` started in this process holds fewer modules
-    context.set_forkserver_preload(["embedscale.train", "lightning", "transformers.models.gpt_neox", "peft"])
-    return context
-
-
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["SIGKILL", "SIGTERM"])
 @pytest.mark.parametrize("name", METHODS)
 def test_ten_kills_change_no_bit(server, tmp_path, tiny_run, name, number):
-    words = [*tiny_run, *METHODS[name], "budget=6e9", "resources.checkpoint_minutes=0"]
+    words = [*tiny_run, *METHODS[name], "budget=4e9", "resources.checkpoint_minutes=0"]
     other = "/dev/shm" if Path("/dev/shm").is_dir() else str(tmp_path)  # checkpoints must not pass through TMPDIR
 
     def start(folder, workers):

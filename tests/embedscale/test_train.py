@@ -4,6 +4,7 @@ import json
 import math
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -22,6 +23,7 @@ from embedscale.pythia import shape_by_name
 from embedscale.record import RunDirectory, read_json
 from embedscale.stop import StopRequest
 from embedscale.train import train
+from slurm.local import rank_environment
 
 METHODS = {
     "full": ["method.name=full"],
@@ -226,8 +228,13 @@ def test_two_processes_on_one_run_the_second_stops_and_touches_nothing(tmp_path,
     assert first.returncode == INTERRUPTED and not directory.lease.exists()
 
 
-def test_two_processes_train_as_one_and_resume(tmp_path, tiny_run):
-    """A real launch of two ranks over gloo, stopped by SIGTERM and resumed, against one process."""
+def _rank(words, environment):
+    os.environ.update(environment)
+    os._exit(train(load(None, words)))
+
+
+def test_two_processes_train_as_one_and_resume(server, tmp_path, tiny_run):
+    """Two ranks over gloo, launched by the command and stopped by SIGTERM, resumed as a node does, against one."""
     if torch.cuda.is_available():
         pytest.skip("two ranks on the CPU; this machine would give them a GPU")
     words = [*tiny_run, "budget=1e10", "resources.checkpoint_minutes=0", "data.repeat=true"]
@@ -242,9 +249,15 @@ def test_two_processes_train_as_one_and_resume(tmp_path, tiny_run):
     first.terminate()
     first.communicate(timeout=120)
     assert first.returncode == INTERRUPTED
-    second = command(words)
-    _, said = second.communicate(timeout=240)
-    assert second.returncode == DONE, said
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        places = [rank_environment(rank, 2, rank, 2, 0, "127.0.0.1", free.getsockname()[1]) for rank in (0, 1)]
+    second = [server.Process(target=_rank, args=(words, place)) for place in places]
+    for process in second:
+        process.start()
+    for process in second:
+        process.join(240)
+    assert [process.exitcode for process in second] == [DONE, DONE]
     one, two = alone.read_record(), directory.read_record()
     assert two["spent_flop"] <= one["spent_flop"] <= 1e10 and two["device"]["count"] == 2
     assert two["pairs"] == one["pairs"] - one["pairs"] % 2
