@@ -148,6 +148,7 @@ def test_every_run_ends_with_the_bits_of_the_undisturbed_one(lab, until, same, r
     def over():
         lab.hurry()
         script.lift_limits()
+        time.sleep(2)
         # Another submit, which costs a process, only where it may find something to do.
         return not lab.queued("sweep") and "12 done; 0 to submit" in lab.sweep("submit", sweep)
 
