@@ -26,7 +26,7 @@ def _train(words, tmpdir):
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["SIGKILL", "SIGTERM"])
 @pytest.mark.parametrize("name", METHODS)
 def test_ten_kills_change_no_bit(server, tmp_path, tiny_run, name, number):
-    words = [*tiny_run, *METHODS[name], "budget=4e9", "resources.checkpoint_minutes=0"]
+    words = [*tiny_run, *METHODS[name], "budget=6e9", "resources.checkpoint_minutes=0"]
     other = "/dev/shm" if Path("/dev/shm").is_dir() else str(tmp_path)  # checkpoints must not pass through TMPDIR
 
     def start(folder, workers):
@@ -45,7 +45,7 @@ def test_ten_kills_change_no_bit(server, tmp_path, tiny_run, name, number):
     while not codes or codes[-1] != DONE:
         process, directory = start("killed", 2 * (kills % 2))
         if kills < KILLS:
-            process.join(rng.uniform(0.05, 0.5) * length)
+            process.join(rng.uniform(0.03, 0.4) * length)
             if process.is_alive():
                 os.kill(process.pid, number)
                 kills += 1
