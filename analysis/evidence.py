@@ -87,6 +87,11 @@ class Evidence:
             return law or ""
         if limit.gpu_hours:
             return (law or lines or "") if self._rates() else ""
+        # Where a budget was run and has no optimum inside the grid, what was measured there is known better than what
+        # a law extends to it.
+        edges = [row["budget"] for row in self.optima if row["state"] != "interior"]
+        if limit.flop and any(math.isclose(limit.flop, budget, rel_tol=0.1) for budget in edges):
+            return "best run"
         return lines or law or "best run"
 
     def cost(self, params: Array, budget: float | None = None) -> Array:

@@ -183,7 +183,7 @@ def recipe(fits: Mapping[str, Any], limit: Limit, runs: list[dict[str, str]] | N
     missing = [name for name in fits["methods"] if name not in chosen]
     notes = [f"{name}: neither a law nor a run at this budget, so not considered" for name in missing]
     if best.basis == "best run":
-        notes.append("no law could be fitted: this is the best run at the nearest budget, no optimum")
+        notes.append("this is the best run at the nearest budget; no optimum lies inside the grid there")
     if best.basis == "power laws" and evidence.law:
         size, _ = evidence.optimum(limit, "joint law", confidence)
         where = np.array([size])

@@ -47,6 +47,15 @@ def test_a_budget_within_the_runs_gets_the_closed_forms_size_and_the_true_loss(s
     assert best.learning_rate == pytest.approx(SUITE[best.backbone].pretraining_learning_rate / 10)
 
 
+def test_where_a_budget_that_was_run_has_no_optimum_inside_the_grid_the_best_run_stands_before_the_law(tmp_path):
+    table = paper_like().query("method == 'full'")
+    cut = table[(table["budget"] < BUDGETS[-1]) | (table["params"] < 5e6)]  # far too small for the largest budget
+    found = recipe.recipe(*recipe.read(fitted(cut, tmp_path))[:1], Limit(flop=BUDGETS[-1]))
+    measured = cut.loc[cut["budget"] == BUDGETS[-1], "loss"].min()
+    assert found.best.basis == "best run" and found.best.loss == pytest.approx(measured)
+    assert any("no optimum lies inside the grid" in note for note in found.notes)
+
+
 def test_the_method_changes_where_the_laws_cross_and_lora_brings_its_rank(study):
     low, high = (recipe.recipe(study[0], Limit(flop=budget), study[1]) for budget in (BUDGETS[0], 4 * BUDGETS[-1]))
     assert (low.best.method, high.best.method, high.best.rank) == ("full", "lora", 32)

@@ -37,7 +37,7 @@ def texts_of_this_machine(number: int) -> list[str]:
     files = corpora.installed_files()
     step = max(1, len(files) // 4000)
     pairs = (pair for path in files[::step] for pair in corpora._functions(path, Counter()))
-    texts = dict.fromkeys(text for pair in pairs for text in (pair.query, pair.positive) if text.strip())
+    texts = dict.fromkeys(text for pair in pairs for text in (pair.query.strip(), pair.positive.strip()) if text)
     return list(itertools.islice(texts, number))
 
 
