@@ -216,8 +216,8 @@ def by_choice(study: Study, method: str, column: str) -> Drawn:
 def choice_panels(study: Study, rows: pd.DataFrame, column: str, measure: str) -> Drawn:
     """Panels of figures 3 and 5 with the lowest loss, of 9 and 11 with the highest score."""
     low = measure == "loss"
-    best = rows.dropna(subset=[column]).groupby(["budget", "params", column])[measure]
-    best = (best.min() if low else best.max()).reset_index()
+    cells = rows.dropna(subset=[column]).groupby(["budget", "params", column])[measure]
+    best = (cells.min() if low else cells.max()).reset_index()
     sizes = [size for size in study.sizes if (best["params"] == size).any()]
     figure, every = style.panels(len(sizes), 4 if len(sizes) > 4 else len(sizes), 1.75, sharex=True, sharey=True)
     for axes, size in zip(every, sizes, strict=True):
