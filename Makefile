@@ -4,6 +4,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
+# pip would compile every module of every package, for minutes; Python compiles those that are imported, if it may.
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
+export PYTHONDONTWRITEBYTECODE =
 
 .PHONY: install quickstart test lint format clean
 
@@ -12,8 +15,9 @@ install: $(VENV)/installed
 # torch first and by its exact version: left to the resolver, it brings gigabytes of CUDA to a machine without a GPU.
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[test,mteb,loggers]"
+	$(PIP_INSTALL) "$$(grep '^torch==' constraints.txt)"
+	$(PIP_INSTALL) --constraint constraints.txt --editable ".[test,mteb,loggers]"
+	$(BIN)/python -c "import embedscale.train, mteb"
 	touch $@
 
 SWEEP := configs/sweep/quickstart.yaml
@@ -29,7 +33,7 @@ quickstart: install
 # The oldest supported sentence-transformers, with what it needs, beside the newest: exports are tested with both.
 OLDEST := $(VENV)/oldest
 $(OLDEST)/installed: $(VENV)/installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(OLDEST) \
+	$(PIP_INSTALL) --no-deps --target $(OLDEST) \
 		sentence-transformers==5.0.0 transformers==4.57.6 tokenizers==0.22.1 huggingface-hub==0.36.0 datasets==4.1.1
 	touch $@
 

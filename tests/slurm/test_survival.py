@@ -9,6 +9,7 @@ import re
 import signal
 import time
 from collections import defaultdict
+from datetime import datetime, timedelta
 
 import pytest
 
@@ -23,7 +24,7 @@ class Script:
     def __init__(self, lab, name, until):
         self.lab, self.name, self.until = lab, name, until
         self.deeds, self.nodes = defaultdict(list), defaultdict(set)  # by run id
-        self.limited = {}  # run id → its job
+        self.limited = {}  # run id → the attempt that was running
         self.begun = time.monotonic()
 
     def running(self):
@@ -66,12 +67,12 @@ class Script:
 
     def waiting(self):
         """The limited runs whose time limit has not stopped them yet."""
-        return [run for run in self.limited if not self.has_met_its_limit(run)]
+        return [run for run, number in self.limited.items() if number == self.running_attempt(run)]
 
-    def has_met_its_limit(self, run):
+    def running_attempt(self, run):
         directory = RunDirectory(self.lab.folder / "runs" / self.name / run)
-        reasons = {attempt.get("reason") for attempt in directory.read_attempts()}
-        return directory.record.exists() or bool(reasons & {"SIGUSR2", "the time is up"})
+        attempts = directory.read_attempts()
+        return attempts[-1]["number"] if attempts and lease_holder(directory.lease) else None
 
     def note(self, run, deed):
         self.deeds[run].append(f"{deed} ({time.monotonic() - self.begun:.0f} s)")
@@ -84,8 +85,11 @@ class Script:
     def limit(self):
         job, _, run = self.find(lambda run, node, held: "6e10" in run and run not in self.limited)
         self.note(run, "time limit")
-        self.limited[run] = job
-        self.lab.slurm("scontrol", "update", f"JobId={job}", "TimeLimit=1")
+        self.limited[run] = self.running_attempt(run)
+        # SLURM looks every 30 s, and warns 20 s ahead or at the look before: later than this it might just kill. A
+        # limit of whole minutes would hold for the next attempt too.
+        end = datetime.now() + timedelta(seconds=40)
+        self.lab.slurm("scontrol", "update", f"JobId={job}", f"EndTime={end:%Y-%m-%dT%H:%M:%S}")
 
     def preempt(self):
         _, node, _ = self.find(lambda run, node, held: node not in held)
@@ -109,11 +113,6 @@ class Script:
         job, _, run = self.find(lambda run, node, held: run not in self.limited)
         self.note(run, "cancelled")
         self.lab.slurm("scancel", job)
-
-    def lift_limits(self):
-        for run, job in self.limited.items():
-            if run not in self.waiting():
-                self.lab.slurm("scontrol", "update", f"JobId={job}", "TimeLimit=60")
 
 
 @pytest.mark.slow
@@ -140,14 +139,12 @@ def test_every_run_ends_with_the_bits_of_the_undisturbed_one(lab, until, same, r
     for deed in (script.limit, script.limit, script.preempt, script.requeue, script.cut_power, script.cancel):
         deed()
     until(lambda: not script.waiting(), 120, script.tell, between=lab.hurry)
-    script.lift_limits()
     assert "to submit" in lab.sweep("submit", sweep)  # what was cancelled
     for deed in (script.preempt, script.requeue, script.cancel):
         deed()
 
     def over():
         lab.hurry()
-        script.lift_limits()
         time.sleep(2)
         # Another submit, which costs a process, only where it may find something to do.
         return not lab.queued("sweep") and "12 done; 0 to submit" in lab.sweep("submit", sweep)
