@@ -50,6 +50,12 @@ def train(args: argparse.Namespace) -> int:
     return train(config)
 
 
+def calibrate(args: argparse.Namespace) -> int:
+    from embedscale.calibrate import calibrate
+
+    return calibrate(_config(args), args.out, args.sizes, args.methods, args.seconds)
+
+
 def evaluate(args: argparse.Namespace) -> int:
     from embedscale.evaluate import evaluate
 
@@ -274,6 +280,12 @@ def parser() -> argparse.ArgumentParser:
         "--recipe", metavar="BUDGET", help="what the fits advise for this budget: 1e17, '24 GPU-hours'"
     )
     trained.add_argument("--fits", default=".", metavar="FITS", help="of --recipe: the folder that fit wrote into")
+    measured = _with_config(verbs, "calibrate", calibrate, "what this hardware reaches for each size and method")
+    measured.add_argument("--sizes", nargs="+", default=["pythia-14m"], metavar="SIZE", help="of the Pythia suite")
+    usual = ["full", "freeze-0.5", "bias", "lora-r32"]
+    measured.add_argument("--methods", nargs="+", default=usual, metavar="METHOD", help=f"default {' '.join(usual)}")
+    measured.add_argument("--seconds", type=float, default=10.0, metavar="S", help="to measure each for; default 10")
+    measured.add_argument("--out", default="calibration.json", metavar="FILE", help="run again, it goes on")
     _model_verbs(verbs)
     _sweep_verbs(verbs)
     _fit_verb(verbs)

@@ -10,7 +10,7 @@ from transformers import AutoModel, GPTNeoXConfig, LlamaConfig
 from embedscale.backbone import blocks_of, digest_of, load_body, shape_of, shape_without_weights
 from embedscale.config import Backbone
 from embedscale.cost import Method
-from embedscale.encoder import BUCKETS, Encoder, pack
+from embedscale.encoder import Encoder, pack
 from embedscale.errors import UserError
 from embedscale.methods import apply_method, merge_adapters
 
@@ -88,17 +88,14 @@ def test_grouped_queries_and_other_decoders(tmp_path):
     torch.testing.assert_close(packed(Encoder(body), tokens, lengths), reference, atol=1e-5, rtol=0)
 
 
-def test_buckets_cover_every_token_once_and_pad_little():
+def test_runs_cover_every_token_once_in_dense_blocks():
     tokens, lengths = sequences(500, seed=3)
     (chunk,) = pack(tokens, lengths)
-    assert len(chunk.buckets) <= BUCKETS
-    assert [b.start for b in chunk.buckets[1:]] == [b.stop for b in chunk.buckets[:-1]]
-    assert chunk.buckets[0].start == 0 and chunk.buckets[-1].stop == lengths.sum() == len(chunk.tokens)
-    padded = sum(b.sequences * b.longest for b in chunk.buckets)
-    equal_parts = sum(len(part) * part.max() for part in np.array_split(np.sort(lengths), BUCKETS))
-    assert padded <= equal_parts < 1.15 * lengths.sum()
-    for bucket in chunk.buckets:
-        assert len(set(bucket.places.tolist())) == len(bucket.places)
+    assert chunk.runs[0].start == 0 and chunk.runs[-1].stop == lengths.sum() == len(chunk.tokens)
+    assert [run.start for run in chunk.runs[1:]] == [run.stop for run in chunk.runs[:-1]]
+    sizes = [(run.stop - run.start) // run.length for run in chunk.runs]
+    assert np.repeat([run.length for run in chunk.runs], sizes).tolist() == sorted(lengths)
+    assert len({run.length for run in chunk.runs}) == len(chunk.runs)
 
 
 def test_chunks_keep_the_token_limit():

@@ -1,0 +1,292 @@
+"""What this hardware reaches: tokens and FLOP a second, share of a matrix product's, memory, for each size and method.
+
+Training steps of the real module under a real Trainer, on synthetic pairs with the paper's lengths (section 4.1) and
+random weights, which cost what real ones do. `sweep plan` and the time limits of submitted jobs use the file.
+"""
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import lightning
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+from embedscale.backbone import load_body, shape_of
+from embedscale.callbacks import matrix_product_peak
+from embedscale.config import RunConfig
+from embedscale.contrastive import Batch, Contrastive
+from embedscale.cost import Method, cost_of
+from embedscale.encoder import Encoder, pack
+from embedscale.errors import DONE, UserError
+from embedscale.methods import apply_method
+from embedscale.plan import TrainingPlan
+from embedscale.pythia import SUITE, short_name
+from embedscale.record import now, read_json, write_json
+
+METHODS = ("full", "freeze-0.5", "bias", "lora-r32")
+MEANS = (14, 64)  # tokens of a query and of a positive (paper, section 4.1)
+SPREAD = 0.6  # of the lengths' logarithm
+WARM_STEPS = 2
+LEAST_CHUNK = 512  # tokens
+HOW = (
+    "Training steps (forward, loss, backward, AdamW) of embedscale's own module under lightning.Trainer, random "
+    "weights, synthetic pairs: query and positive lengths log-normal with means 14 and 64 after the cut at the "
+    "context. After {warm} steps, about {seconds:g} s are measured. FLOP are those of matrix products and attention, "
+    "without what GradCache or checkpointing compute again; the peak is the best of three products of large square "
+    "matrices beside it."
+)
+
+
+def calibrate(config: RunConfig, out: str, sizes: Sequence[str], methods: Sequence[str], seconds: float) -> int:
+    """Measure each size and method that the file does not hold yet, and write it after each.
+
+    Raises UserError, before anything is measured, for an unknown size or method, or a file of other settings.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    configs = [_config_of(config, size, method) for size in sizes for method in methods]
+    path, facts = Path(out), _facts(config, device, seconds)
+    found = read_json(path) or facts | {"peak_flop_per_second": 0.0, "rows": []}
+    for name, value in facts.items():
+        if name != "how" and found.get(name) != value:
+            raise UserError(f"{path}: was measured with {name} {found.get(name)}, not {value}; name another file")
+    done = {(row["backbone"], row["method"]) for row in found["rows"]}
+    console = Console(width=None if Console().is_terminal else 120)
+    for each in configs:
+        name = short_name(each.backbone.name), each.method.label
+        if name in done:
+            continue
+        console.print(f"{now()} {name[0]} {name[1]} …", highlight=False)
+        peak = matrix_product_peak(device, config.training.precision)
+        found["peak_flop_per_second"] = max(found["peak_flop_per_second"], peak)
+        found["rows"].append({"backbone": name[0], "method": name[1]} | measure(each, device, seconds, peak))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, found)
+    console.print(_table(found))
+    return DONE
+
+
+def _config_of(config: RunConfig, size: str, label: str) -> RunConfig:
+    name, _, amount = label.partition("-")
+    try:
+        settings = {"freeze": {"active_fraction": float(amount or 0)}} if name == "freeze" else {}
+        settings |= {"lora": {"rank": int(amount.removeprefix("r") or 0)}} if name == "lora" else {}
+    except ValueError:
+        raise UserError(f"--methods: {label!r} is unknown; such as: {', '.join(METHODS)}") from None
+    if size not in SUITE and not (Path(size) / "config.json").is_file():
+        raise UserError(f"--sizes: {size!r} is neither of the suite ({', '.join(SUITE)}) nor a folder with a model")
+    backbone = replace(config.backbone, name=size, weights="random")
+    return replace(config, backbone=backbone, method=Method(name, **settings.get(name, {})))
+
+
+def _facts(config: RunConfig, device: torch.device, seconds: float) -> dict[str, Any]:
+    cuda = device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(device) if cuda else f"CPU, {torch.get_num_threads()} threads",
+        "precision": config.training.precision,
+        "batch_size": config.training.batch_size,
+        "context": config.data.context,
+        "activation_checkpointing": config.resources.activation_checkpointing,
+        "torch": version("torch"),
+        "how": HOW.format(warm=WARM_STEPS, seconds=seconds),
+    }
+
+
+def measure(config: RunConfig, device: torch.device, seconds: float, peak: float) -> dict[str, Any]:
+    """One row: the speed with the largest chunk of tokens that the memory takes, halved from the whole batch on."""
+    row = SUITE.get(config.backbone.name)
+    body = build(config.backbone.name) if row else load_body(config.backbone, config.training.seed)
+    lengths = [paper_lengths(config, seed) for seed in range(4)]
+    chunk = config.resources.chunk_tokens or max(int(each.sum()) for each in lengths)
+    module = _module(body, config)
+    while True:
+        try:
+            reset_peak_memory(device)
+            steps, took, tokens, flop = _timed(module, config, lengths, chunk, seconds)
+            break
+        except torch.OutOfMemoryError:
+            if chunk <= LEAST_CHUNK:
+                return {"fits": False}
+            chunk //= 2
+            torch.cuda.empty_cache()
+    return {
+        "tokens_per_second": round(tokens / took, 1),
+        "pairs_per_second": round(steps * config.training.batch_size / took, 2),
+        "flop_per_second": round(flop / took),
+        "share_of_peak": round(flop / took / peak, 4),
+        "memory_gb": round(peak_memory(device) / 1e9, 2),
+        "chunk_tokens": chunk,
+        "steps": steps,
+        "seconds": round(took, 2),
+    }
+
+
+def build(size: str) -> nn.Module:
+    """A Pythia body of random float32 weights, from the table alone."""
+    from transformers import AutoModel, GPTNeoXConfig
+
+    row = SUITE[size]
+    config = GPTNeoXConfig(
+        vocab_size=row.vocabulary,
+        hidden_size=row.width,
+        num_hidden_layers=row.blocks,
+        num_attention_heads=row.heads,
+        intermediate_size=4 * row.width,
+        max_position_embeddings=row.shape.context,
+    )
+    body: nn.Module = AutoModel.from_config(config, dtype=torch.float32)
+    return body
+
+
+def paper_lengths(config: RunConfig, seed: int) -> np.ndarray:
+    """int64 [2 B]: token counts of a batch's queries, then of its positives, with the paper's means."""
+    rng = np.random.default_rng(seed)
+    context, found = config.data.context, []
+    for mean in MEANS:
+        noise = np.exp(SPREAD * rng.standard_normal(config.training.batch_size))
+        low, high = 0.0, 100.0 * context
+        for _ in range(60):  # the scale at which the cut lengths have the mean
+            scale = (low + high) / 2
+            cut = np.clip(np.rint(scale * noise), 1, context)
+            low, high = (scale, high) if cut.mean() < min(mean, context) else (low, scale)
+        found.append(cut.astype(np.int64))
+    return np.concatenate(found)
+
+
+def _module(body: nn.Module, config: RunConfig) -> Contrastive:
+    shape = shape_of(body, config.backbone.name)
+    cost = cost_of(shape, config.method, config.resources.activation_checkpointing)
+    trainable = apply_method(body, config.method)
+    encoder = Encoder(body, config.backbone.pooling, config.training.precision)
+    if config.resources.activation_checkpointing:
+        encoder.checkpoint_activations()
+    size = config.training.batch_size
+    plan = TrainingPlan(1e30, 0, cost.flop_per_token, 0, 2 * size, 2, size, 0, 1, 1e-5, 1, 1.0, "", "", [])
+    return Contrastive(encoder, trainable, config, plan, cost)
+
+
+class _Synthetic(Dataset[Batch]):
+    """The same few batches, again and again."""
+
+    def __init__(self, config: RunConfig, lengths: Sequence[np.ndarray], vocabulary: int, chunk: int):
+        self.config, self.lengths, self.vocabulary, self.chunk = config, lengths, vocabulary, chunk
+
+    def __getitem__(self, step: int) -> Batch:
+        lengths = self.lengths[step % len(self.lengths)]
+        tokens = np.random.default_rng(step).integers(0, self.vocabulary, int(lengths.sum())).astype(np.int32)
+        return Batch(
+            step=step,
+            pairs=self.config.training.batch_size,
+            chunks=pack(tokens, lengths, self.chunk),
+            texts=torch.arange(len(lengths)),
+            tokens=int(lengths.sum()),
+            squared_lengths=int((lengths**2).sum()),
+        )
+
+    def __len__(self) -> int:
+        return 10**6
+
+
+class _Clock(lightning.Callback):
+    """Stops the run after `seconds`, counted from the end of the first steps; reads the clock only then."""
+
+    def __init__(self, seconds: float):
+        self.seconds, self.steps = seconds, 10**6
+
+    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if module.step == WARM_STEPS - 1:
+            self.warm = self._now(module)
+        elif module.step == WARM_STEPS:
+            self.begun = self._now(module)
+            self.steps = max(3, min(1000, math.ceil(self.seconds / (self.begun - self.warm))))
+        elif module.step == WARM_STEPS + self.steps:
+            self.took = self._now(module) - self.begun
+            trainer.should_stop = True
+
+    def _now(self, module: Any) -> float:
+        if module.device.type == "cuda":
+            torch.cuda.synchronize(module.device)
+        return time.perf_counter()
+
+
+def _timed(
+    module: Contrastive, config: RunConfig, lengths: Sequence[np.ndarray], chunk: int, seconds: float
+) -> tuple[int, float, int, int]:
+    """Measured steps, their seconds, tokens and FLOP."""
+    clock = _Clock(seconds)
+    trainer = lightning.Trainer(
+        max_epochs=1,
+        devices=1,
+        callbacks=[clock],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )
+    module.step = module.tokens = module.flop_exact = 0
+    module.encoder.train()
+    vocabulary = module.encoder.body.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    batches = _Synthetic(config, lengths, vocabulary, chunk)
+    workers = config.resources.workers
+    loader = DataLoader(
+        batches,
+        batch_size=None,
+        num_workers=workers,
+        multiprocessing_context="fork" if workers else None,
+        pin_memory=torch.cuda.is_available(),
+    )
+    trainer.fit(module, loader)
+    measured = [lengths[step % len(lengths)] for step in range(WARM_STEPS, WARM_STEPS + clock.steps)]
+    tokens, squares = sum(int(each.sum()) for each in measured), sum(int((each**2).sum()) for each in measured)
+    once = replace(module.cost, recompute=0, recompute_attention=0)
+    return clock.steps, clock.took, tokens, once.exact(tokens, squares)
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: the resident set's high-water mark
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes since the reset: allocated on a GPU; of this whole process, libraries included, on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
+
+
+def _table(found: dict[str, Any]) -> Table:
+    peak = found["peak_flop_per_second"]
+    table = Table(
+        "backbone", "method", "tokens/s", "pairs/s", "FLOP/s", "of peak", "memory, GB", "chunk, tokens",
+        title=f"{found['device']}, {found['precision']}, batches of {found['batch_size']} pairs; a matrix product "
+        f"reaches {peak:.3g} FLOP/s",
+    )  # fmt: skip
+    for column in table.columns[2:]:
+        column.justify = "right"
+    for row in found["rows"]:
+        table.add_row(row["backbone"], row["method"], *_figures(row))
+    return table
+
+
+def _figures(row: dict[str, Any]) -> Iterator[str]:
+    if "tokens_per_second" not in row:
+        yield "does not fit"
+        return
+    yield f"{row['tokens_per_second']:,.0f}"
+    yield f"{row['pairs_per_second']:,.1f}"
+    yield f"{row['flop_per_second']:.3g}"
+    yield f"{row['share_of_peak']:.0%}"
+    yield f"{row['memory_gb']:.2f}"
+    yield f"{row['chunk_tokens']:,}"
