@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXAttention
 
-QUERIES = 128  # of a long sequence at once, where no gradient is asked for: half of the scores are then never computed
+HALVED = 128  # tokens: from twice as many on, a sequence's halves are attended to apart
 
 
 class Run(NamedTuple):
@@ -68,9 +68,12 @@ def _variable_length(
     """[T, heads, size] of a whole chunk in one kernel."""
     from torch.nn.attention.varlen import varlen_attn
 
-    longest, more = packing.runs[-1].length, {"enable_gqa": True} if grouped else {}
-    ends = packing.ends
-    return varlen_attn(query, key, value, ends, ends, longest, longest, scale=scaling, window_size=(-1, 0), **more)
+    ends, longest = packing.ends, packing.runs[-1].length
+    more: dict[str, Any] = {"enable_gqa": True} if grouped else {}
+    found: Any = varlen_attn(
+        query, key, value, ends, ends, longest, longest, scale=scaling, window_size=(-1, 0), **more
+    )
+    return found
 
 
 class PackedNeoXAttention(GPTNeoXAttention):
@@ -85,9 +88,13 @@ class PackedNeoXAttention(GPTNeoXAttention):
         **_: Any,
     ) -> tuple[Tensor, None]:
         if hidden_states.device.type != "cpu":
-            return super().forward(
-                hidden_states, attention_mask, position_embeddings=position_embeddings, packing=packing
+            found: Any = super().forward(  # type: ignore[call-arg]
+                hidden_states,
+                attention_mask,
+                position_embeddings=position_embeddings,
+                packing=packing,  # type: ignore[arg-type]
             )
+            return found
         assert packing is not None and attention_mask is None
         dense, hidden = self.query_key_value, hidden_states[0]
         # The numbers that turn together stand half of the turned ones apart. Beside each other they are complex
@@ -131,12 +138,7 @@ class _RotateAndAttend(torch.autograd.Function):
         for run in runs:
             q, k, v = (_states(qkv, run, size, 3, part) for part in range(3))
             o = _states(out, run, size)
-            if run.length > QUERIES and not ctx.needs_input_grad[0]:
-                _attend_in_parts(q, k, v, o, scaling)
-                continue
-            found, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                q, k, v, 0.0, True, scale=scaling
-            )
+            found, log_sum = _attend(q, k, v, scaling)
             o.copy_(found)
             kept.append(log_sum)
         ctx.save_for_backward(qkv, turn, out, *kept)
@@ -171,23 +173,23 @@ def _states(x: Tensor, run: Run, size: int, parts: int = 1, part: int = 0) -> Te
     )
 
 
-def _attend_in_parts(query: Tensor, key: Tensor, value: Tensor, out: Tensor, scaling: float) -> None:
-    """Each part of the queries sees only the keys up to its end."""
-    length = query.shape[2]
-    mask = _mask(1024 * -(-length // 1024), query.dtype)
-    for stop in range(length, 0, -QUERIES):
-        start = max(0, stop - QUERIES)
-        out[:, :, start:stop] = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            query[:, :, start:stop], key[:, :, :stop], value[:, :, :stop], 0.0, False,
-            attn_mask=mask[start - stop :, len(mask.T) - stop :], scale=scaling,
-        )[0]  # fmt: skip
+def _attend(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    """Causal attention and the logarithm of its denominators, [sequences, heads, length, size] and without `size`.
 
-
-@cache
-def _mask(keys: int, dtype: torch.dtype) -> Tensor:
-    """[QUERIES, keys] for the last queries: −inf where a key comes later."""
-    later = torch.ones(QUERIES, keys, dtype=torch.bool).triu_(1 + keys - QUERIES)
-    return torch.zeros(QUERIES, keys, dtype=dtype).masked_fill_(later, -torch.inf)
+    The kernel computes the scores of later keys too, and drops them. So the second half of a long sequence's queries
+    sees the keys before it and its own keys apart.
+    """
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    half = query.shape[2] // 2
+    if half < HALVED:
+        whole: tuple[Tensor, Tensor] = kernel(query, key, value, 0.0, True, scale=scaling)
+        return whole
+    first, first_sum = _attend(query[:, :, :half], key[:, :, :half], value[:, :, :half], scaling)
+    own, own_sum = _attend(query[:, :, half:], key[:, :, half:], value[:, :, half:], scaling)
+    before, before_sum = kernel(query[:, :, half:], key[:, :, :half], value[:, :, :half], 0.0, False, scale=scaling)
+    share = torch.sigmoid(before_sum - own_sum)[..., None].to(own.dtype)
+    second_sum = torch.logaddexp(own_sum, before_sum)
+    return torch.cat([first, torch.lerp(own, before, share)], 2), torch.cat([first_sum, second_sum], 2)
 
 
 def _rotate(qkv: Tensor, turn: Tensor, beside: bool, size: int) -> None:

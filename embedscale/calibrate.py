@@ -21,12 +21,12 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from embedscale.backbone import load_body, shape_of
-from embedscale.callbacks import matrix_product_peak
 from embedscale.config import RunConfig
 from embedscale.contrastive import Batch, Contrastive
 from embedscale.cost import Method, cost_of
 from embedscale.encoder import Encoder, pack
 from embedscale.errors import DONE, UserError
+from embedscale.hardware import keep_freed_memory, matrix_product_peak, peak_memory, reset_peak_memory
 from embedscale.methods import apply_method
 from embedscale.plan import TrainingPlan
 from embedscale.pythia import SUITE, short_name
@@ -60,14 +60,15 @@ def calibrate(config: RunConfig, out: str, sizes: Sequence[str], methods: Sequen
             raise UserError(f"{path}: was measured with {name} {found.get(name)}, not {value}; name another file")
     done = {(row["backbone"], row["method"]) for row in found["rows"]}
     console = Console(width=None if Console().is_terminal else 120)
+    keep_freed_memory()
     for each in configs:
-        name = short_name(each.backbone.name), each.method.label
-        if name in done:
+        backbone, method = short_name(each.backbone.name), each.method.label
+        if (backbone, method) in done:
             continue
-        console.print(f"{now()} {name[0]} {name[1]} …", highlight=False)
-        peak = matrix_product_peak(device, config.training.precision)
+        console.print(f"{now()} {backbone} {method} …", highlight=False)
+        peak = matrix_product_peak(device, config.training.precision, 8192 if device.type == "cuda" else 2048)
         found["peak_flop_per_second"] = max(found["peak_flop_per_second"], peak)
-        found["rows"].append({"backbone": name[0], "method": name[1]} | measure(each, device, seconds, peak))
+        found["rows"].append({"backbone": backbone, "method": method} | measure(each, device, seconds, peak))
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, found)
     console.print(_table(found))
@@ -76,15 +77,18 @@ def calibrate(config: RunConfig, out: str, sizes: Sequence[str], methods: Sequen
 
 def _config_of(config: RunConfig, size: str, label: str) -> RunConfig:
     name, _, amount = label.partition("-")
+    settings: dict[str, Any] = {}
     try:
-        settings = {"freeze": {"active_fraction": float(amount or 0)}} if name == "freeze" else {}
-        settings |= {"lora": {"rank": int(amount.removeprefix("r") or 0)}} if name == "lora" else {}
+        if name == "freeze":
+            settings["active_fraction"] = float(amount)
+        elif name == "lora":
+            settings["rank"] = int(amount.removeprefix("r"))
     except ValueError:
         raise UserError(f"--methods: {label!r} is unknown; such as: {', '.join(METHODS)}") from None
     if size not in SUITE and not (Path(size) / "config.json").is_file():
         raise UserError(f"--sizes: {size!r} is neither of the suite ({', '.join(SUITE)}) nor a folder with a model")
     backbone = replace(config.backbone, name=size, weights="random")
-    return replace(config, backbone=backbone, method=Method(name, **settings.get(name, {})))
+    return replace(config, backbone=backbone, method=Method(name, **settings))
 
 
 def _facts(config: RunConfig, device: torch.device, seconds: float) -> dict[str, Any]:
@@ -129,13 +133,13 @@ def measure(config: RunConfig, device: torch.device, seconds: float, peak: float
     }
 
 
-def build(size: str) -> nn.Module:
+def build(size: str, vocabulary: int | None = None) -> nn.Module:
     """A Pythia body of random float32 weights, from the table alone."""
     from transformers import AutoModel, GPTNeoXConfig
 
     row = SUITE[size]
     config = GPTNeoXConfig(
-        vocab_size=row.vocabulary,
+        vocab_size=vocabulary or row.vocabulary,
         hidden_size=row.width,
         num_hidden_layers=row.blocks,
         num_attention_heads=row.heads,
@@ -249,21 +253,6 @@ def _timed(
     tokens, squares = sum(int(each.sum()) for each in measured), sum(int((each**2).sum()) for each in measured)
     once = replace(module.cost, recompute=0, recompute_attention=0)
     return clock.steps, clock.took, tokens, once.exact(tokens, squares)
-
-
-def reset_peak_memory(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    else:
-        Path("/proc/self/clear_refs").write_text("5")  # Linux: the resident set's high-water mark
-
-
-def peak_memory(device: torch.device) -> int:
-    """Bytes since the reset: allocated on a GPU; of this whole process, libraries included, on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
 
 
 def _table(found: dict[str, Any]) -> Table:

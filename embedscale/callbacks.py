@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from embedscale.contrastive import Batch, Contrastive
+from embedscale.hardware import matrix_product_peak
 from embedscale.held_out import evaluate_held_out
 from embedscale.loss import world_size
 from embedscale.pairs import PairStore
@@ -242,19 +243,3 @@ class Show(lightning.Callback):
 
     def teardown(self, trainer: Any, module: Any, stage: str) -> None:
         self.bar.stop()
-
-
-def matrix_product_peak(device: torch.device, precision: str) -> float:
-    """FLOP a second of a large matrix product here: the best of three."""
-    size = 4096 if device.type == "cuda" else 1024
-    a = torch.ones(size, size, device=device, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
-    seconds = []
-    for _ in range(4):
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        a @ a
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    return 2 * size**3 / min(seconds[1:])

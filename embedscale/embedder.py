@@ -11,14 +11,14 @@ from torch import nn
 from embedscale import config as configs
 from embedscale.backbone import digest_of, load_body
 from embedscale.config import RunConfig
-from embedscale.encoder import Encoder, pack
+from embedscale.encoder import Encoder, embeddings_of, pack
 from embedscale.errors import UserError
 from embedscale.methods import apply_method, merge_adapters
 from embedscale.record import RunDirectory
 from embedscale.tokens import load_tokenizer, token_ids
 
 TEXTS_AT_ONCE = 16384  # tokenised and sorted by length together
-FORWARD_TOKENS = 8192  # in one forward pass
+FORWARD_TOKENS = 2048  # in one forward pass: what its layers pass on stays in a core's cache
 
 
 class Embedder:
@@ -60,7 +60,6 @@ class Embedder:
             found[first : first + len(some)] = self._encode(some, progress)
         return found
 
-    @torch.inference_mode()
     def _encode(self, texts: Sequence[str], progress: Callable[[int], object]) -> np.ndarray:
         ids = token_ids(texts, self.tokenizer, self.config.data.context, np.int32)
         lengths = np.diff(ids.offsets.to_numpy())
@@ -68,8 +67,9 @@ class Embedder:
         found = np.zeros((len(texts), self.width), np.float32)
         progress(len(texts) - len(full))
         if len(full):
-            for chunk in pack(ids.values.to_numpy(), lengths[full], FORWARD_TOKENS):
-                found[full[chunk.order.numpy()]] = self.encoder(chunk.to(self.device)).cpu().numpy()
+            chunks = pack(ids.values.to_numpy(), lengths[full], FORWARD_TOKENS)
+            for chunk, embeddings in zip(chunks, embeddings_of(self.encoder, chunks), strict=True):
+                found[full[chunk.order.numpy()]] = embeddings.cpu().numpy()
                 progress(len(chunk.order))
         return found
 

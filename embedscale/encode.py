@@ -11,6 +11,7 @@ import numpy as np
 
 from embedscale.embedder import Embedder
 from embedscale.errors import DONE, INTERRUPTED, UserError
+from embedscale.hardware import keep_freed_memory
 from embedscale.record import read_json, write_atomically, write_json
 from embedscale.stop import StopRequest
 
@@ -41,6 +42,7 @@ def encode(run: str, source: str, out: str, column: str = "text", form: str = "n
         "texts_a_part": PART,
     }
     _claim(folder, facts)
+    keep_freed_memory()
     stop = StopRequest()
     stop.on_signals()
     return _encode_parts(embedder, _texts(path, column), folder, facts, stop)

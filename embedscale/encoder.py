@@ -4,6 +4,8 @@ All sequences of a chunk lie one after the other on one axis, sorted by length. 
 of real tokens; attention keeps sequences apart (attention.py).
 """
 
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,13 +30,14 @@ class Packed:
     runs: tuple[Run, ...]
 
     def to(self, device: torch.device) -> "Packed":
-        return replace(self, **{name: x.to(device, non_blocking=True) for name, x in self._tensors()})
+        return self._with(lambda x: x.to(device, non_blocking=True))
 
     def pin_memory(self) -> "Packed":
-        return replace(self, **{name: x.pin_memory() for name, x in self._tensors()})
+        return self._with(lambda x: x.pin_memory())
 
-    def _tensors(self) -> list[tuple[str, Tensor]]:
-        return [(name, value) for name, value in vars(self).items() if isinstance(value, Tensor)]
+    def _with(self, change: Callable[[Tensor], Tensor]) -> "Packed":
+        changed: dict[str, Any] = {n: change(x) for n, x in vars(self).items() if isinstance(x, Tensor)}
+        return replace(self, **changed)
 
 
 def pack(tokens: np.ndarray, lengths: np.ndarray, chunk_tokens: int | None = None) -> list[Packed]:
@@ -104,6 +107,29 @@ class Encoder(nn.Module):
                 packing=packed,
             ).last_hidden_state[0]
         return functional.normalize(pool(hidden.float(), packed, self.pooling), dim=-1)
+
+
+def embeddings_of(encoder: Encoder, chunks: Sequence[Packed]) -> Iterator[Tensor]:
+    """Each chunk's embeddings, in order, without a graph; on a CPU as many chunks at once as torch has threads.
+
+    A core for each chunk: what one chunk's operations leave to a second core is less than they wait for each other.
+    """
+    device = next(encoder.parameters()).device
+
+    @torch.no_grad()
+    def embed(chunk: Packed) -> Tensor:
+        found: Tensor = encoder(chunk.to(device))
+        return found
+
+    threads = torch.get_num_threads()
+    if device.type != "cpu" or threads == 1:
+        yield from map(embed, chunks)
+        return
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            yield from pool.map(embed, chunks)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def pool(hidden: Tensor, packed: Packed, pooling: str) -> Tensor:

@@ -13,6 +13,7 @@ import numpy as np
 
 from embedscale.embedder import Embedder, finished
 from embedscale.errors import DONE, INTERRUPTED, UserError
+from embedscale.hardware import keep_freed_memory
 from embedscale.pairs import PairBatch, PairStore
 from embedscale.record import RunDirectory, now, read_json, write_json
 from embedscale.stop import StopRequest
@@ -36,6 +37,7 @@ def evaluate(run: str, names: Sequence[str], tasks: Iterable[Any] = (), stop: St
     missing = {name: task for name, task in known.items() if not directory.score(name).exists()}
     if missing:
         directory.scores.mkdir(exist_ok=True)
+        keep_freed_memory()
         adapter = adapter_of(Embedder.of_run(run))
     for number, (name, task) in enumerate(missing.items(), 1):
         if stop.requested:

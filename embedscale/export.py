@@ -133,8 +133,9 @@ def _write_tokenizer(embedder: Embedder, folder: Path) -> None:
         end = end["content"]
     if end is None or embedder.tokenizer.token_to_id(end) is None:
         special = [t.content for _, t in sorted(embedder.tokenizer.get_added_tokens_decoder().items()) if t.special]
-        # Without any special token the first symbol serves: attention and pooling go by the mask.
-        end = special[0] if special else embedder.tokenizer.id_to_token(0)
+        # Without any special token a symbol serves, for attention and pooling go by the mask: the longest one, since
+        # what pads is cut out of texts first, wherever they spell it.
+        end = special[0] if special else max(embedder.tokenizer.get_vocab(), key=lambda symbol: (len(symbol), symbol))
     embedder.tokenizer.no_truncation()
     PreTrainedTokenizerFast(
         tokenizer_object=embedder.tokenizer,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from embedscale.config import Evaluation, Loss
-from embedscale.encoder import Encoder, pack
+from embedscale.encoder import Encoder, embeddings_of, pack
 from embedscale.loss import info_nce, world_size
 from embedscale.pairs import PairStore
 from embedscale.stop import StopRequest
@@ -47,8 +47,8 @@ def evaluate_held_out(
                 return None
             pairs = store.held_out_batch(group * size, (group + 1) * size)
             embeddings = torch.empty(2 * size, 0)
-            for chunk in pack(pairs.tokens, pairs.lengths, FORWARD_TOKENS):
-                part = encoder(chunk.to(device))
+            chunks = pack(pairs.tokens, pairs.lengths, FORWARD_TOKENS)
+            for chunk, part in zip(chunks, embeddings_of(encoder, chunks), strict=True):
                 if not embeddings.shape[1]:
                     embeddings = part.new_empty(2 * size, part.shape[1])
                 embeddings[chunk.order.to(device)] = part

@@ -86,13 +86,21 @@ def prepare(config: RunConfig) -> int:
     work = Work(folder, data, (name, revision), token, len(units), buckets)
     lease = Lease(folder / "work" / "lease.json")
     lease.take()
-    terminated = signal.signal(signal.SIGTERM, signal.default_int_handler)  # stops as Ctrl-C does
+    asked: list[int] = []
+
+    def interrupt(number: int, frame: object) -> None:
+        asked.append(number)
+        raise KeyboardInterrupt
+
+    handlers = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         write_json(folder / "work" / "settings.json", begun)
         for torn in folder.glob("*/.*.arrow.*.partial"):  # of a process that was killed
             torn.unlink()
         start = time.monotonic()
         counts, parts = _build(work, units)
+        if asked:  # raised in a destructor or a callback, the interrupt was lost
+            raise KeyboardInterrupt
         seconds = round(time.monotonic() - start, 1)
         manifest = _manifest(settings, name, digest, vocabulary(tokenizer), data, counts, parts)
         write_json(folder / "manifest.json", manifest | {"seconds": seconds})
@@ -106,7 +114,8 @@ def prepare(config: RunConfig) -> int:
         return FAILED
     finally:
         lease.release()
-        signal.signal(signal.SIGTERM, terminated)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     shutil.rmtree(folder / "work")
     rate = manifest["read"] / max(seconds, 0.1)
     print(f"{folder}: {_summary(manifest)}; {seconds:.0f} s, {rate:,.0f} pairs a second")

@@ -30,6 +30,7 @@ from embedscale.contrastive import Batches, Contrastive
 from embedscale.cost import cost_of
 from embedscale.encoder import Encoder
 from embedscale.errors import DONE, FAILED, INTERRUPTED, UserError
+from embedscale.hardware import keep_freed_memory
 from embedscale.methods import apply_method
 from embedscale.pairs import PairStore
 from embedscale.plan import TrainingPlan, plan_run
@@ -65,6 +66,7 @@ def train(config: RunConfig, stop: StopRequest | None = None) -> int:
         )
     plan = plan_run(config, shape_without_weights(config.backbone), store)
     _quieten()
+    keep_freed_memory()
     module, facts = _build(config, plan)
     _refuse_another_plan(directory, facts | {"plan": plan.as_json()})
     if _rank() > 0:

@@ -41,17 +41,21 @@ def test_ten_kills_change_no_bit(server, tmp_path, tiny_run, name, number):
     assert process.exitcode == DONE
     length = time.monotonic() - begun
 
-    rng, kills, codes = random.Random(f"{name} {number}"), 0, []
-    while not codes or codes[-1] != DONE:
-        process, directory = start("killed", 2 * (kills % 2))
-        if kills < KILLS:
-            process.join(rng.uniform(0.03, 0.4) * length)
-            if process.is_alive():
-                os.kill(process.pid, number)
-                kills += 1
-        process.join(300)  # far beyond any run here: a process that hangs fails the test
-        codes.append(process.exitcode)
-        assert codes[-1] in (DONE, INTERRUPTED, -number)
-    assert kills == KILLS, "the run ended before it was killed often enough: make it longer"
-    assert comparable(directory) == comparable(whole)
+    rng, kills = random.Random(f"{name} {number}"), 0
+    for again in range(KILLS):  # a run that ended before it was killed often enough is followed by another
+        code = None
+        while code != DONE:
+            process, directory = start(f"killed-{again}", 2 * (kills % 2))
+            if kills < KILLS:
+                process.join(rng.uniform(0.03, 0.4) * length)
+                if process.is_alive():
+                    os.kill(process.pid, number)
+                    kills += 1
+            process.join(300)  # far beyond any run here: a process that hangs fails the test
+            code = process.exitcode
+            assert code in (DONE, INTERRUPTED, -number)
+        assert comparable(directory) == comparable(whole)
+        if kills == KILLS:
+            break
+    assert kills == KILLS
     assert sum(a["to_step"] - a["from_step"] for a in directory.read_attempts() if "to_step" in a) > 0

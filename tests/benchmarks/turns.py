@@ -1,0 +1,40 @@
+"""Contestants in processes of their own, which take turns: none profits from, or suffers by, what another set up."""
+
+import multiprocessing
+from collections.abc import Callable, Iterator
+from typing import Any
+
+
+class Contestant:
+    """`make(*args)` returns, in a new process, the function that a turn calls; its results come back here."""
+
+    def __init__(self, make: Callable[..., Callable[..., Any]], *args: Any):
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=_serve, args=(theirs, make, args), daemon=True)
+        self.process.start()
+
+    def turn(self, *args: Any) -> Any:
+        self.pipe.send(args)
+        found = self.pipe.recv()
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+
+def _serve(pipe: Any, make: Callable[..., Callable[..., Any]], args: tuple) -> None:
+    run = None
+    for words in _received(pipe):
+        try:
+            run = run or make(*args)
+            pipe.send(run(*words))
+        except Exception as error:
+            pipe.send(RuntimeError(f"{type(error).__name__}: {error}"))
+
+
+def _received(pipe: Any) -> Iterator[tuple]:
+    while True:
+        try:
+            yield pipe.recv()
+        except EOFError:
+            return
