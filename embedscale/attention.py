@@ -88,11 +88,9 @@ class PackedNeoXAttention(GPTNeoXAttention):
         **_: Any,
     ) -> tuple[Tensor, None]:
         if hidden_states.device.type != "cpu":
-            found: Any = super().forward(  # type: ignore[call-arg]
-                hidden_states,
-                attention_mask,
-                position_embeddings=position_embeddings,
-                packing=packing,  # type: ignore[arg-type]
+            plain: Any = super().forward
+            found: tuple[Tensor, None] = plain(
+                hidden_states, attention_mask, position_embeddings=position_embeddings, packing=packing
             )
             return found
         assert packing is not None and attention_mask is None

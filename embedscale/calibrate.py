@@ -6,7 +6,7 @@ random weights, which cost what real ones do. `sweep plan` and the time limits o
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any
 import lightning
 import numpy as np
 import torch
+from lightning.pytorch.plugins.environments import LightningEnvironment
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -54,11 +55,11 @@ def calibrate(config: RunConfig, out: str, sizes: Sequence[str], methods: Sequen
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     configs = [_config_of(config, size, method) for size in sizes for method in methods]
     path, facts = Path(out), _facts(config, device, seconds)
-    found = read_json(path) or facts | {"peak_flop_per_second": 0.0, "rows": []}
+    found = read_json(path) or facts | {"peak_flop_per_second": 0.0, "rows": [], "too_large": []}
     for name, value in facts.items():
         if name != "how" and found.get(name) != value:
             raise UserError(f"{path}: was measured with {name} {found.get(name)}, not {value}; name another file")
-    done = {(row["backbone"], row["method"]) for row in found["rows"]}
+    done = {(row["backbone"], row["method"]) for row in found["rows"] + found["too_large"]}
     console = Console(width=None if Console().is_terminal else 120)
     keep_freed_memory()
     for each in configs:
@@ -68,7 +69,8 @@ def calibrate(config: RunConfig, out: str, sizes: Sequence[str], methods: Sequen
         console.print(f"{now()} {backbone} {method} …", highlight=False)
         peak = matrix_product_peak(device, config.training.precision, 8192 if device.type == "cuda" else 2048)
         found["peak_flop_per_second"] = max(found["peak_flop_per_second"], peak)
-        found["rows"].append({"backbone": backbone, "method": method} | measure(each, device, seconds, peak))
+        measured = measure(each, device, seconds, peak)
+        found["rows" if measured else "too_large"].append({"backbone": backbone, "method": method} | measured)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, found)
     console.print(_table(found))
@@ -105,7 +107,10 @@ def _facts(config: RunConfig, device: torch.device, seconds: float) -> dict[str,
 
 
 def measure(config: RunConfig, device: torch.device, seconds: float, peak: float) -> dict[str, Any]:
-    """One row: the speed with the largest chunk of tokens that the memory takes, halved from the whole batch on."""
+    """One row: the speed with the largest chunk of tokens that the memory takes, halved from the whole batch on.
+
+    Empty where not even a small chunk fits.
+    """
     row = SUITE.get(config.backbone.name)
     body = build(config.backbone.name) if row else load_body(config.backbone, config.training.seed)
     lengths = [paper_lengths(config, seed) for seed in range(4)]
@@ -118,7 +123,7 @@ def measure(config: RunConfig, device: torch.device, seconds: float, peak: float
             break
         except torch.OutOfMemoryError:
             if chunk <= LEAST_CHUNK:
-                return {"fits": False}
+                return {}
             chunk //= 2
             torch.cuda.empty_cache()
     return {
@@ -229,6 +234,7 @@ def _timed(
     trainer = lightning.Trainer(
         max_epochs=1,
         devices=1,
+        plugins=[LightningEnvironment()],  # one process, also inside of a SLURM job
         callbacks=[clock],
         logger=False,
         enable_checkpointing=False,
@@ -265,17 +271,16 @@ def _table(found: dict[str, Any]) -> Table:
     for column in table.columns[2:]:
         column.justify = "right"
     for row in found["rows"]:
-        table.add_row(row["backbone"], row["method"], *_figures(row))
+        table.add_row(
+            row["backbone"],
+            row["method"],
+            f"{row['tokens_per_second']:,.0f}",
+            f"{row['pairs_per_second']:,.1f}",
+            f"{row['flop_per_second']:.3g}",
+            f"{row['share_of_peak']:.0%}",
+            f"{row['memory_gb']:.2f}",
+            f"{row['chunk_tokens']:,}",
+        )
+    for row in found["too_large"]:
+        table.add_row(row["backbone"], row["method"], "does not fit")
     return table
-
-
-def _figures(row: dict[str, Any]) -> Iterator[str]:
-    if "tokens_per_second" not in row:
-        yield "does not fit"
-        return
-    yield f"{row['tokens_per_second']:,.0f}"
-    yield f"{row['pairs_per_second']:,.1f}"
-    yield f"{row['flop_per_second']:.3g}"
-    yield f"{row['share_of_peak']:.0%}"
-    yield f"{row['memory_gb']:.2f}"
-    yield f"{row['chunk_tokens']:,}"

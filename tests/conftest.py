@@ -7,6 +7,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Processes beside each other on few cores: threads that wait for each other by spinning take ten times as long.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import multiprocessing.forkserver
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,15 @@ def pytest_terminal_summary(terminalreporter):
         for name, text in report.user_properties:
             if name == "shown":
                 terminalreporter.write_line(text)
+
+
+@pytest.fixture(scope="module")
+def server():
+    """Fresh processes without the seconds of imports: real ones, forked from a server that holds the modules."""
+    context = multiprocessing.get_context("forkserver")
+    multiprocessing.forkserver._forkserver._stop()  # one that `prepare` started in this process holds fewer modules
+    context.set_forkserver_preload(["embedscale.train", "lightning", "transformers.models.gpt_neox", "peft"])
+    return context
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ from transformers import AutoModel, GPTNeoXConfig, LlamaConfig
 from embedscale.backbone import blocks_of, digest_of, load_body, shape_of, shape_without_weights
 from embedscale.config import Backbone
 from embedscale.cost import Method
-from embedscale.encoder import Encoder, pack
+from embedscale.encoder import Encoder, embeddings_of, pack
 from embedscale.errors import UserError
 from embedscale.methods import apply_method, merge_adapters
 
@@ -60,6 +60,51 @@ def test_packed_gradients_are_those_of_one_by_one(backbone_folder):
     (packed(encoder, tokens, lengths) * weights).sum().backward()
     for (name, a), b in zip(reference.named_parameters(), encoder.body.parameters(), strict=True):
         torch.testing.assert_close(b.grad, a.grad, atol=1e-5, rtol=1e-4, msg=name)
+
+
+def test_long_sequences_are_halved_to_the_same_gradients(backbone_folder):
+    """From 256 tokens on, the halves of a sequence are attended to apart; 600 are halved twice."""
+    lengths = np.array([600, 256, 257, 255, 300, 600], np.int32)
+    tokens = np.random.default_rng(2).integers(0, 256, lengths.sum()).astype(np.int32)
+    reference = AutoModel.from_pretrained(backbone_folder, dtype=torch.float32)
+    encoder = Encoder(load_body(Backbone(name=str(backbone_folder)), 0))
+    weights = torch.randn(len(lengths), 32, generator=torch.Generator().manual_seed(1))
+    expected = one_by_one(reference, tokens, lengths, "mean")
+    found = packed(encoder, tokens, lengths)
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+    (expected * weights).sum().backward()
+    (found * weights).sum().backward()
+    for (name, a), b in zip(reference.named_parameters(), encoder.body.parameters(), strict=True):
+        torch.testing.assert_close(b.grad, a.grad, atol=1e-5, rtol=1e-4, msg=name)
+
+
+def test_bf16_is_as_near_as_transformers_own(backbone_folder):
+    tokens, lengths = sequences()
+    reference = AutoModel.from_pretrained(backbone_folder, dtype=torch.float32)
+    encoder = Encoder(load_body(Backbone(name=str(backbone_folder)), 0), precision="bf16")
+    with torch.no_grad():
+        exact = one_by_one(reference, tokens, lengths, "mean")
+        with torch.autocast("cpu", torch.bfloat16):
+            theirs = one_by_one(reference, tokens, lengths, "mean")
+        ours = packed(encoder, tokens, lengths)
+    assert 0 < (ours - exact).norm() < 1.2 * (theirs - exact).norm()
+
+
+def test_chunks_side_by_side_are_the_chunks_one_by_one(backbone_folder):
+    tokens, lengths = sequences(200)
+    encoder = Encoder(load_body(Backbone(name=str(backbone_folder)), 0))
+    chunks = pack(tokens, lengths, 500)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = list(embeddings_of(encoder, chunks))
+        torch.set_num_threads(3)
+        beside = list(embeddings_of(encoder, chunks))
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+    assert len(chunks) > 10
+    assert all(torch.equal(a, b) and not b.requires_grad for a, b in zip(alone, beside, strict=True))
 
 
 def test_another_sequence_in_the_chunk_changes_nothing(backbone_folder):

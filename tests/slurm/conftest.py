@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -48,11 +49,50 @@ def wide_cluster():
     yield from _cluster(cpus=16, accounting=False)
 
 
+class Command:
+    """`embedscale WORDS` in a process forked from `server`; what the tests use of `subprocess.Popen`."""
+
+    def __init__(self, server, words: list[str], environment: dict[str, str], folder: Path):
+        handle, self.output = tempfile.mkstemp(suffix=".out")
+        os.close(handle)
+        self.process = server.Process(target=_run, args=(words, environment, str(folder), self.output))
+        self.process.start()
+        self.pid = self.process.pid
+        self.stdout = SimpleNamespace(read=Path(self.output).read_text)
+
+    @property
+    def returncode(self) -> int | None:
+        return self.process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def wait(self, timeout: float) -> int | None:
+        self.process.join(timeout)
+        return self.process.exitcode
+
+    def communicate(self, timeout: float) -> tuple[str, None]:
+        assert self.wait(timeout) is not None, f"still at it after {timeout} s: {self.stdout.read()}"
+        return self.stdout.read(), None
+
+
+def _run(words: list[str], environment: dict[str, str], folder: str, output: str) -> None:
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environment)
+    with Path(output).open("ab", buffering=0) as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    from embedscale.cli import main
+
+    sys.exit(main(words))
+
+
 class Lab:
     """A folder with a prepared store and a backbone, in which sweeps are written, submitted and watched."""
 
-    def __init__(self, folder: Path, settings: list[str], cluster: DevCluster | None):
-        self.folder, self.cluster = folder, cluster
+    def __init__(self, folder: Path, settings: list[str], cluster: DevCluster | None, server):
+        self.folder, self.cluster, self.server = folder, cluster, server
         self.base = {key: yaml.safe_load(value) for key, value in (word.split("=", 1) for word in settings)}
         self.environment = {**(cluster.environment if cluster else os.environ), "OMP_NUM_THREADS": "1"}
 
@@ -70,10 +110,15 @@ class Lab:
         path.write_text(json.dumps(grid))
         return path
 
-    def start(self, action: str, sweep: Path, *words: str, **settings) -> subprocess.Popen:
-        command = [sys.executable, "-m", "embedscale.cli", "sweep", action, str(sweep), *words]
-        more = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "cwd": self.folder}
-        return subprocess.Popen(command, env=self.environment | settings.pop("env", {}), **(more | settings))
+    def start(
+        self, action: str, sweep: Path, *words: str, env: dict[str, str] | None = None
+    ) -> Command | subprocess.Popen:
+        """A sweep's command; where it has an environment of its own, with its own imports too."""
+        line = ["sweep", action, str(sweep), *words]
+        if env is None:
+            return Command(self.server, line, self.environment, self.folder)
+        command, more = [sys.executable, "-m", "embedscale.cli", *line], {"stderr": subprocess.STDOUT, "text": True}
+        return subprocess.Popen(command, env=self.environment | env, stdout=subprocess.PIPE, cwd=self.folder, **more)
 
     def sweep(self, action: str, sweep: Path, *words: str, code: int | None = 0, **settings) -> str:
         process = self.start(action, sweep, *words, **settings)
@@ -126,31 +171,31 @@ def comparable(directory: RunDirectory):
     return metrics, record
 
 
-def _lab(folder: Path, settings: list[str], cluster: DevCluster):
+def _lab(folder: Path, settings: list[str], cluster: DevCluster, server):
     """A lab that leaves an empty queue."""
-    yield Lab(folder, settings, cluster)
+    yield Lab(folder, settings, cluster, server)
     cluster.ask("scancel", f"--user={getpass.getuser()}")
     wait_until(lambda: not cluster.ask("squeue", "--noheader"), 60)
 
 
 @pytest.fixture
-def lab(tmp_path, tiny_run, cluster):
-    yield from _lab(tmp_path, tiny_run, cluster)
+def lab(tmp_path, tiny_run, cluster, server):
+    yield from _lab(tmp_path, tiny_run, cluster, server)
 
 
 @pytest.fixture
-def bare_lab(tmp_path, tiny_run, bare_cluster):
-    yield from _lab(tmp_path, tiny_run, bare_cluster)
+def bare_lab(tmp_path, tiny_run, bare_cluster, server):
+    yield from _lab(tmp_path, tiny_run, bare_cluster, server)
 
 
 @pytest.fixture
-def wide_lab(tmp_path, tiny_run, wide_cluster):
-    yield from _lab(tmp_path, tiny_run, wide_cluster)
+def wide_lab(tmp_path, tiny_run, wide_cluster, server):
+    yield from _lab(tmp_path, tiny_run, wide_cluster, server)
 
 
 @pytest.fixture
-def laptop(tmp_path, tiny_run) -> Lab:
-    return Lab(tmp_path, tiny_run, None)
+def laptop(tmp_path, tiny_run, server) -> Lab:
+    return Lab(tmp_path, tiny_run, None, server)
 
 
 @pytest.fixture
