@@ -4,6 +4,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from command import Command
 
 from embedscale import cli
 from embedscale.config import load
@@ -205,25 +207,25 @@ def command(config_words, **environment):
     )
 
 
-def test_two_processes_on_one_run_the_second_stops_and_touches_nothing(tmp_path, tiny_run):
+def test_two_processes_on_one_run_the_second_stops_and_touches_nothing(server, tmp_path, tiny_run):
     words = [*tiny_run, f"output={tmp_path / 'runs'}", "budget=1e12", "data.repeat=true"]
     config = load(None, words)
     directory = RunDirectory(config.folder)
-    first = command(words)
+    first = Command(server, ["train", *words], dict(os.environ), tmp_path)
     try:
         while not directory.read_metrics():
-            assert first.poll() is None
+            assert first.returncode is None
             time.sleep(0.05)
         token = read_json(directory.lease)["token"]
         attempts = sorted(directory.attempts.glob("*"))
-        second = command(words)
-        _, said = second.communicate(timeout=120)
+        second = Command(server, ["train", *words], dict(os.environ), tmp_path)
+        said, _ = second.communicate(timeout=120)
         assert second.returncode == WRONG
         assert "another process is at this run" in said and len(said.strip().splitlines()) == 1
         assert sorted(directory.attempts.glob("*")) == attempts
-        assert read_json(directory.lease)["token"] == token and first.poll() is None
+        assert read_json(directory.lease)["token"] == token and first.returncode is None
     finally:
-        first.terminate()
+        first.send_signal(signal.SIGTERM)
         first.communicate(timeout=120)
     assert first.returncode == INTERRUPTED and not directory.lease.exists()
 

@@ -9,10 +9,10 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import yaml
+from command import Command
 
 from embedscale.record import RunDirectory
 from slurm.devcluster import INSTALL, DevCluster, missing
@@ -47,45 +47,6 @@ def bare_cluster():
 def wide_cluster():
     """Two nodes of sixteen cores, no accounting: more room than a throttle lets a sweep take."""
     yield from _cluster(cpus=16, accounting=False)
-
-
-class Command:
-    """`embedscale WORDS` in a process forked from `server`; what the tests use of `subprocess.Popen`."""
-
-    def __init__(self, server, words: list[str], environment: dict[str, str], folder: Path):
-        handle, self.output = tempfile.mkstemp(suffix=".out")
-        os.close(handle)
-        self.process = server.Process(target=_run, args=(words, environment, str(folder), self.output))
-        self.process.start()
-        self.pid = self.process.pid
-        self.stdout = SimpleNamespace(read=Path(self.output).read_text)
-
-    @property
-    def returncode(self) -> int | None:
-        return self.process.exitcode
-
-    def send_signal(self, number: int) -> None:
-        os.kill(self.pid, number)
-
-    def wait(self, timeout: float) -> int | None:
-        self.process.join(timeout)
-        return self.process.exitcode
-
-    def communicate(self, timeout: float) -> tuple[str, None]:
-        assert self.wait(timeout) is not None, f"still at it after {timeout} s: {self.stdout.read()}"
-        return self.stdout.read(), None
-
-
-def _run(words: list[str], environment: dict[str, str], folder: str, output: str) -> None:
-    os.chdir(folder)
-    os.environ.clear()
-    os.environ.update(environment)
-    with Path(output).open("ab", buffering=0) as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    from embedscale.cli import main
-
-    sys.exit(main(words))
 
 
 class Lab:
