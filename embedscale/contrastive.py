@@ -33,6 +33,11 @@ class Batch:
         chunks = [chunk.to(device) for chunk in self.chunks]
         return replace(self, chunks=chunks, texts=self.texts.to(device, non_blocking=True))
 
+    def halved(self) -> "Batch":
+        """The same pairs in twice as many chunks."""
+        parts = [chunk.halves() if len(chunk.lengths) > 1 else [chunk] for chunk in self.chunks]
+        return replace(self, chunks=[half for part in parts for half in part])
+
     def pin_memory(self) -> "Batch":
         return replace(self, chunks=[chunk.pin_memory() for chunk in self.chunks], texts=self.texts.pin_memory())
 
@@ -89,6 +94,7 @@ class Contrastive(lightning.LightningModule):
         self.step = 0  # steps done
         self.tokens = 0
         self.flop_exact = 0
+        self.halvings = 0  # of every chunk, since memory ran out
         self.loss = torch.zeros(())  # of the last step
         self.averaged = torch.zeros((), dtype=torch.float64)  # sum over plan.averaged_steps
         self.first_bad_step = torch.full((), torch.inf, dtype=torch.float64)  # first step without a finite loss
@@ -113,7 +119,7 @@ class Contrastive(lightning.LightningModule):
         optimizer: Any = self.optimizers()
         for group in optimizer.param_groups:
             group["lr"] = self.plan.learning_rate_at(batch.step)
-        self.loss = self.backward_through(batch)
+        batch = self._backward_in_memory(batch)
         if batch.step == 0 and torch.isfinite(self.loss):
             self._check_gradients()
         if self.config.training.clip is not None:
@@ -121,6 +127,30 @@ class Contrastive(lightning.LightningModule):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         self._account(batch)
+
+    def _backward_in_memory(self, batch: Batch) -> Batch:
+        """The backward pass, begun again in chunks of half the size where the memory does not suffice.
+
+        Returns the batch as it was cut; later ones are cut so from the start, also after a resume.
+        """
+        for _ in range(self.halvings):
+            batch = batch.halved()
+        while True:
+            try:
+                self.loss = self.backward_through(batch)
+                return batch
+            except torch.OutOfMemoryError:
+                # Among several processes the others are already past this step's first exchange.
+                if world_size() > 1 or all(len(chunk.lengths) == 1 for chunk in batch.chunks):
+                    raise
+            for parameter in self.trainable.values():
+                parameter.grad = None
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            batch = batch.halved()
+            self.halvings += 1
+            longest = max(len(chunk.tokens) for chunk in batch.chunks)
+            print(f"out of memory at step {batch.step + 1}: from now on, chunks of at most {longest:,} tokens")
 
     def backward_through(self, batch: Batch) -> Tensor:
         """Leave the gradient of the global batch's loss in the trainable parameters; return the loss.
@@ -176,6 +206,7 @@ class Contrastive(lightning.LightningModule):
             "step": self.step,
             "tokens": self.tokens,
             "flop_exact": str(self.flop_exact),
+            "halvings": self.halvings,
             "averaged": float(self.averaged),
             "weights": {name: parameter.detach() for name, parameter in self.trainable.items()},
             "optimizer": optimizer.state_dict(),
@@ -184,6 +215,7 @@ class Contrastive(lightning.LightningModule):
     def restore(self, state: dict[str, Any]) -> None:
         """Take the counters and weights of `state`; the optimiser follows in `on_train_start`."""
         self.step, self.tokens, self.flop_exact = state["step"], state["tokens"], int(state["flop_exact"])
+        self.halvings = state.get("halvings", 0)
         self.averaged = torch.tensor(state["averaged"], dtype=torch.float64)
         with torch.no_grad():
             for name, parameter in self.trainable.items():

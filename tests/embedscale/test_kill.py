@@ -26,7 +26,7 @@ def _train(words, tmpdir):
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["SIGKILL", "SIGTERM"])
 @pytest.mark.parametrize("name", METHODS)
 def test_ten_kills_change_no_bit(server, tmp_path, tiny_run, name, number):
-    words = [*tiny_run, *METHODS[name], "budget=5e9", "resources.checkpoint_minutes=0"]
+    words = [*tiny_run, *METHODS[name], "budget=4e9", "resources.checkpoint_minutes=0"]
     other = "/dev/shm" if Path("/dev/shm").is_dir() else str(tmp_path)  # checkpoints must not pass through TMPDIR
 
     def start(folder, workers):

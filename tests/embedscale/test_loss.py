@@ -7,7 +7,6 @@ import socket
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as multiprocessing
 from torch.nn.functional import cross_entropy, normalize
 
 from embedscale.backbone import load_body, shape_of
@@ -183,6 +182,36 @@ def test_chunking_and_checkpointing_change_nothing(backbone_folder, name):
         assert_same_gradients(found, results[0][1])
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_out_of_memory_halves_the_chunks_and_loses_no_step(backbone_folder, monkeypatch, name):
+    method = METHODS[name] if name != "lora" else Method("lora", rank=4)
+    module, batch = module_for(backbone_folder, method), batch_of()
+    expected, whole = module.backward_through(batch), gradients(module)
+    module, forward = module_for(backbone_folder, method), Encoder.forward
+    most, seen = 150, []
+
+    def small(self, packed):
+        seen.append(len(packed.tokens))
+        if len(packed.tokens) > most:
+            raise torch.OutOfMemoryError("a GPU's words")
+        return forward(self, packed)
+
+    monkeypatch.setattr(Encoder, "forward", small)
+    cut = module._backward_in_memory(batch)
+    torch.testing.assert_close(module.loss, expected)
+    assert_same_gradients(gradients(module), whole)
+    assert sorted(torch.cat([chunk.order for chunk in cut.chunks]).tolist()) == list(range(32))
+    assert module.halvings > 1 and max(seen) > most
+    seen.clear()
+    module.zero_grad(set_to_none=True)
+    module._backward_in_memory(batch)
+    assert max(seen) <= most, "what was learnt about the memory is remembered"
+    assert_same_gradients(gradients(module), whole)
+    most = 0
+    with pytest.raises(torch.OutOfMemoryError):
+        module._backward_in_memory(batch)
+
+
 SETTINGS = [(None, {}), (100, {"hard_negatives": 1}), (100, {"form": "gte", "mask_equal_texts": True})]
 
 
@@ -198,12 +227,17 @@ def _process(rank, folder, port, out):
     torch.distributed.destroy_process_group()
 
 
-def test_two_processes_are_one(tmp_path, backbone_folder):
+def test_two_processes_are_one(server, tmp_path, backbone_folder):
     """Whole, in chunks, with hard negatives, with every similarity: two gloo ranks against one process."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    multiprocessing.spawn(_process, (backbone_folder, port, str(tmp_path)), nprocs=2)
+    processes = [server.Process(target=_process, args=(rank, backbone_folder, port, str(tmp_path))) for rank in (0, 1)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(240)
+        assert process.exitcode == 0
     ranks = [torch.load(tmp_path / str(rank)) for rank in (0, 1)]
     for number, (_, loss) in enumerate(SETTINGS):
         module = module_for(backbone_folder, Method("lora", rank=4), **loss)

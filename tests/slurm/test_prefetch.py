@@ -75,7 +75,7 @@ def test_after_prefetch_a_run_asks_no_hub(laptop, hub, tmp_path, save_decoder):
     assert "1 done" in laptop.sweep("submit", sweep, "--to", "here", env=offline)
     (run,) = laptop.directories("fetched")
     from_folder = laptop.write("folder", base=base | {"backbone.name": str(local)}, axes={"budget": [2e10]})
-    assert "1 done" in laptop.sweep("submit", from_folder, "--to", "here", env=offline)
+    assert "1 done" in laptop.sweep("submit", from_folder, "--to", "here")
     (other,) = laptop.directories("folder")
     assert run.read_record()["weights_digest"] == other.read_record()["weights_digest"]
     assert not hub.asked
