@@ -54,10 +54,12 @@ def save_model(body: nn.Module, folder: Path, vocabulary: int) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    words = {f"w{i}": i for i in range(vocabulary)}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    words = {"[UNK]": 0, "[PAD]": 1} | {f"w{i}": i for i in range(2, vocabulary)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="w1", unk_token="w0", padding_side="right")
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", padding_side="right"
+    )
     backbone = folder / "backbone"
     body.save_pretrained(backbone)  # type: ignore[operator]
     fast.save_pretrained(backbone)
@@ -149,6 +151,9 @@ def theirs(words: list[str], folder: Path, cached: bool) -> Callable[[int], Turn
         rows = [" ".join(f"w{t}" for t in row) for row in np.split(tokens, np.cumsum(lengths)[:-1])]
         columns["anchor"] += rows[: len(rows) // 2]
         columns["positive"] += rows[len(rows) // 2 :]
+    found = model.tokenizer(columns["positive"])["input_ids"]
+    expected = np.split(tokens, np.cumsum(lengths)[:-1])[config.training.batch_size :]
+    assert all(row == list(other) for row, other in zip(found[-len(expected) :], expected, strict=True)), "other tokens"
     scale = 1 / config.loss.temperature
     if cached:
         chunk = min(64, config.training.batch_size)
