@@ -21,14 +21,13 @@ from rich.table import Table
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from embedscale.backbone import load_body, shape_of
+from embedscale.backbone import load_body
 from embedscale.config import RunConfig
-from embedscale.contrastive import Batch, Contrastive
-from embedscale.cost import Method, cost_of
-from embedscale.encoder import Encoder, pack
+from embedscale.contrastive import Batch, Contrastive, assemble
+from embedscale.cost import Method
+from embedscale.encoder import pack
 from embedscale.errors import DONE, UserError
 from embedscale.hardware import keep_freed_memory, matrix_product_peak, peak_memory, reset_peak_memory
-from embedscale.methods import apply_method
 from embedscale.plan import TrainingPlan
 from embedscale.pythia import SUITE, short_name
 from embedscale.record import now, read_json, write_json
@@ -37,7 +36,6 @@ METHODS = ("full", "freeze-0.5", "bias", "lora-r32")
 MEANS = (14, 64)  # tokens of a query and of a positive (paper, section 4.1)
 SPREAD = 0.6  # of the lengths' logarithm
 WARM_STEPS = 2
-LEAST_CHUNK = 512  # tokens
 HOW = (
     "Training steps (forward, loss, backward, AdamW) of embedscale's own module under lightning.Trainer, random "
     "weights, synthetic pairs: query and positive lengths log-normal with means 14 and 64 after the cut at the "
@@ -53,7 +51,7 @@ def calibrate(config: RunConfig, out: str, sizes: Sequence[str], methods: Sequen
     Raises UserError, before anything is measured, for an unknown size or method, or a file of other settings.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    configs = [_config_of(config, size, method) for size in sizes for method in methods]
+    configs = [config_of(config, size, method) for size in sizes for method in methods]
     path, facts = Path(out), _facts(config, device, seconds)
     found = read_json(path) or facts | {"peak_flop_per_second": 0.0, "rows": [], "too_large": []}
     for name, value in facts.items():
@@ -77,7 +75,7 @@ def calibrate(config: RunConfig, out: str, sizes: Sequence[str], methods: Sequen
     return DONE
 
 
-def _config_of(config: RunConfig, size: str, label: str) -> RunConfig:
+def config_of(config: RunConfig, size: str, label: str) -> RunConfig:
     name, _, amount = label.partition("-")
     settings: dict[str, Any] = {}
     try:
@@ -109,23 +107,24 @@ def _facts(config: RunConfig, device: torch.device, seconds: float) -> dict[str,
 def measure(config: RunConfig, device: torch.device, seconds: float, peak: float) -> dict[str, Any]:
     """One row: the speed with the largest chunk of tokens that the memory takes, halved from the whole batch on.
 
-    Empty where not even a small chunk fits.
+    Empty where not even one sequence fits.
     """
     row = SUITE.get(config.backbone.name)
     body = build(config.backbone.name) if row else load_body(config.backbone, config.training.seed)
     lengths = [paper_lengths(config, seed) for seed in range(4)]
     chunk = config.resources.chunk_tokens or max(int(each.sum()) for each in lengths)
-    module = _module(body, config)
+    module = module_of(body, config)
     while True:
+        reset_peak_memory(device)
         try:
-            reset_peak_memory(device)
             steps, took, tokens, flop = _timed(module, config, lengths, chunk, seconds)
-            break
         except torch.OutOfMemoryError:
-            if chunk <= LEAST_CHUNK:
-                return {}
-            chunk //= 2
-            torch.cuda.empty_cache()
+            return {}
+        if not module.halvings:
+            break
+        # Cut anew in each step, which costs; cut by the loader, as a run is that was told so, it is measured again.
+        chunk //= 2**module.halvings
+        module.halvings = 0
     return {
         "tokens_per_second": round(tokens / took, 1),
         "pairs_per_second": round(steps * config.training.batch_size / took, 2),
@@ -170,16 +169,10 @@ def paper_lengths(config: RunConfig, seed: int) -> np.ndarray:
     return np.concatenate(found)
 
 
-def _module(body: nn.Module, config: RunConfig) -> Contrastive:
-    shape = shape_of(body, config.backbone.name)
-    cost = cost_of(shape, config.method, config.resources.activation_checkpointing)
-    trainable = apply_method(body, config.method)
-    encoder = Encoder(body, config.backbone.pooling, config.training.precision)
-    if config.resources.activation_checkpointing:
-        encoder.checkpoint_activations()
+def module_of(body: nn.Module, config: RunConfig) -> Contrastive:
+    """The module of a run without an end, for steps that are measured."""
     size = config.training.batch_size
-    plan = TrainingPlan(1e30, 0, cost.flop_per_token, 0, 2 * size, 2, size, 0, 1, 1e-5, 1, 1.0, "", "", [])
-    return Contrastive(encoder, trainable, config, plan, cost)
+    return assemble(body, config, TrainingPlan(1e30, 0, 0, 0, 2 * size, 2, size, 0, 1, 1e-5, 1, 1.0, "", "", []))
 
 
 class _Synthetic(Dataset[Batch]):

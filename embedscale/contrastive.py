@@ -7,13 +7,15 @@ from typing import Any
 import lightning
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from embedscale.backbone import shape_of
 from embedscale.config import RunConfig
-from embedscale.cost import Cost
+from embedscale.cost import Cost, cost_of
 from embedscale.encoder import Encoder, Packed, pack
 from embedscale.loss import loss_and_gradient, sum_gradients, world_size
+from embedscale.methods import apply_method
 from embedscale.pairs import PairStore
 from embedscale.plan import TrainingPlan
 
@@ -230,3 +232,22 @@ class Contrastive(lightning.LightningModule):
             optimizer.load_state_dict(self._optimizer_state)
             self._optimizer_state = None
         self.encoder.train()
+
+
+def assemble(body: nn.Module, config: RunConfig, plan: TrainingPlan) -> Contrastive:
+    """The module that trains `body` by the configured method, its adapters drawn from the seed.
+
+    Raises RuntimeError where what trains is not what the cost model counts.
+    """
+    checkpointing = config.resources.activation_checkpointing
+    cost = cost_of(shape_of(body, config.backbone.name), config.method, checkpointing)
+    torch.manual_seed(config.training.seed)
+    trainable = apply_method(body, config.method)
+    outside = {id(p) for p in body.get_input_embeddings().parameters()}  # type: ignore[operator]
+    updated = sum(p.numel() for p in body.parameters() if p.requires_grad and id(p) not in outside)
+    if updated != cost.n_updated:
+        raise RuntimeError(f"{updated} parameters train, but the cost model says N_U = {cost.n_updated}")
+    encoder = Encoder(body, config.backbone.pooling, config.training.precision)
+    if checkpointing:
+        encoder.checkpoint_activations()
+    return Contrastive(encoder, trainable, config, plan, cost)

@@ -37,25 +37,13 @@ class Packed:
 
     def halves(self) -> "list[Packed]":
         """Two chunks of about half of the tokens each, at least a sequence in each."""
-        total = len(self.tokens)
-        cut = int((self.ends[1:-1].long() - total / 2).abs().argmin()) + 1
-        middle = int(self.ends[cut])
-        parts = []
-        for tokens, sequences in ((slice(0, middle), slice(0, cut)), (slice(middle, total), slice(cut, None))):
-            start, stop = tokens.start, tokens.stop
-            runs = (Run(max(r.start, start) - start, min(r.stop, stop) - start, r.length) for r in self.runs)
-            parts.append(
-                Packed(
-                    tokens=self.tokens[tokens],
-                    positions=self.positions[tokens],
-                    segments=self.segments[tokens] - sequences.start,
-                    lengths=self.lengths[sequences],
-                    ends=self.ends[sequences.start : sequences.start + len(self.lengths[sequences]) + 1] - start,
-                    order=self.order[sequences],
-                    runs=tuple(run for run in runs if run.start < run.stop),
-                )
-            )
-        return parts
+        here = self._with(lambda x: x.cpu())
+        tokens, lengths, order = here.tokens.numpy(), here.lengths.numpy(), here.order.numpy()
+        ends = here.ends.numpy()
+        cut = 1 + int(np.abs(ends[1:-1] - ends[-1] / 2).argmin())
+        parts = (slice(0, cut), slice(cut, len(lengths)))
+        halves = (_pack_sorted(tokens, ends[part], lengths[part], order[part]) for part in parts)
+        return [half.to(self.tokens.device) for half in halves]
 
     def _with(self, change: Callable[[Tensor], Tensor]) -> "Packed":
         changed: dict[str, Any] = {n: change(x) for n, x in vars(self).items() if isinstance(x, Tensor)}

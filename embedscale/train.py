@@ -26,12 +26,9 @@ from embedscale import config as configs
 from embedscale.backbone import digest_of, load_body, shape_of, shape_without_weights
 from embedscale.callbacks import Budget, Checkpoints, Diverged, HeldOut, Log, Show, Signals, Stopped, newest_checkpoint
 from embedscale.config import RunConfig
-from embedscale.contrastive import Batches, Contrastive
-from embedscale.cost import cost_of
-from embedscale.encoder import Encoder
+from embedscale.contrastive import Batches, Contrastive, assemble
 from embedscale.errors import DONE, FAILED, INTERRUPTED, UserError
 from embedscale.hardware import keep_freed_memory
-from embedscale.methods import apply_method
 from embedscale.pairs import PairStore
 from embedscale.plan import TrainingPlan, plan_run
 from embedscale.prepare import tokenizer_digest
@@ -102,27 +99,18 @@ def _build(config: RunConfig, plan: TrainingPlan) -> tuple[Contrastive, dict[str
     """The module at its first step, and the facts that a resumed run must meet again."""
     body = load_body(config.backbone, config.training.seed)
     shape = shape_of(body, config.backbone.name)
-    cost = cost_of(shape, config.method, config.resources.activation_checkpointing)
-    facts = {
-        "backbone_digest": digest_of(dict(body.named_parameters())),
-        "n_forward": cost.n_forward,
-        "n_backward": cost.n_backward,
-        "n_updated": cost.n_updated,
-        "n_parameters": cost.n_parameters,
+    digest = digest_of(dict(body.named_parameters()))
+    module = assemble(body, config, plan)
+    return module, {
+        "backbone_digest": digest,
+        "n_forward": module.cost.n_forward,
+        "n_backward": module.cost.n_backward,
+        "n_updated": module.cost.n_updated,
+        "n_parameters": module.cost.n_parameters,
         "blocks": shape.blocks,
         "width": shape.width,
+        "trainable": list(module.trainable),
     }
-    torch.manual_seed(config.training.seed)
-    trainable = apply_method(body, config.method)
-    facts["trainable"] = trainable
-    outside = {id(p) for p in body.get_input_embeddings().parameters()}  # type: ignore[operator]
-    updated = sum(p.numel() for p in body.parameters() if p.requires_grad and id(p) not in outside)
-    if updated != cost.n_updated:
-        raise RuntimeError(f"{updated} parameters train, but the cost model says N_U = {cost.n_updated}")
-    encoder = Encoder(body, config.backbone.pooling, config.training.precision)
-    if config.resources.activation_checkpointing:
-        encoder.checkpoint_activations()
-    return Contrastive(encoder, trainable, config, plan, cost), facts
 
 
 def _refuse_another_config(directory: RunDirectory, config: RunConfig) -> None:

@@ -27,7 +27,7 @@ from transformers import AutoModel
 from turns import Contestant
 
 from embedscale import config as configs
-from embedscale.calibrate import _config_of, _module, build, paper_lengths
+from embedscale.calibrate import METHODS, build, config_of, module_of, paper_lengths
 from embedscale.contrastive import Batch
 from embedscale.cost import Method, cost_of
 from embedscale.encoder import pack
@@ -69,7 +69,7 @@ def save_model(body: nn.Module, folder: Path, vocabulary: int) -> None:
 
 def setting(words: list[str], size: str, label: str, folder: Path) -> tuple[Any, nn.Module, list, torch.device]:
     """What each of our contestants starts from."""
-    config = _config_of(configs.load(None, words), size, label)
+    config = config_of(configs.load(None, words), size, label)
     body = AutoModel.from_pretrained(folder / "backbone", dtype=torch.float32)
     keep_freed_memory()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -79,7 +79,7 @@ def setting(words: list[str], size: str, label: str, folder: Path) -> tuple[Any,
 def ours(words: list[str], size: str, label: str, folder: Path) -> Callable[[int], Turn]:
     """Steps of the real module, without the Trainer's loop around them."""
     config, body, batches, device = setting(words, size, label, folder)
-    module = _module(body, config).to(device)
+    module = module_of(body, config).to(device)
     module.encoder.train()
     optimizer = module.configure_optimizers()
 
@@ -218,7 +218,7 @@ def main() -> None:
         folder = Path(temporary) / "model"
         torch.manual_seed(0)
         save_model(build(args.size), folder, SUITE[args.size].vocabulary)
-        labels = ["full", "freeze-0.5", "bias", "lora-r32"] if args.methods else ["full"]
+        labels = METHODS if args.methods else METHODS[:1]
         contestants = {f"ours, {label}": Contestant(ours, words, args.size, label, folder) for label in labels}
         contestants["ours, padded"] = Contestant(padded, words, args.size, folder)
         contestants["sentence-transformers"] = Contestant(theirs, words, folder, False)
@@ -245,8 +245,8 @@ def show(args: Any, config: Any, best: dict[str, float], losses: dict[str, float
     table = Table("", "pairs/s", "ours is faster by", "FLOP/s", "of the product", "first loss", title=title)
     for name, seconds in best.items():
         label = name.removeprefix("ours, ")
-        known = label in ("freeze-0.5", "bias", "lora-r32")
-        cost = cost_of(SUITE[args.size].shape, _config_of(config, args.size, label).method if known else Method())
+        known = label in METHODS
+        cost = cost_of(SUITE[args.size].shape, config_of(config, args.size, label).method if known else Method())
         speed = cost.exact(int(tokens), int(squares)) / seconds
         table.add_row(
             name,
