@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXAttention
 
-HALVED = 128  # tokens: from twice as many on, a sequence's halves are attended to apart
+BLOCK = 64  # queries that are attended to at once,
+BLOCKS_FROM = 192  # in sequences of so many tokens
 
 
 class Run(NamedTuple):
@@ -97,22 +98,22 @@ class PackedNeoXAttention(GPTNeoXAttention):
         dense, hidden = self.query_key_value, hidden_states[0]
         # The numbers that turn together stand half of the turned ones apart. Beside each other they are complex
         # numbers, which turn in one pass: so the layer's rows change places, which a batch's tokens far outweigh.
-        beside = type(dense) is nn.Linear and not torch.is_autocast_enabled("cpu")
-        if beside:
-            order = _beside(dense.out_features, self.head_size, self.rotary_ndims)
+        neighbours = type(dense) is nn.Linear and not torch.is_autocast_enabled("cpu")
+        if neighbours:
+            order = beside(dense.out_features, self.head_size, self.rotary_ndims)
             bias = None if dense.bias is None else dense.bias[order]
             qkv = functional.linear(hidden, dense.weight[order], bias)
         else:
             qkv = dense(hidden)
         cos, sin = (x[0, :, : self.rotary_ndims // 2].float() for x in position_embeddings)
         out = _RotateAndAttend.apply(
-            qkv, torch.complex(cos, sin)[:, None, None], beside, self.head_size, packing.runs, self.scaling
+            qkv, torch.complex(cos, sin)[:, None, None], neighbours, self.head_size, packing.runs, self.scaling
         )
         return self.dense(out)[None], None
 
 
 @cache
-def _beside(outputs: int, size: int, turned: int) -> Tensor:
+def beside(outputs: int, size: int, turned: int) -> Tensor:
     """The places of [query, key, value] rows, head by head, once the rotation's pairs are neighbours."""
     rows = torch.arange(outputs).view(-1, 3, size)
     pairs = rows[:, :2, :turned].unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
@@ -128,19 +129,18 @@ class _RotateAndAttend(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, qkv: Tensor, turn: Tensor, beside: bool, size: int, runs: Sequence[Run], scaling: float
+        ctx: Any, qkv: Tensor, turn: Tensor, neighbours: bool, size: int, runs: Sequence[Run], scaling: float
     ) -> Tensor:
-        _rotate(qkv, turn, beside, size)
+        rotate(_turned(qkv, turn, size), turn, neighbours)
         out = qkv.new_empty(len(qkv), qkv.shape[1] // 3)
         kept = []
         for run in runs:
             q, k, v = (_states(qkv, run, size, 3, part) for part in range(3))
-            o = _states(out, run, size)
-            found, log_sum = _attend(q, k, v, scaling)
-            o.copy_(found)
+            found, log_sum = attend(q, k, v, scaling)
+            out[run.start : run.stop] = rows_of(found)
             kept.append(log_sum)
         ctx.save_for_backward(qkv, turn, out, *kept)
-        ctx.beside, ctx.size, ctx.runs, ctx.scaling = beside, size, runs, scaling
+        ctx.neighbours, ctx.size, ctx.runs, ctx.scaling = neighbours, size, runs, scaling
         return out
 
     @staticmethod
@@ -155,49 +155,73 @@ class _RotateAndAttend(torch.autograd.Function):
             )  # fmt: skip
             for number, part in enumerate(parts):
                 _states(gradient, run, ctx.size, 3, number).copy_(part)
-        _rotate(gradient, turn.conj(), ctx.beside, ctx.size)
+        rotate(_turned(gradient, turn, ctx.size), turn.conj(), ctx.neighbours)
         return gradient, None, None, None, None, None
 
 
 def _states(x: Tensor, run: Run, size: int, parts: int = 1, part: int = 0) -> Tensor:
-    """A view [sequences, heads, length, size] of a run's rows in [T, heads · parts · size], of one of the parts.
+    """A view [sequences, heads, length, size] of one of the parts of a run's rows in [T, heads · parts · size]."""
+    return states_of(x, run, size, part * size, x.shape[1] // parts, parts * size)
 
-    One call where slices and transpositions were six, for each run of each block.
+
+def states_of(x: Tensor, run: Run, size: int, first: int, width: int, stride: int | None = None) -> Tensor:
+    """A view [sequences, width / size heads, length, size] of a run's rows of [T, columns], from column `first` on.
+
+    Heads lie `stride` columns apart, by default `size`. One call where slices and transpositions were six, for each
+    run of each block.
     """
-    row = x.shape[1]
-    shape = (run.stop - run.start) // run.length, row // (parts * size), run.length, size
-    return x.as_strided(
-        shape, (run.length * row, parts * size, row, 1), x.storage_offset() + run.start * row + part * size
-    )
+    row = x.stride(0)
+    shape = (run.stop - run.start) // run.length, width // size, run.length, size
+    return x.as_strided(shape, (run.length * row, stride or size, row, 1), x.storage_offset() + run.start * row + first)
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+def rows_of(states: Tensor) -> Tensor:
+    """[sequences, heads, length, size] → [tokens, heads · size], without a copy where it comes from the kernel."""
+    return states.transpose(1, 2).flatten(0, 1).flatten(1)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
     """Causal attention and the logarithm of its denominators, [sequences, heads, length, size] and without `size`.
 
-    The kernel computes the scores of later keys too, and drops them. So the second half of a long sequence's queries
-    sees the keys before it and its own keys apart.
+    The kernel computes the scores of later keys too, and drops them. So the queries of a long sequence come in blocks,
+    each with the keys up to its end.
     """
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    half = query.shape[2] // 2
-    if half < HALVED:
+    length = query.shape[2]
+    if length < BLOCKS_FROM:
         whole: tuple[Tensor, Tensor] = kernel(query, key, value, 0.0, True, scale=scaling)
         return whole
-    first, first_sum = _attend(query[:, :, :half], key[:, :, :half], value[:, :, :half], scaling)
-    own, own_sum = _attend(query[:, :, half:], key[:, :, half:], value[:, :, half:], scaling)
-    before, before_sum = kernel(query[:, :, half:], key[:, :, :half], value[:, :, :half], 0.0, False, scale=scaling)
-    share = torch.sigmoid(before_sum - own_sum)[..., None].to(own.dtype)
-    second_sum = torch.logaddexp(own_sum, before_sum)
-    return torch.cat([first, torch.lerp(own, before, share)], 2), torch.cat([first_sum, second_sum], 2)
+    before = -(-length // 1024) * 1024  # few different masks
+    mask, parts = _mask(before, query.dtype), []
+    for first in range(0, length, BLOCK):
+        last = min(first + BLOCK, length)
+        q, k, v = query[:, :, first:last], key[:, :, :last], value[:, :, :last]
+        seen = mask[: last - first, before - first : before - first + last]
+        parts.append(kernel(q, k, v, 0.0, False, attn_mask=seen, scale=scaling))
+    outs, sums = zip(*parts, strict=True)
+    return torch.cat(outs, 2), torch.cat(sums, 2)
 
 
-def _rotate(qkv: Tensor, turn: Tensor, beside: bool, size: int) -> None:
-    """Turn the first numbers of each query and key, in place, by their position's angle: complex64 [T, 1, 1, pairs]."""
-    pairs = turn.shape[-1]
-    turned = qkv.unflatten(-1, (-1, 3, size))[:, :, :2, : 2 * pairs]
-    if beside:
+@cache
+def _mask(before: int, dtype: torch.dtype) -> Tensor:
+    """[BLOCK, before + BLOCK]: all of the keys before a block, and of its own those that are not later."""
+    return torch.cat([torch.zeros(BLOCK, before), torch.full((BLOCK, BLOCK), -torch.inf).triu(1)], 1).to(dtype)
+
+
+def _turned(qkv: Tensor, turn: Tensor, size: int) -> Tensor:
+    """The first numbers of each query and key: a view of [T, 3 heads size]."""
+    return qkv.unflatten(-1, (-1, 3, size))[:, :, :2, : 2 * turn.shape[-1]]
+
+
+def rotate(turned: Tensor, turn: Tensor, neighbours: bool) -> None:
+    """Turn pairs of numbers [T, …, 2 pairs], in place, by their position's angle, `turn`: complex64 [T, 1 …, pairs].
+
+    The two of a pair are neighbours, or else half of the numbers apart.
+    """
+    if neighbours and turned.dtype == torch.float32:
         torch.view_as_complex(turned.unflatten(-1, (-1, 2))).mul_(turn)
         return
-    real, imaginary = turned[..., :pairs], turned[..., pairs:]
+    real, imaginary = turned.unflatten(-1, (-1, 2) if neighbours else (2, -1)).unbind(-1 if neighbours else -2)
     numbers = torch.complex(real.float(), imaginary.float()).mul_(turn)
     real.copy_(numbers.real)
     imaginary.copy_(numbers.imag)

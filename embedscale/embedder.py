@@ -13,6 +13,7 @@ from embedscale.backbone import digest_of, load_body
 from embedscale.config import RunConfig
 from embedscale.encoder import Encoder, embeddings_of, pack
 from embedscale.errors import UserError
+from embedscale.folded import FoldedPythia, fold
 from embedscale.methods import apply_method, merge_adapters
 from embedscale.record import RunDirectory
 from embedscale.tokens import load_tokenizer, token_ids
@@ -27,7 +28,10 @@ class Embedder:
     def __init__(self, body: nn.Module, config: RunConfig, record: dict[str, Any], device: str | None = None):
         self.config, self.record = config, record
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.body = body
         self.encoder = Encoder(body, config.backbone.pooling, config.training.precision).to(self.device).eval()
+        if self.device.type == "cpu":
+            self.encoder.body = fold(body, config.training.precision)
         name = config.data.tokenizer or config.backbone.name
         self.tokenizer, _ = load_tokenizer(name, None if config.data.tokenizer else config.backbone.revision)
         self.width: int = record["width"]
@@ -67,6 +71,8 @@ class Embedder:
         found = np.zeros((len(texts), self.width), np.float32)
         progress(len(texts) - len(full))
         if len(full):
+            if isinstance(self.encoder.body, FoldedPythia):
+                self.encoder.body.expect(len(ids.values))
             chunks = pack(ids.values.to_numpy(), lengths[full], FORWARD_TOKENS)
             for chunk, embeddings in zip(chunks, embeddings_of(self.encoder, chunks), strict=True):
                 found[full[chunk.order.numpy()]] = embeddings.cpu().numpy()

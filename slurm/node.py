@@ -169,8 +169,12 @@ def _leave_sick_node(folder: Path, orders: Orders, fault: str) -> NoReturn:
     names = ",".join(sick_nodes(folder))
     if orders.requeue and _scontrol("requeue", _job()) is not None:
         # Refused while a job runs, so after the requeue; this process has KillWait seconds for it.
-        for job in {_job(), os.environ.get("SLURM_ARRAY_JOB_ID", _job())}:
-            _scontrol("update", f"JobId={job}", f"ExcNodeList={names}")
+        for _ in range(5):
+            if _scontrol("update", f"JobId={_job()}", f"ExcNodeList={names}") is not None:
+                break
+            time.sleep(1)
+        if (array := os.environ.get("SLURM_ARRAY_JOB_ID")) is not None:
+            _scontrol("update", f"JobId={array}", f"ExcNodeList={names}")  # refused for those of its tasks that run
         _stay(REQUEUED_SECONDS)
     sys.exit(INTERRUPTED)
 
@@ -223,10 +227,14 @@ def _stay(seconds: float) -> NoReturn:
 
 def _scontrol(*words: str) -> dict[str, str] | None:
     """The key=value words that scontrol prints, or None where it is missing, fails or hangs."""
+    # A requeue signals all processes of the job at once, so that scontrol itself might die of what it asked for.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2})
     try:
         done = subprocess.run(["scontrol", *words], capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.TimeoutExpired):
         return None
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     if done.returncode:
         print(f"scontrol {' '.join(words)}: {done.stderr.strip()}", file=sys.stderr, flush=True)
         return None

@@ -12,6 +12,7 @@ from embedscale.config import Backbone
 from embedscale.cost import Method
 from embedscale.encoder import Encoder, embeddings_of, pack
 from embedscale.errors import UserError
+from embedscale.folded import FoldedPythia, fold
 from embedscale.methods import apply_method, merge_adapters
 
 
@@ -62,9 +63,9 @@ def test_packed_gradients_are_those_of_one_by_one(backbone_folder):
         torch.testing.assert_close(b.grad, a.grad, atol=1e-5, rtol=1e-4, msg=name)
 
 
-def test_long_sequences_are_halved_to_the_same_gradients(backbone_folder):
-    """From 256 tokens on, the halves of a sequence are attended to apart; 600 are halved twice."""
-    lengths = np.array([600, 256, 257, 255, 300, 600], np.int32)
+def test_long_sequences_are_attended_to_in_blocks_with_the_same_gradients(backbone_folder):
+    """From 192 tokens on, in blocks of 64; 1,100 is beyond the first of the masks."""
+    lengths = np.array([600, 192, 193, 191, 255, 256, 257, 600, 1100], np.int32)
     tokens = np.random.default_rng(2).integers(0, 256, lengths.sum()).astype(np.int32)
     reference = AutoModel.from_pretrained(backbone_folder, dtype=torch.float32)
     encoder = Encoder(load_body(Backbone(name=str(backbone_folder)), 0))
@@ -105,6 +106,30 @@ def test_chunks_side_by_side_are_the_chunks_one_by_one(backbone_folder):
         torch.set_num_threads(before)
     assert len(chunks) > 10
     assert all(torch.equal(a, b) and not b.requires_grad for a, b in zip(alone, beside, strict=True))
+
+
+@pytest.mark.parametrize("tokens_to_come", [0, 10**6])
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_folded_body_embeds_as_transformers_does(backbone_folder, tokens_to_come, precision):
+    """Scales, shifts and biases are drawn anew, since a fresh body's are ones and zeros."""
+    tokens, lengths = sequences()
+    tokens, lengths = np.append(tokens, tokens[:700]), np.append(lengths, [700]).astype(np.int32)
+    body = AutoModel.from_pretrained(backbone_folder, dtype=torch.float32).requires_grad_(False)
+    torch.manual_seed(0)
+    for parameter in body.parameters():
+        parameter += 0.1 * torch.randn_like(parameter)
+    expected = one_by_one(body, tokens, lengths, "mean")
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = one_by_one(body, tokens, lengths, "mean")
+    encoder = Encoder(body, precision=precision)
+    encoder.body = fold(body, precision)
+    assert isinstance(encoder.body, FoldedPythia)
+    encoder.body.expect(tokens_to_come)
+    found = packed(encoder, tokens, lengths, 300)
+    if precision == "float32":
+        torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+    else:
+        assert 0 < (found - expected).norm() < 1.2 * (rounded - expected).norm()
 
 
 def test_another_sequence_in_the_chunk_changes_nothing(backbone_folder):

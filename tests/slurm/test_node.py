@@ -2,11 +2,14 @@
 
 import json
 import shutil
+import signal
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
 
 from embedscale.record import RunDirectory
+from slurm import node
 
 EACH_STEP = {"resources.checkpoint_minutes": 0, "resources.log_every": 1}
 
@@ -58,7 +61,7 @@ def test_without_scontrol_and_accounting_a_job_waits_for_its_requeue_and_ends_re
     nothing = only(lab.folder / "node", "srun", "bash")
     queue_alone = {"PATH": only(lab.folder / "login", "squeue")}
     file = {"base": EACH_STEP, "axes": {"budget": [1e12]}, "methods": ["full"]}
-    limits = {"classes": {"hours": 2 / 60}, "cluster": {"warning_seconds": 50, "environment": {"PATH": nothing}}}
+    limits = {"cluster": {"environment": {"PATH": nothing}}}
     sweep = lab.write("bare", **file, **limits)
     lab.sweep("submit", sweep)
     (directory,) = until(lambda: lab.directories("bare"), 240)
@@ -70,11 +73,13 @@ def test_without_scontrol_and_accounting_a_job_waits_for_its_requeue_and_ends_re
     assert "1 preempted; 0 to submit" in lab.sweep("submit", sweep)
     assert "no scontrol on n1" in lab.log("bare")
 
-    until(lambda: len(directory.read_attempts()) == 2, 240, lambda: lab.log("bare"), between=lab.hurry)
+    until(lambda: has_progress(directory, 2), 240, lambda: lab.log("bare"), between=lab.hurry)
+    job, end = lab.queued("bare")[0].split("|")[0], datetime.now() + timedelta(seconds=40)
+    lab.slurm("scontrol", "update", f"JobId={job}", f"EndTime={end:%Y-%m-%dT%H:%M:%S}")
     until(lambda: not lab.queued("bare"), 240, lambda: lab.log("bare"))
     stopped, timed_out = directory.read_attempts()
     assert (stopped["ended"], stopped["reason"]) == ("interrupted", "SIGTERM")
-    assert (timed_out["ended"], timed_out["reason"]) in {("interrupted", "the time is up"), ("interrupted", "SIGUSR2")}
+    assert (timed_out["ended"], timed_out["reason"]) == ("interrupted", "SIGUSR2")
     assert timed_out["from_step"] == stopped["to_step"] < timed_out["to_step"]
     for settings in ({}, queue_alone):
         assert "interrupted" in lab.sweep("status", sweep, env=settings)
@@ -88,6 +93,15 @@ def test_without_scontrol_and_accounting_a_job_waits_for_its_requeue_and_ends_re
     assert directory.read_attempts()[2]["ended"] == "interrupted", "a cancelled job has saved, and is not requeued"
 
 
+def test_scontrol_outlives_the_signal_of_the_requeue_that_it_asks_for(tmp_path, monkeypatch):
+    program = tmp_path / "scontrol"
+    program.write_text(f"#!{shutil.which('bash')}\nkill -TERM $$\nkill -USR2 $$\necho Asked=$1\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert node._scontrol("requeue", "7") == {"Asked": "requeue"}
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, ()), "a blocked signal would no longer stop the run"
+
+
 @pytest.mark.slow
 def test_a_sick_node_is_named_and_excluded_and_costs_no_attempt(lab, until):
     gate = lab.folder / "go"
@@ -99,23 +113,23 @@ def test_a_sick_node_is_named_and_excluded_and_costs_no_attempt(lab, until):
     orders.write_text(json.dumps(promised | {"gpus": 1}))  # which no node here has
     gate.touch()
     sick = until(lambda: list(orders.parent.parent.glob("sick/*.json")), 240, lambda: lab.log("sick"))
-    node = sick[0].stem
+    bad = sick[0].stem
     assert json.loads(sick[0].read_text())["fault"] == "0 GPUs are visible of 1"
     job = until(lambda: lab.queued("sick", "PENDING"), 240)[0].split("|")[0]
-    until(lambda: f"ExcNodeList={node}" in lab.slurm("scontrol", "show", "job", job), 30)
+    until(lambda: f"ExcNodeList={bad}" in lab.slurm("scontrol", "show", "job", job), 60, lambda: lab.log("sick"))
     assert not any(directory.read_attempts() for directory in lab.directories("sick"))
 
     orders.write_text(json.dumps(promised))
     (directory,) = until(lambda: lab.directories("sick"), 240, lambda: lab.log("sick"), between=lab.hurry)
     until(directory.record.exists, 240, lambda: lab.log("sick"))
-    other = {"n1": "n2", "n2": "n1"}[node]
+    other = {"n1": "n2", "n2": "n1"}[bad]
     assert f"runs on {other}" in lab.log("sick")
     assert [a["ended"] for a in directory.read_attempts()] == ["done"]
     until(lambda: not lab.queued("sick"), 30)
     gate.unlink()
     more = lab.write("sick", axes={"budget": [1e9], "training.seed": [0, 1]}, methods=["full"], cluster=settings)
-    assert f"kept away from: {node} (0 GPUs are visible of 1)" in lab.sweep("submit", more)
+    assert f"kept away from: {bad} (0 GPUs are visible of 1)" in lab.sweep("submit", more)
     job = lab.queued("sick")[0].split("|")[0]
-    assert f"ExcNodeList={node}" in lab.slurm("scontrol", "show", "job", job)
+    assert f"ExcNodeList={bad}" in lab.slurm("scontrol", "show", "job", job)
     lab.sweep("cancel", more, "--yes")
     until(lambda: not lab.queued("sick"), 240)
