@@ -19,8 +19,8 @@ REMEMBERED_TO = 12  # blocks: of deeper bodies the first one is too small a part
 
 
 def fold(body: nn.Module, precision: str) -> nn.Module:
-    """The folded body where `body` is a frozen Pythia, with the options that all its sizes have, else `body` itself."""
-    if not isinstance(body, GPTNeoXModel) or any(parameter.requires_grad for parameter in body.parameters()):
+    """The folded body where `body` is a Pythia with the options that all its sizes have, else `body` itself."""
+    if not isinstance(body, GPTNeoXModel):
         return body
     known = body.config.use_parallel_residual and body.config.hidden_act == "gelu" and body.config.attention_bias
     return FoldedPythia(body, torch.bfloat16 if precision == "bf16" else torch.float32) if known else body
@@ -37,7 +37,7 @@ class _Block(NamedTuple):
 
 
 class FoldedPythia(nn.Module):
-    """A GPTNeoXModel's last hidden states, to rounding; its frozen weights are copied, its embedding is shared."""
+    """A GPTNeoXModel's last hidden states, to rounding; its weights as they are now are copied, its embedding is shared."""
 
     def __init__(self, body: GPTNeoXModel, dtype: torch.dtype):
         super().__init__()
