@@ -5,6 +5,7 @@ pay for imports, and a run that crashes takes no other with it. The parent owns 
 waits for the checkpoints, and never leaves a child behind. A run that dies is tried again while it makes progress.
 """
 
+import gc
 import multiprocessing
 import os
 import shutil
@@ -91,10 +92,14 @@ def _say(run: RunConfig, what: str) -> None:
 
 def import_everything() -> None:
     """What a run imports, once, for the children to inherit."""
+    gc.disable()  # modules stay: to look through them for garbage, again and again, takes a fifth of the time
     import peft  # noqa: F401
     import transformers.models.gpt_neox.modeling_gpt_neox  # noqa: F401
 
     import embedscale.train  # noqa: F401
+
+    gc.freeze()
+    gc.enable()
 
 
 def _ended_before(run: RunConfig, stop: StopRequest) -> str | None:

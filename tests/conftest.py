@@ -7,11 +7,14 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Processes beside each other on few cores: threads that wait for each other by spinning take ten times as long.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import gc
 import multiprocessing.forkserver
 from pathlib import Path
 
 import pytest
 from saved import save_backbone, write_pairs
+
+gc.disable()  # until everything is imported: what modules bring stays
 
 # The files that take minutes, those that mostly wait first: begun last, one of them would end alone.
 LONG = [
@@ -36,6 +39,11 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: place.get(item.path.stem, len(LONG)))
 
 
+def pytest_collection_finish():
+    gc.freeze()
+    gc.enable()
+
+
 def pytest_terminal_summary(terminalreporter):
     """Show what tests have recorded as "shown", whichever process they ran in."""
     for report in terminalreporter.getreports("passed"):
@@ -49,7 +57,7 @@ def server():
     """Fresh processes without the seconds of imports: real ones, forked from a server that holds the modules."""
     context = multiprocessing.get_context("forkserver")
     multiprocessing.forkserver._forkserver._stop()  # one that `prepare` started in this process holds fewer modules
-    context.set_forkserver_preload(["embedscale.train", "lightning", "transformers.models.gpt_neox", "peft"])
+    context.set_forkserver_preload(["warm"])
     return context
 
 
