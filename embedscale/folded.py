@@ -37,7 +37,7 @@ class _Block(NamedTuple):
 
 
 class FoldedPythia(nn.Module):
-    """A GPTNeoXModel's last hidden states, to rounding; its weights as they are now are copied, its embedding is shared."""
+    """A GPTNeoXModel's last hidden states, to rounding. The weights of its blocks are copied, the embedding is not."""
 
     def __init__(self, body: GPTNeoXModel, dtype: torch.dtype):
         super().__init__()
