@@ -1,23 +1,28 @@
 """The LightningModule: one contrastive step over packed pairs, whole or in GradCache chunks, on one GPU or several."""
 
 import hashlib
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.utils.data import Dataset
 
 from embedscale.backbone import shape_of
 from embedscale.config import RunConfig
 from embedscale.cost import Cost, cost_of
-from embedscale.encoder import Encoder, Packed, pack
+from embedscale.encoder import Encoder, Packed, a_chunk_a_core, pack
 from embedscale.loss import loss_and_gradient, sum_gradients, world_size
 from embedscale.methods import apply_method
 from embedscale.pairs import PairStore
 from embedscale.plan import TrainingPlan
+
+PART_TOKENS = 2048  # what a core works on at once: what layers pass on stays in its cache
 
 
 @dataclass(frozen=True)
@@ -37,8 +42,7 @@ class Batch:
 
     def halved(self) -> "Batch":
         """The same pairs in twice as many chunks."""
-        parts = [chunk.halves() if len(chunk.lengths) > 1 else [chunk] for chunk in self.chunks]
-        return replace(self, chunks=[half for part in parts for half in part])
+        return replace(self, chunks=[half for chunk in self.chunks for half in chunk.cut(2)])
 
     def pin_memory(self) -> "Batch":
         return replace(self, chunks=[chunk.pin_memory() for chunk in self.chunks], texts=self.texts.pin_memory())
@@ -84,6 +88,11 @@ class Batches(Dataset[Batch]):
         )
 
 
+class _Encoded(NamedTuple):
+    embeddings: Tensor  # [S, width] of one part
+    rows: Tensor | None  # [T, width], the tokens' rows of a trained embedding matrix, where their gradient is left
+
+
 class Contrastive(lightning.LightningModule):
     """An encoder under InfoNCE, with the ledger of what it has spent."""
 
@@ -93,6 +102,7 @@ class Contrastive(lightning.LightningModule):
         self.encoder, self.config, self.plan, self.cost = encoder, config, plan, cost
         parameters = dict(encoder.body.named_parameters())
         self.trainable = {name: parameters[name] for name in trainable}
+        self._drops = any(isinstance(module, nn.Dropout) and module.p > 0 for module in encoder.modules())
         self.step = 0  # steps done
         self.tokens = 0
         self.flop_exact = 0
@@ -100,6 +110,12 @@ class Contrastive(lightning.LightningModule):
         self.loss = torch.zeros(())  # of the last step
         self.averaged = torch.zeros((), dtype=torch.float64)  # sum over plan.averaged_steps
         self.first_bad_step = torch.full((), torch.inf, dtype=torch.float64)  # first step without a finite loss
+
+    @property
+    def _embedding(self) -> nn.Embedding | None:
+        """The token embedding, where it trains and is a plain one."""
+        embedding: Any = self.encoder.body.get_input_embeddings()  # type: ignore[operator]
+        return embedding if type(embedding) is nn.Embedding and embedding.weight.requires_grad else None
 
     @property
     def flop(self) -> int:
@@ -161,25 +177,84 @@ class Contrastive(lightning.LightningModule):
         again, with the same random numbers, when its embeddings' gradient is known.
         """
         cached = len(batch.chunks) > 1
-        with torch.set_grad_enabled(not cached):
-            embeddings = [self._encode(batch, number) for number in range(len(batch.chunks))]
-        order = torch.cat([chunk.order for chunk in batch.chunks])
-        found = torch.cat([part.detach() for part in embeddings])
-        inverse = torch.empty_like(order).index_copy_(0, order, torch.arange(len(order), device=order.device))
-        loss, gradient = loss_and_gradient(found[inverse], batch.pairs, self.config.loss, batch.texts)
-        sizes = [len(chunk.order) for chunk in batch.chunks]
-        for number, part in enumerate(gradient[order].split(sizes)):
-            output = self._encode(batch, number) if cached else embeddings[number]
-            output.backward(part)
+        with a_chunk_a_core(self.device) as each:
+            chunks = [self._parts(chunk) for chunk in batch.chunks]
+            encoded = [self._encode(batch, number, parts, each, not cached) for number, parts in enumerate(chunks)]
+            order = torch.cat([chunk.order for chunk in batch.chunks])
+            found = torch.cat([part.embeddings.detach() for parts in encoded for part in parts])
+            inverse = torch.empty_like(order).index_copy_(0, order, torch.arange(len(order), device=order.device))
+            loss, gradient = loss_and_gradient(found[inverse], batch.pairs, self.config.loss, batch.texts)
+            sizes = [len(chunk.order) for chunk in batch.chunks]
+            for number, part in enumerate(gradient[order].split(sizes)):
+                if cached:
+                    encoded[number] = self._encode(batch, number, chunks[number], each, True)
+                self._backward(chunks[number], encoded[number], part, each)
+                encoded[number] = []
         sum_gradients(list(self.trainable.values()))
         return loss
 
-    def _encode(self, batch: Batch, chunk: int) -> Tensor:
+    def _parts(self, chunk: Packed) -> list[Packed]:
+        """On a CPU, parts for each core that fit its cache; not with dropout, whose numbers are the chunk's."""
+        cores, tokens = torch.get_num_threads(), len(chunk.tokens)
+        if self.device.type != "cpu" or self._drops or tokens < 2 * PART_TOKENS:
+            return [chunk]
+        return chunk.cut(cores * math.ceil(tokens / PART_TOKENS / cores))
+
+    def _encode(self, batch: Batch, chunk: int, parts: list[Packed], each: Callable, graph: bool) -> list["_Encoded"]:
+        self._seed(batch, chunk)
+        embedding = self._embedding
+
+        def encode(part: Packed) -> _Encoded:
+            with torch.set_grad_enabled(graph):
+                if not graph or embedding is None:
+                    return _Encoded(self.encoder(part), None)
+                rows = functional.embedding(part.tokens, embedding.weight.detach()).requires_grad_()
+                return _Encoded(self.encoder(part, rows), rows)
+
+        return list((each if len(parts) > 1 else map)(encode, parts))
+
+    def _seed(self, batch: Batch, chunk: int) -> None:
+        """The same random numbers whenever a chunk is encoded."""
         rank = torch.distributed.get_rank() if world_size() > 1 else 0
         words = f"{self.config.training.seed} {batch.step} {rank} {chunk}"
         torch.manual_seed(int.from_bytes(hashlib.sha256(words.encode()).digest()[:7]))
-        embeddings: Tensor = self.encoder(batch.chunks[chunk])
-        return embeddings
+
+    def _backward(self, parts: list[Packed], encoded: list["_Encoded"], gradient: Tensor, each: Callable) -> None:
+        """Add a chunk's gradient to the parameters'. Its sum over parts has the same order at every call."""
+        gradients = gradient.split([len(part.order) for part in parts])
+        embedding = self._embedding
+        others = [p for p in self.trainable.values() if embedding is None or p is not embedding.weight]
+        lanes = min(torch.get_num_threads(), len(parts))
+
+        def backward(lane: int) -> list[Tensor] | None:
+            """Through every `lanes`-th part: the first lane straight into the parameters, others beside them."""
+            total: list[Tensor] | None = None
+            for number in range(lane, len(parts), lanes):
+                output, rows = encoded[number]
+                if lane == 0:
+                    output.backward(gradients[number])
+                    continue
+                into = others if rows is None else [*others, rows]
+                found = list(torch.autograd.grad(output, into, gradients[number]))
+                if rows is not None:
+                    rows.grad = found.pop()
+                if total is None:
+                    total = found
+                else:
+                    torch._foreach_add_(total, found)
+            return total
+
+        for beside in list((each if lanes > 1 else map)(backward, range(lanes)))[1:]:
+            torch._foreach_add_([parameter.grad for parameter in others], beside)  # type: ignore[misc]
+        if embedding is not None:
+            # Once for all tokens of the chunk: each part's own would be as large as the whole vocabulary.
+            weight, padding = embedding.weight, embedding.padding_idx
+            found = torch.ops.aten.embedding_dense_backward(
+                torch.cat([part.rows.grad for part in encoded]),  # type: ignore[union-attr,misc]
+                torch.cat([part.tokens for part in parts]),
+                len(weight), -1 if padding is None else padding, False,
+            )  # fmt: skip
+            weight.grad = found if weight.grad is None else weight.grad.add_(found)
 
     def _check_gradients(self) -> None:
         for name, parameter in self.encoder.body.named_parameters():

@@ -6,7 +6,9 @@ of real tokens; attention keeps sequences apart (attention.py).
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -35,15 +37,19 @@ class Packed:
     def pin_memory(self) -> "Packed":
         return self._with(lambda x: x.pin_memory())
 
-    def halves(self) -> "list[Packed]":
-        """Two chunks of about half of the tokens each, at least a sequence in each."""
+    def cut(self, number: int) -> "list[Packed]":
+        """`number` chunks of about as many tokens, or one a sequence where these are fewer."""
+        number = min(number, len(self.lengths))
         here = self._with(lambda x: x.cpu())
         tokens, lengths, order = here.tokens.numpy(), here.lengths.numpy(), here.order.numpy()
         ends = here.ends.numpy()
-        cut = 1 + int(np.abs(ends[1:-1] - ends[-1] / 2).argmin())
-        parts = (slice(0, cut), slice(cut, len(lengths)))
-        halves = (_pack_sorted(tokens, ends[part], lengths[part], order[part]) for part in parts)
-        return [half.to(self.tokens.device) for half in halves]
+        cuts = [0]
+        for part in range(1, number):
+            nearest = int(np.abs(ends - ends[-1] * part / number).argmin())
+            cuts.append(min(max(nearest, cuts[-1] + 1), len(lengths) - number + part))
+        parts = [slice(*each) for each in pairwise([*cuts, len(lengths)])]
+        chunks = (_pack_sorted(tokens, ends[part], lengths[part], order[part]) for part in parts)
+        return [chunk.to(self.tokens.device) for chunk in chunks]
 
     def _with(self, change: Callable[[Tensor], Tensor]) -> "Packed":
         changed: dict[str, Any] = {n: change(x) for n, x in vars(self).items() if isinstance(x, Tensor)}
@@ -105,11 +111,15 @@ class Encoder(nn.Module):
         # through every frozen block.
         self.body.disable_input_require_grads()  # type: ignore[operator]
 
-    def forward(self, packed: Packed) -> Tensor:
-        """Embeddings [S, width], float32, of unit length, in the order of `packed`."""
+    def forward(self, packed: Packed, rows: Tensor | None = None) -> Tensor:
+        """Embeddings [S, width], float32, of unit length, in the order of `packed`.
+
+        `rows` [T, width] may bring the tokens' rows of the embedding matrix.
+        """
+        tokens = {"input_ids": packed.tokens[None]} if rows is None else {"inputs_embeds": rows[None]}
         with torch.autocast(packed.tokens.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             hidden = self.body(
-                input_ids=packed.tokens[None],
+                **tokens,
                 position_ids=packed.positions[None],
                 # Without these two, transformers would let sequences see each other: no mask, no cache.
                 attention_mask=None,
@@ -119,11 +129,25 @@ class Encoder(nn.Module):
         return functional.normalize(pool(hidden.float(), packed, self.pooling), dim=-1)
 
 
-def embeddings_of(encoder: Encoder, chunks: Sequence[Packed]) -> Iterator[Tensor]:
-    """Each chunk's embeddings, in order, without a graph; on a CPU as many chunks at once as torch has threads.
+@contextmanager
+def a_chunk_a_core(device: torch.device) -> Iterator[Callable[..., Iterator[Any]]]:
+    """`map`, on a CPU for as many chunks at once as torch has threads, results in order.
 
-    A core for each chunk: what one chunk's operations leave to a second core is less than they wait for each other.
+    What one chunk's operations leave to a second core is less than they wait for each other.
     """
+    threads = torch.get_num_threads()
+    if device.type != "cpu" or threads == 1:
+        yield map
+        return
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            yield pool.map
+    finally:
+        torch.set_num_threads(threads)
+
+
+def embeddings_of(encoder: Encoder, chunks: Sequence[Packed]) -> Iterator[Tensor]:
+    """Each chunk's embeddings, in order, without a graph."""
     device = next(encoder.parameters()).device
 
     @torch.no_grad()
@@ -131,15 +155,8 @@ def embeddings_of(encoder: Encoder, chunks: Sequence[Packed]) -> Iterator[Tensor
         found: Tensor = encoder(chunk.to(device))
         return found
 
-    threads = torch.get_num_threads()
-    if device.type != "cpu" or threads == 1:
-        yield from map(embed, chunks)
-        return
-    try:
-        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            yield from pool.map(embed, chunks)
-    finally:
-        torch.set_num_threads(threads)
+    with a_chunk_a_core(device) as each:
+        yield from each(embed, chunks)
 
 
 def pool(hidden: Tensor, packed: Packed, pooling: str) -> Tensor:

@@ -161,7 +161,10 @@ def test_cached_chunks_give_the_gradient_of_one_graph(backbone_folder, name, pre
     cached = gradients(module)
 
     module.zero_grad(set_to_none=True)
-    parts = [module._encode(batch, number) for number in range(len(batch.chunks))]
+    parts = []
+    for number, chunk in enumerate(batch.chunks):
+        module._seed(batch, number)
+        parts.append(module.encoder(chunk))
     order = torch.cat([chunk.order for chunk in batch.chunks])
     embeddings = torch.cat(parts)[order.argsort()]
     whole = info_nce(embeddings[:16], embeddings[16:], embeddings[:0], module.config.loss)
@@ -182,6 +185,28 @@ def test_chunking_and_checkpointing_change_nothing(backbone_folder, name):
         assert_same_gradients(found, results[0][1])
 
 
+@pytest.mark.parametrize("chunk_tokens", [None, 300])
+@pytest.mark.parametrize("name", METHODS)
+def test_parts_on_several_cores_give_the_gradient_of_the_whole(backbone_folder, monkeypatch, name, chunk_tokens):
+    """And the same bits each time, in whatever order the cores come to their ends."""
+    method = METHODS[name] if name != "lora" else Method("lora", rank=4)
+    batch, results, cores = batch_of(chunk_tokens=chunk_tokens), [], torch.get_num_threads()
+    try:
+        for threads, part_tokens in ((1, 10**6), (3, 40), (3, 40), (1, 40)):
+            torch.set_num_threads(threads)
+            monkeypatch.setattr("embedscale.contrastive.PART_TOKENS", part_tokens)
+            module = module_for(backbone_folder, method)
+            assert (len(module._parts(batch.chunks[0])) > 2) == (part_tokens == 40)
+            results.append((module.backward_through(batch), gradients(module)))
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(cores)
+    for value, found in results[1:]:
+        torch.testing.assert_close(value, results[0][0])
+        assert_same_gradients(found, results[0][1])
+    assert all(torch.equal(results[1][1][key], results[2][1][key]) for key in results[1][1])
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_out_of_memory_halves_the_chunks_and_loses_no_step(backbone_folder, monkeypatch, name):
     method = METHODS[name] if name != "lora" else Method("lora", rank=4)
@@ -190,11 +215,11 @@ def test_out_of_memory_halves_the_chunks_and_loses_no_step(backbone_folder, monk
     module, forward = module_for(backbone_folder, method), Encoder.forward
     most, seen = 150, []
 
-    def small(self, packed):
+    def small(self, packed, rows=None):
         seen.append(len(packed.tokens))
         if len(packed.tokens) > most:
             raise torch.OutOfMemoryError("a GPU's words")
-        return forward(self, packed)
+        return forward(self, packed, rows)
 
     monkeypatch.setattr(Encoder, "forward", small)
     cut = module._backward_in_memory(batch)
