@@ -2,7 +2,7 @@
 
 What training must keep apart is folded together, once: both layer norms' scales and shifts into the layers behind
 them, so that one normalised input is left, and the two biases that the parallel residual adds up. The first block's
-layers see nothing but the token, so each distinct token goes through them once.
+layers see nothing but the token: where texts are many, each token of the vocabulary goes through them once.
 """
 
 from typing import Any, NamedTuple

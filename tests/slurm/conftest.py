@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -103,6 +104,11 @@ class Lab:
             job, _, reason = line.split("|")
             if reason in ("BeginTime", "None"):
                 self.slurm("scontrol", "update", f"JobId={job}", "StartTime=now")
+
+    def limit(self, job: str, seconds: float) -> None:
+        """End a running job's time so soon. A limit of whole minutes would hold for the next attempt too."""
+        end = datetime.now() + timedelta(seconds=seconds)
+        self.slurm("scontrol", "update", f"JobId={job}", f"EndTime={end:%Y-%m-%dT%H:%M:%S}")
 
     def directories(self, name: str) -> list[RunDirectory]:
         return [RunDirectory(path) for path in sorted((self.folder / "runs" / name).glob("[!.]*"))]

@@ -3,7 +3,6 @@
 import json
 import shutil
 import signal
-from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -74,8 +73,7 @@ def test_without_scontrol_and_accounting_a_job_waits_for_its_requeue_and_ends_re
     assert "no scontrol on n1" in lab.log("bare")
 
     until(lambda: has_progress(directory, 2), 240, lambda: lab.log("bare"), between=lab.hurry)
-    job, end = lab.queued("bare")[0].split("|")[0], datetime.now() + timedelta(seconds=40)
-    lab.slurm("scontrol", "update", f"JobId={job}", f"EndTime={end:%Y-%m-%dT%H:%M:%S}")
+    lab.limit(lab.queued("bare")[0].split("|")[0], 40)
     until(lambda: not lab.queued("bare"), 240, lambda: lab.log("bare"))
     stopped, timed_out = directory.read_attempts()
     assert (stopped["ended"], stopped["reason"]) == ("interrupted", "SIGTERM")

@@ -11,7 +11,6 @@ import signal
 import threading
 import time
 from collections import defaultdict
-from datetime import datetime, timedelta
 
 import pytest
 
@@ -89,10 +88,8 @@ class Script:
         self.note(run, "time limit")
         self.limited[run] = self.running_attempt(run)
         process = lease_holder(RunDirectory(self.lab.folder / "runs" / self.name / run).lease)["pid"]
-        # SLURM looks every 30 s, and warns 20 s ahead or at the look before: later than this it might just kill. A
-        # limit of whole minutes would hold for the next attempt too.
-        end = datetime.now() + timedelta(seconds=40)
-        self.lab.slurm("scontrol", "update", f"JobId={job}", f"EndTime={end:%Y-%m-%dT%H:%M:%S}")
+        # SLURM looks every 30 s, and warns 20 s ahead or at the look before: later than this it might just kill.
+        self.lab.limit(job, 40)
         # It would need many more steps to be at work until then; held still, it finds the warning when it goes on.
         os.kill(process, signal.SIGSTOP)
         threading.Timer(25, os.kill, (process, signal.SIGCONT)).start()
