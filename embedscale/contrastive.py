@@ -217,7 +217,11 @@ class Contrastive(lightning.LightningModule):
         """The same random numbers whenever a chunk is encoded."""
         rank = torch.distributed.get_rank() if world_size() > 1 else 0
         words = f"{self.config.training.seed} {batch.step} {rank} {chunk}"
-        torch.manual_seed(int.from_bytes(hashlib.sha256(words.encode()).digest()[:7]))
+        seed = int.from_bytes(hashlib.sha256(words.encode()).digest()[:7])
+        # torch.manual_seed would note a stack trace for every kind of device that is not there, at every step.
+        torch.default_generator.manual_seed(seed)
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
 
     def _backward(self, parts: list[Packed], encoded: list["_Encoded"], gradient: Tensor, each: Callable) -> None:
         """Add a chunk's gradient to the parameters'. Its sum over parts has the same order at every call."""

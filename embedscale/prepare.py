@@ -31,7 +31,7 @@ import numpy as np
 from embedscale.config import Data, RunConfig, Source
 from embedscale.corpora import Pair, Unit, read, units_of
 from embedscale.errors import DONE, FAILED, UserError
-from embedscale.pairs import FORMAT, PairStore, part_file
+from embedscale.pairs import FORMAT, PairStore, as_numpy, part_file
 from embedscale.record import Lease, read_json, write_atomically, write_json
 from embedscale.tokens import load_tokenizer, mixed, pair_hashes, schema, tokenised, vocabulary
 from embedscale.tokens import tokenizer_digest as tokenizer_digest
@@ -325,7 +325,7 @@ def _spilled(bucket: int, work: Work, columns: list[str]) -> tuple[Any, np.ndarr
             reader = pyarrow.ipc.open_file(file)
             batches += [reader.get_batch(i) for i in range(bucket, reader.num_record_batches, work.buckets)]
     table = pyarrow.Table.from_batches(batches, schema=_spilled_schema(work)).select(columns)
-    pair = table.column("pair").to_numpy()
+    pair = as_numpy(table.column("pair"))
     order = np.argsort(pair, kind="stable")
     repeated = np.zeros(len(order), bool)
     repeated[1:] = pair[order][1:] == pair[order][:-1]
@@ -335,7 +335,7 @@ def _spilled(bucket: int, work: Work, columns: list[str]) -> tuple[Any, np.ndarr
 def _distinct(bucket: int, work: Work) -> list[int]:
     """The distinct pairs of each source."""
     table, rows, _ = _spilled(bucket, work, ["pair", "source"])
-    return np.bincount(table.column("source").to_numpy()[rows], minlength=len(work.data.sources)).tolist()
+    return np.bincount(as_numpy(table.column("source"))[rows], minlength=len(work.data.sources)).tolist()
 
 
 def _gather(bucket: int, work: Work, shares: list[float]) -> dict[str, Any]:
@@ -347,7 +347,7 @@ def _gather(bucket: int, work: Work, shares: list[float]) -> dict[str, Any]:
         return dict(done)
     columns = schema(work.token)
     table, rows, repeated = _spilled(bucket, work, [*columns.names, "pair", "source"])
-    pair, source = table.column("pair").to_numpy(), table.column("source").to_numpy()
+    pair, source = as_numpy(table.column("pair")), as_numpy(table.column("source"))
     # A second hash chooses, so that the chosen ones lie anywhere in the order of the first.
     chosen = _below(mixed(pair[rows]), np.array(shares)[source[rows]])
     facts: dict[str, Any] = {
@@ -355,7 +355,7 @@ def _gather(bucket: int, work: Work, shares: list[float]) -> dict[str, Any]:
         for reason, dropped in (("duplicate", repeated), ("left_out", rows[~chosen]))
     }
     rows = rows[chosen]
-    apart = _below(table.column("query_text").to_numpy()[rows], work.data.held_out)
+    apart = _below(as_numpy(table.column("query_text"))[rows], work.data.held_out)
     for name, part in (("train", rows[~apart]), ("held_out", rows[apart])):
         batches = table.select(columns.names).take(pyarrow.array(part)).combine_chunks().to_batches()
         batch = batches[0] if batches else pyarrow.RecordBatch.from_pylist([], schema=columns)
@@ -382,12 +382,12 @@ def _statistics(batch: Any) -> dict[str, Any]:
     lengths = {}
     for name in ("query", "positive", "negatives"):
         column = batch.column(name)
-        lengths[name] = np.diff(column.offsets.to_numpy())
+        lengths[name] = np.diff(as_numpy(column.offsets))
         sha.update(lengths[name].tobytes())
         if name == "negatives":
-            sha.update(np.diff(column.flatten().offsets.to_numpy()).tobytes())
+            sha.update(np.diff(as_numpy(column.flatten().offsets)).tobytes())
             column = column.flatten()
-        sha.update(column.flatten().to_numpy().tobytes())
+        sha.update(as_numpy(column.flatten()).tobytes())
     n = len(batch)
     return {
         "pairs": n,

@@ -15,6 +15,7 @@ import numpy as np
 
 from embedscale.corpora import Pair
 from embedscale.errors import UserError
+from embedscale.pairs import as_numpy
 
 SPARE_TOKENS = 16  # beyond the context, so that cutting a long text early does not change the tokens that are kept
 TEXTS_AT_ONCE = 1024
@@ -119,7 +120,7 @@ def tokenised(pairs: list[Pair], tokenizer: Any, context: int, token: Any) -> di
     texts = [pair.query for pair in pairs] + [pair.positive for pair in pairs]
     texts += [negative for pair in pairs for negative in pair.negatives]
     ids, hashes = token_ids(texts, tokenizer, context, token), text_hashes(texts)
-    full = np.diff(ids.offsets.to_numpy()) > 0
+    full = np.diff(as_numpy(ids.offsets)) > 0
     kept = np.flatnonzero(full[:n] & full[n : 2 * n])
     owner = np.repeat(np.arange(n), [len(pair.negatives) for pair in pairs])
     chosen = np.flatnonzero(full[2 * n :] & np.isin(owner, kept))

@@ -52,12 +52,14 @@ def pytest_terminal_summary(terminalreporter):
                 terminalreporter.write_line(text)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def server():
     """Fresh processes without the seconds of imports: real ones, forked from a server that holds the modules."""
     context = multiprocessing.get_context("forkserver")
     multiprocessing.forkserver._forkserver._stop()  # one that `prepare` started in this process holds fewer modules
-    context.set_forkserver_preload(["warm"])
+    # Installed modules only: the server does not see this folder, and would pass over one of it without a word.
+    context.set_forkserver_preload(["embedscale.train", "transformers.models.gpt_neox.modeling_gpt_neox", "peft"])
+    multiprocessing.forkserver.ensure_running()  # before `prepare` asks for less
     return context
 
 
