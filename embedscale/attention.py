@@ -1,19 +1,16 @@
 """Causal attention inside each sequence of a packed chunk: nothing is padded, and no mask is ever built.
 
 Sequences are sorted by length, so that those of equal length lie beside each other and are one dense batch as they
-stand, a view. On a GPU one variable-length kernel takes them all. For Pythia's blocks, the rotation of queries and
-keys and the attention are one step with a backward pass of its own, which writes into one buffer what autograd would
-assemble from some twenty copies.
+stand, a view. On a GPU one variable-length kernel takes them all. The pieces from which folded.py makes a block's
+attention on a CPU are here too.
 """
 
-from collections.abc import Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXAttention
 
 BLOCK = 64  # queries that are attended to at once,
 BLOCKS_FROM = 192  # in sequences of so many tokens
@@ -77,91 +74,12 @@ def _variable_length(
     return found
 
 
-class PackedNeoXAttention(GPTNeoXAttention):
-    """Pythia's attention over packed sequences, on a CPU; its parameters and results are GPTNeoXAttention's."""
-
-    def forward(  # type: ignore[override]
-        self,
-        hidden_states: Tensor,
-        attention_mask: None,
-        position_embeddings: Any = None,
-        packing: Any = None,
-        **_: Any,
-    ) -> tuple[Tensor, None]:
-        if hidden_states.device.type != "cpu":
-            plain: Any = super().forward
-            found: tuple[Tensor, None] = plain(
-                hidden_states, attention_mask, position_embeddings=position_embeddings, packing=packing
-            )
-            return found
-        assert packing is not None and attention_mask is None
-        dense, hidden = self.query_key_value, hidden_states[0]
-        # The numbers that turn together stand half of the turned ones apart. Beside each other they are complex
-        # numbers, which turn in one pass: so the layer's rows change places, which a batch's tokens far outweigh.
-        neighbours = type(dense) is nn.Linear and not torch.is_autocast_enabled("cpu")
-        if neighbours:
-            order = beside(dense.out_features, self.head_size, self.rotary_ndims)
-            bias = None if dense.bias is None else dense.bias[order]
-            qkv = functional.linear(hidden, dense.weight[order], bias)
-        else:
-            qkv = dense(hidden)
-        cos, sin = (x[0, :, : self.rotary_ndims // 2].float() for x in position_embeddings)
-        out = _RotateAndAttend.apply(
-            qkv, torch.complex(cos, sin)[:, None, None], neighbours, self.head_size, packing.runs, self.scaling
-        )
-        return self.dense(out)[None], None
-
-
 @cache
 def beside(outputs: int, size: int, turned: int) -> Tensor:
     """The places of [query, key, value] rows, head by head, once the rotation's pairs are neighbours."""
     rows = torch.arange(outputs).view(-1, 3, size)
     pairs = rows[:, :2, :turned].unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
     return torch.cat([torch.cat([pairs, rows[:, :2, turned:]], -1), rows[:, 2:]], 1).flatten()
-
-
-class _RotateAndAttend(torch.autograd.Function):
-    """[T, 3 heads size] → [T, heads size], the rotation in place: the layer before it does not need its output.
-
-    The kernels are those of scaled_dot_product_attention; called through it, each run's gradient would cost a tensor
-    of the whole chunk's size.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, qkv: Tensor, turn: Tensor, neighbours: bool, size: int, runs: Sequence[Run], scaling: float
-    ) -> Tensor:
-        rotate(_turned(qkv, turn, size), turn, neighbours)
-        out = qkv.new_empty(len(qkv), qkv.shape[1] // 3)
-        kept = []
-        for run in runs:
-            q, k, v = (_states(qkv, run, size, 3, part) for part in range(3))
-            found, log_sum = attend(q, k, v, scaling)
-            out[run.start : run.stop] = rows_of(found)
-            kept.append(log_sum)
-        ctx.save_for_backward(qkv, turn, out, *kept)
-        ctx.neighbours, ctx.size, ctx.runs, ctx.scaling = neighbours, size, runs, scaling
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None, None]:
-        qkv, turn, out, *kept = ctx.saved_tensors
-        outer, gradient = gradients[0].contiguous(), torch.empty_like(qkv)
-        for run, log_sum in zip(ctx.runs, kept, strict=True):
-            q, k, v = (_states(qkv, run, ctx.size, 3, part) for part in range(3))
-            parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                _states(outer, run, ctx.size), q, k, v, _states(out, run, ctx.size), log_sum, 0.0, True,
-                scale=ctx.scaling,
-            )  # fmt: skip
-            for number, part in enumerate(parts):
-                _states(gradient, run, ctx.size, 3, number).copy_(part)
-        rotate(_turned(gradient, turn, ctx.size), turn.conj(), ctx.neighbours)
-        return gradient, None, None, None, None, None
-
-
-def _states(x: Tensor, run: Run, size: int, parts: int = 1, part: int = 0) -> Tensor:
-    """A view [sequences, heads, length, size] of one of the parts of a run's rows in [T, heads · parts · size]."""
-    return states_of(x, run, size, part * size, x.shape[1] // parts, parts * size)
 
 
 def states_of(x: Tensor, run: Run, size: int, first: int, width: int, stride: int | None = None) -> Tensor:
@@ -208,27 +126,25 @@ def _mask(before: int, dtype: torch.dtype) -> Tensor:
     return torch.cat([torch.zeros(BLOCK, before), torch.full((BLOCK, BLOCK), -torch.inf).triu(1)], 1).to(dtype)
 
 
-def _turned(qkv: Tensor, turn: Tensor, size: int) -> Tensor:
-    """The first numbers of each query and key: a view of [T, 3 heads size]."""
-    return qkv.unflatten(-1, (-1, 3, size))[:, :, :2, : 2 * turn.shape[-1]]
+def attend_backward(
+    query: Tensor, key: Tensor, value: Tensor, gradient: Tensor, out: Tensor, log_sum: Tensor, scaling: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the queries, keys and values from that of `out`, which `attend` gave with `log_sum`."""
+    found: tuple[Tensor, Tensor, Tensor] = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        gradient, query, key, value, out, log_sum, 0.0, True, scale=scaling
+    )
+    return found
 
 
-def rotate(turned: Tensor, turn: Tensor, neighbours: bool) -> None:
-    """Turn pairs of numbers [T, …, 2 pairs], in place, by their position's angle, `turn`: complex64 [T, 1 …, pairs].
+def rotate(turned: Tensor, turn: Tensor) -> None:
+    """Turn pairs of neighbouring numbers [T, …, 2 pairs], in place, by their position's angle, `turn`.
 
-    The two of a pair are neighbours, or else half of the numbers apart.
+    `turn` is complex64 [T, 1, pairs].
     """
-    if neighbours and turned.dtype == torch.float32:
+    if turned.dtype == torch.float32:
         torch.view_as_complex(turned.unflatten(-1, (-1, 2))).mul_(turn)
         return
-    real, imaginary = turned.unflatten(-1, (-1, 2) if neighbours else (2, -1)).unbind(-1 if neighbours else -2)
+    real, imaginary = turned.unflatten(-1, (-1, 2)).unbind(-1)
     numbers = torch.complex(real.float(), imaginary.float()).mul_(turn)
     real.copy_(numbers.real)
     imaginary.copy_(numbers.imag)
-
-
-def use_packed_blocks(body: nn.Module) -> None:
-    """Give Pythia's blocks the attention above."""
-    for module in body.modules():
-        if type(module) is GPTNeoXAttention and not module.attention_dropout:
-            module.__class__ = PackedNeoXAttention

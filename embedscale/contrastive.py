@@ -177,7 +177,7 @@ class Contrastive(lightning.LightningModule):
         again, with the same random numbers, when its embeddings' gradient is known.
         """
         cached = len(batch.chunks) > 1
-        with a_chunk_a_core(self.device) as each:
+        with self.encoder.folding() as folded, a_chunk_a_core(self.device) as each:
             chunks = [self._parts(chunk) for chunk in batch.chunks]
             encoded = [self._encode(batch, number, parts, each, not cached) for number, parts in enumerate(chunks)]
             order = torch.cat([chunk.order for chunk in batch.chunks])
@@ -190,6 +190,8 @@ class Contrastive(lightning.LightningModule):
                     encoded[number] = self._encode(batch, number, chunks[number], each, True)
                 self._backward(chunks[number], encoded[number], part, each)
                 encoded[number] = []
+            if folded is not None:
+                folded.backward()
         sum_gradients(list(self.trainable.values()))
         return loss
 
@@ -227,7 +229,9 @@ class Contrastive(lightning.LightningModule):
         """Add a chunk's gradient to the parameters'. Its sum over parts has the same order at every call."""
         gradients = gradient.split([len(part.order) for part in parts])
         embedding = self._embedding
-        others = [p for p in self.trainable.values() if embedding is None or p is not embedding.weight]
+        folded = self.encoder.folded
+        leaves = list(self.trainable.values()) if folded is None else folded.leaves
+        others = [leaf for leaf in leaves if embedding is None or leaf is not embedding.weight]
         lanes = min(torch.get_num_threads(), len(parts))
 
         def backward(lane: int) -> list[Tensor] | None:
@@ -249,7 +253,7 @@ class Contrastive(lightning.LightningModule):
             return total
 
         for beside in list((each if lanes > 1 else map)(backward, range(lanes)))[1:]:
-            torch._foreach_add_([parameter.grad for parameter in others], beside)  # type: ignore[misc]
+            torch._foreach_add_([leaf.grad for leaf in others], beside)  # type: ignore[misc]
         if embedding is not None:
             # Once for all tokens of the chunk: each part's own would be as large as the whole vocabulary.
             weight, padding = embedding.weight, embedding.padding_idx

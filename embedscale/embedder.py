@@ -13,8 +13,9 @@ from embedscale.backbone import digest_of, load_body
 from embedscale.config import RunConfig
 from embedscale.encoder import Encoder, embeddings_of, pack
 from embedscale.errors import UserError
-from embedscale.folded import FoldedPythia, fold
+from embedscale.folded import fold
 from embedscale.methods import apply_method, merge_adapters
+from embedscale.pairs import as_numpy
 from embedscale.record import RunDirectory
 from embedscale.tokens import load_tokenizer, token_ids
 
@@ -28,10 +29,8 @@ class Embedder:
     def __init__(self, body: nn.Module, config: RunConfig, record: dict[str, Any], device: str | None = None):
         self.config, self.record = config, record
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self.body = body
         self.encoder = Encoder(body, config.backbone.pooling, config.training.precision).to(self.device).eval()
-        if self.device.type == "cpu":
-            self.encoder.body = fold(body, config.training.precision)
+        self.encoder.folded = fold(body, config.training.precision)
         name = config.data.tokenizer or config.backbone.name
         self.tokenizer, _ = load_tokenizer(name, None if config.data.tokenizer else config.backbone.revision)
         self.width: int = record["width"]
@@ -66,14 +65,14 @@ class Embedder:
 
     def _encode(self, texts: Sequence[str], progress: Callable[[int], object]) -> np.ndarray:
         ids = token_ids(texts, self.tokenizer, self.config.data.context, np.int32)
-        lengths = np.diff(ids.offsets.to_numpy())
+        lengths = np.diff(as_numpy(ids.offsets))
         full = np.flatnonzero(lengths)
         found = np.zeros((len(texts), self.width), np.float32)
         progress(len(texts) - len(full))
         if len(full):
-            if isinstance(self.encoder.body, FoldedPythia):
-                self.encoder.body.expect(len(ids.values))
-            chunks = pack(ids.values.to_numpy(), lengths[full], FORWARD_TOKENS)
+            if self.encoder.folded is not None:
+                self.encoder.folded.expect(len(ids.values))
+            chunks = pack(as_numpy(ids.values), lengths[full], FORWARD_TOKENS)
             for chunk, embeddings in zip(chunks, embeddings_of(self.encoder, chunks), strict=True):
                 found[full[chunk.order.numpy()]] = embeddings.cpu().numpy()
                 progress(len(chunk.order))

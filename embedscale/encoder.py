@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from embedscale.attention import Run, packed_attention, use_packed_blocks
+from embedscale.attention import Run, packed_attention
+from embedscale.folded import FoldedPythia, fold
 
 
 @dataclass(frozen=True)
@@ -101,15 +102,30 @@ class Encoder(nn.Module):
 
         AttentionInterface.register("packed", packed_attention)
         body.set_attn_implementation("packed")  # type: ignore[operator]
-        use_packed_blocks(body)
         self.body, self.pooling, self.precision = body, pooling, precision
+        self.folded: FoldedPythia | None = None
+        self.checkpoints = False
 
     def checkpoint_activations(self) -> None:
         """Keep a block's input instead of its activations; the backward pass computes them again."""
-        self.body.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+        self.checkpoints = True
+        # transformers called it by another name before 5.20.
+        enable: Any = getattr(self.body, "activation_checkpointing_enable", None)
+        enable = enable or self.body.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
         # transformers also makes the embedding's output require a gradient, which would run the backward pass
         # through every frozen block.
         self.body.disable_input_require_grads()  # type: ignore[operator]
+
+    @contextmanager
+    def folding(self) -> Iterator[FoldedPythia | None]:
+        """Compute with the folded body, where there is one, until the weights change."""
+        before = self.folded
+        try:
+            self.folded = before or (None if self.checkpoints else fold(self.body, self.precision))
+            yield self.folded
+        finally:
+            self.folded = before
 
     def forward(self, packed: Packed, rows: Tensor | None = None) -> Tensor:
         """Embeddings [S, width], float32, of unit length, in the order of `packed`.
@@ -118,7 +134,8 @@ class Encoder(nn.Module):
         """
         tokens = {"input_ids": packed.tokens[None]} if rows is None else {"inputs_embeds": rows[None]}
         with torch.autocast(packed.tokens.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            hidden = self.body(
+            body: Any = self.folded or self.body
+            hidden = body(
                 **tokens,
                 position_ids=packed.positions[None],
                 # Without these two, transformers would let sequences see each other: no mask, no cache.
@@ -155,7 +172,7 @@ def embeddings_of(encoder: Encoder, chunks: Sequence[Packed]) -> Iterator[Tensor
         found: Tensor = encoder(chunk.to(device))
         return found
 
-    with a_chunk_a_core(device) as each:
+    with torch.no_grad(), encoder.folding(), a_chunk_a_core(device) as each:
         yield from each(embed, chunks)
 
 

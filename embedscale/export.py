@@ -73,7 +73,7 @@ def export(run: str, folder: str) -> int:
 
 def _write_model(embedder: Embedder, folder: Path) -> None:
     config = embedder.config
-    body: Any = embedder.body
+    body: Any = embedder.encoder.body
     body.save_pretrained(folder)
     _edit_json(folder / "config.json", _legacy_rotary(body.config) | {"use_cache": False})
     _write_tokenizer(embedder, folder)

@@ -12,7 +12,6 @@ from embedscale.config import Backbone
 from embedscale.cost import Method
 from embedscale.encoder import Encoder, embeddings_of, pack
 from embedscale.errors import UserError
-from embedscale.folded import FoldedPythia, fold
 from embedscale.methods import apply_method, merge_adapters
 
 
@@ -106,30 +105,6 @@ def test_chunks_side_by_side_are_the_chunks_one_by_one(backbone_folder):
         torch.set_num_threads(before)
     assert len(chunks) > 10
     assert all(torch.equal(a, b) and not b.requires_grad for a, b in zip(alone, beside, strict=True))
-
-
-@pytest.mark.parametrize("tokens_to_come", [0, 10**6])
-@pytest.mark.parametrize("precision", ["float32", "bf16"])
-def test_folded_body_embeds_as_transformers_does(backbone_folder, tokens_to_come, precision):
-    """Scales, shifts and biases are drawn anew, since a fresh body's are ones and zeros."""
-    tokens, lengths = sequences()
-    tokens, lengths = np.append(tokens, tokens[:700]), np.append(lengths, [700]).astype(np.int32)
-    body = AutoModel.from_pretrained(backbone_folder, dtype=torch.float32).requires_grad_(False)
-    torch.manual_seed(0)
-    for parameter in body.parameters():
-        parameter += 0.1 * torch.randn_like(parameter)
-    expected = one_by_one(body, tokens, lengths, "mean")
-    with torch.autocast("cpu", torch.bfloat16):
-        rounded = one_by_one(body, tokens, lengths, "mean")
-    encoder = Encoder(body, precision=precision)
-    encoder.body = fold(body, precision)
-    assert isinstance(encoder.body, FoldedPythia)
-    encoder.body.expect(tokens_to_come)
-    found = packed(encoder, tokens, lengths, 300)
-    if precision == "float32":
-        torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
-    else:
-        assert 0 < (found - expected).norm() < 1.2 * (rounded - expected).norm()
 
 
 def test_another_sequence_in_the_chunk_changes_nothing(backbone_folder):

@@ -1,0 +1,107 @@
+"""The folded body against transformers' own: what it embeds, and each method's gradients."""
+
+import numpy as np
+import pytest
+import torch
+from test_encoder import one_by_one, packed, sequences
+from transformers import AutoModel
+
+from embedscale.backbone import load_body
+from embedscale.config import Backbone
+from embedscale.cost import Method
+from embedscale.encoder import Encoder, pack
+from embedscale.folded import fold
+from embedscale.methods import apply_method
+
+METHODS = [
+    Method("full"),
+    Method("freeze", active_fraction=0.5),
+    Method("freeze", active_blocks=1, blocks="first"),
+    Method("bias"),
+    Method("lora", rank=3),
+    Method("lora", rank=3, embedding=True),
+]
+
+
+def shaken(body):
+    """Scales, shifts and biases anew, since a fresh body's are ones and zeros; so are LoRA's products."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in body.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    return body
+
+
+def with_long_ones():
+    """From 192 tokens on, queries come in blocks of 64; 1,100 is beyond the first of their masks."""
+    tokens, lengths = sequences(30)
+    longer = np.array([191, 192, 700, 257, 1100], np.int32)
+    more = np.random.default_rng(2).integers(0, 256, longer.sum()).astype(np.int32)
+    return np.append(tokens, more), np.append(lengths, longer)
+
+
+@pytest.mark.parametrize("tokens_to_come", [0, 10**6])
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_embeds_as_transformers_does(backbone_folder, tokens_to_come, precision):
+    tokens, lengths = with_long_ones()
+    body = shaken(AutoModel.from_pretrained(backbone_folder, dtype=torch.float32).requires_grad_(False))
+    expected = one_by_one(body, tokens, lengths, "mean")
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = one_by_one(body, tokens, lengths, "mean")
+    encoder = Encoder(body, precision=precision)
+    encoder.folded = fold(body, precision)
+    encoder.folded.expect(tokens_to_come)
+    found = packed(encoder, tokens, lengths, 300)
+    if precision == "float32":
+        torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+    else:
+        assert 0 < (found - expected).norm() < 1.2 * (rounded - expected).norm()
+
+
+def gradients(encoder, chunks, folded):
+    weights = torch.randn(64, 32, generator=torch.Generator().manual_seed(1))
+    encoder.zero_grad()
+    if folded:
+        with encoder.folding() as body:
+            for chunk in chunks:
+                (encoder(chunk) * weights[chunk.order]).sum().backward()
+            body.backward()
+    else:
+        for chunk in chunks:
+            (encoder(chunk) * weights[chunk.order]).sum().backward()
+    return {name: p.grad.clone() for name, p in encoder.body.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: f"{method.label}-{method.blocks}")
+def test_gradients_are_those_of_the_plain_blocks(backbone_folder, method):
+    body = load_body(Backbone(name=str(backbone_folder)), 0)
+    trainable = apply_method(body, method)
+    encoder, chunks = Encoder(shaken(body)), pack(*with_long_ones(), 600)
+    plain, ours = gradients(encoder, chunks, False), gradients(encoder, chunks, True)
+    assert list(ours) == list(plain) == trainable and len(chunks) > 2
+    for name in trainable:
+        torch.testing.assert_close(ours[name], plain[name], atol=1e-5, rtol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: f"{method.label}-{method.blocks}")
+def test_bf16_gradients_are_as_near_as_the_plain_blocks(backbone_folder, method):
+    body = load_body(Backbone(name=str(backbone_folder)), 0)
+    apply_method(body, method)
+    encoder, chunks = Encoder(shaken(body)), pack(*with_long_ones(), 600)
+    exact = gradients(encoder, chunks, False)
+    encoder.precision = "bf16"
+    plain, ours = gradients(encoder, chunks, False), gradients(encoder, chunks, True)
+
+    def distance(found):
+        return sum((found[name] - exact[name]).square().sum() for name in exact).sqrt()
+
+    assert 0 < distance(ours) < 1.2 * distance(plain)
+
+
+def test_what_it_does_not_know_stays_as_it_is(backbone_folder):
+    body = load_body(Backbone(name=str(backbone_folder)), 0)
+    assert fold(body, "float32") is not None
+    body.config.use_parallel_residual = False
+    assert fold(body, "float32") is None
+    with Encoder(body).folding() as folded:
+        assert folded is None
