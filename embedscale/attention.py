@@ -137,14 +137,8 @@ def attend_backward(
 
 
 def rotate(turned: Tensor, turn: Tensor) -> None:
-    """Turn pairs of neighbouring numbers [T, …, 2 pairs], in place, by their position's angle, `turn`.
+    """Turn pairs of neighbouring numbers, float32 [T, …, 2 pairs], in place, by their position's angle.
 
     `turn` is complex64 [T, 1, pairs].
     """
-    if turned.dtype == torch.float32:
-        torch.view_as_complex(turned.unflatten(-1, (-1, 2))).mul_(turn)
-        return
-    real, imaginary = turned.unflatten(-1, (-1, 2)).unbind(-1)
-    numbers = torch.complex(real.float(), imaginary.float()).mul_(turn)
-    real.copy_(numbers.real)
-    imaginary.copy_(numbers.imag)
+    torch.view_as_complex(turned.unflatten(-1, (-1, 2))).mul_(turn)

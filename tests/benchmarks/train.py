@@ -36,7 +36,7 @@ from embedscale.loss import info_nce
 from embedscale.pythia import SUITE
 
 LEARNING_RATE = 1e-5
-BATCHES = 4  # different ones, again and again
+BATCHES = 16  # different ones, so that few steps find what an earlier one of the same lengths set up
 Turn = tuple[list[float], float]  # seconds of the steps, and the first loss
 
 
@@ -227,8 +227,8 @@ def main() -> None:
         best, losses, peak = dict.fromkeys(contestants, float("inf")), dict[str, float](), 0.0
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         for _ in range(args.turns):
-            peak = max(peak, matrix_product_peak(device, "bf16" if args.bf16 else "float32", 2048))
             for name, contestant in contestants.items():
+                peak = max(peak, matrix_product_peak(device, "bf16" if args.bf16 else "float32", 2048))
                 seconds, loss = contestant.turn(args.steps)
                 best[name] = min(best[name], *seconds)
                 losses.setdefault(name, loss)

@@ -4,6 +4,7 @@ A sweep of twelve runs begins on this machine, goes to a real SLURM of two nodes
 by its time limit, killed with its node, cancelled and submitted again. The summary shows what was done to each run.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -16,14 +17,15 @@ import pytest
 
 from embedscale.record import RunDirectory, lease_holder
 
+LONG_SECONDS = 10  # undisturbed
 METHODS = ["full", "bias", {"name": "freeze", "active_fraction": 0.5}, {"name": "lora", "rank": 4}]
 
 
 class Script:
     """What is done to the jobs of a sweep, each deed as soon as the run that it is meant for has steps to lose."""
 
-    def __init__(self, lab, name, until):
-        self.lab, self.name, self.until = lab, name, until
+    def __init__(self, lab, name, long, until):
+        self.lab, self.name, self.long, self.until = lab, name, long, until
         self.deeds, self.nodes = defaultdict(list), defaultdict(set)  # by run id
         self.limited = {}  # run id → the attempt that was running
         self.begun = time.monotonic()
@@ -43,10 +45,10 @@ class Script:
                     self.nodes[run].add(node)
                     yield job.removesuffix("_N/A"), node, directory
 
-    def find(self, wanted):
+    def find(self, wanted, patience=10):
         """A job, its node and its run, which has a checkpoint newer than its attempt's beginning, no earlier deed where
-        that can be had, and no deed that still waits for its time limit beside it on the node."""
-        deadline = time.monotonic() + 10
+        `patience` seconds bring such a one, and no deed that still waits for its time limit beside it on the node."""
+        deadline = time.monotonic() + patience
 
         def ready():
             running = list(self.running())
@@ -84,7 +86,7 @@ class Script:
                 self.note(directory.path.name, deed)
 
     def limit(self):
-        job, _, run = self.find(lambda run, node, held: "3e10" in run and run not in self.limited)
+        job, _, run = self.find(lambda run, node, held: run in self.long and run not in self.limited, patience=0)
         self.note(run, "time limit")
         self.limited[run] = self.running_attempt(run)
         process = lease_holder(RunDirectory(self.lab.folder / "runs" / self.name / run).lease)["pid"]
@@ -92,7 +94,7 @@ class Script:
         self.lab.limit(job, 40)
         # It would need many more steps to be at work until then; held still, it finds the warning when it goes on.
         os.kill(process, signal.SIGSTOP)
-        threading.Timer(25, os.kill, (process, signal.SIGCONT)).start()
+        threading.Timer(25, go_on, (process,)).start()
 
     def preempt(self):
         _, node, _ = self.find(lambda run, node, held: node not in held)
@@ -122,15 +124,19 @@ class Script:
 def test_every_run_ends_with_the_bits_of_the_undisturbed_one(lab, until, same, record_property):
     axes = {"budget": [1e10], "training.seed": [0, 1]}
     file = {"methods": METHODS, "base": {"resources.log_every": 1}}
-    longer = {0: 3e10, 1: 3e10, 2: 2e10, 3: 2e10}
-    file["include"] = [{"budget": longer[seed], "training.seed": seed, "method.name": "full"} for seed in longer]
+    assert "8 done" in lab.sweep("submit", lab.write("alone", axes=axes, **file), "--to", "here")
+    # Four more are long, by this machine's measure: long enough for all that is to be done to them.
+    longer = longer_budget(lab)
+    file["include"] = [{"budget": longer, "training.seed": seed, "method.name": "full"} for seed in range(4)]
+    short = {directory.path.name for directory in lab.directories("alone")}
     alone = lab.write("alone", axes=axes, **file)
-    assert "12 done" in lab.sweep("submit", alone, "--to", "here")
+    assert "alone: 4 done" in lab.sweep("submit", alone, "--to", "here")
+    long = {directory.path.name for directory in lab.directories("alone")} - short
 
     # Two short runs share a job; the long ones have one each. A checkpoint every half second leaves steps to lose.
     file["base"] = file["base"] | {"resources.checkpoint_minutes": 0.01}
     sweep = lab.write("sweep", axes=axes, cluster={"bundle_minutes": 0.05, "max_gpus": 4}, **file)
-    script = Script(lab, "sweep", until)
+    script = Script(lab, "sweep", long, until)
     laptop = lab.start("submit", sweep, "--to", "here")
     begun = until(lambda: [d for d in lab.directories("sweep") if any(d.checkpoints.glob("step-*.pt"))], 60)
     laptop.send_signal(signal.SIGINT)
@@ -166,6 +172,23 @@ def test_every_run_ends_with_the_bits_of_the_undisturbed_one(lab, until, same, r
     assert {"SIGINT", "SIGTERM", "SIGUSR2"} <= {attempt.get("reason") for attempt in attempts}
     assert {"interrupted", "killed", "done"} == {attempt["ended"] for attempt in attempts}
     assert set.union(*script.nodes.values()) == {"n1", "n2"}
+
+
+def go_on(process):
+    """Where SLURM's own signals have not let it go on, and come to its end, before."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(process, signal.SIGCONT)
+
+
+def longer_budget(lab):
+    """FLOP of LONG_SECONDS at the speed of the full runs that are done, in one digit; twice what these had at least."""
+    speeds = []
+    for directory in lab.directories("alone"):
+        record = directory.read_record()
+        if record["method"] == "full":
+            tokens = [row["tokens_per_second"] for row in directory.read_metrics() if "tokens_per_second" in row]
+            speeds.append(max(tokens) * record["flop_per_token"])
+    return max(2e10, float(f"{LONG_SECONDS * min(speeds):.0e}"))
 
 
 def table_of_deeds(lab, script):
