@@ -39,9 +39,9 @@ WARM_STEPS = 2
 HOW = (
     "Training steps (forward, loss, backward, AdamW) of embedscale's own module under lightning.Trainer, random "
     "weights, synthetic pairs: query and positive lengths log-normal with means 14 and 64 after the cut at the "
-    "context. After {warm} steps, about {seconds:g} s are measured. FLOP are those of matrix products and attention, "
-    "without what GradCache or checkpointing compute again; the peak is the best of three products of large square "
-    "matrices beside it."
+    "context, tokens as frequent as a text's words. After {warm} steps, about {seconds:g} s are measured. FLOP are "
+    "those of matrix products and attention, without what GradCache or checkpointing compute again; the peak is the "
+    "best of three products of large square matrices beside it."
 )
 
 
@@ -169,6 +169,13 @@ def paper_lengths(config: RunConfig, seed: int) -> np.ndarray:
     return np.concatenate(found)
 
 
+def paper_tokens(number: int, vocabulary: int, seed: int) -> np.ndarray:
+    """int32 [number]: tokens as frequent as words of a text are (Zipf–Mandelbrot), the rarer the higher."""
+    frequencies = 1 / (np.arange(vocabulary) + 2.7)
+    drawn = np.random.default_rng(seed).choice(vocabulary, number, p=frequencies / frequencies.sum())
+    return drawn.astype(np.int32)
+
+
 def module_of(body: nn.Module, config: RunConfig) -> Contrastive:
     """The module of a run without an end, for steps that are measured."""
     size = config.training.batch_size
@@ -183,7 +190,7 @@ class _Synthetic(Dataset[Batch]):
 
     def __getitem__(self, step: int) -> Batch:
         lengths = self.lengths[step % len(self.lengths)]
-        tokens = np.random.default_rng(step).integers(0, self.vocabulary, int(lengths.sum())).astype(np.int32)
+        tokens = paper_tokens(int(lengths.sum()), self.vocabulary, step)
         return Batch(
             step=step,
             pairs=self.config.training.batch_size,

@@ -22,7 +22,7 @@ from embedscale.methods import apply_method
 from embedscale.pairs import PairStore
 from embedscale.plan import TrainingPlan
 
-PART_TOKENS = 2048  # what a core works on at once: what layers pass on stays in its cache
+PART_TOKENS = 4096  # what a core works on at once: enough for many tokens to occur again in it
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class Batches(Dataset[Batch]):
 
 class _Encoded(NamedTuple):
     embeddings: Tensor  # [S, width] of one part
-    rows: Tensor | None  # [T, width], the tokens' rows of a trained embedding matrix, where their gradient is left
+    rows: Tensor | None  # [U, width], the distinct tokens' rows of a trained embedding, where their gradient is left
 
 
 class Contrastive(lightning.LightningModule):
@@ -196,9 +196,9 @@ class Contrastive(lightning.LightningModule):
         return loss
 
     def _parts(self, chunk: Packed) -> list[Packed]:
-        """On a CPU, parts for each core that fit its cache; not with dropout, whose numbers are the chunk's."""
+        """On a CPU, parts for each core; not with dropout, whose numbers are the chunk's."""
         cores, tokens = torch.get_num_threads(), len(chunk.tokens)
-        if self.device.type != "cpu" or self._drops or tokens < 2 * PART_TOKENS:
+        if self.device.type != "cpu" or self._drops or tokens < PART_TOKENS:
             return [chunk]
         return chunk.cut(cores * math.ceil(tokens / PART_TOKENS / cores))
 
@@ -210,7 +210,7 @@ class Contrastive(lightning.LightningModule):
             with torch.set_grad_enabled(graph):
                 if not graph or embedding is None:
                     return _Encoded(self.encoder(part), None)
-                rows = functional.embedding(part.tokens, embedding.weight.detach()).requires_grad_()
+                rows = functional.embedding(part.distinct, embedding.weight.detach()).requires_grad_()
                 return _Encoded(self.encoder(part, rows), rows)
 
         return list((each if len(parts) > 1 else map)(encode, parts))
@@ -259,7 +259,7 @@ class Contrastive(lightning.LightningModule):
             weight, padding = embedding.weight, embedding.padding_idx
             found = torch.ops.aten.embedding_dense_backward(
                 torch.cat([part.rows.grad for part in encoded]),  # type: ignore[union-attr,misc]
-                torch.cat([part.tokens for part in parts]),
+                torch.cat([part.distinct for part in parts]),
                 len(weight), -1 if padding is None else padding, False,
             )  # fmt: skip
             weight.grad = found if weight.grad is None else weight.grad.add_(found)

@@ -27,6 +27,8 @@ class Packed:
     tokens: Tensor  # int64 [T]
     positions: Tensor  # int64 [T], from 0 in each sequence
     segments: Tensor  # int64 [T], the number of the token's sequence
+    distinct: Tensor  # int64 [U], the tokens that occur
+    which: Tensor  # int64 [T], the token's place among them
     lengths: Tensor  # int64 [S]
     ends: Tensor  # int32 [S + 1]: 0, and where each sequence ends
     order: Tensor  # int64 [S]: the place of each sequence in the batch it was packed from
@@ -82,10 +84,14 @@ def _pack_sorted(tokens: np.ndarray, starts: np.ndarray, lengths: np.ndarray, or
     firsts = np.flatnonzero(np.diff(lengths, prepend=0))
     stops = ends[np.append(firsts[1:], len(lengths)) - 1]
     runs = zip(ends[firsts] - lengths[firsts], stops, lengths[firsts], strict=True)
+    packed = tokens[np.repeat(starts, lengths) + positions].astype(np.int64)
+    distinct, which = np.unique(packed, return_inverse=True)
     return Packed(
-        tokens=torch.from_numpy(tokens[np.repeat(starts, lengths) + positions].astype(np.int64)),
+        tokens=torch.from_numpy(packed),
         positions=torch.from_numpy(positions),
         segments=torch.from_numpy(np.repeat(np.arange(len(lengths)), lengths)),
+        distinct=torch.from_numpy(distinct),
+        which=torch.from_numpy(which),
         lengths=torch.from_numpy(lengths),
         ends=torch.from_numpy(np.concatenate([[0], ends]).astype(np.int32)),
         order=torch.from_numpy(order),
@@ -130,19 +136,24 @@ class Encoder(nn.Module):
     def forward(self, packed: Packed, rows: Tensor | None = None) -> Tensor:
         """Embeddings [S, width], float32, of unit length, in the order of `packed`.
 
-        `rows` [T, width] may bring the tokens' rows of the embedding matrix.
+        `rows` [U, width] may bring the distinct tokens' rows of the embedding matrix.
         """
-        tokens = {"input_ids": packed.tokens[None]} if rows is None else {"inputs_embeds": rows[None]}
-        with torch.autocast(packed.tokens.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            body: Any = self.folded or self.body
-            hidden = body(
-                **tokens,
-                position_ids=packed.positions[None],
-                # Without these two, transformers would let sequences see each other: no mask, no cache.
-                attention_mask=None,
-                use_cache=False,
-                packing=packed,
-            ).last_hidden_state[0]
+        if self.folded is not None:
+            hidden = self.folded(packed, rows)
+        else:
+            if rows is None:
+                tokens = {"input_ids": packed.tokens[None]}
+            else:
+                tokens = {"inputs_embeds": functional.embedding(packed.which, rows)[None]}
+            with torch.autocast(packed.tokens.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+                hidden = self.body(
+                    **tokens,
+                    position_ids=packed.positions[None],
+                    # Without these two, transformers would let sequences see each other: no mask, no cache.
+                    attention_mask=None,
+                    use_cache=False,
+                    packing=packed,
+                ).last_hidden_state[0]
         return functional.normalize(pool(hidden.float(), packed, self.pooling), dim=-1)
 
 

@@ -1,16 +1,16 @@
-"""Pythia's blocks on a CPU: less arithmetic, fewer passes over memory, and for training one backward pass a block.
+"""Pythia's blocks on a CPU: less arithmetic, fewer passes over memory, and for training a backward pass of their own.
 
 What a model must keep apart is folded together for as long as its weights stay, a step or a whole evaluation: both
 layer norms' scales and shifts into the layers behind them, so that one normalised input is left; LoRA's product into
 the weight beside it; and the two biases that the parallel residual adds up. `leaves` take the gradients of the folded
 tensors, over all parts of a batch; `backward` passes them on to the parameters, once.
 
-Attention is float32 whatever the precision of the layers: its backward kernel takes three to twenty times as long in
-bf16, for sequences of 16 to 75 tokens. float32 layers go through oneDNN where torch has it, which is up to a third faster
-here than the BLAS behind `@`; the gradients of weights, sums over tokens, are not.
+The first block's layers see nothing but the token: each distinct token of a part goes through them once, and for
+embedding many texts each token of the vocabulary.
 
-For embedding texts, the first block's layers see nothing but the token: where texts are many, each token of the
-vocabulary goes through them once.
+Attention is float32 whatever the precision of the layers: torch's backward kernel takes two to twenty times as long
+in bf16, for sequences of 8 to 75 tokens. float32 layers go through oneDNN where torch has it, a tenth faster here than
+the BLAS behind `@`; for the gradients of weights, which are sums over tokens, it is not.
 """
 
 from collections.abc import Sequence
@@ -19,10 +19,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXLayer, GPTNeoXModel
 
-from embedscale.attention import attend, attend_backward, beside, rotate, rows_of, states_of
+from embedscale.attention import Run, attend, attend_backward, beside, rotate, rows_of, states_of
 
 REMEMBERED_TO = 12  # blocks: of deeper bodies the first one is too small a part for what its results take in memory
 
@@ -51,9 +50,9 @@ class _Linear(NamedTuple):
 class _Block(NamedTuple):
     """What a block computes with. `_fold` gives the order of its tensors among the leaves."""
 
+    attended: _Linear  # from the attention's outputs
     qkv: _Linear  # to the queries of all heads, the keys, the values: 3 width
     up: _Linear  # to the MLP's hidden units: 4 width
-    attended: _Linear  # from the attention's outputs
     down: _Linear  # from the hidden units; its bias is that of both
 
     def to(self, dtype: torch.dtype) -> "_Block":
@@ -69,7 +68,7 @@ class FoldedPythia:
     def __init__(self, body: GPTNeoXModel, dtype: torch.dtype):
         self.embed, self.rotary, self.norm = body.embed_in, body.rotary_emb, body.final_layer_norm
         attention: Any = body.layers[0].attention
-        self.size, self.turned, self.scaling = attention.head_size, attention.rotary_ndims, attention.scaling
+        self.size, self.turned = attention.head_size, attention.rotary_ndims
         self.dtype = dtype
         made = [self._fold(layer) for layer in body.layers]  # type: ignore[arg-type]
         self.blocks = [block.to(dtype) for block in made]
@@ -92,9 +91,10 @@ class FoldedPythia:
         vocabulary = self.embed.num_embeddings
         self.remembering = tokens >= vocabulary and len(self.blocks) <= REMEMBERED_TO
         if self.remembering and self.first is None:
-            parts = [self._alone(self.blocks[0], self.embed(some)) for some in torch.arange(vocabulary).split(4096)]
-            qkv, hidden = map(torch.cat, zip(*parts, strict=True))
-            self.first = qkv, hidden
+            some = torch.arange(vocabulary).split(4096)
+            parts = [_layers(self.embed(tokens), self.blocks[0], self.norm.eps) for tokens in some]
+            states, hidden = map(torch.cat, zip(*parts, strict=True))
+            self.first = states, hidden
 
     def _fold(self, layer: GPTNeoXLayer) -> _Block:
         attention, mlp = layer.attention, layer.mlp
@@ -102,34 +102,33 @@ class FoldedPythia:
         order = beside(len(qkv.weight), self.size, self.turned).view(-1, 3, self.size).transpose(0, 1).flatten()
         attended, down = _linear(attention.dense), _linear(mlp.dense_4h_to_h)
         return _Block(
+            attended=attended._replace(bias=attended.bias.detach()),
             qkv=_Linear(*(x.index_select(0, order) if x is not None and x is not qkv.a else x for x in qkv)),  # type: ignore[arg-type]
             up=_behind(mlp.dense_h_to_4h, layer.post_attention_layernorm),
-            attended=attended._replace(bias=attended.bias.detach()),
             down=down._replace(bias=attended.bias + down.bias),
         )
 
-    def __call__(
-        self, position_ids: Tensor, packing: Any, input_ids: Any = None, inputs_embeds: Any = None, **_: Any
-    ) -> BaseModelOutput:
-        """Hidden states [1, T, width], float32, of packed tokens [1, T] or their rows [1, T, width]."""
+    def __call__(self, packed: Any, rows: Tensor | None = None) -> Tensor:
+        """Hidden states [T, width], float32. `rows` [U, width] may bring those of the distinct tokens' embeddings."""
         with torch.autocast("cpu", enabled=False):
-            cos, sin = (x[0, :, : self.turned // 2] for x in self.rotary(self.norm.weight, position_ids))
+            cos, sin = (x[0, :, : self.turned // 2] for x in self.rotary(self.norm.weight, packed.positions[None]))
             turn = torch.complex(cos.float(), sin.float())[:, None]
-            graph, blocks = torch.is_grad_enabled(), list(zip(self.blocks, self._leaves, strict=True))
-            if self.remembering and self.first is not None:
-                qkv, hidden = (known[input_ids[0]] for known in self.first)
-                hidden = self._attend(self.blocks[0], qkv, hidden, turn, packing)
-                blocks = blocks[1:]
-            else:
-                hidden = self.embed(input_ids[0]) if inputs_embeds is None else inputs_embeds[0]
-            for block, leaves in blocks:
-                if graph and (hidden.requires_grad or any(leaf is not None for leaf in leaves)):
-                    fixed = block, turn, packing.runs, self.size, self.scaling, self.norm.eps
-                    hidden = _TrainedBlock.apply(hidden, fixed, *leaves)
+            remembered = self.first if self.remembering else None
+            hidden = self.embed(packed.distinct) if rows is None and remembered is None else rows
+            for number, (block, leaves) in enumerate(zip(self.blocks, self._leaves, strict=True)):
+                needed = any(leaf is not None for leaf in leaves) or (hidden is not None and hidden.requires_grad)
+                trains = needed and torch.is_grad_enabled()
+                if number == 0 and remembered is not None:
+                    states, hidden = (known[packed.tokens] for known in remembered)
                 else:
-                    qkv, hidden = self._alone(block, hidden)
-                    hidden = self._attend(block, qkv, hidden, turn, packing)
-            return BaseModelOutput(last_hidden_state=self.norm(hidden)[None])
+                    layers: Any = _Layers.apply if trains else _layers
+                    states, hidden = layers(hidden, block, self.norm.eps, *leaves[4:])
+                    if number == 0:
+                        states, hidden = (functional.embedding(packed.which, x) for x in (states, hidden))
+                attention: Any = _Attention.apply if trains else _attention
+                hidden = attention(states, hidden, block, turn, packed.runs, self.size, *leaves[:4])
+            found: Tensor = self.norm(hidden)
+            return found
 
     def backward(self) -> None:
         """Add to the parameters' gradients what the leaves have collected."""
@@ -142,22 +141,6 @@ class FoldedPythia:
         if both:
             tensors, gradients = zip(*both, strict=True)
             torch.autograd.backward(tensors, gradients)
-
-    def _alone(self, block: _Block, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """What a block makes of each token by itself: [T, 3 width] for the attention; the residual with the MLP's."""
-        normed = functional.layer_norm(hidden, hidden.shape[1:], eps=self.norm.eps).to(self.dtype)
-        units = _product(normed, block.up.weight, block.up.bias)
-        hidden = _plus(hidden, torch.ops.aten.gelu_(units), block.down.weight, block.down.bias)
-        return _product(normed, block.qkv.weight, block.qkv.bias).float(), hidden
-
-    def _attend(self, block: _Block, qkv: Tensor, hidden: Tensor, turn: Tensor, packing: Any) -> Tensor:
-        """The residual with what the attention brings; its outputs take the place of the queries."""
-        width = hidden.shape[1]
-        rotate(_turned(qkv, turn, self.size), turn)
-        for run in packing.runs:
-            query, key, value = (states_of(qkv, run, self.size, part * width, width) for part in range(3))
-            qkv[run.start : run.stop, :width] = rows_of(attend(query, key, value, self.scaling)[0])
-        return _plus(hidden, qkv[:, :width].to(self.dtype), block.attended.weight)
 
 
 def _linear(module: Any) -> _Linear:
@@ -177,69 +160,118 @@ def _behind(module: Any, norm: nn.LayerNorm) -> _Linear:
     return _Linear(weight * norm.weight, bias, a * norm.weight, b)
 
 
-class _TrainedBlock(torch.autograd.Function):
-    """A block's output [T, width] from its input; the leaves are there for their gradients alone."""
+def _layers(hidden: Tensor, block: _Block, eps: float, *_: Any) -> tuple[Tensor, Tensor]:
+    """What a block makes of each token by itself: [T, 3 width] for its attention; the residual with the MLP's part."""
+    normed = functional.layer_norm(hidden, hidden.shape[1:], eps=eps).to(block.up.weight.dtype)
+    units = _product(normed, block.up.weight, block.up.bias)
+    hidden = _plus(hidden, torch.ops.aten.gelu_(units), block.down.weight, block.down.bias)
+    return _product(normed, block.qkv.weight, block.qkv.bias).float(), hidden
+
+
+def _attention(
+    states: Tensor, hidden: Tensor, block: _Block, turn: Tensor, runs: Sequence[Run], size: int, *_: Any
+) -> Tensor:
+    """The residual with what the attention brings. Its outputs take the place of the queries."""
+    width = hidden.shape[1]
+    rotate(_turned(states, turn, size), turn)
+    for run in runs:
+        found, _sums = attend(*_states(states, run, size), size**-0.5)
+        states[run.start : run.stop, :width] = rows_of(found)
+    return _plus(hidden, states[:, :width].to(block.attended.weight.dtype), block.attended.weight)
+
+
+class _Layers(torch.autograd.Function):
+    """`_layers` with a backward pass; the leaves are there for their gradients alone."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, fixed: tuple, *leaves: Tensor | None) -> Tensor:
-        block, turn, runs, size, scaling, eps = fixed
-        qkv, up, attended, down = block
-        width = hidden.shape[1]
+    def forward(ctx: Any, hidden: Tensor, block: _Block, eps: float, *leaves: Tensor | None) -> tuple[Tensor, Tensor]:
         normed, mean, deviation = torch.native_layer_norm(hidden, hidden.shape[1:], None, None, eps)
-        normed = normed.to(up.weight.dtype)
-        units = _product(normed, up.weight, up.bias)
+        normed = normed.to(block.up.weight.dtype)
+        units = _product(normed, block.up.weight, block.up.bias)
         active = functional.gelu(units)
-        states = _product(normed, qkv.weight, qkv.bias).float()
-        rotate(_turned(states, turn, size), turn)
-        out, sums = states.new_empty(len(states), width), []
-        for run in runs:
-            query, key, value = (states_of(states, run, size, part * width, width) for part in range(3))
-            found, log_sum = attend(query, key, value, scaling)
-            out[run.start : run.stop] = rows_of(found)
-            sums.append(log_sum)
-        result = _plus(hidden, active, down.weight, down.bias)
-        result = _plus(result, out.to(active.dtype), attended.weight)
-        ctx.save_for_backward(hidden, mean, deviation, normed, units, active, states, out, turn, *sums)
-        ctx.fixed = block, runs, size, scaling
-        return result
+        result = _plus(hidden, active, block.down.weight, block.down.bias)
+        states = _product(normed, block.qkv.weight, block.qkv.bias).float()
+        through, _, _, *needed = ctx.needs_input_grad
+        if not through and not any(needed[:4]):
+            ctx.mark_non_differentiable(states)
+        # Of what only the gradients of weights ask for, nothing is kept without them.
+        ctx.save_for_backward(
+            hidden if through else None, mean, deviation, normed if any(needed[:8]) else None,
+            units, active if any(needed[8:]) else None,
+        )  # fmt: skip
+        ctx.block = block
+        return states, result
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, mean, deviation, normed, units, active, states, out, turn, *sums = ctx.saved_tensors
-        (qkv, up, attended, down), runs, size, scaling = ctx.fixed
-        through, _, *needed = ctx.needs_input_grad
-        of_qkv, of_up, of_attended, of_down = needed[:4], needed[4:8], needed[8:12], needed[12:]
-        width, result = hidden.shape[1], gradients[0]
-        above = result.to(normed.dtype)
-
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
+        hidden, mean, deviation, normed, units, active = ctx.saved_tensors
+        _, qkv, up, down = ctx.block
+        through, _, _, *needed = ctx.needs_input_grad
+        of_qkv, of_up, of_down = needed[:4], needed[4:8], needed[8:]
+        states, result = gradients
+        above = result.to(units.dtype)
         found_down = _gradients(of_down, down, above, active, result)
-        found_attended = _gradients(of_attended, attended, above, out.to(above.dtype))
-        found_up: list[Tensor | None] = [None] * 4
-        found_qkv, below = found_up, None
+        found_qkv: list[Tensor | None] = [None] * 4
+        found_up, below = found_qkv, None
         if through or any(of_up):
             inner = _product(above, down.weight.T)
             torch.ops.aten.gelu_backward.grad_input(inner, units, grad_input=inner)
             found_up = _gradients(of_up, up, inner, normed)
             below = _product(inner, up.weight.T) if through else None
         if through or any(of_qkv):
-            outer, inner = _product(above, attended.weight.T).float(), torch.empty_like(states)
-            for run, log_sum in zip(runs, sums, strict=True):
-                query, key, value = (states_of(states, run, size, part * width, width) for part in range(3))
-                gradient, found = (states_of(x, run, size, 0, width) for x in (outer, out))
-                parts = attend_backward(query, key, value, gradient, found, log_sum, scaling)
-                for number, part in enumerate(parts):
-                    states_of(inner, run, size, number * width, width).copy_(part)
-            rotate(_turned(inner, turn, size), turn.conj())
-            inner = inner.to(above.dtype)
+            inner = states.to(units.dtype)
             found_qkv = _gradients(of_qkv, qkv, inner, normed)
-            if below is not None:
-                below = _plus(below, inner, qkv.weight.T)
+            below = None if below is None else _plus(below, inner, qkv.weight.T)
         if below is not None:
             below, _, _ = torch.ops.aten.native_layer_norm_backward(
                 below.to(hidden.dtype), hidden, hidden.shape[1:], mean, deviation, None, None, [True, False, False]
             )
             below += result
-        return below, None, *found_qkv, *found_up, *found_attended, *found_down
+        return below, None, None, *found_qkv, *found_up, *found_down
+
+
+class _Attention(torch.autograd.Function):
+    """`_attention` with a backward pass. It turns `states`, which are nobody else's, in place."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, states: Tensor, hidden: Tensor, block: _Block, turn: Tensor, runs: Sequence[Run], size: int,
+        *leaves: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        rotate(_turned(states, turn, size), turn)
+        out, sums = torch.empty_like(hidden), []
+        for run in runs:
+            found, log_sum = attend(*_states(states, run, size), size**-0.5)
+            out[run.start : run.stop] = rows_of(found)
+            sums.append(log_sum)
+        ctx.save_for_backward(states, out, turn, *sums)
+        ctx.fixed = block.attended, runs, size
+        return _plus(hidden, out.to(block.attended.weight.dtype), block.attended.weight)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        states, out, turn, *sums = ctx.saved_tensors
+        attended, runs, size = ctx.fixed
+        through, _, _, _, _, _, *needed = ctx.needs_input_grad
+        above = gradients[0].to(attended.weight.dtype)
+        found = _gradients(needed, attended, above, out.to(above.dtype)) if any(needed) else [None] * 4
+        below = None
+        if through:
+            outer, below = _product(above, attended.weight.T).float(), torch.empty_like(states)
+            for run, log_sum in zip(runs, sums, strict=True):
+                gradient, whole = (states_of(x, run, size, 0, out.shape[1]) for x in (outer, out))
+                parts = attend_backward(*_states(states, run, size), gradient, whole, log_sum, size**-0.5)
+                for into, part in zip(_states(below, run, size), parts, strict=True):
+                    into.copy_(part)
+            rotate(_turned(below, turn, size), turn.conj())
+        return below, gradients[0], None, None, None, None, *found
+
+
+def _states(qkv: Tensor, run: Run, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """A run's queries, keys and values, [sequences, heads, length, size] each, as views of [T, 3 width]."""
+    width = qkv.shape[1] // 3
+    query, key, value = (states_of(qkv, run, size, part * width, width) for part in range(3))
+    return query, key, value
 
 
 def _gradients(
@@ -253,9 +285,9 @@ def _gradients(
     if bias:
         found[1] = (above if exact is None else exact).sum(0)
     if a and linear.b is not None:
-        found[2] = (above @ linear.b).T @ below
+        found[2] = _product(above, linear.b.T).T @ below
     if b and linear.a is not None:
-        found[3] = above.T @ (below @ linear.a.T)
+        found[3] = (_product(below, linear.a).T @ above).T  # the other way around is slower
     return found
 
 
