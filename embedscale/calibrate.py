@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from embedscale.backbone import load_body
 from embedscale.config import RunConfig
-from embedscale.contrastive import Batch, Contrastive, assemble
+from embedscale.contrastive import Batch, Contrastive, assemble, fitting_chunk
 from embedscale.cost import Method
 from embedscale.encoder import pack
 from embedscale.errors import DONE, UserError
@@ -105,15 +105,15 @@ def _facts(config: RunConfig, device: torch.device, seconds: float) -> dict[str,
 
 
 def measure(config: RunConfig, device: torch.device, seconds: float, peak: float) -> dict[str, Any]:
-    """One row: the speed with the largest chunk of tokens that the memory takes, halved from the whole batch on.
+    """One row: the speed with the largest chunk of tokens that the memory takes, halved where it is still too large.
 
     Empty where not even one sequence fits.
     """
     row = SUITE.get(config.backbone.name)
     body = build(config.backbone.name) if row else load_body(config.backbone, config.training.seed)
     lengths = [paper_lengths(config, seed) for seed in range(4)]
-    chunk = config.resources.chunk_tokens or max(int(each.sum()) for each in lengths)
-    module = module_of(body, config)
+    module = module_of(body, config).to(device)
+    chunk = config.resources.chunk_tokens or fitting_chunk(module) or max(int(each.sum()) for each in lengths)
     while True:
         reset_peak_memory(device)
         try:

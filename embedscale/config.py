@@ -163,7 +163,8 @@ class Resources:
     devices: int = 1  # processes, one a GPU
     nodes: int = 1
     workers: int = 0  # loader processes
-    chunk_tokens: int | None = None  # GradCache: most tokens in one forward pass; default the whole batch
+    chunk_tokens: int | None = None  # GradCache: most tokens in one forward pass; default what the memory takes
+    memory_gb: float | None = None  # of a GPU, or of this process on a CPU; default nine tenths of what there is
     activation_checkpointing: bool = False
     checkpoint_minutes: float = 10.0
     log_every: int = 10  # steps
@@ -174,6 +175,7 @@ class Resources:
         bounded("resources.nodes", self.nodes, 1)
         bounded("resources.workers", self.workers, 0)
         bounded("resources.chunk_tokens", self.chunk_tokens, 1)
+        bounded("resources.memory_gb", self.memory_gb, 0, above=True)
         bounded("resources.checkpoint_minutes", self.checkpoint_minutes, 0)
         bounded("resources.log_every", self.log_every, 1)
         for logger in self.loggers:

@@ -17,11 +17,16 @@ from embedscale.backbone import shape_of
 from embedscale.config import RunConfig
 from embedscale.cost import Cost, cost_of
 from embedscale.encoder import Encoder, Packed, a_chunk_a_core, pack
+from embedscale.errors import UserError
+from embedscale.hardware import memory_in_use, usable_memory
 from embedscale.loss import loss_and_gradient, sum_gradients, world_size
 from embedscale.methods import apply_method
 from embedscale.pairs import PairStore
 from embedscale.plan import TrainingPlan
 
+# What a chunk takes at most over what its graph keeps: the rest of a block's work and, in a CPU's heap, the gaps that
+# chunks of other lengths leave.
+MARGIN = {"cpu": 2.5, "cuda": 1.25}
 PART_TOKENS = 4096  # what a core works on at once: enough for many tokens to occur again in it
 
 
@@ -51,9 +56,11 @@ class Batch:
 class Batches(Dataset[Batch]):
     """Step → batch, a pure function of the store and the plan: resuming needs no loader state."""
 
-    def __init__(self, store: PairStore, plan: TrainingPlan, config: RunConfig, rank: int = 0):
-        self.store, self.plan, self.rank = store, plan, rank
-        self.negatives, self.chunk_tokens = config.loss.hard_negatives, config.resources.chunk_tokens
+    def __init__(
+        self, store: PairStore, plan: TrainingPlan, config: RunConfig, chunk_tokens: int | None = None, rank: int = 0
+    ):
+        self.store, self.plan, self.chunk_tokens, self.rank = store, plan, chunk_tokens, rank
+        self.negatives = config.loss.hard_negatives
 
     def __len__(self) -> int:
         return self.plan.steps
@@ -334,3 +341,45 @@ def assemble(body: nn.Module, config: RunConfig, plan: TrainingPlan) -> Contrast
     if checkpointing:
         encoder.checkpoint_activations()
     return Contrastive(encoder, trainable, config, plan, cost)
+
+
+def fitting_chunk(module: Contrastive) -> int | None:
+    """The most tokens of a chunk with which a step stays within the memory that it may take, whatever the lengths.
+
+    None where the largest possible batch fits whole. Call it once the module is on its device, before the first step.
+    Raises UserError where `resources.memory_gb` does not even suffice for the longest sequence.
+    """
+    config, device = module.config, module.device
+    given = config.resources.memory_gb
+    memory = usable_memory(device) if given is None else int(given * 1e9)
+    pairs, context = config.training.batch_size, config.data.context
+    trained = sum(p.numel() for p in module.trainable.values())
+    copies = 3  # its gradient and AdamW's two moments; where blocks are folded, also of these, for each core
+    with module.encoder.folding() as folded:
+        copies += 0 if folded is None else 1 + torch.get_num_threads()
+        small, large = (_kept_bytes(module.encoder, n * context, device) for n in (8, 16))
+    a_token = MARGIN[device.type] * (large - small) / (8 * context)
+    fixed = memory_in_use(device) + 4 * copies * trained + 24 * pairs**2  # float32; the loss's matrices
+    most = int((memory - fixed) / a_token)
+    if most >= pairs * (2 + config.loss.hard_negatives) * context // module.plan.world_size:
+        return None
+    if most < context and given is not None:
+        least = (fixed + context * a_token) / 1e9
+        raise UserError(f"resources.memory_gb: is {given:g}; this run needs at least {least:.2f}")
+    return max(most, context)
+
+
+def _kept_bytes(encoder: Encoder, tokens: int, device: torch.device) -> int:
+    """What autograd keeps of one forward pass."""
+    vocabulary: int = encoder.body.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    kept: dict[int, int] = {}
+
+    def note(x: Tensor) -> Tensor:
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    lengths = np.full(8, tokens // 8)
+    (chunk,) = pack(np.arange(int(lengths.sum())) % vocabulary, lengths)
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        encoder(chunk.to(device))
+    return sum(kept.values())

@@ -1,13 +1,15 @@
 """What the machine under a run gives: the speed of a matrix product, and memory."""
 
 import ctypes
+import os
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # malloc.h
 
 
 def matrix_product_peak(device: torch.device, precision: str, size: int | None = None) -> float:
@@ -36,6 +38,29 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         mallopt(M_MMAP_THRESHOLD, 1 << 30)
         mallopt(M_TRIM_THRESHOLD, -1)
+        mallopt(M_ARENA_MAX, 1)  # what one thread has freed, another may have
+
+
+def usable_memory(device: torch.device) -> int:
+    """Bytes that a process may take, the same on every machine of a kind: nine tenths of the GPU's memory, or of the
+    machine's, its control group's or its SLURM job's.
+    """
+    if device.type == "cuda":
+        return int(0.9 * torch.cuda.get_device_properties(device).total_memory)
+    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    for file in ("memory.max", "memory/memory.limit_in_bytes"):  # of control groups' two versions
+        with suppress(OSError, ValueError):  # no such file, or "max"
+            limits.append(int(Path("/sys/fs/cgroup", file).read_text()))
+    with suppress(KeyError, ValueError):
+        limits.append(int(os.environ["SLURM_MEM_PER_NODE"]) * 2**20 or limits[0])
+    return int(0.9 * min(limits))
+
+
+def memory_in_use(device: torch.device) -> int:
+    """Bytes: allocated on a GPU; of this whole process, libraries included, on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    return _status("VmRSS")
 
 
 def reset_peak_memory(device: torch.device) -> None:
@@ -46,8 +71,12 @@ def reset_peak_memory(device: torch.device) -> None:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes since the reset: allocated on a GPU; of this whole process, libraries included, on a CPU."""
+    """Bytes since the reset, counted as by `memory_in_use`."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    return _status("VmHWM")
+
+
+def _status(field: str) -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
+    return 1024 * int(next(line for line in lines if line.startswith(field)).split()[1])

@@ -26,7 +26,7 @@ from embedscale import config as configs
 from embedscale.backbone import digest_of, load_body, shape_of, shape_without_weights
 from embedscale.callbacks import Budget, Checkpoints, Diverged, HeldOut, Log, Show, Signals, Stopped, newest_checkpoint
 from embedscale.config import RunConfig
-from embedscale.contrastive import Batches, Contrastive, assemble
+from embedscale.contrastive import Batches, Contrastive, assemble, fitting_chunk
 from embedscale.errors import DONE, FAILED, INTERRUPTED, UserError
 from embedscale.hardware import keep_freed_memory
 from embedscale.pairs import PairStore
@@ -66,17 +66,32 @@ def train(config: RunConfig, stop: StopRequest | None = None) -> int:
     keep_freed_memory()
     module, facts = _build(config, plan)
     _refuse_another_plan(directory, facts | {"plan": plan.as_json()})
+    chunk = _chunk_tokens(config, directory, module)
     if _rank() > 0:
-        return _fit(config, directory, store, module, facts, stop, Attempt(directory.attempts, {"number": 0}), None)
+        attempt = Attempt(directory.attempts, {"number": 0})
+        return _fit(config, directory, store, module, chunk, facts, stop, attempt, None)
     directory.path.mkdir(parents=True, exist_ok=True)
     with leased(directory) as lease:
         if directory.read_record() is not None:  # another process ended it since the first look
             return train(config, stop)
         write_atomically(directory.config, lambda file: file.write(configs.to_yaml(config).encode()))
-        write_json(directory.plan, facts | {"plan": plan.as_json()})
+        write_json(directory.plan, facts | {"chunk_tokens": chunk, "plan": plan.as_json()})
         directory.close_lost_attempts(lease.left_behind)
         attempt = directory.begin_attempt()
-        return _fit(config, directory, store, module, facts, stop, attempt, lease)
+        return _fit(config, directory, store, module, chunk, facts, stop, attempt, lease)
+
+
+def _chunk_tokens(config: RunConfig, directory: RunDirectory, module: Contrastive) -> int | None:
+    """As configured; or as this run was begun with, so that it rounds as it did; or what the memory takes."""
+    if config.resources.chunk_tokens is not None:
+        return config.resources.chunk_tokens
+    begun = read_json(directory.plan) if any(directory.checkpoints.glob("step-*.pt")) else None
+    if begun is not None:
+        found: int | None = begun.get("chunk_tokens")
+        return found
+    if torch.cuda.is_available():
+        module.to(torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))))
+    return fitting_chunk(module)
 
 
 def _rank() -> int:
@@ -129,8 +144,8 @@ def _refuse_another_plan(directory: RunDirectory, facts: dict[str, Any]) -> None
     if before is None or not any(directory.checkpoints.glob("step-*.pt")):
         return
     for name, value in (before | before["plan"]).items():
-        now = (facts | facts["plan"])[name]
-        if name not in ("plan", "evaluate_after") and now != value:
+        now = (facts | facts["plan"]).get(name)
+        if name not in ("plan", "chunk_tokens", "evaluate_after") and now != value:
             raise UserError(f"{directory.path}: this run began with {name} {value}; now it is {now}")
 
 
@@ -146,6 +161,7 @@ def _fit(
     directory: RunDirectory,
     store: PairStore,
     module: Contrastive,
+    chunk_tokens: int | None,
     facts: dict[str, Any],
     stop: StopRequest,
     attempt: Attempt,
@@ -170,7 +186,7 @@ def _fit(
     if lease is not None:
         callbacks.append(Show(lease, held_out))
     try:
-        device = _run(config, directory, store, module, held_out, callbacks, stop)
+        device = _run(config, directory, store, module, chunk_tokens, held_out, callbacks, stop)
         if lease is None:
             return DONE if module.step == module.plan.steps else INTERRUPTED
         reached: dict[str, Any] = {"to_step": module.step, "to_flop": module.flop}
@@ -206,6 +222,7 @@ def _run(
     directory: RunDirectory,
     store: PairStore,
     module: Contrastive,
+    chunk_tokens: int | None,
     held_out: HeldOut,
     callbacks: list[lightning.Callback],
     stop: StopRequest,
@@ -234,7 +251,7 @@ def _run(
     if module.step < plan.steps:
         if stop.requested:
             return module.device
-        batches = Batches(store, plan, config, _rank())
+        batches = Batches(store, plan, config, chunk_tokens, _rank())
         loader = DataLoader(
             batches,
             batch_size=None,

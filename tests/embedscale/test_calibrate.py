@@ -4,12 +4,20 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
 from embedscale import cli
-from embedscale.calibrate import build, paper_lengths
+from embedscale.backbone import load_body
+from embedscale.calibrate import build, config_of, module_of, paper_lengths, paper_tokens
 from embedscale.config import load
+from embedscale.contrastive import Batch, fitting_chunk
 from embedscale.cost import Method, cost_of
+from embedscale.encoder import pack
+from embedscale.errors import UserError
+from embedscale.hardware import keep_freed_memory, peak_memory
 from embedscale.pythia import SUITE, shape_by_name
+
+LIMIT = 1.5e9  # bytes
 
 
 def measured(backbone_folder, out, *words):
@@ -61,3 +69,40 @@ def test_bodies_are_the_suites():
     inside = sum(p.numel() for name, p in body.named_parameters() if "embed_in" not in name)
     assert inside == SUITE["pythia-14m"].parameters
     assert body.get_input_embeddings().weight.shape == (50304, 128)
+
+
+def _peak(longest, out):
+    """A process whose largest step has 1,024 pairs, of the paper's lengths or all of them at the context's end."""
+    torch.set_num_threads(2)
+    keep_freed_memory()
+    config = config_of(load(None, [f"resources.memory_gb={LIMIT / 1e9}"]), "pythia-14m", "full")
+    module = module_of(build("pythia-14m", vocabulary=8192), config)
+    chunk = fitting_chunk(module)
+    pairs, context = config.training.batch_size, config.data.context
+    lengths = np.full(2 * pairs, context) if longest else paper_lengths(config, 0)
+    chunks = pack(paper_tokens(int(lengths.sum()), 8192, 0), lengths, chunk)
+    module.backward_through(Batch(0, pairs, chunks, torch.arange(len(lengths)), int(lengths.sum()), 0))
+    out.put((pairs, len(chunks), peak_memory(torch.device("cpu"))))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("longest", [False, True])
+def test_a_step_stays_within_the_memory_it_may_take(server, longest):
+    """The whole batch in one chunk would take 4 to 8 GB."""
+    out = server.Queue()
+    process = server.Process(target=_peak, args=(longest, out))
+    process.start()
+    pairs, chunks, peak = out.get(timeout=240)
+    process.join(60)
+    assert pairs == 1024 and chunks > 1
+    assert peak < LIMIT
+
+
+def test_chunks_are_cut_only_where_the_memory_asks_for_it(backbone_folder):
+    words = [f"backbone.name={backbone_folder}", "training.batch_size=64", "data.context=40"]
+    body = load_body(load(None, words).backbone, 0)
+    assert fitting_chunk(module_of(body, load(None, words))) is None
+    with pytest.raises(UserError, match=r"resources.memory_gb: is 0.01; this run needs at least [0-9.]+$"):
+        fitting_chunk(
+            module_of(load_body(load(None, words).backbone, 0), load(None, [*words, "resources.memory_gb=0.01"]))
+        )
