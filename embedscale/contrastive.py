@@ -354,12 +354,15 @@ def fitting_chunk(module: Contrastive) -> int | None:
     memory = usable_memory(device) if given is None else int(given * 1e9)
     pairs, context = config.training.batch_size, config.data.context
     trained = sum(p.numel() for p in module.trainable.values())
-    copies = 3  # its gradient and AdamW's two moments; where blocks are folded, also of these, for each core
+    numbers = 3 * trained + 6 * pairs**2  # gradients and AdamW's two moments; the loss's matrices
+    in_use = memory_in_use(device)
     with module.encoder.folding() as folded:
-        copies += 0 if folded is None else 1 + torch.get_num_threads()
+        if folded is not None:  # what the blocks are folded to, and its gradients, on each core
+            embedding = 0 if module._embedding is None else module._embedding.weight.numel()
+            numbers += (1 + torch.get_num_threads()) * (trained - embedding)
         small, large = (_kept_bytes(module.encoder, n * context, device) for n in (8, 16))
     a_token = MARGIN[device.type] * (large - small) / (8 * context)
-    fixed = memory_in_use(device) + 4 * copies * trained + 24 * pairs**2  # float32; the loss's matrices
+    fixed = in_use + 4 * numbers
     most = int((memory - fixed) / a_token)
     if most >= pairs * (2 + config.loss.hard_negatives) * context // module.plan.world_size:
         return None

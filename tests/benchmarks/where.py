@@ -1,0 +1,71 @@
+"""Where a training step's time goes on a CPU: the plain padded way, and ours, operation by operation.
+
+    python tests/benchmarks/where.py [--bf16] [--sizes pythia-14m pythia-160m pythia-410m]   # about nine minutes
+
+Full fine-tuning, the pairs of train.py, on one thread, which is what each core of a training step has, and so that
+the profiler sees all of it.
+"""
+
+import argparse
+import tempfile
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch.profiler import ProfilerActivity, profile
+from train import LEARNING_RATE, WARM, ours, padded, save_model
+
+from embedscale.calibrate import build
+from embedscale.pythia import SUITE
+
+PAIRS = {"pythia-14m": 256, "pythia-70m": 64, "pythia-160m": 32, "pythia-410m": 8}
+PARTS = {  # what operations' names begin with
+    "products of dense layers": ("aten::mm", "aten::addmm", "mkldnn::_linear_pointwise", "mkldnn::_reorder"),
+    "attention": ("aten::_scaled_dot_product", "aten::bmm", "aten::baddbmm", "aten::_softmax"),
+    "GELU": ("aten::gelu",),
+    "norms": ("aten::native_layer_norm",),
+    "rotation, residuals, biases": ("aten::mul", "aten::add", "aten::neg", "aten::sum", "aten::sub"),
+    "copies and fills": ("aten::copy_", "aten::cat", "aten::fill_", "aten::zero_", "aten::index", "aten::embedding"),
+    "AdamW": ("aten::_fused_adamw",),
+}
+
+
+def parts_of(turn) -> dict[str, float]:
+    """Seconds a step, by part; what no part names is `the rest`, Python included."""
+    turn(1)
+    with profile(activities=[ProfilerActivity.CPU]) as found:
+        turn(1)
+    seconds = dict.fromkeys([*PARTS, "the rest"], 0.0)
+    for event in found.key_averages():
+        part = next((name for name, begins in PARTS.items() if event.key.startswith(begins)), "the rest")
+        seconds[part] += event.self_cpu_time_total / 1e6 / (WARM + 1)
+    return seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", nargs="+", default=["pythia-14m", "pythia-160m", "pythia-410m"], choices=PAIRS)
+    parser.add_argument("--bf16", action="store_true")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    for size in args.sizes:
+        words = [f"training.batch_size={PAIRS[size]}", f"training.learning_rate={LEARNING_RATE}"]
+        words += ["training.precision=bf16"] if args.bf16 else []
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary)
+            save_model(build(size), folder, SUITE[size].vocabulary)
+            before, after = parts_of(padded(words, size, folder)), parts_of(ours(words, size, "full", folder))
+        title = f"{size}, {PAIRS[size]} pairs, {'bf16' if args.bf16 else 'float32'}: seconds of a step on one thread"
+        table = Table("", "padded", "", "ours", "", title=title)
+        for column in table.columns[1:]:
+            column.justify = "right"
+        for part in before:
+            shares = [f"{each[part] / sum(each.values()):.0%}" for each in (before, after)]
+            table.add_row(part, f"{before[part]:.3f}", shares[0], f"{after[part]:.3f}", shares[1])
+        table.add_row("in all", f"{sum(before.values()):.3f}", "", f"{sum(after.values()):.3f}", "")
+        Console(width=110).print(table)
+
+
+if __name__ == "__main__":
+    main()
