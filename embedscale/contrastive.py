@@ -374,7 +374,7 @@ def fitting_chunk(module: Contrastive) -> int | None:
 
 def _kept_bytes(encoder: Encoder, tokens: int, device: torch.device) -> int:
     """What autograd keeps of one forward pass."""
-    vocabulary: int = encoder.body.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    vocabulary = len(encoder.body.get_input_embeddings().weight)  # type: ignore[operator]
     kept: dict[int, int] = {}
 
     def note(x: Tensor) -> Tensor:

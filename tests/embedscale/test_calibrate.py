@@ -98,8 +98,9 @@ def test_a_step_stays_within_the_memory_it_may_take(server, longest):
     assert peak < LIMIT
 
 
-def test_chunks_are_cut_only_where_the_memory_asks_for_it(backbone_folder):
-    words = [f"backbone.name={backbone_folder}", "training.batch_size=64", "data.context=40"]
+@pytest.mark.parametrize("method", [[], ["method.name=lora", "method.rank=2", "method.embedding=true"]])
+def test_chunks_are_cut_only_where_the_memory_asks_for_it(backbone_folder, method):
+    words = [f"backbone.name={backbone_folder}", "training.batch_size=64", "data.context=40", *method]
     body = load_body(load(None, words).backbone, 0)
     assert fitting_chunk(module_of(body, load(None, words))) is None
     with pytest.raises(UserError, match=r"resources.memory_gb: is 0.01; this run needs at least [0-9.]+$"):
