@@ -133,7 +133,7 @@ def measure(config: RunConfig, device: torch.device, seconds: float, peak: float
         "memory_gb": round(peak_memory(device) / 1e9, 2),
         "chunk_tokens": chunk,
         "steps": steps,
-        "seconds": round(took, 2),
+        "seconds": round(took, 4),
     }
 
 
