@@ -21,7 +21,7 @@ from embedscale.pythia import SUITE
 
 PAIRS = {"pythia-14m": 256, "pythia-70m": 64, "pythia-160m": 32, "pythia-410m": 8}
 PARTS = {  # what operations' names begin with
-    "products of dense layers": ("aten::mm", "aten::addmm", "mkldnn::_linear_pointwise", "mkldnn::_reorder"),
+    "products of dense layers": ("aten::mm", "aten::addmm", "mkldnn::_linear_pointwise"),
     "attention": ("aten::_scaled_dot_product", "aten::bmm", "aten::baddbmm", "aten::_softmax"),
     "GELU": ("aten::gelu",),
     "norms": ("aten::native_layer_norm",),
