@@ -41,16 +41,15 @@ def packed_attention(
     `query` [1, heads, T, size]; `key` and `value` may have fewer heads. Returns [1, T, heads, size].
     """
     assert packing is not None and attention_mask is None and softcap is None
-    grouped = key.shape[1] != query.shape[1]
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, size]
     if _has_kernel(query) and not dropout:
-        return _variable_length(query, key, value, packing, scaling, grouped)[None], None
+        return _variable_length(query, key, value, packing, scaling)[None], None
     sizes = [run.stop - run.start for run in packing.runs]
     parts = []
     for run, *states in zip(packing.runs, *(x.split(sizes) for x in (query, key, value)), strict=True):
         q, k, v = (x.unflatten(0, (-1, run.length)).transpose(1, 2) for x in states)
         out = functional.scaled_dot_product_attention(
-            q, k, v, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=grouped
+            q, k, v, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=k.shape[1] != q.shape[1]
         )
         parts.append(out.transpose(1, 2).flatten(0, 1))
     return torch.cat(parts)[None], None
@@ -60,18 +59,14 @@ def _has_kernel(query: Tensor) -> bool:
     return query.is_cuda and query.dtype in (torch.bfloat16, torch.float16)
 
 
-def _variable_length(
-    query: Tensor, key: Tensor, value: Tensor, packing: Any, scaling: float, grouped: bool = False
-) -> Tensor:
-    """[T, heads, size] of a whole chunk in one kernel."""
-    from torch.nn.attention.varlen import varlen_attn
-
+def _variable_length(query: Tensor, key: Tensor, value: Tensor, packing: Any, scaling: float) -> Tensor:
+    """[T, heads, size] of a whole chunk in one kernel; it knows by itself of fewer heads of keys."""
     ends, longest = packing.ends, packing.runs[-1].length
-    more: dict[str, Any] = {"enable_gqa": True} if grouped else {}
-    found: Any = varlen_attn(
-        query, key, value, ends, ends, longest, longest, scale=scaling, window_size=(-1, 0), **more
+    # Under the function in torch.nn.attention.varlen, whose arguments change from one release to the next.
+    found: tuple[Tensor, ...] = torch.ops.aten._flash_attention_forward(
+        query, key, value, ends, ends, longest, longest, 0.0, True, False, scale=scaling
     )
-    return found
+    return found[0]
 
 
 @cache

@@ -197,18 +197,5 @@ def pool(hidden: Tensor, packed: Packed, pooling: str) -> Tensor:
         hidden, totals = hidden * weights[:, None], lengths * (lengths + 1) / 2
     else:
         totals = lengths
-    return _Sum.apply(hidden, packed) / totals[:, None]
-
-
-class _Sum(torch.autograd.Function):
-    """[T, width] → [S, width]: a dense sum a run. As a scatter, it would run on one core."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, packed: Packed) -> Tensor:
-        ctx.segments = packed.segments
-        rows = (hidden[run.start : run.stop].unflatten(0, (-1, run.length)) for run in packed.runs)
-        return torch.cat([row.sum(1) for row in rows])
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return gradients[0].index_select(0, ctx.segments), None
+    sums = hidden.new_zeros(len(lengths), hidden.shape[1])
+    return sums.index_add(0, packed.segments, hidden) / totals[:, None]

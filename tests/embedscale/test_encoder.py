@@ -7,6 +7,7 @@ from saved import save_backbone
 from torch.nn.functional import normalize
 from transformers import AutoModel, GPTNeoXConfig, LlamaConfig
 
+from embedscale.attention import _variable_length
 from embedscale.backbone import blocks_of, digest_of, load_body, shape_of, shape_without_weights
 from embedscale.config import Backbone
 from embedscale.cost import Method
@@ -49,6 +50,19 @@ def test_packed_is_one_by_one(backbone_folder, pooling, chunk_tokens):
     encoder = Encoder(load_body(Backbone(name=str(backbone_folder)), 0), pooling)
     expected = one_by_one(reference, tokens, lengths, pooling)
     torch.testing.assert_close(packed(encoder, tokens, lengths, chunk_tokens), expected, atol=1e-6, rtol=0)
+
+
+def test_a_gpus_kernel_takes_what_it_is_given():
+    """Without a GPU its numbers cannot be had; its arguments, shapes and backward pass can."""
+    (packing,) = pack(*sequences())
+    query, key, value = (
+        torch.randn(len(packing.tokens), heads, 32, dtype=torch.bfloat16, device="meta", requires_grad=True)
+        for heads in (4, 2, 2)
+    )
+    out = _variable_length(query, key, value, packing.to(torch.device("meta")), 0.1)
+    assert out.shape == query.shape
+    out.sum().backward()
+    assert key.grad.shape == key.shape
 
 
 def test_packed_gradients_are_those_of_one_by_one(backbone_folder):
