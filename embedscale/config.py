@@ -164,7 +164,7 @@ class Resources:
     nodes: int = 1
     workers: int = 0  # loader processes
     chunk_tokens: int | None = None  # GradCache: most tokens in one forward pass; default what the memory takes
-    memory_gb: float | None = None  # of a GPU, or of this process on a CPU; default nine tenths of what there is
+    memory_gb: float | None = None  # of a GPU, or of this process on a CPU; default its share of what there is
     activation_checkpointing: bool = False
     checkpoint_minutes: float = 10.0
     log_every: int = 10  # steps

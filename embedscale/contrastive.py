@@ -343,15 +343,18 @@ def assemble(body: nn.Module, config: RunConfig, plan: TrainingPlan) -> Contrast
     return Contrastive(encoder, trainable, config, plan, cost)
 
 
-def fitting_chunk(module: Contrastive) -> int | None:
+def fitting_chunk(module: Contrastive, sharing: int = 1) -> int | None:
     """The most tokens of a chunk with which a step stays within the memory that it may take, whatever the lengths.
 
-    None where the largest possible batch fits whole. Call it once the module is on its device, before the first step.
+    Without `resources.memory_gb`, `sharing` runs take equal parts of what there is. None where the largest possible
+    batch fits whole. Call it once the module is on its device, before the first step.
     Raises UserError where `resources.memory_gb` does not even suffice for the longest sequence.
     """
     config, device = module.config, module.device
     given = config.resources.memory_gb
-    memory = usable_memory(device) if given is None else int(given * 1e9)
+    # A GPU is one process's of a run; a machine's memory is all of theirs.
+    processes = sharing if device.type == "cuda" else sharing * config.resources.devices
+    memory = usable_memory(device) // processes if given is None else int(given * 1e9)
     pairs, context = config.training.batch_size, config.data.context
     trained = sum(p.numel() for p in module.trainable.values())
     numbers = 3 * trained + 6 * pairs**2  # gradients and AdamW's two moments; the loss's matrices

@@ -42,8 +42,8 @@ def keep_freed_memory() -> None:
 
 
 def usable_memory(device: torch.device) -> int:
-    """Bytes that a process may take, the same on every machine of a kind: nine tenths of the GPU's memory, or of the
-    machine's, its control group's or its SLURM job's.
+    """Bytes that all who share the device may take together, the same on every machine of a kind: nine tenths of the
+    GPU's memory, or of the machine's, its control group's or its SLURM job's.
     """
     if device.type == "cuda":
         return int(0.9 * torch.cuda.get_device_properties(device).total_memory)

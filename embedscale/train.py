@@ -39,8 +39,8 @@ from embedscale.stop import STOP_SIGNALS, StopRequest
 PACKAGES = ("embedscale", "torch", "lightning", "transformers", "peft", "numpy", "pyarrow", "omegaconf")
 
 
-def train(config: RunConfig, stop: StopRequest | None = None) -> int:
-    """Train a run to its budget, or go on with it, or say that it is done.
+def train(config: RunConfig, stop: StopRequest | None = None, sharing: int = 1) -> int:
+    """Train a run to its budget, or go on with it, or say that it is done; one of `sharing` runs on its device.
 
     Returns DONE, FAILED (diverged, or an error, whose traceback lies in the attempt) or INTERRUPTED (resumable).
     Raises UserError, before anything is written, for whatever the user can mend.
@@ -66,14 +66,14 @@ def train(config: RunConfig, stop: StopRequest | None = None) -> int:
     keep_freed_memory()
     module, facts = _build(config, plan)
     _refuse_another_plan(directory, facts | {"plan": plan.as_json()})
-    chunk = _chunk_tokens(config, directory, module)
+    chunk = _chunk_tokens(config, directory, module, sharing)
     if _rank() > 0:
         attempt = Attempt(directory.attempts, {"number": 0})
         return _fit(config, directory, store, module, chunk, facts, stop, attempt, None)
     directory.path.mkdir(parents=True, exist_ok=True)
     with leased(directory) as lease:
         if directory.read_record() is not None:  # another process ended it since the first look
-            return train(config, stop)
+            return train(config, stop, sharing)
         write_atomically(directory.config, lambda file: file.write(configs.to_yaml(config).encode()))
         write_json(directory.plan, facts | {"chunk_tokens": chunk, "plan": plan.as_json()})
         directory.close_lost_attempts(lease.left_behind)
@@ -81,7 +81,7 @@ def train(config: RunConfig, stop: StopRequest | None = None) -> int:
         return _fit(config, directory, store, module, chunk, facts, stop, attempt, lease)
 
 
-def _chunk_tokens(config: RunConfig, directory: RunDirectory, module: Contrastive) -> int | None:
+def _chunk_tokens(config: RunConfig, directory: RunDirectory, module: Contrastive, sharing: int) -> int | None:
     """As configured; or as this run was begun with, so that it rounds as it did; or what the memory takes."""
     if config.resources.chunk_tokens is not None:
         return config.resources.chunk_tokens
@@ -91,7 +91,7 @@ def _chunk_tokens(config: RunConfig, directory: RunDirectory, module: Contrastiv
         return found
     if torch.cuda.is_available():
         module.to(torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))))
-    return fitting_chunk(module)
+    return fitting_chunk(module, sharing)
 
 
 def _rank() -> int:

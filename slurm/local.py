@@ -44,6 +44,7 @@ class Place:
 
     processes: Sequence[Mapping[str, str]] = ({},)
     threads: int = 1
+    sharing: int = 1  # places on the same GPU or, without GPUs, in the same machine's memory
 
 
 @dataclass
@@ -150,14 +151,14 @@ def _start(run: RunConfig, place: Place) -> _Running:
     for environment in place.processes:
         rank = (os.environ | environment).get("RANK", "0")
         log = directory.attempts / (f"{number}.log" if rank == "0" else f"{number}.rank{rank}.log")
-        processes.append(context.Process(target=_child, args=(run, dict(environment), place.threads, log)))
+        processes.append(context.Process(target=_child, args=(run, dict(environment), place, log)))
     for process in processes:
         process.start()
     _say(run, f"attempt {number}, {', '.join(f'process {process.pid}' for process in processes)}")
     return _Running(run, place, processes)
 
 
-def _child(run: RunConfig, environment: dict[str, str], threads: int, log: Path) -> None:
+def _child(run: RunConfig, environment: dict[str, str], place: Place, log: Path) -> None:
     stop = StopRequest()
     stop.on_signals()
     os.environ.update(environment)
@@ -166,20 +167,20 @@ def _child(run: RunConfig, environment: dict[str, str], threads: int, log: Path)
         sys.stderr.flush()
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
-    sys.exit(train_here(run, threads, stop))
+    sys.exit(train_here(run, place, stop))
 
 
-def train_here(run: RunConfig, threads: int, stop: StopRequest) -> int:
+def train_here(run: RunConfig, place: Place, stop: StopRequest) -> int:
     """Train in this process, a user's mistake being the run's failure: one run's must not end the others."""
     import torch
 
     from embedscale.train import train
 
-    torch.set_num_threads(threads)
-    os.environ["OMP_NUM_THREADS"] = str(threads)
+    torch.set_num_threads(place.threads)
+    os.environ["OMP_NUM_THREADS"] = str(place.threads)
     directory = RunDirectory(run.folder)
     try:
-        return train(run, stop)
+        return train(run, stop, place.sharing)
     except UserError as error:
         print(f"embedscale: {error}", file=sys.stderr)
         if lease_holder(directory.lease) is not None:
@@ -277,7 +278,8 @@ def run_here(sweep: Sweep, runs: Sequence[RunConfig]) -> int:
     gpus = _gpus()
     outcomes: dict[str, str] = {}
     for (nodes, devices, threads), members in alike.items():
-        outcomes |= run_all(members, _places(gpus, nodes, devices, threads, sweep.cluster.max_gpus), stop)
+        most = min(sweep.cluster.max_gpus // (nodes * devices), len(members))
+        outcomes |= run_all(members, _places(gpus, nodes, devices, threads, most), stop)
     counts = Counter(outcomes.values())
     print(f"{sweep.name}: " + ", ".join(f"{count} {outcome}" for outcome, count in counts.items()))
     if counts["interrupted"]:
@@ -293,9 +295,8 @@ def run_in_this_process(sweep: Sweep, runs: Sequence[RunConfig]) -> int:
         stop = StopRequest()
         stop.on_signals()
         ended = _ended_before(run, stop)
-        codes.append(
-            train_here(run, sweep.resource_class(run).cpus, stop) if ended is None else DONE * (ended != "failed")
-        )
+        place = Place(threads=sweep.resource_class(run).cpus)
+        codes.append(train_here(run, place, stop) if ended is None else DONE * (ended != "failed"))
         if codes[-1] == INTERRUPTED:
             return INTERRUPTED
     return FAILED if FAILED in codes else DONE
@@ -321,13 +322,17 @@ def _gpus() -> list[str]:
 
 
 def _places(gpus: Sequence[str], nodes: int, devices: int, threads: int, most: int) -> list[Place]:
-    """Places for runs of nodes × devices processes, a GPU each or, where there is none, `threads` cores each."""
+    """At most `most` places, but one, for runs of nodes × devices processes, a GPU each or, where there is none,
+    `threads` cores each.
+    """
     size = nodes * devices
     if 0 < len(gpus) < size:
         raise UserError(f"resources: a run asks for {size} GPUs; this machine has {len(gpus)}")
     room = len(gpus) // size if gpus else len(os.sched_getaffinity(0)) // (size * threads)
+    count = max(1, min(room, most))
+    sharing = 1 if gpus else count * nodes
     places = []
-    for number in range(max(1, min(room, most // size))):
+    for number in range(count):
         port = _free_port()
         processes = []
         for rank in range(size):
@@ -337,7 +342,7 @@ def _places(gpus: Sequence[str], nodes: int, devices: int, threads: int, most: i
             if size > 1:
                 environment |= rank_environment(rank, size, local, devices, node, "127.0.0.1", port)
             processes.append(environment)
-        places.append(Place(processes, threads))
+        places.append(Place(processes, threads, sharing))
     return places
 
 

@@ -79,8 +79,9 @@ def work(folder: str, submission: str, run_ids: Sequence[str]) -> NoReturn:
     import_everything()
     if fault := self_test(orders):
         _leave_sick_node(Path(folder), orders, fault)
-    places = [Place(threads=max(1, orders.cpus // orders.side_by_side))] * orders.side_by_side
     runs = [orders.run(run_id) for run_id in run_ids]
+    threads, sharing = max(1, orders.cpus // orders.side_by_side), min(orders.side_by_side, len(runs))
+    places = [Place(threads=threads, sharing=sharing)] * sharing
     outcomes = score_all(runs, orders.scores, stop) if orders.scores else run_all(runs, places, stop)
     left = [run_id for run_id, outcome in outcomes.items() if outcome == "interrupted"]
     if left:

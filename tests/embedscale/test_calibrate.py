@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from embedscale import cli
+from embedscale import cli, contrastive
 from embedscale.backbone import load_body
 from embedscale.calibrate import build, config_of, module_of, paper_lengths, paper_tokens
 from embedscale.config import load
@@ -14,7 +14,7 @@ from embedscale.contrastive import Batch, fitting_chunk
 from embedscale.cost import Method, cost_of
 from embedscale.encoder import pack
 from embedscale.errors import UserError
-from embedscale.hardware import keep_freed_memory, peak_memory
+from embedscale.hardware import keep_freed_memory, memory_in_use, peak_memory
 from embedscale.pythia import SUITE, shape_by_name
 
 LIMIT = 1.5e9  # bytes
@@ -107,3 +107,12 @@ def test_chunks_are_cut_only_where_the_memory_asks_for_it(backbone_folder, metho
         fitting_chunk(
             module_of(load_body(load(None, words).backbone, 0), load(None, [*words, "resources.memory_gb=0.01"]))
         )
+
+
+@pytest.mark.parametrize(("sharing", "devices"), [(1, 1), (2, 1), (1, 2)])
+def test_runs_and_processes_share_a_machines_memory(backbone_folder, monkeypatch, sharing, devices):
+    words = [f"backbone.name={backbone_folder}", "training.batch_size=64", "data.context=40"]
+    config = load(None, [*words, f"resources.devices={devices}"])
+    module = module_of(load_body(config.backbone, 0), config)
+    monkeypatch.setattr(contrastive, "usable_memory", lambda device: 2 * memory_in_use(device))
+    assert fitting_chunk(module, sharing) == (None if sharing * devices == 1 else 40)

@@ -7,7 +7,7 @@ import signal
 import psutil
 import pytest
 
-from embedscale.record import RunDirectory
+from embedscale.record import RunDirectory, read_json
 from slurm.local import ATTEMPTS, stalled
 
 
@@ -107,3 +107,16 @@ def test_a_run_that_stalls_or_cannot_begin_has_failed_and_says_why(laptop):
     laptop.sweep("submit", broken, "--to", "here", code=1)
     reason = directory.read_attempts()[-1]["reason"]
     assert reason.startswith("3 attempts without a new checkpoint") and reason.endswith("out of memory")
+
+
+def test_runs_beside_each_other_share_the_memory(laptop):
+    """A process holds a quarter to a half GB before its first step; the whole batch would take another whole one."""
+    laptop.environment["SLURM_MEM_PER_NODE"] = "2100"
+    for name, seeds in {"alone": [0], "beside": [0, 1]}.items():
+        axes = {"budget": [2e10], "training.seed": seeds}
+        file = {"base": {"training.batch_size": 512}, "axes": axes, "methods": ["full"], "cluster": {"max_gpus": 2}}
+        assert f"{len(seeds)} done" in laptop.sweep("submit", laptop.write(name, **file), "--to", "here")
+    (alone,) = laptop.directories("alone")
+    assert read_json(alone.plan)["chunk_tokens"] is None
+    chunks = [read_json(each.plan)["chunk_tokens"] for each in laptop.directories("beside")]
+    assert len(chunks) == 2 and None not in chunks
