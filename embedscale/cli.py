@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from embedscale.errors import FAILED, INTERRUPTED, WRONG, UserError
+from embedscale.imports import importing
 
 
 def _config(args: argparse.Namespace):
@@ -45,31 +46,36 @@ def train(args: argparse.Namespace) -> int:
 
         file = args.words.pop(0) if args.words and "=" not in args.words[0] else None
         config = configuration(args.fits, args.recipe, file, args.words)
-    from embedscale.train import train
+    with importing():
+        from embedscale.train import train
 
     return train(config)
 
 
 def calibrate(args: argparse.Namespace) -> int:
-    from embedscale.calibrate import calibrate
+    with importing():
+        from embedscale.calibrate import calibrate
 
     return calibrate(_config(args), args.out, args.sizes, args.methods, args.seconds)
 
 
 def evaluate(args: argparse.Namespace) -> int:
-    from embedscale.evaluate import evaluate
+    with importing():
+        from embedscale.evaluate import evaluate
 
     return evaluate(args.run_folder, args.tasks)
 
 
 def export(args: argparse.Namespace) -> int:
-    from embedscale.export import export
+    with importing():
+        from embedscale.export import export
 
     return export(args.run_folder, args.folder)
 
 
 def encode(args: argparse.Namespace) -> int:
-    from embedscale.encode import encode
+    with importing():
+        from embedscale.encode import encode
 
     return encode(args.run_folder, args.texts, args.out, args.column, args.format)
 

@@ -5,7 +5,6 @@ pay for imports, and a run that crashes takes no other with it. The parent owns 
 waits for the checkpoints, and never leaves a child behind. A run that dies is tried again while it makes progress.
 """
 
-import gc
 import multiprocessing
 import os
 import shutil
@@ -25,6 +24,7 @@ from typing import Any
 
 from embedscale.config import RunConfig
 from embedscale.errors import DONE, FAILED, INTERRUPTED, UserError
+from embedscale.imports import importing
 from embedscale.record import STALE_SECONDS, Attempt, RunDirectory, lease_holder, leased, now, read_json, write_json
 from embedscale.stop import StopRequest
 from slurm import queue
@@ -93,14 +93,11 @@ def _say(run: RunConfig, what: str) -> None:
 
 def import_everything() -> None:
     """What a run imports, once, for the children to inherit."""
-    gc.disable()  # modules stay: to look through them for garbage, again and again, takes a fifth of the time
-    import peft  # noqa: F401
-    import transformers.models.gpt_neox.modeling_gpt_neox  # noqa: F401
+    with importing():
+        import peft  # noqa: F401
+        import transformers.models.gpt_neox.modeling_gpt_neox  # noqa: F401
 
-    import embedscale.train  # noqa: F401
-
-    gc.freeze()
-    gc.enable()
+        import embedscale.train  # noqa: F401
 
 
 def _ended_before(run: RunConfig, stop: StopRequest) -> str | None:
