@@ -4,6 +4,7 @@ import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import lightning
@@ -18,7 +19,7 @@ from embedscale.config import RunConfig
 from embedscale.cost import Cost, cost_of
 from embedscale.encoder import Encoder, Packed, a_chunk_a_core, pack
 from embedscale.errors import UserError
-from embedscale.hardware import memory_in_use, usable_memory
+from embedscale.hardware import give_back_freed_memory, memory_in_use, usable_memory
 from embedscale.loss import loss_and_gradient, sum_gradients, world_size
 from embedscale.methods import apply_method
 from embedscale.pairs import PairStore
@@ -27,6 +28,7 @@ from embedscale.plan import TrainingPlan
 # What a chunk takes at most over what its graph keeps: the rest of a block's work and, in a CPU's heap, the gaps that
 # chunks of other lengths leave.
 MARGIN = {"cpu": 2.5, "cuda": 1.25}
+NEARLY = 0.9  # of the memory that a process may take: from there on, what is freed goes back
 PART_TOKENS = 4096  # what a core works on at once: enough for many tokens to occur again in it
 
 
@@ -103,6 +105,8 @@ class _Encoded(NamedTuple):
 class Contrastive(lightning.LightningModule):
     """An encoder under InfoNCE, with the ledger of what it has spent."""
 
+    sharing = 1  # runs on this device, which take equal parts of its memory
+
     def __init__(self, encoder: Encoder, trainable: list[str], config: RunConfig, plan: TrainingPlan, cost: Cost):
         super().__init__()
         self.automatic_optimization = False
@@ -128,6 +132,15 @@ class Contrastive(lightning.LightningModule):
     def flop(self) -> int:
         """Spent so far, by the paper's convention."""
         return self.tokens * self.plan.flop_per_token
+
+    @cached_property
+    def memory(self) -> int:
+        """Bytes that this process may take on the device that it is on when it first asks."""
+        resources, sharing = self.config.resources, self.sharing
+        if resources.memory_gb is not None:
+            return int(resources.memory_gb * 1e9)
+        # A GPU is one process's of a run; a machine's memory is all of theirs.
+        return usable_memory(self.device) // (sharing if self.device.type == "cuda" else sharing * resources.devices)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW(
@@ -197,6 +210,8 @@ class Contrastive(lightning.LightningModule):
                     encoded[number] = self._encode(batch, number, chunks[number], each, True)
                 self._backward(chunks[number], encoded[number], part, each)
                 encoded[number] = []
+                if memory_in_use(self.device) > NEARLY * self.memory:
+                    give_back_freed_memory(self.device)
             if folded is not None:
                 folded.backward()
         sum_gradients(list(self.trainable.values()))
@@ -343,18 +358,14 @@ def assemble(body: nn.Module, config: RunConfig, plan: TrainingPlan) -> Contrast
     return Contrastive(encoder, trainable, config, plan, cost)
 
 
-def fitting_chunk(module: Contrastive, sharing: int = 1) -> int | None:
+def fitting_chunk(module: Contrastive) -> int | None:
     """The most tokens of a chunk with which a step stays within the memory that it may take, whatever the lengths.
 
-    Without `resources.memory_gb`, `sharing` runs take equal parts of what there is. None where the largest possible
-    batch fits whole. Call it once the module is on its device, before the first step.
+    None where the largest possible batch fits whole. Call it once the module is on its device, before the first step.
     Raises UserError where `resources.memory_gb` does not even suffice for the longest sequence.
     """
     config, device = module.config, module.device
     given = config.resources.memory_gb
-    # A GPU is one process's of a run; a machine's memory is all of theirs.
-    processes = sharing if device.type == "cuda" else sharing * config.resources.devices
-    memory = usable_memory(device) // processes if given is None else int(given * 1e9)
     pairs, context = config.training.batch_size, config.data.context
     trained = sum(p.numel() for p in module.trainable.values())
     numbers = 3 * trained + 6 * pairs**2  # gradients and AdamW's two moments; the loss's matrices
@@ -366,7 +377,7 @@ def fitting_chunk(module: Contrastive, sharing: int = 1) -> int | None:
         small, large = (_kept_bytes(module.encoder, n * context, device) for n in (8, 16))
     a_token = MARGIN[device.type] * (large - small) / (8 * context)
     fixed = in_use + 4 * numbers
-    most = int((memory - fixed) / a_token)
+    most = int((module.memory - fixed) / a_token)
     if most >= pairs * (2 + config.loss.hard_negatives) * context // module.plan.world_size:
         return None
     if most < context and given is not None:

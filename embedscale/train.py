@@ -66,7 +66,8 @@ def train(config: RunConfig, stop: StopRequest | None = None, sharing: int = 1) 
     keep_freed_memory()
     module, facts = _build(config, plan)
     _refuse_another_plan(directory, facts | {"plan": plan.as_json()})
-    chunk = _chunk_tokens(config, directory, module, sharing)
+    module.sharing = sharing
+    chunk = _chunk_tokens(config, directory, module)
     if _rank() > 0:
         attempt = Attempt(directory.attempts, {"number": 0})
         return _fit(config, directory, store, module, chunk, facts, stop, attempt, None)
@@ -81,7 +82,7 @@ def train(config: RunConfig, stop: StopRequest | None = None, sharing: int = 1) 
         return _fit(config, directory, store, module, chunk, facts, stop, attempt, lease)
 
 
-def _chunk_tokens(config: RunConfig, directory: RunDirectory, module: Contrastive, sharing: int) -> int | None:
+def _chunk_tokens(config: RunConfig, directory: RunDirectory, module: Contrastive) -> int | None:
     """As configured; or as this run was begun with, so that it rounds as it did; or what the memory takes."""
     if config.resources.chunk_tokens is not None:
         return config.resources.chunk_tokens
@@ -91,7 +92,7 @@ def _chunk_tokens(config: RunConfig, directory: RunDirectory, module: Contrastiv
         return found
     if torch.cuda.is_available():
         module.to(torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))))
-    return fitting_chunk(module, sharing)
+    return fitting_chunk(module)
 
 
 def _rank() -> int:

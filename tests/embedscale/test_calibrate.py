@@ -115,4 +115,5 @@ def test_runs_and_processes_share_a_machines_memory(backbone_folder, monkeypatch
     config = load(None, [*words, f"resources.devices={devices}"])
     module = module_of(load_body(config.backbone, 0), config)
     monkeypatch.setattr(contrastive, "usable_memory", lambda device: 2 * memory_in_use(device))
-    assert fitting_chunk(module, sharing) == (None if sharing * devices == 1 else 40)
+    module.sharing = sharing
+    assert fitting_chunk(module) == (None if sharing * devices == 1 else 40)
