@@ -13,8 +13,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from embedscale.contrastive import Batch, Contrastive
 from embedscale.hardware import matrix_product_peak
 from embedscale.held_out import evaluate_held_out
-from embedscale.loss import world_size
 from embedscale.pairs import PairStore
+from embedscale.parallel import world_size
 from embedscale.record import Lease, RunDirectory, write_atomically
 from embedscale.stop import StopRequest
 
@@ -110,25 +110,27 @@ class Checkpoints(lightning.Callback):
 
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         last = module.step == module.plan.steps
+        due = time.monotonic() - self._saved >= self.seconds
         if world_size() > 1:
-            # One process's signal stops all of them, after the same step.
-            asked = torch.tensor(int(self.stop.requested), device=module.device)
-            torch.distributed.all_reduce(asked, torch.distributed.ReduceOp.MAX)
+            # One process's signal stops all of them, and one's clock saves all shards, after the same step.
+            flags = torch.tensor([self.stop.requested, due], dtype=torch.int32, device=module.device)
+            torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
+            asked, due = map(bool, flags.tolist())
             if asked:
                 self.stop.request("another process was asked to stop")
-        if last or self.stop.requested or time.monotonic() - self._saved >= self.seconds:
+        if last or due or self.stop.requested:
             refuse_divergence(module)
+            state = module.state()
             if trainer.is_global_zero:
-                self.save(module)
+                self.save(module.step, state)
             self._saved = time.monotonic()
         if self.stop.requested and not last:
             trainer.should_stop = True
 
-    def save(self, module: Contrastive) -> None:
+    def save(self, step: int, state: dict[str, Any]) -> None:
         self.directory.checkpoints.mkdir(exist_ok=True)
-        path = self.directory.checkpoints / f"step-{module.step:09d}.pt"
-        state = module.state() | {"run_id": self.run_id}
-        write_atomically(path, lambda file: torch.save(state, file))
+        path = self.directory.checkpoints / f"step-{step:09d}.pt"
+        write_atomically(path, lambda file: torch.save(state | {"run_id": self.run_id}, file))
         for old in sorted(self.directory.checkpoints.glob("step-*.pt"))[:-KEPT]:
             old.unlink()
 
@@ -137,7 +139,7 @@ def newest_checkpoint(directory: RunDirectory, run_id: str) -> dict[str, Any] | 
     """The newest complete checkpoint's state; a damaged one is named and passed over for the one before."""
     for path in sorted(directory.checkpoints.glob("step-*.pt"), reverse=True):
         try:
-            state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+            state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             if state["run_id"] == run_id:
                 return state
             found = f"is of run {state['run_id']}"

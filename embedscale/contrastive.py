@@ -3,6 +3,7 @@
 import hashlib
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -14,15 +15,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import Dataset
 
-from embedscale.backbone import shape_of
+from embedscale.backbone import blocks_of, shape_of
 from embedscale.config import RunConfig
 from embedscale.cost import Cost, cost_of
-from embedscale.encoder import Encoder, Packed, a_chunk_a_core, pack
+from embedscale.encoder import Encoder, Packed, a_chunk_a_core, cut_further, cuts, pack
 from embedscale.errors import UserError
 from embedscale.hardware import give_back_freed_memory, memory_in_use, usable_memory
-from embedscale.loss import loss_and_gradient, sum_gradients, world_size
+from embedscale.loss import loss_and_gradient
 from embedscale.methods import apply_method
 from embedscale.pairs import PairStore
+from embedscale.parallel import GradientSums, rank, shard_like, whole, world_size
 from embedscale.plan import TrainingPlan
 
 # What a chunk takes at most over what its graph keeps: the rest of a block's work and, in a CPU's heap, the gaps that
@@ -56,13 +58,16 @@ class Batch:
 
 
 class Batches(Dataset[Batch]):
-    """Step → batch, a pure function of the store and the plan: resuming needs no loader state."""
+    """Step → batch, a pure function of the store and the plan: resuming needs no loader state.
+
+    With shards, all processes get the same number of chunks: as many as the one that needs the most.
+    """
 
     def __init__(
         self, store: PairStore, plan: TrainingPlan, config: RunConfig, chunk_tokens: int | None = None, rank: int = 0
     ):
         self.store, self.plan, self.chunk_tokens, self.rank = store, plan, chunk_tokens, rank
-        self.negatives = config.loss.hard_negatives
+        self.negatives, self.sharded = config.loss.hard_negatives, config.resources.shard
 
     def __len__(self) -> int:
         return self.plan.steps
@@ -72,29 +77,32 @@ class Batches(Dataset[Batch]):
         whole = self.store.batch(start, stop, self.negatives)
         lengths = whole.lengths.astype(np.int64)
         tokens, texts, own = whole.tokens, whole.texts, lengths
-        share = whole.pairs // self.plan.world_size
-        if share < whole.pairs:
-            # Sequences lie query by query, positive by positive, negative by negative: a process takes a part of each.
-            first, k = self.rank * share, self.negatives
-            kept = np.concatenate(
-                [
-                    np.arange(first, first + share),
-                    whole.pairs + np.arange(first, first + share),
-                    2 * whole.pairs + np.arange(first * k, (first + share) * k),
-                ]
-            )
+        if self.plan.world_size > 1:
+            kept = self._part(whole.pairs, self.rank)
             starts = np.cumsum(lengths) - lengths
             own = lengths[kept]
             places = np.repeat(starts[kept] - (np.cumsum(own) - own), own) + np.arange(own.sum())
             tokens, texts = tokens[places], texts[kept]
+        chunks = pack(tokens, own, self.chunk_tokens)
+        if self.sharded:
+            parts = (np.sort(lengths[self._part(whole.pairs, each)]) for each in range(self.plan.world_size))
+            most = max(len(cuts(part, self.chunk_tokens)) for part in parts)
+            chunks = cut_further(chunks, most)
         return Batch(
             step=step,
-            pairs=share,
-            chunks=pack(tokens, own, self.chunk_tokens),
+            pairs=whole.pairs // self.plan.world_size,
+            chunks=chunks,
             texts=torch.from_numpy(texts.view(np.int64)),
             tokens=int(lengths.sum()),
             squared_lengths=int((lengths**2).sum()),
         )
+
+    def _part(self, pairs: int, rank: int) -> np.ndarray:
+        """A process's sequences: of the batch's queries, then positives, then negatives, a part each."""
+        share, k = pairs // self.plan.world_size, self.negatives
+        first = rank * share
+        groups = ((0, first, share), (pairs, first, share), (2 * pairs, first * k, share * k))
+        return np.concatenate([np.arange(start + offset, start + offset + n) for start, offset, n in groups])
 
 
 class _Encoded(NamedTuple):
@@ -124,9 +132,10 @@ class Contrastive(lightning.LightningModule):
 
     @property
     def _embedding(self) -> nn.Embedding | None:
-        """The token embedding, where it trains and is a plain one."""
+        """The token embedding, where it trains, is a plain one and not in shards."""
         embedding: Any = self.encoder.body.get_input_embeddings()  # type: ignore[operator]
-        return embedding if type(embedding) is nn.Embedding and embedding.weight.requires_grad else None
+        plain = type(embedding) is nn.Embedding and not self.encoder.sharded
+        return embedding if plain and embedding.weight.requires_grad else None
 
     @property
     def flop(self) -> int:
@@ -141,6 +150,19 @@ class Contrastive(lightning.LightningModule):
             return int(resources.memory_gb * 1e9)
         # A GPU is one process's of a run; a machine's memory is all of theirs.
         return usable_memory(self.device) // (sharing if self.device.type == "cuda" else sharing * resources.devices)
+
+    def configure_model(self) -> None:
+        """Lightning's moment: the processes know each other, and the weights are not on their device yet."""
+        if self.config.resources.shard:
+            self.shard(self.trainer.strategy.root_device.type)
+
+    def shard(self, kind: str) -> None:
+        """Leave this process its part of everything, on its device of this kind; before there is an optimiser."""
+        names = list(self.trainable)
+        self.trainable = {}  # it would keep the whole weights
+        self.encoder.shard(kind)
+        parameters = dict(self.encoder.body.named_parameters())
+        self.trainable = {name: parameters[name] for name in names}
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW(
@@ -196,7 +218,8 @@ class Contrastive(lightning.LightningModule):
         One chunk keeps its graph. Several are GradCache (arXiv 2101.06983): each is encoded without a graph, and
         again, with the same random numbers, when its embeddings' gradient is known.
         """
-        cached = len(batch.chunks) > 1
+        cached, last = len(batch.chunks) > 1, len(batch.chunks) - 1
+        sums = GradientSums(() if self.encoder.sharded else self.trainable.values())
         with self.encoder.folding() as folded, a_chunk_a_core(self.device) as each:
             chunks = [self._parts(chunk) for chunk in batch.chunks]
             encoded = [self._encode(batch, number, parts, each, not cached) for number, parts in enumerate(chunks)]
@@ -208,19 +231,25 @@ class Contrastive(lightning.LightningModule):
             for number, part in enumerate(gradient[order].split(sizes)):
                 if cached:
                     encoded[number] = self._encode(batch, number, chunks[number], each, True)
-                self._backward(chunks[number], encoded[number], part, each)
+                if self.encoder.sharded:
+                    self.encoder.body.set_requires_gradient_sync(number == last)  # type: ignore[operator]
+                # Where one backward pass is the last to add to a gradient, and not a sum over several.
+                overlap = number == last and folded is None and len(chunks[number]) == 1
+                with sums.overlapped() if overlap else nullcontext():
+                    self._backward(chunks[number], encoded[number], part, each)
                 encoded[number] = []
                 if memory_in_use(self.device) > NEARLY * self.memory:
                     give_back_freed_memory(self.device)
             if folded is not None:
                 folded.backward()
-        sum_gradients(list(self.trainable.values()))
+        sums.finish()
         return loss
 
     def _parts(self, chunk: Packed) -> list[Packed]:
-        """On a CPU, parts for each core; not with dropout, whose numbers are the chunk's."""
+        """On a CPU, parts for each core; not with dropout, whose numbers are the chunk's, nor with shards, which all
+        processes gather in the same order."""
         cores, tokens = torch.get_num_threads(), len(chunk.tokens)
-        if self.device.type != "cpu" or self._drops or tokens < PART_TOKENS:
+        if self.device.type != "cpu" or self._drops or self.encoder.sharded or tokens < PART_TOKENS:
             return [chunk]
         return chunk.cut(cores * math.ceil(tokens / PART_TOKENS / cores))
 
@@ -239,8 +268,7 @@ class Contrastive(lightning.LightningModule):
 
     def _seed(self, batch: Batch, chunk: int) -> None:
         """The same random numbers whenever a chunk is encoded."""
-        rank = torch.distributed.get_rank() if world_size() > 1 else 0
-        words = f"{self.config.training.seed} {batch.step} {rank} {chunk}"
+        words = f"{self.config.training.seed} {batch.step} {rank()} {chunk}"
         seed = int.from_bytes(hashlib.sha256(words.encode()).digest()[:7])
         # torch.manual_seed would note a stack trace for every kind of device that is not there, at every step.
         torch.default_generator.manual_seed(seed)
@@ -307,7 +335,11 @@ class Contrastive(lightning.LightningModule):
             self.averaged = self.averaged.to(value.device) + value
 
     def state(self) -> dict[str, Any]:
-        """All that the rest of the run depends on, beside the store and the frozen weights."""
+        """All that the rest of the run depends on, beside the store and the frozen weights.
+
+        With shards, all processes must call it, and the first one gets it whole: a checkpoint does not tell how many
+        processes wrote it.
+        """
         optimizer: Any = self.optimizers(use_pl_optimizer=False)
         return {
             "step": self.step,
@@ -315,9 +347,14 @@ class Contrastive(lightning.LightningModule):
             "flop_exact": str(self.flop_exact),
             "halvings": self.halvings,
             "averaged": float(self.averaged),
-            "weights": {name: parameter.detach() for name, parameter in self.trainable.items()},
-            "optimizer": optimizer.state_dict(),
+            "weights": self.weights(),
+            "optimizer": whole(optimizer.state_dict()),
         }
+
+    def weights(self) -> dict[str, Tensor]:
+        """What has trained. With shards, all processes must call it, and the first one gets it whole."""
+        found: dict[str, Tensor] = whole({name: parameter.detach() for name, parameter in self.trainable.items()})
+        return found
 
     def restore(self, state: dict[str, Any]) -> None:
         """Take the counters and weights of `state`; the optimiser follows in `on_train_start`."""
@@ -334,6 +371,10 @@ class Contrastive(lightning.LightningModule):
     def on_train_start(self) -> None:
         if self._optimizer_state is not None:
             optimizer: Any = self.optimizers(use_pl_optimizer=False)
+            for parameter, moments in zip(
+                self.trainable.values(), self._optimizer_state["state"].values(), strict=True
+            ):
+                moments |= {name: shard_like(value, parameter) for name, value in moments.items()}
             optimizer.load_state_dict(self._optimizer_state)
             self._optimizer_state = None
         self.encoder.train()
@@ -367,8 +408,18 @@ def fitting_chunk(module: Contrastive) -> int | None:
     config, device = module.config, module.device
     given = config.resources.memory_gb
     pairs, context = config.training.batch_size, config.data.context
-    trained = sum(p.numel() for p in module.trainable.values())
+    trained, world = sum(p.numel() for p in module.trainable.values()), module.plan.world_size
     numbers = 3 * trained + 6 * pairs**2  # gradients and AdamW's two moments; the loss's matrices
+    if config.resources.shard:
+        # Beside the loss's matrices: a part of weights, gradients and moments; while chunks add to them, the
+        # gradients whole; what is gathered: two blocks, one of them ahead, and what lies outside of the blocks; a
+        # block's gradients on their way. From a forward pass to its backward pass, bf16 keeps its copies of weights.
+        weights, blocks = sum(p.numel() for p in module.parameters()), blocks_of(module.encoder.body)
+        inside = sum(p.numel() for p in blocks.parameters())
+        copied = config.training.precision == "bf16" and not config.resources.activation_checkpointing
+        numbers = 6 * pairs**2 + (weights + 3 * trained) // world + trained
+        numbers += 3 * inside // len(blocks) + weights - inside + copied * weights // 2
+        numbers -= weights  # in use now, before it is in shards
     in_use = memory_in_use(device)
     with module.encoder.folding() as folded:
         if folded is not None:  # what the blocks are folded to, and its gradients, on each core
@@ -378,7 +429,7 @@ def fitting_chunk(module: Contrastive) -> int | None:
     a_token = MARGIN[device.type] * (large - small) / (8 * context)
     fixed = in_use + 4 * numbers
     most = int((module.memory - fixed) / a_token)
-    if most >= pairs * (2 + config.loss.hard_negatives) * context // module.plan.world_size:
+    if most >= pairs * (2 + config.loss.hard_negatives) * context // world:
         return None
     if most < context and given is not None:
         least = (fixed + context * a_token) / 1e9

@@ -6,7 +6,7 @@ of real tokens; attention keeps sequences apart (attention.py).
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from embedscale.attention import Run, packed_attention
 from embedscale.folded import FoldedPythia, fold
+from embedscale.parallel import shard
 
 
 @dataclass(frozen=True)
@@ -67,14 +68,27 @@ def pack(tokens: np.ndarray, lengths: np.ndarray, chunk_tokens: int | None = Non
     order = np.argsort(lengths, kind="stable")
     ordered = lengths[order].astype(np.int64)
     starts = (np.cumsum(lengths, dtype=np.int64) - lengths)[order]
-    ends = np.cumsum(ordered)
-    chunks, first = [], 0
-    while first < len(order):
-        before = ends[first] - ordered[first]
-        last = len(order) if chunk_tokens is None else int(np.searchsorted(ends, before + chunk_tokens, side="right"))
-        last = max(last, first + 1)
-        chunks.append(_pack_sorted(tokens, starts[first:last], ordered[first:last], order[first:last]))
-        first = last
+    return [_pack_sorted(tokens, starts[cut], ordered[cut], order[cut]) for cut in cuts(ordered, chunk_tokens)]
+
+
+def cuts(lengths: np.ndarray, chunk_tokens: int | None) -> list[slice]:
+    """Which sequences form a chunk, of sorted `lengths`: as many as `chunk_tokens` takes, but at least one."""
+    ends = np.cumsum(lengths)
+    found, first = [], 0
+    while first < len(lengths):
+        before = ends[first] - lengths[first]
+        last = len(lengths) if chunk_tokens is None else int(np.searchsorted(ends, before + chunk_tokens, side="right"))
+        found.append(slice(first, max(last, first + 1)))
+        first = found[-1].stop
+    return found
+
+
+def cut_further(chunks: list[Packed], number: int) -> list[Packed]:
+    """The same sequences, at least as many, in at least `number` chunks: the largest is cut in two until it is so."""
+    chunks = list(chunks)
+    while len(chunks) < number:
+        largest = max(range(len(chunks)), key=lambda n: (len(chunks[n].lengths) > 1, len(chunks[n].tokens)))
+        chunks[largest : largest + 1] = chunks[largest].cut(2)
     return chunks
 
 
@@ -110,7 +124,7 @@ class Encoder(nn.Module):
         body.set_attn_implementation("packed")  # type: ignore[operator]
         self.body, self.pooling, self.precision = body, pooling, precision
         self.folded: FoldedPythia | None = None
-        self.checkpoints = False
+        self.checkpoints = self.sharded = False
 
     def checkpoint_activations(self) -> None:
         """Keep a block's input instead of its activations; the backward pass computes them again."""
@@ -123,12 +137,18 @@ class Encoder(nn.Module):
         # through every frozen block.
         self.body.disable_input_require_grads()  # type: ignore[operator]
 
+    def shard(self, kind: str) -> None:
+        """Keep a part of the weights in each process, on a device of this kind. Afterwards the body's parameters are
+        other ones, and all processes must encode and go back the same number of times."""
+        self.sharded = True
+        shard(self.body, kind)
+
     @contextmanager
     def folding(self) -> Iterator[FoldedPythia | None]:
         """Compute with the folded body, where there is one, until the weights change."""
         before = self.folded
         try:
-            self.folded = before or (None if self.checkpoints else fold(self.body, self.precision))
+            self.folded = before or (None if self.checkpoints or self.sharded else fold(self.body, self.precision))
             yield self.folded
         finally:
             self.folded = before
@@ -145,7 +165,9 @@ class Encoder(nn.Module):
                 tokens = {"input_ids": packed.tokens[None]}
             else:
                 tokens = {"inputs_embeds": functional.embedding(packed.which, rows)[None]}
-            with torch.autocast(packed.tokens.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            # Autocast's cache would keep a copy of each gathered weight until the last block is through.
+            bf16, cache = self.precision == "bf16", not self.sharded
+            with torch.autocast(packed.tokens.device.type, torch.bfloat16, enabled=bf16, cache_enabled=cache):
                 hidden = self.body(
                     **tokens,
                     position_ids=packed.positions[None],
@@ -183,7 +205,9 @@ def embeddings_of(encoder: Encoder, chunks: Sequence[Packed]) -> Iterator[Tensor
         found: Tensor = encoder(chunk.to(device))
         return found
 
-    with torch.no_grad(), encoder.folding(), a_chunk_a_core(device) as each:
+    # Gathering weights, processes must ask for the same blocks in the same order.
+    at_once = nullcontext(map) if encoder.sharded else a_chunk_a_core(device)
+    with torch.no_grad(), encoder.folding(), at_once as each:
         yield from each(embed, chunks)
 
 

@@ -7,8 +7,9 @@ from torch import Tensor
 
 from embedscale.config import Evaluation, Loss
 from embedscale.encoder import Encoder, embeddings_of, pack
-from embedscale.loss import info_nce, world_size
+from embedscale.loss import info_nce
 from embedscale.pairs import PairStore
+from embedscale.parallel import rank, world_size
 from embedscale.stop import StopRequest
 
 FORWARD_TOKENS = 16384  # a forward pass, so that memory does not depend on the pool
@@ -31,19 +32,21 @@ def evaluate_held_out(
 ) -> dict[str, Any] | None:
     """Mean loss and recall over the pool's groups of `negatives` + 1 pairs, shared out among the processes.
 
+    With shards, each process goes through all of them: gathering weights takes the same forward passes of all.
     Returns None where a stop was requested meanwhile.
     """
     device = next(encoder.parameters()).device
     size = evaluation.negatives + 1
     groups = evaluation.pool // size
-    rank, world = (torch.distributed.get_rank(), world_size()) if world_size() > 1 else (0, 1)
+    several = world_size() > 1
+    shared = several and not encoder.sharded
     results = torch.zeros(groups, 3, dtype=torch.float64)
     was_training = encoder.training
     encoder.eval()
     try:
-        for group in range(rank, groups, world):
+        for group in range(rank(), groups, world_size()) if shared else range(groups):
             # Processes that stop alone would leave the others waiting for their part.
-            if stop is not None and stop.requested and world == 1:
+            if stop is not None and stop.requested and not several:
                 return None
             pairs = store.held_out_batch(group * size, (group + 1) * size)
             embeddings = torch.empty(2 * size, 0)
@@ -55,7 +58,7 @@ def evaluate_held_out(
             results[group] = torch.tensor(score(embeddings[:size], embeddings[size:], evaluation.temperature))
     finally:
         encoder.train(was_training)
-    if world > 1:
+    if shared:
         results = results.to(device)
         torch.distributed.all_reduce(results)
     loss, first, tenth = results.mean(0).tolist()

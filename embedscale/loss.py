@@ -5,13 +5,12 @@ whole batch, gathered from every GPU and every chunk; the backbone's backward pa
 gradient. So GradCache chunks and several GPUs are exact by construction, not by scaling rules.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from embedscale.config import Loss
+from embedscale.parallel import rank, world_size
 
 
 def info_nce(queries: Tensor, positives: Tensor, negatives: Tensor, loss: Loss, texts: Tensor | None = None) -> Tensor:
@@ -54,10 +53,6 @@ def _equal_others(texts: Tensor | None, pairs: int, scores: Tensor) -> tuple[Ten
     return same_query.fill_diagonal_(False), same_candidate.fill_diagonal_(False)
 
 
-def world_size() -> int:
-    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-
-
 def loss_and_gradient(embeddings: Tensor, pairs: int, loss: Loss, texts: Tensor) -> tuple[Tensor, Tensor]:
     """The loss of the global batch, and its gradient at this process's embeddings.
 
@@ -70,7 +65,7 @@ def loss_and_gradient(embeddings: Tensor, pairs: int, loss: Loss, texts: Tensor)
     everyone, everyone_texts = [local], [texts]
     if world_size() > 1:
         everyone, everyone_texts = _all_gather(local.detach()), _all_gather(texts)
-        everyone[torch.distributed.get_rank()] = local  # the one part that carries a gradient
+        everyone[rank()] = local  # the one part that carries a gradient
     queries, positives, negatives = map(torch.cat, zip(*(x.split(sizes) for x in everyone), strict=True))
     hashes = torch.cat([torch.cat(part) for part in zip(*(x.split(sizes) for x in everyone_texts), strict=True)])
     with torch.enable_grad():
@@ -83,14 +78,3 @@ def _all_gather(x: Tensor) -> list[Tensor]:
     gathered = [torch.empty_like(x) for _ in range(world_size())]
     torch.distributed.all_gather(gathered, x.contiguous())
     return gathered
-
-
-def sum_gradients(parameters: list[Any]) -> None:
-    """Add each parameter's gradient over all processes, in one message a dtype. Nothing to do for one process."""
-    if world_size() == 1:
-        return
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
-    torch.distributed.all_reduce(flat)
-    for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-        gradient.copy_(part.view_as(gradient))

@@ -92,7 +92,10 @@ def _chunk_tokens(config: RunConfig, directory: RunDirectory, module: Contrastiv
         return found
     if torch.cuda.is_available():
         module.to(torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))))
-    return fitting_chunk(module)
+    chunk = fitting_chunk(module)
+    if config.resources.shard:
+        module.cpu()  # from where it goes to the devices in parts
+    return chunk
 
 
 def _rank() -> int:
@@ -151,7 +154,7 @@ def _refuse_another_plan(directory: RunDirectory, facts: dict[str, Any]) -> None
 
 
 class _Gathered(DDPStrategy):
-    """Processes and devices from Lightning; the gradients are summed by `loss.sum_gradients`, not by DDP."""
+    """Processes and devices from Lightning; gradients are summed, or the model sharded, by `parallel`, not by DDP."""
 
     def configure_ddp(self) -> None:
         pass
@@ -188,6 +191,7 @@ def _fit(
         callbacks.append(Show(lease, held_out))
     try:
         device = _run(config, directory, store, module, chunk_tokens, held_out, callbacks, stop)
+        weights = module.weights() if module.step == module.plan.steps else {}
         if lease is None:
             return DONE if module.step == module.plan.steps else INTERRUPTED
         reached: dict[str, Any] = {"to_step": module.step, "to_flop": module.flop}
@@ -196,15 +200,17 @@ def _fit(
             print(f"{config.run_id}: interrupted ({stop.reason}) at step {module.step}; run it again to go on")
             return INTERRUPTED
         attempt.end("done", **reached)
-        _record(config, directory, module, facts, "done", device)
+        _record(config, directory, module, weights, facts, "done", device)
         return DONE
     except Stopped:
         attempt.end("interrupted", reason=stop.reason, to_step=module.step, to_flop=module.flop)
         return INTERRUPTED
     except Diverged as error:
+        weights = module.weights()
         if lease is not None:
             attempt.end("diverged", reason=str(error), to_step=error.step, to_flop=module.flop)
-            _record(config, directory, module, facts | {"diverged_at_step": error.step}, "diverged", module.device)
+            facts |= {"diverged_at_step": error.step}
+            _record(config, directory, module, weights, facts, "diverged", module.device)
             print(f"{config.run_id}: diverged, {error}", file=sys.stderr)
         return FAILED
     except (KeyboardInterrupt, SystemExit) as error:
@@ -253,21 +259,33 @@ def _run(
         if stop.requested:
             return module.device
         batches = Batches(store, plan, config, chunk_tokens, _rank())
-        loader = DataLoader(
-            batches,
-            batch_size=None,
-            sampler=range(module.step, plan.steps),
-            num_workers=resources.workers,
-            prefetch_factor=4 if resources.workers else None,
-            worker_init_fn=_ignore_signals,
-            # Forked, a worker imports nothing anew, and notices when this process is killed.
-            multiprocessing_context="fork" if resources.workers else None,
-            pin_memory=torch.cuda.is_available(),
-        )
-        trainer.fit(module, loader)
+        trainer.fit(module, datamodule=_Steps(batches, module.step, resources.workers))
         return trainer.strategy.root_device
     held_out.catch_up(trainer, module.to(trainer.strategy.root_device))
     return trainer.strategy.root_device
+
+
+class _Steps(lightning.LightningDataModule):
+    """The loader of the steps that are left."""
+
+    def __init__(self, batches: Batches, first: int, workers: int):
+        super().__init__()
+        self.batches, self.first, self.workers = batches, first, workers
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        # What the first process found to fit, and wrote down, holds for all.
+        self.batches.chunk_tokens = self.trainer.strategy.broadcast(self.batches.chunk_tokens)
+        return DataLoader(
+            self.batches,
+            batch_size=None,
+            sampler=range(self.first, len(self.batches)),
+            num_workers=self.workers,
+            prefetch_factor=4 if self.workers else None,
+            worker_init_fn=_ignore_signals,
+            # Forked, a worker imports nothing anew, and notices when this process is killed.
+            multiprocessing_context="fork" if self.workers else None,
+            pin_memory=torch.cuda.is_available(),
+        )
 
 
 def _ignore_signals(worker: int) -> None:
@@ -296,11 +314,17 @@ def _last_evaluation(directory: RunDirectory, module: Contrastive) -> dict[str, 
 
 
 def _record(
-    config: RunConfig, directory: RunDirectory, module: Contrastive, facts: dict[str, Any], status: str, device: Any
+    config: RunConfig,
+    directory: RunDirectory,
+    module: Contrastive,
+    weights: dict[str, torch.Tensor],
+    facts: dict[str, Any],
+    status: str,
+    device: Any,
 ) -> None:
     """Write the final weights and, last of all, the record; then the checkpoints have served."""
     plan, evaluation, method = module.plan, config.evaluation, config.method
-    weights = {name: parameter.detach().cpu().contiguous() for name, parameter in module.trainable.items()}
+    weights = {name: weight.cpu().contiguous() for name, weight in weights.items()}
     final = _last_evaluation(directory, module) if status == "done" else None
     attempts = directory.read_attempts()
     wall = sum(_seconds(attempt) for attempt in attempts)

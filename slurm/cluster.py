@@ -29,6 +29,7 @@ class ResourceClass:
     constraint: str | None = None
     chunk_tokens: int | None = None  # resources.chunk_tokens of its runs
     activation_checkpointing: bool = False  # likewise
+    shard: bool = False  # likewise
     utilisation: float = 0.4  # of the device's peak, assumed where nothing was measured
 
     def __post_init__(self) -> None:
@@ -48,11 +49,12 @@ class ResourceClass:
             "nodes": self.nodes,
             "chunk_tokens": self.chunk_tokens,
             "activation_checkpointing": self.activation_checkpointing,
+            "shard": self.shard,
         }
 
 
 def default_classes() -> list[ResourceClass]:
-    """One 80 GB GPU for every size of the paper.
+    """One 80 GB GPU for every size of the paper; eight that share one model for larger ones.
 
     A chunk's activations, about 34 bytes a token, block and unit of width in bf16, stay under 25 GB, beside
     16 bytes a trained parameter. Small backbones leave a GPU waiting for its own kernel launches.
@@ -63,7 +65,9 @@ def default_classes() -> list[ResourceClass]:
         ResourceClass("410m", 5e8, cpus=6, memory_gb=32, hours=8, chunk_tokens=16384, utilisation=0.35),
         ResourceClass("1b-to-1.4b", 2e9, cpus=8, memory_gb=64, hours=12, chunk_tokens=8192),
         ResourceClass("2.8b", 3e9, cpus=8, memory_gb=96, hours=24, chunk_tokens=4096),
-        ResourceClass("larger", gpus=8, cpus=8, memory_gb=96, chunk_tokens=2048, activation_checkpointing=True),
+        ResourceClass(
+            "larger", gpus=8, cpus=8, memory_gb=96, chunk_tokens=2048, activation_checkpointing=True, shard=True
+        ),
     ]
 
 

@@ -41,7 +41,7 @@ def to_score(sweep: Sweep, plan: SweepPlan, names: Sequence[str], jobs: Mapping[
             counts["queued"] += 1
         else:
             counts["without all scores"] += 1
-            alone = replace(run, resources=replace(run.resources, nodes=1, devices=1))
+            alone = replace(run, resources=replace(run.resources, nodes=1, devices=1, shard=False))
             chosen.append(replace(plan.by_id[run_id], run=alone, seconds=TASK_SECONDS * len(missing)))
     said = ", ".join(f"{count:,} {state}" for state, count in sorted(counts.items()))
     print(f"{sweep.name}: {len(sweep.by_id):,} runs: {said}; {len(chosen):,} to score on {len(names)} tasks")
