@@ -421,7 +421,7 @@ def fitting_chunk(module: Contrastive) -> int | None:
         numbers += 3 * inside // len(blocks) + weights - inside + copied * weights // 2
         numbers -= weights  # in use now, before it is in shards
     in_use = memory_in_use(device)
-    with module.encoder.folding() as folded:
+    with nullcontext() if config.resources.shard else module.encoder.folding() as folded:
         if folded is not None:  # what the blocks are folded to, and its gradients, on each core
             embedding = 0 if module._embedding is None else module._embedding.weight.numel()
             numbers += (1 + torch.get_num_threads()) * (trained - embedding)
