@@ -135,11 +135,14 @@ class Checkpoints(lightning.Callback):
             old.unlink()
 
 
-def newest_checkpoint(directory: RunDirectory, run_id: str) -> dict[str, Any] | None:
-    """The newest complete checkpoint's state; a damaged one is named and passed over for the one before."""
+def newest_checkpoint(directory: RunDirectory, run_id: str, mapped: bool = False) -> dict[str, Any] | None:
+    """The newest complete checkpoint's state; a damaged one is named and passed over for the one before.
+
+    `mapped`, all processes of a node read one copy of it in memory, but no checksum is looked at.
+    """
     for path in sorted(directory.checkpoints.glob("step-*.pt"), reverse=True):
         try:
-            state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
             if state["run_id"] == run_id:
                 return state
             found = f"is of run {state['run_id']}"

@@ -156,11 +156,11 @@ class Contrastive(lightning.LightningModule):
         if self.config.resources.shard:
             self.shard(self.trainer.strategy.root_device.type)
 
-    def shard(self, kind: str) -> None:
-        """Leave this process its part of everything, on its device of this kind; before there is an optimiser."""
+    def shard(self, device_type: str) -> None:
+        """Leave this process its part of everything, on its device; before there is an optimiser."""
         names = list(self.trainable)
         self.trainable = {}  # it would keep the whole weights
-        self.encoder.shard(kind)
+        self.encoder.shard(device_type)
         parameters = dict(self.encoder.body.named_parameters())
         self.trainable = {name: parameters[name] for name in names}
 

@@ -137,11 +137,14 @@ class Encoder(nn.Module):
         # through every frozen block.
         self.body.disable_input_require_grads()  # type: ignore[operator]
 
-    def shard(self, kind: str) -> None:
-        """Keep a part of the weights in each process, on a device of this kind. Afterwards the body's parameters are
-        other ones, and all processes must encode and go back the same number of times."""
+    def shard(self, device_type: str) -> None:
+        """Keep a part of the weights in each process, on its device.
+
+        The body has other parameters afterwards, and all processes must make the same number of forward and of
+        backward passes.
+        """
         self.sharded = True
-        shard(self.body, kind)
+        shard(self.body, device_type)
 
     @contextmanager
     def folding(self) -> Iterator[FoldedPythia | None]:

@@ -88,12 +88,12 @@ class GradientSums:
         self._messages.append(torch.distributed.all_reduce(flat, async_op=True))
 
 
-def shard(body: nn.Module, kind: str) -> None:
-    """FSDP2: leave each process a part of every weight, on its device of this kind, a block gathered when it computes.
+def shard(body: nn.Module, device_type: str) -> None:
+    """FSDP2: leave each process a part of every weight on its device, a block gathered when it computes.
 
-    Weights wander to the device block by block. Gradients come as parts of the sum over processes.
+    Weights move to the device block by block. Gradients come as parts of the sum over processes.
     """
-    mesh = init_device_mesh(kind, (world_size(),))
+    mesh = init_device_mesh(device_type, (world_size(),))
     for module in (*blocks_of(body), body):
         sharded: Any = fully_shard(module, mesh=mesh)
         sharded.set_gradient_divide_factor(1.0)

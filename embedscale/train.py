@@ -172,7 +172,7 @@ def _fit(
     lease: Lease | None,
 ) -> int:
     """Train from the newest checkpoint to the end, a stop request, or a failure; say which in the attempt."""
-    state = newest_checkpoint(directory, config.run_id)
+    state = newest_checkpoint(directory, config.run_id, mapped=config.resources.shard)
     if state is not None:
         module.restore(state)
     if lease is not None:
