@@ -215,10 +215,12 @@ class Contrastive(lightning.LightningModule):
     def backward_through(self, batch: Batch) -> Tensor:
         """Leave the gradient of the global batch's loss in the trainable parameters; return the loss.
 
+        Copies of the model exchange gradients once a step; shards after each chunk, for whole gradients are what they spare.
+
         One chunk keeps its graph. Several are GradCache (arXiv 2101.06983): each is encoded without a graph, and
         again, with the same random numbers, when its embeddings' gradient is known.
         """
-        cached, last = len(batch.chunks) > 1, len(batch.chunks) - 1
+        cached = len(batch.chunks) > 1
         sums = GradientSums(() if self.encoder.sharded else self.trainable.values())
         with self.encoder.folding() as folded, a_chunk_a_core(self.device) as each:
             chunks = [self._parts(chunk) for chunk in batch.chunks]
@@ -231,10 +233,8 @@ class Contrastive(lightning.LightningModule):
             for number, part in enumerate(gradient[order].split(sizes)):
                 if cached:
                     encoded[number] = self._encode(batch, number, chunks[number], each, True)
-                if self.encoder.sharded:
-                    self.encoder.body.set_requires_gradient_sync(number == last)  # type: ignore[operator]
                 # Where one backward pass is the last to add to a gradient, and not a sum over several.
-                overlap = number == last and folded is None and len(chunks[number]) == 1
+                overlap = number == len(chunks) - 1 and folded is None and len(chunks[number]) == 1
                 with sums.overlapped() if overlap else nullcontext():
                     self._backward(chunks[number], encoded[number], part, each)
                 encoded[number] = []
@@ -411,14 +411,14 @@ def fitting_chunk(module: Contrastive) -> int | None:
     trained, world = sum(p.numel() for p in module.trainable.values()), module.plan.world_size
     numbers = 3 * trained + 6 * pairs**2  # gradients and AdamW's two moments; the loss's matrices
     if config.resources.shard:
-        # Beside the loss's matrices: a part of weights, gradients and moments; while chunks add to them, the
-        # gradients whole; what is gathered: two blocks, one of them ahead, and what lies outside of the blocks; a
-        # block's gradients on their way. From a forward pass to its backward pass, bf16 keeps its copies of weights.
+        # Beside the loss's matrices: a part of weights, gradients and moments; what is gathered: two blocks, one of
+        # them ahead, and what lies outside of the blocks; a block's gradients, and those outside, on their way. From a
+        # forward pass to its backward pass, bf16 keeps its copies of weights.
         weights, blocks = sum(p.numel() for p in module.parameters()), blocks_of(module.encoder.body)
         inside = sum(p.numel() for p in blocks.parameters())
         copied = config.training.precision == "bf16" and not config.resources.activation_checkpointing
-        numbers = 6 * pairs**2 + (weights + 3 * trained) // world + trained
-        numbers += 3 * inside // len(blocks) + weights - inside + copied * weights // 2
+        numbers = 6 * pairs**2 + (weights + 3 * trained) // world
+        numbers += 3 * inside // len(blocks) + 2 * (weights - inside) + copied * weights // 2
         numbers -= weights  # in use now, before it is in shards
     in_use = memory_in_use(device)
     with nullcontext() if config.resources.shard else module.encoder.folding() as folded:
