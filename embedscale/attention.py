@@ -5,6 +5,7 @@ stand, a view. On a GPU one variable-length kernel takes them all. The pieces fr
 attention on a CPU are here too.
 """
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -44,15 +45,23 @@ def packed_attention(
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, size]
     if _has_kernel(query) and not dropout:
         return _variable_length(query, key, value, packing, scaling)[None], None
-    sizes = [run.stop - run.start for run in packing.runs]
+    return _run_by_run(query, key, value, packing.runs, scaling, dropout)[None], None
+
+
+@torch.compiler.disable  # it would be compiled anew for the lengths of every batch
+def _run_by_run(
+    query: Tensor, key: Tensor, value: Tensor, runs: Sequence[Run], scaling: float, dropout: float
+) -> Tensor:
+    """[T, heads, size], each run a dense batch."""
+    sizes = [run.stop - run.start for run in runs]
     parts = []
-    for run, *states in zip(packing.runs, *(x.split(sizes) for x in (query, key, value)), strict=True):
+    for run, *states in zip(runs, *(x.split(sizes) for x in (query, key, value)), strict=True):
         q, k, v = (x.unflatten(0, (-1, run.length)).transpose(1, 2) for x in states)
         out = functional.scaled_dot_product_attention(
             q, k, v, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=k.shape[1] != q.shape[1]
         )
         parts.append(out.transpose(1, 2).flatten(0, 1))
-    return torch.cat(parts)[None], None
+    return torch.cat(parts)
 
 
 def _has_kernel(query: Tensor) -> bool:
@@ -61,7 +70,7 @@ def _has_kernel(query: Tensor) -> bool:
 
 def _variable_length(query: Tensor, key: Tensor, value: Tensor, packing: Any, scaling: float) -> Tensor:
     """[T, heads, size] of a whole chunk in one kernel; it knows by itself of fewer heads of keys."""
-    ends, longest = packing.ends, packing.runs[-1].length
+    ends, longest = packing.ends, packing.bound
     # Under the function in torch.nn.attention.varlen, whose arguments change from one release to the next.
     found: tuple[Tensor, ...] = torch.ops.aten._flash_attention_forward(
         query, key, value, ends, ends, longest, longest, 0.0, True, False, scale=scaling

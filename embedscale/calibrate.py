@@ -27,7 +27,7 @@ from embedscale.contrastive import Batch, Contrastive, assemble, fitting_chunk
 from embedscale.cost import Method
 from embedscale.encoder import pack
 from embedscale.errors import DONE, UserError
-from embedscale.hardware import keep_freed_memory, matrix_product_peak, peak_memory, reset_peak_memory
+from embedscale.hardware import compile_seconds, keep_freed_memory, matrix_product_peak, peak_memory, reset_peak_memory
 from embedscale.plan import TrainingPlan
 from embedscale.pythia import SUITE, short_name
 from embedscale.record import now, read_json, write_json
@@ -55,7 +55,7 @@ def calibrate(config: RunConfig, out: str, sizes: Sequence[str], methods: Sequen
     path, facts = Path(out), _facts(config, device, seconds)
     found = read_json(path) or facts | {"peak_flop_per_second": 0.0, "rows": [], "too_large": []}
     for name, value in facts.items():
-        if name != "how" and found.get(name) != value:
+        if name != "how" and found.get(name, False) != value:
             raise UserError(f"{path}: was measured with {name} {found.get(name)}, not {value}; name another file")
     done = {(row["backbone"], row["method"]) for row in found["rows"] + found["too_large"]}
     console = Console(width=None if Console().is_terminal else 120)
@@ -99,6 +99,7 @@ def _facts(config: RunConfig, device: torch.device, seconds: float) -> dict[str,
         "batch_size": config.training.batch_size,
         "context": config.data.context,
         "activation_checkpointing": config.resources.activation_checkpointing,
+        "compile": config.resources.compile,
         "torch": version("torch"),
         "how": HOW.format(warm=WARM_STEPS, seconds=seconds),
     }
@@ -114,6 +115,7 @@ def measure(config: RunConfig, device: torch.device, seconds: float, peak: float
     lengths = [paper_lengths(config, seed) for seed in range(4)]
     module = module_of(body, config).to(device)
     chunk = config.resources.chunk_tokens or fitting_chunk(module) or max(int(each.sum()) for each in lengths)
+    compiled = compile_seconds()
     while True:
         reset_peak_memory(device)
         try:
@@ -134,6 +136,7 @@ def measure(config: RunConfig, device: torch.device, seconds: float, peak: float
         "chunk_tokens": chunk,
         "steps": steps,
         "seconds": round(took, 4),
+        "compile_seconds": round(compile_seconds() - compiled, 1),
     }
 
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from embedscale.contrastive import Batch, Contrastive
-from embedscale.hardware import matrix_product_peak
+from embedscale.hardware import compile_seconds, matrix_product_peak
 from embedscale.held_out import evaluate_held_out
 from embedscale.pairs import PairStore
 from embedscale.parallel import world_size
@@ -202,6 +202,7 @@ class Show(lightning.Callback):
     def on_train_start(self, trainer: Any, module: Any) -> None:
         self.peak = matrix_product_peak(module.device, module.config.training.precision)
         self.begun = self.shown = time.monotonic()
+        self.compiled = 0.0  # seconds
         self.start, self.start_exact, self.start_tokens = module.flop, module.flop_exact, module.tokens
         self.task = self.bar.add_task(
             module.config.run_id,
@@ -221,6 +222,9 @@ class Show(lightning.Callback):
         if now - self.shown < waiting and module.step < plan.steps:
             return
         self.shown, seconds = now, max(now - self.begun, 1e-9)
+        if module.config.resources.compile and not self.compiled:
+            self.compiled = compile_seconds()
+            self.console.print(f"{module.config.run_id}: torch.compile took {self.compiled:.0f} s", highlight=False)
         rate = (module.tokens - self.start_tokens) / seconds
         share = (module.flop_exact - self.start_exact) / seconds / (self.peak * plan.world_size)
         left = (plan.spent_flop - module.flop) / max((module.flop - self.start) / seconds, 1e-9)

@@ -167,6 +167,7 @@ class Resources:
     memory_gb: float | None = None  # of a GPU, or of this process on a CPU; default its share of what there is
     activation_checkpointing: bool = False
     shard: bool = False  # FSDP2: each process keeps a part of weights, gradients and moments
+    compile: bool = False  # torch.compile of the blocks, for GPUs: a CPU has its own faster way
     checkpoint_minutes: float = 10.0
     log_every: int = 10  # steps
     loggers: list[str] = field(default_factory=list)  # tensorboard, wandb (WANDB_MODE is offline unless set)
@@ -179,6 +180,8 @@ class Resources:
         bounded("resources.memory_gb", self.memory_gb, 0, above=True)
         if self.shard and self.devices * self.nodes == 1:
             raise UserError("resources.shard: one process has nothing to share; allowed: with several devices or nodes")
+        if self.shard and self.compile:
+            raise UserError("resources.compile: does not go with resources.shard; allowed: one of the two")
         bounded("resources.checkpoint_minutes", self.checkpoint_minutes, 0)
         bounded("resources.log_every", self.log_every, 1)
         for logger in self.loggers:

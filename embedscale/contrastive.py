@@ -215,7 +215,8 @@ class Contrastive(lightning.LightningModule):
     def backward_through(self, batch: Batch) -> Tensor:
         """Leave the gradient of the global batch's loss in the trainable parameters; return the loss.
 
-        Copies of the model exchange gradients once a step; shards after each chunk, for whole gradients are what they spare.
+        Copies of the model exchange gradients once a step; shards after each chunk: whole gradients are what they
+        are there to spare.
 
         One chunk keeps its graph. Several are GradCache (arXiv 2101.06983): each is encoded without a graph, and
         again, with the same random numbers, when its embeddings' gradient is known.
@@ -396,6 +397,8 @@ def assemble(body: nn.Module, config: RunConfig, plan: TrainingPlan) -> Contrast
     encoder = Encoder(body, config.backbone.pooling, config.training.precision)
     if checkpointing:
         encoder.checkpoint_activations()
+    if config.resources.compile:
+        encoder.compile_blocks()
     return Contrastive(encoder, trainable, config, plan, cost)
 
 

@@ -17,8 +17,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from embedscale.attention import Run, packed_attention
+from embedscale.backbone import blocks_of
 from embedscale.folded import FoldedPythia, fold
 from embedscale.parallel import shard
+
+BOUND = 64  # tokens that a bound on lengths is a multiple of
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,7 @@ class Packed:
     ends: Tensor  # int32 [S + 1]: 0, and where each sequence ends
     order: Tensor  # int64 [S]: the place of each sequence in the batch it was packed from
     runs: tuple[Run, ...]
+    bound: int  # on the lengths, one of few numbers: what is compiled for it serves other batches
 
     def to(self, device: torch.device) -> "Packed":
         return self._with(lambda x: x.to(device, non_blocking=True))
@@ -110,6 +114,7 @@ def _pack_sorted(tokens: np.ndarray, starts: np.ndarray, lengths: np.ndarray, or
         ends=torch.from_numpy(np.concatenate([[0], ends]).astype(np.int32)),
         order=torch.from_numpy(order),
         runs=tuple(Run(*map(int, run)) for run in runs),
+        bound=-(-int(lengths[-1]) // BOUND) * BOUND,
     )
 
 
@@ -124,11 +129,11 @@ class Encoder(nn.Module):
         body.set_attn_implementation("packed")  # type: ignore[operator]
         self.body, self.pooling, self.precision = body, pooling, precision
         self.folded: FoldedPythia | None = None
-        self.checkpoints = self.sharded = False
+        self.foldable, self.sharded = True, False
 
     def checkpoint_activations(self) -> None:
         """Keep a block's input instead of its activations; the backward pass computes them again."""
-        self.checkpoints = True
+        self.foldable = False
         # transformers called it by another name before 5.20.
         enable: Any = getattr(self.body, "activation_checkpointing_enable", None)
         enable = enable or self.body.gradient_checkpointing_enable
@@ -143,15 +148,21 @@ class Encoder(nn.Module):
         The body has other parameters afterwards, and all processes must make the same number of forward and of
         backward passes.
         """
-        self.sharded = True
+        self.foldable, self.sharded = False, True
         shard(self.body, device_type)
+
+    def compile_blocks(self) -> None:
+        """Let torch.compile fuse what lies between a block's products, once for all blocks and lengths."""
+        self.foldable = False
+        for block in blocks_of(self.body):
+            block.compile(dynamic=True)
 
     @contextmanager
     def folding(self) -> Iterator[FoldedPythia | None]:
         """Compute with the folded body, where there is one, until the weights change."""
         before = self.folded
         try:
-            self.folded = before or (None if self.checkpoints or self.sharded else fold(self.body, self.precision))
+            self.folded = before or (fold(self.body, self.precision) if self.foldable else None)
             yield self.folded
         finally:
             self.folded = before

@@ -28,6 +28,13 @@ def matrix_product_peak(device: torch.device, precision: str, size: int | None =
     return 2 * size**3 / min(seconds[1:])
 
 
+def compile_seconds() -> float:
+    """That torch.compile has taken in this process."""
+    from torch._dynamo.utils import calculate_time_spent
+
+    return float(calculate_time_spent().get("total_wall_time", 0))
+
+
 def keep_freed_memory() -> None:
     """Let this process keep the memory it frees; for the commands that train or encode, on a CPU.
 

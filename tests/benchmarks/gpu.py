@@ -2,8 +2,9 @@
 
     python tests/benchmarks/gpu.py OUT [--seconds 5]
 
-On one GPU, bf16: `embedscale calibrate` for every size and the four methods (OUT/calibration.json), training beside
-sentence-transformers at four sizes, and what the paper's grid would cost at the measured speeds. About half an hour.
+On one GPU, bf16: `embedscale calibrate` for every size and the four methods (OUT/calibration.json), and for the small
+sizes with compiled blocks too (OUT/compiled.json); training beside sentence-transformers at four sizes, and what the
+paper's grid would cost at the measured speeds. About half an hour.
 """
 
 import argparse
@@ -32,6 +33,17 @@ def main() -> int:
     command = [sys.executable, "-m", "embedscale.cli"]
     measure = [*command, "calibrate", *settings, "--sizes", *SUITE, "--out", str(calibration)]
     said(args.out / "calibrate.txt", [*measure, "--seconds", str(args.seconds)])
+    small = [
+        "--sizes",
+        "pythia-14m",
+        "pythia-70m",
+        "pythia-160m",
+        "pythia-410m",
+        "--out",
+        str(args.out / "compiled.json"),
+    ]
+    compiled = [*command, "calibrate", *settings, "resources.compile=true", *small, "--seconds", str(args.seconds)]
+    said(args.out / "compiled.txt", compiled)
     cluster = args.out / "cluster.yaml"
     cluster.write_text(f"device: {torch.cuda.get_device_name()}\ncalibration: {calibration.absolute()}\n")
     said(args.out / "plan.txt", [*command, "sweep", "plan", "configs/sweep/paper.yaml", f"cluster={cluster}"])

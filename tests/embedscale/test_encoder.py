@@ -65,6 +65,16 @@ def test_a_gpus_kernel_takes_what_it_is_given():
     assert key.grad.shape == key.shape
 
 
+def test_a_gpus_kernel_is_compiled_once_for_all_lengths():
+    torch._dynamo.reset()
+    compiled = torch.compile(_variable_length, backend="eager", fullgraph=True, dynamic=True)
+    for seed, longest in ((0, 75), (1, 75), (2, 70)):
+        (packing,) = pack(*sequences(longest=longest, seed=seed))
+        states = [torch.randn(len(packing.tokens), 4, 32, dtype=torch.bfloat16, device="meta") for _ in range(3)]
+        with torch._dynamo.config.patch(error_on_recompile=seed > 0):
+            assert compiled(*states, packing.to(torch.device("meta")), 0.1).shape == states[0].shape
+
+
 def test_packed_gradients_are_those_of_one_by_one(backbone_folder):
     tokens, lengths = sequences()
     reference = AutoModel.from_pretrained(backbone_folder, dtype=torch.float32)

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import shutil
 import socket
 from contextlib import nullcontext
 from dataclasses import replace
@@ -245,6 +246,23 @@ def test_out_of_memory_halves_the_chunks_and_loses_no_step(backbone_folder, monk
     most = 0
     with pytest.raises(torch.OutOfMemoryError):
         module._backward_in_memory(batch)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+def test_compiled_blocks_change_nothing_and_are_compiled_once(backbone_folder):
+    plain, compiled = (module_for(backbone_folder, METHODS["full"]) for _ in range(2))
+    compiled.encoder.compile_blocks()
+    for number in range(3):
+        batch = batch_of(16 + 4 * number, 0, chunk_tokens=300)
+        assert len(batch.chunks) > 1
+        with torch._dynamo.config.patch(error_on_recompile=number > 1):
+            torch.testing.assert_close(
+                compiled.backward_through(batch), plain.backward_through(batch), rtol=1e-5, atol=0
+            )
+        assert_same_gradients(gradients(compiled), gradients(plain))
+        for module in (compiled, plain):
+            module.zero_grad(set_to_none=True)
 
 
 LOSSES = [(None, {}), (100, {"hard_negatives": 1}), (100, {"form": "gte", "mask_equal_texts": True})]
