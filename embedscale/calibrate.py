@@ -31,6 +31,7 @@ from embedscale.hardware import compile_seconds, keep_freed_memory, matrix_produ
 from embedscale.plan import TrainingPlan
 from embedscale.pythia import SUITE, short_name
 from embedscale.record import now, read_json, write_json
+from embedscale.train import quieten
 
 METHODS = ("full", "freeze-0.5", "bias", "lora-r32")
 MEANS = (14, 64)  # tokens of a query and of a positive (paper, section 4.1)
@@ -59,6 +60,7 @@ def calibrate(config: RunConfig, out: str, sizes: Sequence[str], methods: Sequen
             raise UserError(f"{path}: was measured with {name} {found.get(name)}, not {value}; name another file")
     done = {(row["backbone"], row["method"]) for row in found["rows"] + found["too_large"]}
     console = Console(width=None if Console().is_terminal else 120)
+    quieten()
     keep_freed_memory()
     for each in configs:
         backbone, method = short_name(each.backbone.name), each.method.label

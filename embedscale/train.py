@@ -62,7 +62,7 @@ def train(config: RunConfig, stop: StopRequest | None = None, sharing: int = 1) 
             f"{tokenizer!r} gives other tokens"
         )
     plan = plan_run(config, shape_without_weights(config.backbone), store)
-    _quieten()
+    quieten()
     keep_freed_memory()
     module, facts = _build(config, plan)
     _refuse_another_plan(directory, facts | {"plan": plan.as_json()})
@@ -104,7 +104,7 @@ def _rank() -> int:
     return int(os.environ.get("NODE_RANK", 0)) * int(os.environ.get("LOCAL_WORLD_SIZE", 1)) + local
 
 
-def _quieten() -> None:
+def quieten() -> None:
     """Leave the terminal to the progress line."""
     from transformers.utils import logging as transformers_logging
 
