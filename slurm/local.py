@@ -142,17 +142,27 @@ def note_failure(directory: RunDirectory, reason: str) -> None:
 def _start(run: RunConfig, place: Place) -> _Running:
     directory = RunDirectory(run.folder)
     directory.attempts.mkdir(parents=True, exist_ok=True)
-    number = 1 + max((attempt["number"] for attempt in directory.read_attempts()), default=0)
+    number = next_attempt(directory, int(os.environ.get("RANK", 0)))
     context = multiprocessing.get_context("fork")
     processes: list[BaseProcess] = []
     for environment in place.processes:
-        rank = (os.environ | environment).get("RANK", "0")
-        log = directory.attempts / (f"{number}.log" if rank == "0" else f"{number}.rank{rank}.log")
+        log = _log(directory, number, int((os.environ | environment).get("RANK", 0)))
         processes.append(context.Process(target=_child, args=(run, dict(environment), place, log)))
     for process in processes:
         process.start()
     _say(run, f"attempt {number}, {', '.join(f'process {process.pid}' for process in processes)}")
     return _Running(run, place, processes)
+
+
+def next_attempt(directory: RunDirectory, task: int) -> int:
+    """The number of the attempt that a job's task takes part in, which the first task may have begun already."""
+    number = 1 + max((attempt["number"] for attempt in directory.read_attempts()), default=0)
+    begun = task > 0 and number > 1 and not _log(directory, number - 1, task).exists()
+    return number - begun
+
+
+def _log(directory: RunDirectory, attempt: int, rank: int) -> Path:
+    return directory.attempts / (f"{attempt}.rank{rank}.log" if rank else f"{attempt}.log")
 
 
 def _child(run: RunConfig, environment: dict[str, str], place: Place, log: Path) -> None:

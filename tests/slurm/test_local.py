@@ -8,7 +8,7 @@ import psutil
 import pytest
 
 from embedscale.record import RunDirectory, read_json
-from slurm.local import ATTEMPTS, stalled
+from slurm.local import ATTEMPTS, next_attempt, stalled
 
 
 def checkpoints(directory: RunDirectory) -> bool:
@@ -120,3 +120,12 @@ def test_runs_beside_each_other_share_the_memory(laptop):
     assert read_json(alone.plan)["chunk_tokens"] is None
     chunks = [read_json(each.plan)["chunk_tokens"] for each in laptop.directories("beside")]
     assert len(chunks) == 2 and None not in chunks
+
+
+def test_tasks_of_a_job_count_attempts_alike_whoever_comes_first(tmp_path):
+    directory = RunDirectory(tmp_path)
+    assert [next_attempt(directory, task) for task in (0, 1)] == [1, 1]
+    directory.begin_attempt()
+    assert next_attempt(directory, 1) == 1, "the first task was faster"
+    (directory.attempts / "1.rank1.log").touch()
+    assert [next_attempt(directory, task) for task in (0, 1)] == [2, 2]
