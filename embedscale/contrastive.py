@@ -74,23 +74,23 @@ class Batches(Dataset[Batch]):
 
     def __getitem__(self, step: int) -> Batch:
         start, stop = self.plan.pairs_of(step)
-        whole = self.store.batch(start, stop, self.negatives)
-        lengths = whole.lengths.astype(np.int64)
-        tokens, texts, own = whole.tokens, whole.texts, lengths
+        stored = self.store.batch(start, stop, self.negatives)
+        lengths = stored.lengths.astype(np.int64)
+        tokens, texts, own = stored.tokens, stored.texts, lengths
         if self.plan.world_size > 1:
-            kept = self._part(whole.pairs, self.rank)
+            kept = self._part(stored.pairs, self.rank)
             starts = np.cumsum(lengths) - lengths
             own = lengths[kept]
             places = np.repeat(starts[kept] - (np.cumsum(own) - own), own) + np.arange(own.sum())
             tokens, texts = tokens[places], texts[kept]
         chunks = pack(tokens, own, self.chunk_tokens)
         if self.sharded:
-            parts = (np.sort(lengths[self._part(whole.pairs, each)]) for each in range(self.plan.world_size))
+            parts = (np.sort(lengths[self._part(stored.pairs, each)]) for each in range(self.plan.world_size))
             most = max(len(cuts(part, self.chunk_tokens)) for part in parts)
             chunks = cut_further(chunks, most)
         return Batch(
             step=step,
-            pairs=whole.pairs // self.plan.world_size,
+            pairs=stored.pairs // self.plan.world_size,
             chunks=chunks,
             texts=torch.from_numpy(texts.view(np.int64)),
             tokens=int(lengths.sum()),
