@@ -70,10 +70,10 @@ def _has_kernel(query: Tensor) -> bool:
 
 def _variable_length(query: Tensor, key: Tensor, value: Tensor, packing: Any, scaling: float) -> Tensor:
     """[T, heads, size] of a whole chunk in one kernel; it knows by itself of fewer heads of keys."""
-    ends, longest = packing.ends, packing.bound
+    ends, bound = packing.ends, packing.bound
     # Under the function in torch.nn.attention.varlen, whose arguments change from one release to the next.
     found: tuple[Tensor, ...] = torch.ops.aten._flash_attention_forward(
-        query, key, value, ends, ends, longest, longest, 0.0, True, False, scale=scaling
+        query, key, value, ends, ends, bound, bound, 0.0, True, False, scale=scaling
     )
     return found[0]
 

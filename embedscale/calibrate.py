@@ -56,7 +56,7 @@ def calibrate(config: RunConfig, out: str, sizes: Sequence[str], methods: Sequen
     path, facts = Path(out), _facts(config, device, seconds)
     found = read_json(path) or facts | {"peak_flop_per_second": 0.0, "rows": [], "too_large": []}
     for name, value in facts.items():
-        if name != "how" and found.get(name, False) != value:
+        if name != "how" and found.get(name, False) != value:  # what an older file does not name was off
             raise UserError(f"{path}: was measured with {name} {found.get(name)}, not {value}; name another file")
     done = {(row["backbone"], row["method"]) for row in found["rows"] + found["too_large"]}
     console = Console(width=None if Console().is_terminal else 120)

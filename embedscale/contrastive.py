@@ -412,15 +412,17 @@ def fitting_chunk(module: Contrastive) -> int | None:
     given = config.resources.memory_gb
     pairs, context = config.training.batch_size, config.data.context
     trained, world = sum(p.numel() for p in module.trainable.values()), module.plan.world_size
-    numbers = 3 * trained + 6 * pairs**2  # gradients and AdamW's two moments; the loss's matrices
-    if config.resources.shard:
-        # Beside the loss's matrices: a part of weights, gradients and moments; what is gathered: two blocks, one of
-        # them ahead, and what lies outside of the blocks; a block's gradients, and those outside, on their way. From a
-        # forward pass to its backward pass, bf16 keeps its copies of weights.
+    numbers = 6 * pairs**2  # the loss's matrices
+    if not config.resources.shard:
+        numbers += 3 * trained  # gradients and AdamW's two moments
+    else:
+        # A part of weights, gradients and moments; what is gathered: two blocks, one of them ahead, and what lies
+        # outside of the blocks; a block's gradients, and those outside, on their way. From a forward pass to its
+        # backward pass, bf16 keeps its copies of weights.
         weights, blocks = sum(p.numel() for p in module.parameters()), blocks_of(module.encoder.body)
         inside = sum(p.numel() for p in blocks.parameters())
         copied = config.training.precision == "bf16" and not config.resources.activation_checkpointing
-        numbers = 6 * pairs**2 + (weights + 3 * trained) // world
+        numbers += (weights + 3 * trained) // world
         numbers += 3 * inside // len(blocks) + 2 * (weights - inside) + copied * weights // 2
         numbers -= weights  # in use now, before it is in shards
     in_use = memory_in_use(device)

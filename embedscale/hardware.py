@@ -52,8 +52,8 @@ def keep_freed_memory() -> None:
 
 
 def give_back_freed_memory(device: torch.device) -> None:
-    """What `keep_freed_memory` kept on a CPU, back to the system: pieces lie between what is in use, too small for the
-    next step's other lengths, and grow to a third of the memory in ten steps.
+    """What `keep_freed_memory` kept on a CPU, back to the system: pieces between what is in use, too small for the next
+    step's other lengths, and more from step to step.
     """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None and device.type == "cpu":
