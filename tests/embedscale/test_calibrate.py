@@ -114,6 +114,7 @@ def test_runs_and_processes_share_a_machines_memory(backbone_folder, monkeypatch
     words = [f"backbone.name={backbone_folder}", "training.batch_size=64", "data.context=40"]
     config = load(None, [*words, f"resources.devices={devices}"])
     module = module_of(load_body(config.backbone, 0), config)
-    monkeypatch.setattr(contrastive, "usable_memory", lambda device: 2 * memory_in_use(device))
+    there = 2 * memory_in_use(module.device)  # now: what fitting_chunk tries takes more
+    monkeypatch.setattr(contrastive, "usable_memory", lambda device: there)
     module.sharing = sharing
     assert fitting_chunk(module) == (None if sharing * devices == 1 else 40)
