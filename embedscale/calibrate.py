@@ -15,7 +15,6 @@ from typing import Any
 import lightning
 import numpy as np
 import torch
-from lightning.pytorch.plugins.environments import LightningEnvironment
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -31,7 +30,7 @@ from embedscale.hardware import compile_seconds, keep_freed_memory, matrix_produ
 from embedscale.plan import TrainingPlan
 from embedscale.pythia import SUITE, short_name
 from embedscale.record import now, read_json, write_json
-from embedscale.train import quieten
+from embedscale.train import bare_trainer, quieten
 
 METHODS = ("full", "freeze-0.5", "bias", "lora-r32")
 MEANS = (14, 64)  # tokens of a query and of a positive (paper, section 4.1)
@@ -236,17 +235,7 @@ def _timed(
 ) -> tuple[int, float, int, int]:
     """Measured steps, their seconds, tokens and FLOP."""
     clock = _Clock(seconds)
-    trainer = lightning.Trainer(
-        max_epochs=1,
-        devices=1,
-        plugins=[LightningEnvironment()],  # one process, also inside of a SLURM job
-        callbacks=[clock],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-    )
+    trainer = bare_trainer(devices=1, callbacks=[clock], logger=False)
     module.step = module.tokens = module.flop_exact = 0
     module.encoder.train()
     vocabulary = module.encoder.body.get_input_embeddings().num_embeddings  # type: ignore[operator]

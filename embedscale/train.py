@@ -153,6 +153,22 @@ def _refuse_another_plan(directory: RunDirectory, facts: dict[str, Any]) -> None
             raise UserError(f"{directory.path}: this run began with {name} {value}; now it is {now}")
 
 
+def bare_trainer(**options: Any) -> lightning.Trainer:
+    """Lightning's loop, the same to the last bit at every call, without what `callbacks` does here."""
+    # Filling every new buffer would cost a pass over memory and helps only to find reads of garbage.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    return lightning.Trainer(
+        max_epochs=1,
+        plugins=[LightningEnvironment()],  # it starts the processes, also inside of a SLURM job
+        deterministic=True,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        **options,
+    )
+
+
 class _Gathered(DDPStrategy):
     """Processes and devices from Lightning; gradients are summed, or the model sharded, by `parallel`, not by DDP."""
 
@@ -236,24 +252,15 @@ def _run(
 ) -> torch.device:
     """The steps that are left, and the evaluations that are missing."""
     resources, plan = config.resources, module.plan
-    # Filling every new buffer would cost a pass over memory and helps only to find reads of garbage.
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     strategy: Any = "auto"
     if plan.world_size > 1:
         strategy = _Gathered(process_group_backend=None if torch.cuda.is_available() else "gloo")
-    trainer = lightning.Trainer(
-        max_epochs=1,
+    trainer = bare_trainer(
         devices=resources.devices,
         num_nodes=resources.nodes,
         strategy=strategy,
-        plugins=[LightningEnvironment()],
         callbacks=callbacks,
         logger=_loggers(config, directory),
-        deterministic=True,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
     )
     if module.step < plan.steps:
         if stop.requested:
