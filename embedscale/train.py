@@ -26,8 +26,9 @@ from embedscale import config as configs
 from embedscale.backbone import digest_of, load_body, shape_of, shape_without_weights
 from embedscale.callbacks import Budget, Checkpoints, Diverged, HeldOut, Log, Show, Signals, Stopped, newest_checkpoint
 from embedscale.config import RunConfig
-from embedscale.contrastive import Batches, Contrastive, assemble, fitting_chunk
+from embedscale.contrastive import Batches, Contrastive, assemble
 from embedscale.errors import DONE, FAILED, INTERRUPTED, UserError
+from embedscale.footprint import fitting_chunk
 from embedscale.hardware import keep_freed_memory
 from embedscale.pairs import PairStore
 from embedscale.plan import TrainingPlan, plan_run
@@ -35,6 +36,9 @@ from embedscale.prepare import tokenizer_digest
 from embedscale.pythia import short_name
 from embedscale.record import Attempt, Lease, RunDirectory, leased, read_json, write_atomically, write_json
 from embedscale.stop import STOP_SIGNALS, StopRequest
+
+# Lightning sets it too, but a rank's first product on the GPU, which reads it, may come before.
+os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
 
 PACKAGES = ("embedscale", "torch", "lightning", "transformers", "peft", "numpy", "pyarrow", "omegaconf")
 
@@ -90,12 +94,7 @@ def _chunk_tokens(config: RunConfig, directory: RunDirectory, module: Contrastiv
     if begun is not None:
         found: int | None = begun.get("chunk_tokens")
         return found
-    if torch.cuda.is_available():
-        module.to(torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))))
-    chunk = fitting_chunk(module)
-    if config.resources.shard:
-        module.cpu()  # from where it goes to the devices in parts
-    return chunk
+    return fitting_chunk(module)
 
 
 def _rank() -> int:
@@ -265,7 +264,7 @@ def _run(
     if module.step < plan.steps:
         if stop.requested:
             return module.device
-        batches = Batches(store, plan, config, chunk_tokens, _rank())
+        batches = Batches(store, plan, config, chunk_tokens)
         trainer.fit(module, datamodule=_Steps(batches, module.step, resources.workers))
         return trainer.strategy.root_device
     held_out.catch_up(trainer, module.to(trainer.strategy.root_device))
@@ -282,6 +281,7 @@ class _Steps(lightning.LightningDataModule):
     def train_dataloader(self) -> DataLoader[Any]:
         # What the first process found to fit, and wrote down, holds for all.
         self.batches.chunk_tokens = self.trainer.strategy.broadcast(self.batches.chunk_tokens)
+        self.batches.rank = self.trainer.global_rank
         return DataLoader(
             self.batches,
             batch_size=None,
