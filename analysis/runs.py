@@ -38,6 +38,7 @@ NUMBERS = {
     "batch_size": "pairs",
     "context": "tokens",
     "temperature": "of the training loss",
+    "hard_negatives": "of a pair",
     "seed": "replicates differ in it alone",
     "pairs": "pairs processed",
     "steps": "optimiser steps",
@@ -63,7 +64,6 @@ TEXTS = {
     "blocks": "freezing: last, first or one",
     "precision": "of training",
     "pooling": "of the encoder",
-    "hard_negatives": "of a pair",
     "loss_function": "of training",
     "data": "store",
     "data_digest": "of the store",
@@ -140,7 +140,7 @@ def flop_per_token(method: str, params: Any, trainable_fraction: Any) -> Any:
     For freezing N_B = N_U = S N; for LoRA the adapters have S N parameters.
     """
     s = trainable_fraction
-    rules = {"full": 6.0, "bias": 4.0 + 0 * s, "freeze": 2 + 4 * s, "lora": 4 * (1 + s) + 2 * s}
+    rules = {"full": 6.0, "bias": 4.0, "freeze": 2 + 4 * s, "lora": 4 * (1 + s) + 2 * s}
     return rules.get(method, np.nan) * params
 
 
@@ -243,10 +243,12 @@ def load_grid(path: str | Path, columns: Mapping[str, str] | None = None) -> pd.
 
 def _renamed(path: Path, columns: dict[str, str]) -> pd.DataFrame:
     """The file's table by our names of its columns."""
+    # A text may look like a number: a run called 000, a digest of 12e4567890123456.
+    texts = {columns.get(name, name): str for name in TEXTS}
     readers: dict[str, Any] = {
-        ".csv": pd.read_csv,
+        ".csv": lambda file: pd.read_csv(file, dtype=texts),
         ".parquet": pd.read_parquet,
-        ".jsonl": lambda file: pd.read_json(file, lines=True),
+        ".jsonl": lambda file: pd.read_json(file, lines=True, dtype=False),
     }
     if path.suffix not in readers:
         raise UserError(f"{path}: has the ending {path.suffix!r}; allowed: {', '.join(readers)} or a folder of runs")

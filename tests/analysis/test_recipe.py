@@ -149,6 +149,7 @@ def test_budgets_are_read_with_their_units():
     for text, flop in {"1e17": 1e17, "100 PFLOP": 1e17, "0.1EFLOP": 1e17, "2 PFLOP-days": 2 * day}.items():
         assert parse_limit(text).flop == pytest.approx(flop)
     assert parse_limit("24 GPU-hours") == Limit(gpu_hours=24.0)
+    assert parse_limit("1,500,000 GFLOP", "2,000.5e6") == Limit(flop=pytest.approx(1.5e15), tokens=2000.5e6)
     assert parse_limit(None, "2e9") == Limit(tokens=2e9)
 
 
@@ -162,6 +163,8 @@ def test_budgets_are_read_with_their_units():
         (["1e999"], "budget: 1e999 is out of range"),
         ([], "budget: nothing is given; allowed: a budget such as 1e17, --tokens, or both"),
         (["--tokens", "-3"], "--tokens: -3 is out of range; allowed: above 0"),
+        (["1,5e17"], "budget: '1,5e17' has a comma that separates no thousands; allowed: 1.5e17 or 1,500,000"),
+        (["--tokens", "1,50"], "--tokens: '1,50' has a comma that separates no thousands"),
     ],
 )
 def test_budgets_that_are_none_are_one_clear_line(paper_folder, words, message, capsys):
