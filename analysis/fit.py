@@ -12,9 +12,9 @@ something cannot be said. Loss is in nats, budgets in FLOP of the paper's conven
     noise          {log_loss: standard deviation of ln L, source: "replicates" | "given" | "residuals" | "none",
                     degrees_of_freedom}
     methods        METHOD → {
-      points         a row a (budget, size): {budget, params, tokens, loss, flop_per_token, seeds, backbone, tried, and
-                     the chosen value of each hyper-parameter that the runs state (learning_rate, rank,
-                     trainable_fraction, …), at_grid_end: [hyper-parameters whose best value is the grid's first or
+      points         a row a (budget, size): {budget, params, tokens, loss, flop_per_token, seeds, tried, backbone,
+                     backbone_revision, and the chosen value of each hyper-parameter that the runs state (learning_rate,
+                     rank, trainable_fraction, …), at_grid_end: [hyper-parameters whose best value is the grid's first or
                      last of several]}
       optima         a row a budget: {budget, state: "interior" | "edge" | "too few" | "diverged",
                      n_opt, d_opt, loss (of the estimator in settings.optimum; null unless interior),
@@ -54,12 +54,12 @@ from numpy.typing import NDArray
 
 from analysis import joint as joint_laws
 from analysis import optima, uncertainty
-from analysis.fits_file import FILE, FORMAT, read
+from analysis.fits_file import BACKBONE, FILE, FORMAT, HYPERPARAMETERS, read
 from analysis.frontier import frontier
 from analysis.joint import KEPT_DRAWS
 from analysis.laws import CHINCHILLA, power_law
 from analysis.optima import Profile
-from analysis.runs import COMPARABLE, HYPERPARAMETERS, Runs
+from analysis.runs import COMPARABLE, Runs
 from analysis.solver import JointFit
 from analysis.uncertainty import OptimumDraws, interval
 from embedscale import __version__
@@ -290,8 +290,8 @@ def _line_intervals(draws: Array, confidence: float) -> dict[str, Any]:
 
 
 def _points(points: pd.DataFrame) -> list[dict[str, Any]]:
-    own = ["budget", "params", "tokens", "loss", "flop_per_token", "seeds", "backbone", "tried", "at_grid_end"]
-    own += [*HYPERPARAMETERS, "pairs", "steps", "batch_size", "gpu_hours", "train_loss", "run"]
+    own = ["budget", "params", "tokens", "loss", "flop_per_token", "seeds", "tried", "at_grid_end"]
+    own += [*BACKBONE, *HYPERPARAMETERS, "pairs", "steps", "batch_size", "gpu_hours", "train_loss", "run"]
     return points[[name for name in own if name in points]].to_dict("records")  # type: ignore[return-value]
 
 

@@ -14,7 +14,8 @@ import numpy as np
 import pandas as pd
 
 from analysis import evidence, fits_file, recipe, study
-from analysis.runs import EXCLUDED, HYPERPARAMETERS
+from analysis.fits_file import HYPERPARAMETERS
+from analysis.runs import EXCLUDED
 from analysis.study import Study
 from analysis.summary import number, spread
 from embedscale.errors import UserError

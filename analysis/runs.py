@@ -33,6 +33,7 @@ NUMBERS = {
     "active_fraction": "of freezing, where it was given so",
     "active_blocks": "of freezing, where it was given so",
     "weight_decay": "of AdamW",
+    "clip": "of the gradient's norm",
     "warmup_fraction": "of steps",
     "final_fraction": "of the peak learning rate, at the end",
     "batch_size": "pairs",
@@ -59,12 +60,14 @@ TEXTS = {
     "status": "done or diverged; default done",
     "backbone": "short name",
     "backbone_weights": "pretrained or random",
+    "backbone_revision": "of the hub's model, where one was asked for",
     "targets": "of LoRA",
     "embedding": "LoRA on the embedding",
     "blocks": "freezing: last, first or one",
     "precision": "of training",
     "pooling": "of the encoder",
     "loss_function": "of training",
+    "mask_equal_texts": "a text equal to the positive is no negative",
     "data": "store",
     "data_digest": "of the store",
     "evaluation.digest": "of the held-out pool",
@@ -77,12 +80,6 @@ COLUMNS = NUMBERS | TEXTS
 COMPARABLE = (
     *("evaluation.pool", "evaluation.negatives", "evaluation.temperature", "evaluation.digest"),
     *("data_digest", "batch_size", "context", "backbone_weights"),
-)
-# What is chosen for each size and budget before sizes are compared (paper, section 4.2).
-HYPERPARAMETERS = (
-    *("learning_rate", "rank", "trainable_fraction", "alpha", "dropout", "targets", "embedding", "blocks"),
-    *("weight_decay", "warmup_fraction", "final_fraction", "temperature"),
-    *("precision", "pooling", "hard_negatives", "loss_function"),
 )
 EXCLUDED = ["run", "reason", "detail", "method", "params", "budget"]
 

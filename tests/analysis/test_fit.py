@@ -8,6 +8,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from sweeps import write_run
+
 from analysis import fit as fits_file
 from analysis import runs
 from analysis.laws import predict_chinchilla, predict_trainable_fraction
@@ -298,3 +300,46 @@ def test_the_analysis_never_imports_torch():
     modules = "fit, frontier, joint, laws, optima, runs, simulate, solver, summary, uncertainty"
     code = f"import sys; from analysis import {modules}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "better",
+    [
+        {"backbone": "pythia-70m-deduped"},
+        {"backbone_revision": "step1000"},
+        {"hyperparameters": {"clip": 1.0}},
+        {"hyperparameters": {"mask_equal_texts": True}},
+        {"hyperparameters": {"blocks": "one", "active_blocks": 3}},
+    ],
+)
+def test_runs_that_differ_in_science_are_no_replicates(tmp_path, better):
+    """The better of two settings stands at every size, alone: not the mean of both, with their distance as noise."""
+    losses = {}
+    for budget in BUDGETS[:3]:
+        for size in SIZES[:4]:
+            for number, change in enumerate(({}, better)):
+                path = write_run(tmp_path, budget, int(size), "full", 2.0 - 0.2 * number, f"b{number}-{size:.3g}")
+                record = json.loads((path / "record.json").read_text())
+                record["hyperparameters"] |= {"clip": None, "mask_equal_texts": False, "blocks": "one"}
+                record["hyperparameters"] |= {"active_blocks": 0} | change.get("hyperparameters", {})
+                record |= {"backbone": f"own-{size:.3g}"} | {k: v for k, v in change.items() if k != "hyperparameters"}
+                (path / "record.json").write_text(json.dumps(record))
+                losses[budget, int(size)] = 1.8
+    found = fits_file.fit(runs.load(tmp_path), bootstrap=100)
+    points = found["methods"]["full"]["points"]
+    assert {(point["budget"], point["params"]): point["loss"] for point in points} == losses
+    assert {(point["seeds"], point["tried"]) for point in points} == {(1, 2)}
+    assert found["noise"]["source"] != "replicates"
+    (name, value), *_ = better.get("hyperparameters", better).items()
+    assert all(point[name] == value for point in points) or name == "blocks"
+
+
+def test_a_record_without_a_revision_is_one_of_the_hubs_default(tmp_path):
+    for seed, known in enumerate(({}, {"backbone_revision": None})):
+        for budget in BUDGETS[:2]:
+            for size in SIZES[:3]:
+                path = write_run(tmp_path, budget, int(size), "full", 2.0, f"b-{size:.3g}", seed)
+                record = json.loads((path / "record.json").read_text())
+                (path / "record.json").write_text(json.dumps(record | known))
+    found = fits_file.fit(runs.load(tmp_path), bootstrap=100)
+    assert {point["seeds"] for point in found["methods"]["full"]["points"]} == {2}
