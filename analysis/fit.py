@@ -14,8 +14,8 @@ something cannot be said. Loss is in nats, budgets in FLOP of the paper's conven
     methods        METHOD → {
       points         a row a (budget, size): {budget, params, tokens, loss, flop_per_token, seeds, tried, backbone,
                      backbone_revision, and the chosen value of each hyper-parameter that the runs state (learning_rate,
-                     rank, trainable_fraction, …), at_grid_end: [hyper-parameters whose best value is the grid's first or
-                     last of several]}
+                     rank, trainable_fraction, …), at_grid_end: [hyper-parameters whose best value is the grid's first
+                     or last of several]}
       optima         a row a budget: {budget, state: "interior" | "edge" | "too few" | "diverged",
                      n_opt, d_opt, loss (of the estimator in settings.optimum; null unless interior),
                      n_opt_interval, d_opt_interval, loss_interval, valid_share (of bootstrap draws that were interior),
@@ -98,8 +98,9 @@ def fit(
         raise UserError(f"confidence: {confidence} is out of range; allowed: between 0 and 1")
     if bootstrap < 100:
         raise UserError(f"bootstrap: {bootstrap} is out of range; allowed: at least 100")
-    table = runs.table
-    budgets, sizes = np.unique(optima.group_budgets(table["budget"].to_numpy(float))), np.unique(table["params"])
+    # Grouped over all methods, so that these meet at budgets that are equal to the last bit.
+    table = runs.table.assign(profile=optima.group_budgets(runs.table["budget"].to_numpy(float)))
+    budgets, sizes = np.unique(table["profile"]), np.unique(table["params"])
     if len(budgets) < 2:
         raise UserError(f"budget: all {len(table)} runs have {budgets[0]:.4g} FLOP; laws need at least two budgets")
     if len(sizes) < 3:
@@ -110,7 +111,7 @@ def fit(
     settings = {"residual": residual, "delta": delta, "optimum": optimum, "window": window}
     cells = {method: joint_laws.cells_of(table[table["method"] == method]) for method in runs.methods}
     points = {method: optima.best_points(found) for method, found in cells.items()}
-    profiled = {method: _profiled(cells[method], points[method], table) for method in runs.methods}
+    profiled = {method: _profiled(cells[method], points[method]) for method in runs.methods}
     joint: dict[str, dict[str, JointFit | str]] = {}
     for method in runs.methods:
         advance(method)
@@ -168,13 +169,11 @@ def fit(
 # --- Optima and power laws of one method -----------------------------------------------------------------------------
 
 
-def _profiled(cells: pd.DataFrame, points: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
-    """The points of IsoFLOP profiles: of each group of nearly equal budgets, over all methods, the best."""
-    every = np.concatenate([table["budget"].to_numpy(float), cells["budget"].to_numpy(float)])
-    grouped = optima.group_budgets(every)[len(table) :]
-    if np.allclose(grouped, cells["budget"], rtol=1e-6):
+def _profiled(cells: pd.DataFrame, points: pd.DataFrame) -> pd.DataFrame:
+    """The points of IsoFLOP profiles: the best of each group of nearly equal budgets."""
+    if (cells["profile"] == cells["budget"]).all():
         return points
-    return optima.best_points(cells.assign(budget=grouped))
+    return optima.best_points(cells.assign(budget=cells["profile"]))
 
 
 def _optima(

@@ -7,7 +7,6 @@ import sys
 import numpy as np
 import pandas as pd
 import pytest
-
 from sweeps import write_run
 
 from analysis import fit as fits_file
@@ -343,3 +342,20 @@ def test_a_record_without_a_revision_is_one_of_the_hubs_default(tmp_path):
                 (path / "record.json").write_text(json.dumps(record | known))
     found = fits_file.fit(runs.load(tmp_path), bootstrap=100)
     assert {point["seeds"] for point in found["methods"]["full"]["points"]} == {2}
+
+
+@pytest.mark.parametrize("told", ["spent", "tokens alone"])
+def test_methods_are_compared_at_budgets_that_are_nearly_equal(told):
+    """Tokens are whole numbers, so that budgets which follow from them differ between sizes, and between methods."""
+    table = sweep(noise=0.0, methods=("full",))
+    table = pd.concat([table, table.assign(method="bias", loss=1.05 * table["loss"])], ignore_index=True)
+    per_token = table["params"] * np.where(table["method"] == "full", 6, 4)
+    table["tokens"] = (table["budget"] / per_token).round(-3)
+    table = table.drop(columns=["flop_per_token"]).assign(budget=table["tokens"] * per_token)
+    loaded = runs.from_table(table if told == "spent" else table.drop(columns="budget"))
+    found = fits_file.fit(loaded, noise=0.002, bootstrap=100)
+    rows = found["frontier"]["comparisons"]
+    assert [row["budget"] for row in rows] == pytest.approx(list(BUDGETS), rel=1e-3)
+    assert [row["budget"] for row in rows] == found["runs"]["budgets"]
+    assert [row["difference"] for row in rows] == pytest.approx([-np.log(1.05)] * 5, abs=1e-6)  # full over bias
+    assert all(row["distinguishable"] for row in rows)
