@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from analysis import fits_file
-from analysis.evidence import Evidence, Limit, parse_limit
+from analysis.evidence import Evidence, Limit, parse_limit, same_budget
 from analysis.laws import Array, interval
 from embedscale.cost import METHODS, Method, cost_of, peak_learning_rate
 from embedscale.errors import UserError
@@ -159,11 +159,16 @@ def recipe(fits: Mapping[str, Any], limit: Limit, runs: list[dict[str, str]] | N
     }
     every = {name: Evidence(name, facts, names) for name, facts in fits["methods"].items() if facts["points"]}
     chosen: dict[str, tuple[Choice, Array | None]] = {}
-    # A method without a law enters by its runs near the budget, or if no method has better.
-    known_here = {name for name, each in every.items() if each.basis(limit) != "best run" or _covers(each, limit)}
+    bases = {name: evidence.basis(limit) for name, evidence in every.items()}
+    # Where no law says what a method reaches at the budget, only runs that spent it do; without any law, those that spent
+    # what is nearest to it.
+    spent = limit.flop
+    if spent and set(bases.values()) == {"best run"}:
+        budgets = [evidence.nearest_budget(spent) for evidence in every.values()]
+        spent = min(budgets, key=lambda each: abs(math.log(each / spent)))
     for name, evidence in every.items():
-        basis = evidence.basis(limit)
-        if not basis or (known_here and name not in known_here):
+        basis = bases[name]
+        if not basis or (basis == "best run" and not same_budget(evidence.nearest_budget(spent), spent)):
             continue
         tried = [
             _configure(evidence, backbone, size, limit, basis, fits["comparable"], confidence)
@@ -183,7 +188,11 @@ def recipe(fits: Mapping[str, Any], limit: Limit, runs: list[dict[str, str]] | N
     missing = [name for name in fits["methods"] if name not in chosen]
     notes = [f"{name}: neither a law nor a run at this budget, so not considered" for name in missing]
     if best.basis == "best run":
-        notes.append("this is the best run at the nearest budget; no optimum lies inside the grid there")
+        budget = evidence.nearest_budget(best.budget)
+        notes.append(
+            f"this is the best run at {budget:.4g} FLOP, the nearest budget that was run; no optimum lies inside the grid "
+            "there"
+        )
     if best.basis == "power laws" and evidence.law:
         size, _ = evidence.optimum(limit, "joint law", confidence)
         where = np.array([size])
@@ -196,17 +205,12 @@ def recipe(fits: Mapping[str, Any], limit: Limit, runs: list[dict[str, str]] | N
     near = evidence.nearest(best.params, best.budget)
     notes += [f"the best {name} there, {near[name]:.4g}, was at the end of its grid" for name in near["at_grid_end"]]
     notes += filter(None, [fits_file.miniature(fits)])
-    return Recipe(limit, best, n_opt, n_ends, others, _extrapolates(evidence, best), notes)
-
-
-def _covers(evidence: Evidence, limit: Limit) -> bool:
-    """Whether a run lies within a factor two of the budget."""
-    return limit.flop is not None and any(0.5 <= point["budget"] / limit.flop <= 2 for point in evidence.points)
+    return Recipe(limit, best, n_opt, n_ends, others, _extrapolates(evidence, best, n_opt), notes)
 
 
 def _reasonable(evidence: Evidence, limit: Limit, basis: str, confidence: float) -> list[tuple[str, float]]:
     """The available backbones on both sides of the optimum; with data fixed, the largest that was run too."""
-    available = evidence.available(basis)
+    available = evidence.available(limit, basis)
     if limit.tokens:
         available = [each for each in available if each[1] <= evidence.sizes[-1] * 1.001]
     n_opt, _ = evidence.optimum(limit, basis, confidence)
@@ -223,7 +227,7 @@ def _other_sizes(
     comparable: Mapping[str, Any],
     confidence: float,
 ) -> list[dict[str, Any]]:
-    available = evidence.available(best.basis)
+    available = evidence.available(limit, best.basis)
     place = [size for _, size in available].index(best.params)
     found = []
     for number, word in ((place - 1, "smaller"), (place + 1, "larger")):
@@ -266,11 +270,12 @@ def _other_choices(best: Choice, runs: list[dict[str, str]]) -> list[dict[str, A
     ]
 
 
-def _extrapolates(evidence: Evidence, best: Choice) -> list[str]:
-    """How far budget, size and tokens lie outside what the law was fitted to."""
+def _extrapolates(evidence: Evidence, best: Choice, n_opt: float) -> list[str]:
+    """How far budget, sizes and tokens lie outside what the law was fitted to."""
     rows = evidence.interior if best.basis == "power laws" else evidence.optima
     spans = {
         "budget": ([row["budget"] for row in rows], best.budget, "FLOP"),
+        "best size": (list(evidence.sizes), n_opt, "parameters"),
         "size": (list(evidence.sizes), best.params, "parameters"),
         "data": ([point["tokens"] for point in evidence.points], best.tokens, "tokens"),
     }

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import numpy as np
+import pandas as pd
 import pytest
 from sweeps import BACKBONES, BUDGETS, FLOP_AN_HOUR, LAWS, fitted, miniature, paper_like
 
@@ -125,6 +126,88 @@ def test_without_a_law_the_best_run_is_named_as_what_it_is(tmp_path):
     assert any("no optimum" in note for note in found.notes)
     with pytest.raises(UserError, match="for 1e\\+08 tokens a recipe needs a joint law, which no method"):
         recipe.recipe(recipe.read(tmp_path)[0], Limit(tokens=1e8))
+
+
+def loss_at(budget: float, row) -> float:
+    return float(np.ravel(predict_chinchilla(LAWS["full"], row.parameters, budget / (6 * row.parameters)))[0])
+
+
+def full_sweep(plan: dict[float, slice], method: str = "full", worse: float = 1.0) -> pd.DataFrame:
+    """Runs without noise of the law of full fine-tuning: at each budget some of the Pythias."""
+    rows = []
+    for budget, chosen in plan.items():
+        for row in BACKBONES[chosen]:
+            cost = 6 * row.parameters
+            rows.append(
+                {"method": method, "backbone": row.name, "params": row.parameters, "budget": budget}
+                | {"tokens": budget / cost, "flop_per_token": cost, "gpu_hours": budget / FLOP_AN_HOUR}
+                | {"loss": worse * loss_at(budget, row)}
+            )
+    return pd.DataFrame(rows)
+
+
+def test_the_best_run_is_one_that_spent_the_budget(tmp_path):
+    """At the lowest budget three sizes alone were run, and all were too large; larger sizes spent larger budgets."""
+    table = full_sweep({1.5e15: slice(2, 5), 2.4e16: slice(0, 5), 3.8e17: slice(1, 6), 6e18: slice(2, 6)})
+    fits = recipe.read(fitted(table, tmp_path, noise=0.003))[0]
+    found = recipe.recipe(fits, Limit(flop=1.5e15))
+    truth = {row.name: loss_at(1.5e15, row) for row in BACKBONES[2:5]}
+    assert (found.best.backbone, found.best.basis) == ("pythia-70m", "best run")
+    assert found.best.loss == pytest.approx(truth["pythia-70m"])
+    assert found.n_opt == SUITE["pythia-70m"].parameters
+    (other,) = found.others  # no smaller one was run at this budget
+    assert other["choice"].backbone == "pythia-160m"
+    assert other["lost"] == pytest.approx(truth["pythia-160m"] / truth["pythia-70m"] - 1)
+    assert any("best run at 1.5e+15 FLOP" in note for note in found.notes)
+
+
+def test_a_method_without_a_law_is_compared_at_its_own_budget_alone(tmp_path):
+    """LoRA is 3 % worse everywhere, and was run at one budget: at a smaller one, what it reached there says nothing."""
+    plan = {budget: slice(0, 6) for budget in BUDGETS}
+    table = pd.concat([full_sweep(plan), full_sweep({BUDGETS[2]: slice(0, 6)}, "other", 1.03)])
+    fits = recipe.read(fitted(table, tmp_path, noise=0.003))[0]
+    here = recipe.recipe(fits, Limit(flop=BUDGETS[2]))
+    assert here.best.method == "full"
+    (other,) = [each for each in here.others if each["what"] == "other"]
+    assert other["lost"] == pytest.approx(0.03, abs=0.01)
+    for budget in (BUDGETS[2] / 1.8, BUDGETS[2] * 1.8):
+        found = recipe.recipe(fits, Limit(flop=budget))
+        assert found.best.method == "full"
+        assert found.best.loss == pytest.approx(min(loss_at(budget, row) for row in SUITE.values()), rel=0.02)
+        assert "other: neither a law nor a run at this budget, so not considered" in found.notes
+
+
+def test_without_any_law_only_methods_that_spent_the_same_are_compared(tmp_path):
+    table = pd.concat([full_sweep({2e16: slice(0, 3)}), full_sweep({8e16: slice(0, 3)}, "other", 1.03)])
+    fits = recipe.read(fitted(table, tmp_path, noise=0.003))[0]
+    found = recipe.recipe(fits, Limit(flop=2.5e16))
+    assert (found.best.method, found.best.basis) == ("full", "best run")
+    assert found.best.loss == pytest.approx(min(loss_at(2e16, row) for row in BACKBONES[:3]))
+    assert any("best run at 2e+16 FLOP" in note for note in found.notes)
+    assert not [each for each in found.others if each["what"] == "other"]
+
+
+@pytest.mark.parametrize("hours", [1e5, 5e6])
+def test_the_joint_laws_best_size_is_looked_for_wherever_it_lies(tmp_path, hours):
+    fits = recipe.read(fitted(full_sweep({budget: slice(0, 5) for budget in BUDGETS}), tmp_path, noise=0.002))[0]
+    found = recipe.recipe(fits, Limit(gpu_hours=hours))
+    _, a, b, alpha, beta = LAWS["full"]
+    budget = hours * FLOP_AN_HOUR
+    true = (alpha * a / (beta * b)) ** (1 / (alpha + beta)) * (budget / 6) ** (beta / (alpha + beta))
+    largest = BACKBONES[4].parameters
+    assert found.best.basis == "joint law" and true > 4 * largest
+    assert found.n_opt == pytest.approx(true, rel=0.03)
+    assert found.n_opt_interval[0] <= found.n_opt <= found.n_opt_interval[1]
+    assert f"best size: {found.n_opt / largest:.3g} times the largest" in found.extrapolates[1]
+
+
+def test_a_best_size_beyond_the_sizes_is_told_where_no_larger_backbone_is_known(tmp_path):
+    table = full_sweep({budget: slice(0, 4) for budget in BUDGETS}).assign(backbone="own")
+    table["params"] *= 1.01
+    found = recipe.recipe(recipe.read(fitted(table, tmp_path, noise=0.003))[0], Limit(flop=1e20))
+    largest = 1.01 * BACKBONES[3].parameters
+    assert found.best.params == largest and found.n_opt > 2 * largest
+    assert any(told.startswith(f"best size: {found.n_opt / largest:.3g} times") for told in found.extrapolates)
 
 
 @pytest.mark.parametrize("seed", range(3))
