@@ -191,8 +191,8 @@ class Evidence:
             spread = draws[:, 0] + draws[:, 1] * math.log(limit.flop) if len(draws) else np.array([])
             return law["coefficient"] * limit.flop ** law["exponent"], interval(np.exp(spread), confidence)
         if basis == "best run":
-            best = min(self.measured(limit.flop), key=lambda point: point["loss"])
-            return float(best["params"]), None
+            lowest = min(self.measured(limit.flop), key=lambda point: point["loss"])
+            return float(lowest["params"]), None
         reach = 1.0 if limit.tokens else REACH  # with the data fixed, larger is better for ever
         low, high = math.log(self.sizes[0] / reach), math.log(self.sizes[-1] * reach)
         grid = np.exp(np.linspace(low, high, max(401, round(50 * (high - low)))))

@@ -160,12 +160,11 @@ def recipe(fits: Mapping[str, Any], limit: Limit, runs: list[dict[str, str]] | N
     every = {name: Evidence(name, facts, names) for name, facts in fits["methods"].items() if facts["points"]}
     chosen: dict[str, tuple[Choice, Array | None]] = {}
     bases = {name: evidence.basis(limit) for name, evidence in every.items()}
-    # Where no law says what a method reaches at the budget, only runs that spent it do; without any law, those that spent
-    # what is nearest to it.
-    spent = limit.flop
-    if spent and set(bases.values()) == {"best run"}:
-        budgets = [evidence.nearest_budget(spent) for evidence in every.values()]
-        spent = min(budgets, key=lambda each: abs(math.log(each / spent)))
+    # Where no law says what a method reaches with so much FLOP, only runs that spent it do; without any law, those that
+    # spent what is nearest to it.
+    spent = limit.flop or 0.0
+    if set(bases.values()) == {"best run"}:
+        spent = min((each.nearest_budget(spent) for each in every.values()), key=lambda c: abs(math.log(c / spent)))
     for name, evidence in every.items():
         basis = bases[name]
         if not basis or (basis == "best run" and not same_budget(evidence.nearest_budget(spent), spent)):
@@ -190,8 +189,8 @@ def recipe(fits: Mapping[str, Any], limit: Limit, runs: list[dict[str, str]] | N
     if best.basis == "best run":
         budget = evidence.nearest_budget(best.budget)
         notes.append(
-            f"this is the best run at {budget:.4g} FLOP, the nearest budget that was run; no optimum lies inside the grid "
-            "there"
+            f"this is the best run at {budget:.4g} FLOP, the nearest budget that was run; "
+            "no optimum lies inside the grid there"
         )
     if best.basis == "power laws" and evidence.law:
         size, _ = evidence.optimum(limit, "joint law", confidence)
