@@ -8,9 +8,10 @@ import sys
 import numpy as np
 import pandas as pd
 import pytest
-from sweeps import BACKBONES, BUDGETS, FLOP_AN_HOUR, LAWS, fitted, miniature, paper_like
+from sweeps import BACKBONES, BUDGETS, FLOP_AN_HOUR, LAWS, fitted, miniature, paper_like, write_run
 
-from analysis import recipe
+from analysis import fit as fits_file
+from analysis import recipe, runs
 from analysis.evidence import Limit, parse_limit
 from analysis.laws import predict_chinchilla
 from embedscale.cli import main
@@ -293,6 +294,95 @@ def test_training_by_a_recipe_takes_the_rest_from_the_most_similar_run(tmp_path,
         "a miniature: models of 6,592 to 84,912 parameters"
         in recipe.recipe(recipe.read(folder)[0], Limit(flop=3e11)).notes[-1]
     )
+
+
+@pytest.mark.parametrize("method", [
+    Method("lora", rank=32, alpha=16.0, dropout=0.1, targets=["dense", "query_key_value"], embedding=True),
+    Method("freeze", active_fraction=0.5, blocks="first"),
+    Method("freeze", active_blocks=0, blocks="one"),
+])  # fmt: skip
+@pytest.mark.parametrize("as_text", [False, True])
+def test_training_by_a_recipe_trains_the_method_that_was_fitted(tmp_path, method, as_text):
+    """Every setting of the method, whether the runs' table came from records or was read as text."""
+    backbones, rows = BACKBONES[2:5], []
+    for row in backbones:
+        cost = cost_of(row.shape, method)
+        share = len(method.training_blocks(row.blocks)) / row.blocks
+        for budget in BUDGETS:
+            tokens = budget / cost.flop_per_token
+            rows.append(
+                {"method": method.name, "backbone": row.name, "params": row.parameters, "budget": budget}
+                | {"tokens": tokens, "flop_per_token": cost.flop_per_token, "backbone_revision": "step1000"}
+                | {"loss": float(np.ravel(predict_chinchilla(LAWS["lora"], row.parameters, tokens))[0])}
+                | {"trainable_fraction": share or cost.n_updated / cost.n_parameters, "rank": method.rank}
+                | {"alpha": method.alpha, "dropout": method.dropout, "targets": " ".join(method.targets)}
+                | {"embedding": method.embedding, "blocks": method.blocks, "active_blocks": method.active_blocks}
+            )
+    table = pd.DataFrame(rows)
+    folder = fitted(table.astype({"embedding": str} if as_text else {}), tmp_path, noise=0.003)
+    for budget in (BUDGETS[1], BUDGETS[3]):
+        found = recipe.recipe(recipe.read(folder)[0], Limit(flop=budget))
+        config = recipe.configuration(str(folder), f"{budget}", None, [])
+        assert config.method == method
+        assert config.backbone.name == f"EleutherAI/{found.best.backbone}" and config.backbone.revision == "step1000"
+        assert found.best.flop_per_token == cost_of(SUITE[found.best.backbone].shape, method).flop_per_token
+        told = dict(recipe.lines(found, 0.95))["method"]
+        assert ("embedding True" if method.name == "lora" else f"blocks {method.blocks}") in told
+
+
+def test_training_by_a_recipe_takes_the_rest_from_the_run_that_was_best(tmp_path):
+    """Of three weight decays the second is best everywhere."""
+    for budget in (5e10, 2e11, 6e11):
+        for size in (6592, 12864, 25472, 50176):
+            best = 20000 * (budget / 2e11) ** 0.4
+            for decay, worse in ((0.01, 1.1), (0.1, 1.0), (0.3, 1.2)):
+                loss = 4.0 * (budget / 5e10) ** -0.18 * np.exp(0.06 * np.log(size / best) ** 2) * worse
+                path = write_run(tmp_path, budget, size, "full", loss, f"own/tiny-{size}", int(100 * decay))
+                for name, part in (("config.yaml", "training"), ("record.json", "hyperparameters")):
+                    values = json.loads((path / name).read_text())
+                    values[part]["weight_decay"] = decay
+                    (path / name).write_text(json.dumps(values))
+    loaded = runs.load(tmp_path)
+    fits_file.write(fits_file.fit(loaded, noise=0.003, bootstrap=100), loaded, tmp_path)
+    for budget in ("5e10", "3e11"):
+        config = recipe.configuration(str(tmp_path), budget, None, [])
+        assert config.training.weight_decay == 0.1
+        assert config.backbone.name.startswith("own/tiny-")
+
+
+def test_other_ranks_are_compared_by_the_best_of_their_other_settings(tmp_path):
+    """Three learning rates, of which the largest spoils one rank; two seeds, whose mean counts."""
+    rows = []
+    for row in BACKBONES[:5]:
+        for rank, penalty in ((8, 1.04), (32, 1.0), (128, 1.03)):
+            cost = cost_of(row.shape, Method("lora", rank=rank))
+            for rate, worse in ((1e-4, 1.5), (1e-3, 1.0), (1e-2, 3.0 if rank == 32 else 1.2)):
+                for seed, luck in ((0, 1.01), (1, 0.99)):
+                    for budget in BUDGETS[:4]:
+                        tokens = budget / cost.flop_per_token
+                        loss = np.ravel(predict_chinchilla(LAWS["lora"], row.parameters, tokens))[0]
+                        rows.append(
+                            {"method": "lora", "backbone": row.name, "params": row.parameters, "budget": budget}
+                            | {"tokens": tokens, "flop_per_token": cost.flop_per_token, "rank": rank, "seed": seed}
+                            | {"trainable_fraction": cost.n_updated / row.parameters, "learning_rate": rate}
+                            | {"loss": float(loss * penalty * worse * luck)}
+                        )
+    table = pd.DataFrame(rows)
+    fits, read = recipe.read(fitted(table, tmp_path, noise=0.003))
+    found = recipe.recipe(fits, Limit(flop=BUDGETS[2]), read)
+    assert (found.best.rank, found.best.learning_rate) == (32, 1e-3)
+    here = table[(table["budget"] == BUDGETS[2]) & (table["params"] == found.best.params)]
+    lowest = here.groupby(["rank", "learning_rate"])["loss"].mean().groupby("rank").min()
+    lost = {each["what"].split(",")[0]: each["lost"] for each in found.others if each["choice"] is None}
+    assert lost == pytest.approx({f"rank {rank}": lowest[rank] / lowest[32] - 1 for rank in (8, 128)})
+    assert min(lost.values()) > 0
+
+
+@pytest.mark.parametrize(("share", "told"), [(1.0, "freeze, all blocks active"), (0.5, "freeze, 0.5 of the blocks")])
+def test_freezing_nothing_is_not_one_block(tmp_path, share, told):
+    table = paper_like().query(f"method == 'freeze' and trainable_fraction == {share}")
+    found = recipe.recipe(recipe.read(fitted(table, tmp_path))[0], Limit(flop=BUDGETS[2]))
+    assert found.best.label.startswith(told)
 
 
 def test_training_by_a_recipe_of_a_table_knows_the_hubs_names(paper_folder, tmp_path, capsys):
