@@ -216,6 +216,9 @@ class Profile:
             return "too few", f"{len(sizes)} sizes, a minimum needs at least 3", None
         best = int(self.log_loss.argmin())
         if 0 < best < len(sizes) - 1:
+            between = [size for size in self.diverged if sizes[best - 1] < size < sizes[best + 1]]
+            if between:  # the minimum may lie there
+                return "diverged", f"the best size is beside {between[0]:.4g}, whose runs diverged", None
             return "interior", "", None
         below = best == 0
         beyond = [size for size in self.diverged if (size < sizes[0] if below else size > sizes[-1])]
