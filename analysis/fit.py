@@ -27,7 +27,8 @@ something cannot be said. Loss is in nats, budgets in FLOP of the paper's conven
                      and their intervals}, points, draws: [[ln coefficient, exponent], …]}
       joint_laws     {chinchilla, trainable_fraction} → null, or {E, A, B, alpha, beta} or {E, a_d, b_d, a_s, b_s, c_s,
                      alpha, beta}, and {intervals: {name: interval}, not_fixed: [names that the data do not fix],
-                     residual, delta, objective, runs, n_exponent (chinchilla: β/(α+β), N* ∝ C^…), n_exponent_interval,
+                     residual, delta, objective, runs, n_exponent (chinchilla: β/(α+β), N* ∝ C^…; null where a token's
+                     cost is not in proportion to N), n_exponent_interval,
                      log_residual: standard deviation of ln L about the law,
                      convergence: {starts, agreeing, gradient, iterations, condition},
                      span: {params, tokens, trainable_fraction: [smallest, largest]}, draws: [[coefficients], …]}
@@ -140,7 +141,8 @@ def fit(
             "optima": rows,
             "power_laws": _power_laws(rows, draws[method], profiled[method], confidence),
             "joint_laws": {
-                name: joint_laws.facts(each, refits.get(name), confidence) for name, each in joint[method].items()
+                name: joint_laws.facts(each, refits.get(name), points[method], confidence)
+                for name, each in joint[method].items()
             },
             "hold_out": joint_laws.hold_out(cells[method], points[method], joint[method], rows, residual, delta),
         }
@@ -344,13 +346,17 @@ def _notes(fits: dict[str, Any]) -> list[str]:
 
 
 def _parabola_bias(name: str, method: dict[str, Any]) -> list[str]:
-    """Where the joint law's exponent of N* lies outside the power law's interval (trap A16)."""
-    law, line = method["joint_laws"]["chinchilla"], method["power_laws"]["n_opt"]
+    """Where the exponent of the joint law's own optima lies outside the power law's interval (trap A16)."""
+    line = method["power_laws"]["n_opt"]
     ends = line and line["exponent_interval"]
-    if "n_exponent" not in law or not ends or ends[0] <= law["n_exponent"] <= ends[1]:
+    interior = [row for row in method["optima"] if row["state"] == "interior"]
+    if not ends or not all(row["law"] for row in interior):
+        return []
+    by_law = power_law(*np.array([(row["budget"], row["law"]["n_opt"]) for row in interior]).T)[1]
+    if ends[0] <= by_law <= ends[1]:
         return []
     return [
-        f"{name}: N* grows as C^{line['exponent']:.3f} by the optima, as C^{law['n_exponent']:.3f} by the joint law, "
+        f"{name}: N* grows as C^{line['exponent']:.3f} by the optima, as C^{by_law:.3f} by the joint law, "
         "outside the interval: a wide or off-centre grid biases parabolas"
     ]
 
