@@ -1,6 +1,7 @@
 """From runs to fits.json, and the verb: what is written, what is noted, what is refused, and holes everywhere."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -10,8 +11,9 @@ import pytest
 from sweeps import write_run
 
 from analysis import fit as fits_file
-from analysis import runs
+from analysis import runs, uncertainty
 from analysis.laws import predict_chinchilla, predict_trainable_fraction
+from analysis.optima import Profile
 from embedscale.cli import main
 from embedscale.cost import Method, cost_of
 from embedscale.errors import UserError
@@ -393,3 +395,41 @@ def test_a_wide_grids_biased_parabolas_are_noted():
     """The law has no symmetric profiles; parabolas through wide steps grow otherwise than its optima."""
     _, (note,) = bias_notes("full", lambda n: 6 * n, np.geomspace(1e6, 1e9, 5), 1e16 * 8.0 ** np.arange(3), 5e-4)
     assert f"C^{0.267 / 0.717:.3f} by the joint law, outside the interval" in note
+
+
+def test_the_luck_of_the_best_among_many_settings_is_noted():
+    """Equal laws, of which one method was run at twelve ranks: their best is low by the least of twelve draws."""
+    rng, rows = np.random.default_rng(0), []
+    for name, settings in (("full", 1), ("lora", 12)):
+        for c in BUDGETS[:3]:
+            for n in SIZES:
+                for rank in range(settings):
+                    loss = np.ravel(predict_chinchilla(FULL, n, c / 6 / n))[0] * np.exp(0.005 * rng.standard_normal())
+                    row = {"method": name, "params": n, "budget": c, "tokens": c / 6 / n, "loss": float(loss)}
+                    rows.append(row | {"rank": 2.0**rank if settings > 1 else np.nan, "trainable_fraction": 0.1})
+    table = pd.DataFrame(rows)
+    found = fits_file.fit(runs.from_table(table), noise=0.005, bootstrap=100)
+    (note,) = [note for note in found["notes"] if "settings a size" in note]
+    low = -100 * 0.005 * rng.standard_normal((100_000, 12)).min(1).mean()
+    assert note.startswith("methods are the best of 1 (full), 12 (lora) settings a size: of 12 equal ones")
+    assert float(re.search(r"lies (.*) % low", note)[1]) == pytest.approx(low, rel=0.02)
+    fair = fits_file.fit(runs.from_table(table[~(table["rank"] > 1)]), noise=0.005, bootstrap=100)
+    assert not any("settings a size" in note for note in fair["notes"])
+
+
+def test_akimas_lucky_losses_are_noted():
+    """Fifteen sizes within the noise of the best: an interval of 95 % holds the true loss half the time."""
+    x = np.log(1e8) + np.linspace(-np.log(8), np.log(8), 15)
+    points = pd.DataFrame({"params": np.exp(x), "flop_per_token": 6 * np.exp(x), "seeds": 1})
+    rng, held = np.random.default_rng(0), {"akima": [], "parabola": []}
+    for _ in range(60):
+        loss = np.exp(0.02 * (x - x[7]) ** 2 + 0.01 * rng.standard_normal(15))
+        for kind, found in held.items():
+            draws = uncertainty.optimum_draws(Profile(1e18, points.assign(loss=loss)), kind, 4.0, 0.01, 200, rng)
+            low, high = uncertainty.interval(draws.log_loss)
+            found.append(low <= 0 <= high)
+    assert np.mean(held["akima"]) < 0.7 < 0.85 < np.mean(held["parabola"])
+    table = runs.from_table(sweep(methods=("full",)))
+    for kind in held:
+        notes = fits_file.fit(table, optimum=kind, bootstrap=100)["notes"]
+        assert any(note.startswith("akima: ") for note in notes) == (kind == "akima")
