@@ -57,7 +57,7 @@ def parse_limit(budget: str | None, tokens: str | None = None) -> Limit:
 
 def _amount(name: str, text: str) -> float:
     # A comma between other groups of digits would be a decimal one.
-    if "," in text and not re.fullmatch(r"[-+]?\d{1,3}(,\d{3})+(\.\d*)?(e[-+]?\d+)?", text):
+    if "," in text and not re.fullmatch(r"[-+]?\d{1,3}(,\d{3})+(\.\d*)?(e[-+]?\d+)?", text.lower()):
         raise UserError(f"{name}: {text!r} has a comma that separates no thousands; allowed: 1.5e17 or 1,500,000")
     try:
         value = float(text.replace(",", ""))

@@ -355,7 +355,7 @@ def configuration(folder: str, budget: str, config: str | None, words: Sequence[
 
     runs.sort(key=distance)
     similar = config or at_hand(runs)
-    own = at_hand([row for row in runs if row.get("backbone") == best.backbone and distance(row)[2] == 0])
+    own = at_hand([row for row in runs if row.get("backbone") in (None, best.backbone) and distance(row)[2] == 0])
     values = read_yaml(similar) if similar else {}
     if own:
         name = read_yaml(own)["backbone"]["name"]

@@ -233,7 +233,7 @@ def test_budgets_are_read_with_their_units():
     for text, flop in {"1e17": 1e17, "100 PFLOP": 1e17, "0.1EFLOP": 1e17, "2 PFLOP-days": 2 * day}.items():
         assert parse_limit(text).flop == pytest.approx(flop)
     assert parse_limit("24 GPU-hours") == Limit(gpu_hours=24.0)
-    assert parse_limit("1,500,000 GFLOP", "2,000.5e6") == Limit(flop=pytest.approx(1.5e15), tokens=2000.5e6)
+    assert parse_limit("1,500,000 GFLOP", "2,000.5E6") == Limit(flop=pytest.approx(1.5e15), tokens=2000.5e6)
     assert parse_limit(None, "2e9") == Limit(tokens=2e9)
 
 
