@@ -350,6 +350,7 @@ def _record(
         "run_id": config.run_id,
         "backbone": short_name(config.backbone.name),
         "backbone_weights": config.backbone.weights,
+        "backbone_revision": config.backbone.revision,
         **{key: value for key, value in facts.items() if key != "trainable"},
         "method": method.name,
         "hyperparameters": {

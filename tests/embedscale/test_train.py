@@ -46,10 +46,11 @@ def run_of(tmp_path, tiny_run, *words):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_spends_the_budget_to_the_pair_and_records_it(tmp_path, tiny_run, name):
-    config, directory = run_of(tmp_path, tiny_run, *METHODS[name])
+    config, directory = run_of(tmp_path, tiny_run, "backbone.revision=step1000", *METHODS[name])
     assert train(config) == DONE
     record = directory.read_record()
     assert record["status"] == "done" and record["run_id"] == config.run_id and record["method"] == name
+    assert record["backbone_revision"] == "step1000"
 
     # Recounted from the batches themselves, pair by pair.
     store, plan = PairStore.open(config.data.store), json.loads(directory.plan.read_text())["plan"]
