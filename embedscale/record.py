@@ -163,24 +163,41 @@ class Attempt:
         self.write(end=now(), ended=why, **facts)
 
 
-def process_alive(pid: int) -> bool:
+def process_alive(pid: int, born: str | None = None) -> bool:
+    """`born`: the `start_time` of the process that is meant; None where it was not noted."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
     except PermissionError:
-        return True
+        pass  # another user's
     try:
-        # A zombie answers signals but will never write again.
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+        state, started = _state_and_start(pid)
     except OSError:
-        return True
+        return True  # /proc may hide other users' processes
+    # A zombie answers signals but will never write again.
+    return state != "Z" and born in (None, started)
+
+
+def start_time(pid: int) -> str:
+    """Of a process, in clock ticks since boot: tells it from a later one of the same number. Empty where it is gone."""
+    try:
+        state, started = _state_and_start(pid)
+    except OSError:
+        return ""
+    return "" if state == "Z" else started
+
+
+def _state_and_start(pid: int) -> tuple[str, str]:
+    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return fields[0], fields[19]
 
 
 def lease_holder(path: Path) -> dict[str, Any] | None:
     """Who holds the lease, or None where nobody does or its holder is gone.
 
-    On the holder's own host the process decides; elsewhere the age of the last heartbeat.
+    On the holder's own host the process decides, however long it has been silent; elsewhere, and beside the process
+    where a lease of older code does not tell when that was born, the age of the last heartbeat.
     """
     try:
         text, age = path.read_text(), time.time() - path.stat().st_mtime
@@ -192,7 +209,12 @@ def lease_holder(path: Path) -> dict[str, Any] | None:
     except (ValueError, KeyError, TypeError):
         return None if age > STALE_SECONDS else {"host": "unknown", "pid": 0}
     if host == socket.gethostname():
-        return holder if process_alive(pid) else None
+        # A number may be another process's by now: after a reboot, or in a container that was started again.
+        born = holder.get("born")
+        if not process_alive(pid, born):
+            return None
+        if born is not None:
+            return holder
     return holder if age < STALE_SECONDS else None
 
 
@@ -204,6 +226,7 @@ class Lease:
         self.facts: dict[str, Any] = {
             "host": socket.gethostname(),
             "pid": os.getpid(),
+            "born": start_time(os.getpid()),
             "token": uuid.uuid4().hex,
             "start": now(),
         }

@@ -25,7 +25,18 @@ from typing import Any
 from embedscale.config import RunConfig
 from embedscale.errors import DONE, FAILED, INTERRUPTED, UserError
 from embedscale.imports import importing
-from embedscale.record import STALE_SECONDS, Attempt, RunDirectory, lease_holder, leased, now, read_json, write_json
+from embedscale.record import (
+    STALE_SECONDS,
+    Attempt,
+    RunDirectory,
+    lease_holder,
+    leased,
+    now,
+    process_alive,
+    read_json,
+    start_time,
+    write_json,
+)
 from embedscale.stop import StopRequest
 from slurm import queue
 from slurm.grid import Sweep
@@ -260,16 +271,7 @@ def processes_at(folder: Path) -> list[dict[str, Any]]:
     """The processes that are at the sweep, on this machine and, for all that is known here, on others."""
     found = [noted for note in (folder / queue.FOLDER).glob("*.process") if (noted := read_json(note))]
     own = socket.gethostname()
-    return [each for each in found if each["host"] != own or start_time(each["pid"]) == each["born"]]
-
-
-def start_time(pid: int) -> str:
-    """Of a process, in clock ticks since boot: tells it from a later one of the same number. Empty where it is gone."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-    except OSError:
-        return ""
-    return "" if fields[0] == "Z" else fields[19]
+    return [each for each in found if each["host"] != own or process_alive(each["pid"], each["born"])]
 
 
 def run_here(sweep: Sweep, runs: Sequence[RunConfig]) -> int:
