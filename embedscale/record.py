@@ -6,6 +6,7 @@ Only this module knows how the files of a run are called. It needs neither torch
 import json
 import os
 import socket
+import tempfile
 import threading
 import time
 import uuid
@@ -200,7 +201,7 @@ def lease_holder(path: Path) -> dict[str, Any] | None:
     where a lease of older code does not tell when that was born, the age of the last heartbeat.
     """
     try:
-        text, age = path.read_text(), time.time() - path.stat().st_mtime
+        text, age = path.read_text(), _clock_of(path.parent) - path.stat().st_mtime
     except FileNotFoundError:
         return None
     try:
@@ -218,11 +219,25 @@ def lease_holder(path: Path) -> dict[str, Any] | None:
     return holder if age < STALE_SECONDS else None
 
 
-class Lease:
-    """The right to write into a run directory, kept by a heartbeat that also tells the progress."""
+def _clock_of(folder: Path) -> float:
+    """The time by the clock that stamps the folder's files: a file server's may not be this machine's."""
+    try:
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            return os.fstat(probe.fileno()).st_mtime
+    except OSError:  # a folder that may be read, not written
+        return time.time()
 
-    def __init__(self, path: Path):
+
+class Lease:
+    """The right to write into a run directory, kept by a heartbeat that also tells the progress.
+
+    A holder that was silent for too long, suspended say, may find its lease taken over. It then neither beats nor
+    releases any more, and `when_lost` is called once, in whichever thread has noticed.
+    """
+
+    def __init__(self, path: Path, when_lost: Callable[[], object] = lambda: None):
         self.path = path
+        self.when_lost = when_lost
         self.facts: dict[str, Any] = {
             "host": socket.gethostname(),
             "pid": os.getpid(),
@@ -233,6 +248,7 @@ class Lease:
         self.facts["job_id"] = os.environ.get("SLURM_JOB_ID")
         self.progress: dict[str, Any] = {}
         self.left_behind: str | None = None  # the last heartbeat of a dead holder whose lease was taken over
+        self._lost = False
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._beat, daemon=True, name="lease")
 
@@ -273,10 +289,25 @@ class Lease:
             aside.unlink()
         raise UserError(f"{self.path.parent}: another process is taking this run; nothing was touched")
 
+    def held(self) -> bool:
+        """Whether nobody has taken the lease over. To be asked before each write that another holder might not expect.
+
+        A file server that does not answer takes nothing away.
+        """
+        with suppress(OSError, UserError):
+            if not self._lost and not self._ours():
+                self._lost = True
+                self.when_lost()
+        return not self._lost
+
+    def _ours(self) -> bool:
+        return (read_json(self.path) or {}).get("token") == self.facts["token"]
+
     def beat(self) -> None:
         """Say that the holder lives, and how far it is."""
         with suppress(OSError):
-            write_json(self.path, self.facts | self.progress | {"time": now()})
+            if self.held():
+                write_json(self.path, self.facts | self.progress | {"time": now()})
 
     def _beat(self) -> None:
         while not self._stop.wait(HEARTBEAT_SECONDS):
@@ -285,13 +316,15 @@ class Lease:
     def release(self) -> None:
         self._stop.set()
         self._thread.join()
-        self.path.unlink(missing_ok=True)
+        with suppress(UserError):
+            if self._ours():
+                self.path.unlink(missing_ok=True)
 
 
 @contextmanager
-def leased(directory: RunDirectory) -> Iterator[Lease]:
+def leased(directory: RunDirectory, when_lost: Callable[[], object] = lambda: None) -> Iterator[Lease]:
     """Hold a run directory's lease. Raises UserError where another process holds it."""
-    lease = Lease(directory.lease)
+    lease = Lease(directory.lease, when_lost)
     lease.take()
     try:
         yield lease

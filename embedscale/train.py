@@ -72,7 +72,7 @@ def train(config: RunConfig, stop: StopRequest | None = None, sharing: int = 1) 
         attempt = Attempt(directory.attempts, {"number": 0})
         return _fit(config, directory, store, module, chunk, facts, stop, attempt, None)
     directory.path.mkdir(parents=True, exist_ok=True)
-    with leased(directory) as lease:
+    with leased(directory, lambda: stop.request("another process has taken this run over")) as lease:
         if directory.read_record() is not None:  # another process ended it since the first look
             return train(config, stop, sharing)
         write_atomically(directory.config, lambda file: file.write(configs.to_yaml(config).encode()))
@@ -178,13 +178,13 @@ def _fit(
     if lease is not None:
         directory.truncate_metrics(module.step)
         attempt.write(from_step=module.step, from_flop=module.flop)
-    log = Log(directory, attempt.facts["number"], config.resources.log_every)
+    log = Log(directory, lease, attempt.facts["number"], config.resources.log_every)
     held_out = HeldOut(store, log, stop)
     callbacks: list[lightning.Callback] = [
         Budget(),
         log,
         held_out,
-        Checkpoints(directory, config.run_id, config.resources.checkpoint_minutes, stop),
+        Checkpoints(directory, lease, config.run_id, config.resources.checkpoint_minutes, stop),
         Signals(),
     ]
     if lease is not None:
@@ -195,7 +195,8 @@ def _fit(
         if lease is None:
             return DONE if module.step == module.plan.steps else INTERRUPTED
         reached: dict[str, Any] = {"to_step": module.step, "to_flop": module.flop}
-        if module.step < module.plan.steps or (held_out.last is None and _last_evaluation(directory, module) is None):
+        evaluated = held_out.last is not None or _last_evaluation(directory, module) is not None
+        if module.step < module.plan.steps or not evaluated or not lease.held():
             attempt.end("interrupted", reason=stop.reason, **reached)
             print(f"{config.run_id}: interrupted ({stop.reason}) at step {module.step}; run it again to go on")
             return INTERRUPTED
@@ -210,7 +211,8 @@ def _fit(
         if lease is not None:
             attempt.end("diverged", reason=str(error), to_step=error.step, to_flop=module.flop)
             facts |= {"diverged_at_step": error.step}
-            _record(config, directory, module, weights, facts, "diverged", module.device)
+            if lease.held():
+                _record(config, directory, module, weights, facts, "diverged", module.device)
             print(f"{config.run_id}: diverged, {error}", file=sys.stderr)
         return FAILED
     except (KeyboardInterrupt, SystemExit) as error:

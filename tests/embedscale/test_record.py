@@ -58,3 +58,44 @@ def test_a_process_of_this_host_that_is_silent_but_lives_keeps_its_lease(tmp_pat
         assert lease_holder(path)["pid"] == process.pid
         process.kill()
     assert lease_holder(path) is None
+
+
+@pytest.mark.parametrize("ahead", [-1000, 1000])
+def test_the_age_of_a_lease_is_told_by_the_clock_that_stamps_it(tmp_path, monkeypatch, ahead):
+    """A reader whose own clock differs by minutes takes over no lease of this second, and waits for no dead one."""
+    path = tmp_path / "lease.json"
+    stale = tmp_path / "stale.json"
+    left_behind(path, host="elsewhere", pid=1)
+    left_behind(stale, host="elsewhere", pid=1, age=STALE_SECONDS + 20)
+    here = time.time
+    monkeypatch.setattr(time, "time", lambda: here() + ahead)
+    assert lease_holder(path) is not None and lease_holder(stale) is None
+    assert sorted(tmp_path.iterdir()) == [path, stale], "the look leaves nothing behind"
+
+
+def test_a_holder_that_was_taken_over_neither_beats_nor_releases(tmp_path):
+    said = []
+    first, second = Lease(tmp_path / "lease.json", lambda: said.append("lost")), Lease(tmp_path / "lease.json")
+    first.facts["host"] = "elsewhere"
+    first.take()
+    assert first.held()
+    then = time.time() - 2 * STALE_SECONDS  # suspended for so long
+    os.utime(first.path, (then, then))
+    second.take()
+    before = second.path.read_text()
+    first.beat()
+    assert not first.held() and said == ["lost"]
+    first.release()
+    assert second.path.read_text() == before and second.held()
+    second.release()
+    assert not second.path.exists()
+
+
+def test_a_lease_that_was_taken_away_is_not_written_again(tmp_path):
+    """The next holder may have come, ended the run and gone."""
+    lease = Lease(tmp_path / "lease.json")
+    lease.take()
+    lease.path.unlink()
+    lease.beat()
+    assert not lease.path.exists() and not lease.held()
+    lease.release()

@@ -158,6 +158,49 @@ def test_a_stop_during_the_last_evaluation_leaves_only_that_to_do(tmp_path, tiny
     assert comparable(directory) == comparable(whole)
 
 
+class LosesTheLease(StopRequest):
+    """At the n-th look another process has taken the run over, as one may from a process that was suspended."""
+
+    def __init__(self, directory, looks):
+        super().__init__()
+        self.directory, self.looks = directory, looks
+
+    @property
+    def requested(self):
+        self.looks -= 1
+        if self.looks == 0:
+            self.directory.lease.write_text(json.dumps({"host": "elsewhere", "pid": 1, "token": "another's"}))
+            self.then = everything(self.directory)
+        return self.reason is not None
+
+
+def everything(directory):
+    files = [path for path in directory.path.rglob("*") if path.is_file() and path.name != "attempt.json"]
+    return {path: path.read_bytes() for path in files}
+
+
+@pytest.mark.parametrize("before_the_end", [False, True])
+def test_a_run_whose_lease_is_taken_over_writes_nothing_more_and_stops(tmp_path, tiny_run, before_the_end):
+    words = ["resources.checkpoint_minutes=0", "resources.log_every=1"]
+    config, whole = run_of(tmp_path / "a", tiny_run, *words)
+    assert train(config) == DONE
+    config, directory = run_of(tmp_path / "b", tiny_run, *words)
+    stop = LosesTheLease(directory, 10**9)
+    if before_the_end:  # one look from the last step's end
+        assert train(config, stop) == DONE
+        stop = LosesTheLease(directory, 10**9 - stop.looks - 1)
+        shutil.rmtree(directory.path)
+    else:
+        stop = LosesTheLease(directory, 9)
+    assert train(config, stop) == INTERRUPTED
+    assert everything(directory) == stop.then
+    (attempt,) = directory.read_attempts()
+    assert (attempt["ended"], attempt["reason"]) == ("interrupted", "another process has taken this run over")
+    directory.lease.unlink()
+    assert train(config) == DONE
+    assert comparable(directory) == comparable(whole)
+
+
 def test_a_truncated_checkpoint_falls_back_to_the_one_before(tmp_path, tiny_run, capsys):
     config, whole = run_of(tmp_path / "a", tiny_run)
     assert train(config) == DONE

@@ -152,6 +152,18 @@ def test_without_a_queue_to_look_at_nothing_is_submitted(laptop, tmp_path):
     assert "QOSMaxSubmitJobPerUserLimit; submitted before: none" in output
 
 
+def test_a_submit_that_another_has_taken_over_from_sends_nothing_more(laptop, tmp_path):
+    """As it may where the first was suspended for minutes: what it has not sent, the other one sends."""
+    lease = tmp_path / "runs" / "late" / ".submissions" / "submit.lease"
+    other = json.dumps({"host": "elsewhere", "pid": 1, "token": "other"})
+    taken_over = f"echo '{other}' > {lease}; echo 'Submitted batch job 7'"
+    path = programs(tmp_path / "bin", sbatch=taken_over, squeue="", srun="", scontrol="echo 'MaxArraySize = 1'")
+    sweep = laptop.write("late", axes={"budget": [1e9], "training.seed": [0, 1, 2]}, methods=["full"])
+    output = laptop.sweep("submit", sweep, env=path, code=2)
+    assert "has taken over from this one" in output and "submitted before: 7" in output
+    assert json.loads(lease.read_text())["token"] == "other"
+
+
 def sleepers(lab, name, seeds, **cluster):
     """A sweep whose jobs only wait: for tests of the queue alone."""
     cluster = {"setup": [f"env > {lab.folder}/{name}.$SLURM_JOB_ID.env", "sleep 600"], "max_gpus": 8} | cluster
