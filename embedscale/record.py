@@ -255,17 +255,18 @@ class Lease:
     def _create(self) -> bool:
         # A link appears with its whole content, or fails because another one was first.
         temporary = self.path.with_name(f".{self.path.name}.{self.facts['token'][:8]}.partial")
-        temporary.write_text(json.dumps(self.facts))
         try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_text(json.dumps(self.facts))
             os.link(temporary, self.path)
             return True
-        except FileExistsError:
+        except (FileExistsError, FileNotFoundError):  # or removed the folder meanwhile
             return False
         finally:
-            temporary.unlink()
+            temporary.unlink(missing_ok=True)
 
     def take(self) -> None:
-        """Raises UserError where another process holds the run."""
+        """Make the folder, where it is missing, one's own. Raises UserError where another process holds the run."""
         for _ in range(3):
             if self._create():
                 self._thread.start()

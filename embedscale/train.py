@@ -71,7 +71,6 @@ def train(config: RunConfig, stop: StopRequest | None = None, sharing: int = 1) 
     if _rank() > 0:
         attempt = Attempt(directory.attempts, {"number": 0})
         return _fit(config, directory, store, module, chunk, facts, stop, attempt, None)
-    directory.path.mkdir(parents=True, exist_ok=True)
     with leased(directory, lambda: stop.request("another process has taken this run over")) as lease:
         if directory.read_record() is not None:  # another process ended it since the first look
             return train(config, stop, sharing)

@@ -175,7 +175,6 @@ def submit(
 @contextmanager
 def _alone(folder: Path) -> Iterator[Lease]:
     """Two submits at once would both find the same runs missing."""
-    (folder / queue.FOLDER).mkdir(parents=True, exist_ok=True)
     lease = Lease(folder / queue.FOLDER / "submit.lease")
     try:
         lease.take()
