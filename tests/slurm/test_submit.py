@@ -187,6 +187,16 @@ def test_nothing_is_submitted_twice_and_cancelled_runs_go_out_again(lab, until):
     lab.sweep("cancel", sweep, "--yes")
 
 
+def test_cancel_of_a_part_leaves_the_rest_in_the_queue(lab, until):
+    sweep = sleepers(lab, "part", 6, max_gpus=2)
+    lab.sweep("submit", sweep)
+    until(lambda: len(lab.queued("part", "RUNNING")) == 2, 60)
+    output = lab.sweep("cancel", sweep, "axes.training.seed=[4,5]", "--yes")
+    assert "2 jobs with 2 runs" in output
+    until(lambda: len(lab.queued("part")) == 4, 30)
+    assert "2 missing, 4 queued; 2 to submit" in lab.sweep("submit", sweep, "--max-gpu-hours", "0", code=2)
+
+
 def test_2500_runs_in_arrays_of_1001_at_most_eight_at_once(wide_lab, until):
     lab = wide_lab  # whose 32 cores would let 32 of them run
     sweep = sleepers(lab, "many", 2500, setup=["sleep 1.$((RANDOM % 10))", "exit"])
