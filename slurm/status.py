@@ -128,7 +128,9 @@ def status_of(directory: RunDirectory, run_id: str, budget: float, devices: int,
     if not attempts:
         return _unstarted(run_id, budget, job)
     last = attempts[-1]
-    if last.get("ended") == "failed" and job is None:
+    # A job that has seen the run fail is done with it, and works on at the others of its bundle; one that begins will
+    # try it again.
+    if last.get("ended") == "failed" and (job is None or (job.running and job.id == last.get("job_id"))):
         state = "failed"
     else:
         state = "interrupted" if job is None else "preempted"

@@ -104,6 +104,18 @@ def test_a_record_counts_whatever_the_queue_says(sweep):
     assert survey(sweep, {done.path.name: job})[0].state == "done"
 
 
+def test_a_failed_run_has_failed_while_its_job_works_on_at_the_others(sweep):
+    run = directories(sweep)[0]
+    attempt(run, 0, 1, ended="failed", reason="ValueError: broken", job_id="71")
+
+    def state(job_id, job_state):
+        return survey(sweep, {run.path.name: queue.Job(job_id, "70", 1, "x", job_state, "n1", None)})[0].state
+
+    assert state("71", "RUNNING") == state("71", "COMPLETING") == "failed"
+    assert state("71", "PENDING") == "preempted", "requeued, the job begins with it again"
+    assert state("80", "PENDING") == state("80", "RUNNING") == "preempted", "--retry-failed sent it out anew"
+
+
 def test_a_lease_without_a_heartbeat_is_no_running_run(sweep):
     run = directories(sweep)[0]
     run.begin_attempt()
