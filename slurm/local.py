@@ -55,7 +55,8 @@ class Place:
 
     processes: Sequence[Mapping[str, str]] = ({},)
     threads: int = 1
-    sharing: int = 1  # places on the same GPU or, without GPUs, in the same machine's memory
+    sharing: int = 1  # places on the same device, a GPU or, without GPUs, the cores of a task
+    beside: int = 1  # places with cores of their own in the same machine's memory
 
 
 @dataclass
@@ -197,7 +198,7 @@ def train_here(run: RunConfig, place: Place, stop: StopRequest) -> int:
     os.environ["OMP_NUM_THREADS"] = str(place.threads)
     directory = RunDirectory(run.folder)
     try:
-        return train(run, stop, place.sharing)
+        return train(run, stop, place.sharing, place.beside)
     except UserError as error:
         print(f"embedscale: {error}", file=sys.stderr)
         if lease_holder(directory.lease) is not None:
@@ -338,7 +339,7 @@ def _places(gpus: Sequence[str], nodes: int, devices: int, threads: int, most: i
         raise UserError(f"resources: a run asks for {size} GPUs; this machine has {len(gpus)}")
     room = len(gpus) // size if gpus else len(os.sched_getaffinity(0)) // (size * threads)
     count = max(1, min(room, most))
-    sharing = 1 if gpus else count * nodes
+    beside = 1 if gpus else count * nodes
     places = []
     for number in range(count):
         port = _free_port()
@@ -350,7 +351,7 @@ def _places(gpus: Sequence[str], nodes: int, devices: int, threads: int, most: i
             if size > 1:
                 environment |= rank_environment(rank, size, local, devices, node, "127.0.0.1", port)
             processes.append(environment)
-        places.append(Place(processes, threads, sharing))
+        places.append(Place(processes, threads, beside=beside))
     return places
 
 

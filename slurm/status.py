@@ -146,12 +146,15 @@ def status_of(directory: RunDirectory, run_id: str, budget: float, devices: int,
 
 
 def _hours(attempt: Mapping[str, Any], now: bool = False) -> float:
-    """Wall-clock hours of an attempt; of one that is still open, until now; zero where its end is not known."""
+    """Hours that an attempt took of a device, shared out as in a record's `gpu_hours`; of one that is still open, until
+    now; zero where its end is not known.
+    """
     end = attempt.get("end")
     if end is None and not now:
         return 0.0
     begin = datetime.fromisoformat(attempt["start"]).timestamp()
-    return max(0.0, (datetime.fromisoformat(end).timestamp() if end else time.time()) - begin) / 3600
+    seconds = max(0.0, (datetime.fromisoformat(end).timestamp() if end else time.time()) - begin)
+    return seconds / 3600 / attempt.get("sharing", 1)
 
 
 def wasted_hours(attempts: Sequence[Mapping[str, Any]]) -> float:

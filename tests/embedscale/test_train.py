@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import numpy as np
@@ -156,6 +157,19 @@ def test_a_stop_during_the_last_evaluation_leaves_only_that_to_do(tmp_path, tiny
     assert train(config) == DONE
     assert directory.read_attempts()[-1]["from_step"] == steps
     assert comparable(directory) == comparable(whole)
+
+
+def test_hours_of_a_device_are_shared_out_attempt_by_attempt(tmp_path, tiny_run):
+    config, directory = run_of(tmp_path, tiny_run)
+    assert train(config, StopAfter(5), sharing=4) == INTERRUPTED
+    (first,) = directory.read_attempts()
+    start = datetime.fromisoformat(first["start"]) - timedelta(hours=2)
+    (directory.attempts / "1" / "attempt.json").write_text(json.dumps(first | {"start": start.isoformat()}))
+    assert train(config, beside=2) == DONE  # on cores of its own
+    record = directory.read_record()
+    assert [attempt["sharing"] for attempt in record["attempts"]] == [4, 1]
+    assert record["wall_seconds"] >= 7200
+    assert record["gpu_hours"] == pytest.approx((record["wall_seconds"] - 7200) / 3600 + 0.5, abs=0.01)
 
 
 class LosesTheLease(StopRequest):

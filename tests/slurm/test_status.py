@@ -162,6 +162,13 @@ def test_hours_count_every_device(tmp_path):
     assert (found.device_hours, found.wasted_hours) == (12.0, 4.0)
 
 
+def test_hours_of_a_device_are_counted_once_for_all_that_share_it(sweep):
+    run = directories(sweep)[0]
+    attempt(run, 0, 2, ended="interrupted", from_flop=0, to_flop=100, sharing=4)
+    attempt(run, 3, 1, ended="interrupted", from_flop=50, to_flop=150)
+    assert (survey(sweep, {})[0].device_hours, survey(sweep, {})[0].wasted_hours) == (1.5, 0.25)
+
+
 def test_the_queue_is_read_by_job_name_and_task(sweep, commands):
     first, second, third, *_ = sweep.by_id
     queue.note_submission(sweep.folder, "small-1", [[first], [second, third]])
