@@ -257,4 +257,5 @@ class Show(lightning.Callback):
             )
 
     def teardown(self, trainer: Any, module: Any, stage: str) -> None:
-        self.bar.stop()
+        if self.console.is_terminal:  # else it was never started, and would print an empty line
+            self.bar.stop()

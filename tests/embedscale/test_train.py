@@ -172,6 +172,13 @@ def test_hours_of_a_device_are_shared_out_attempt_by_attempt(tmp_path, tiny_run)
     assert record["gpu_hours"] == pytest.approx((record["wall_seconds"] - 7200) / 3600 + 0.5, abs=0.01)
 
 
+def test_a_stopped_run_prints_a_line_and_no_empty_one(tmp_path, tiny_run, capsys):
+    config, _ = run_of(tmp_path, tiny_run)
+    assert train(config, StopAfter(3)) == INTERRUPTED
+    said = capsys.readouterr()
+    assert said.err == "" and said.out.splitlines() == [said.out.strip()]
+
+
 class LosesTheLease(StopRequest):
     """At the n-th look another process has taken the run over, as one may from a process that was suspended."""
 
