@@ -201,22 +201,20 @@ def lease_holder(path: Path) -> dict[str, Any] | None:
     where a lease of older code does not tell when that was born, the age of the last heartbeat.
     """
     try:
-        text, age = path.read_text(), _clock_of(path.parent) - path.stat().st_mtime
+        text, beaten = path.read_text(), path.stat().st_mtime
     except FileNotFoundError:
         return None
-    try:
-        holder: dict[str, Any] = json.loads(text)
-        host, pid = holder["host"], holder["pid"]
-    except (ValueError, KeyError, TypeError):
-        return None if age > STALE_SECONDS else {"host": "unknown", "pid": 0}
-    if host == socket.gethostname():
+    holder: dict[str, Any] = {"host": "unknown", "pid": 0}
+    with suppress(ValueError, TypeError):  # of a damaged one the age alone tells
+        holder |= json.loads(text)
+    if holder["host"] == socket.gethostname():
         # A number may be another process's by now: after a reboot, or in a container that was started again.
         born = holder.get("born")
-        if not process_alive(pid, born):
+        if not process_alive(holder["pid"], born):
             return None
         if born is not None:
             return holder
-    return holder if age < STALE_SECONDS else None
+    return holder if _clock_of(path.parent) - beaten < STALE_SECONDS else None
 
 
 def _clock_of(folder: Path) -> float:
@@ -260,13 +258,13 @@ class Lease:
             temporary.write_text(json.dumps(self.facts))
             os.link(temporary, self.path)
             return True
-        except (FileExistsError, FileNotFoundError):  # or removed the folder meanwhile
+        except (FileExistsError, FileNotFoundError):  # the latter where another one has just removed the folder
             return False
         finally:
             temporary.unlink(missing_ok=True)
 
     def take(self) -> None:
-        """Make the folder, where it is missing, one's own. Raises UserError where another process holds the run."""
+        """Make the folder one's own; it need not be there. Raises UserError where another process holds the run."""
         for _ in range(3):
             if self._create():
                 self._thread.start()
