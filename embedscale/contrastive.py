@@ -109,7 +109,7 @@ class _Encoded(NamedTuple):
 class Contrastive(lightning.LightningModule):
     """An encoder under InfoNCE, with the ledger of what it has spent."""
 
-    sharing = 1  # runs on this device, which take equal parts of its memory
+    sharing = 1  # runs in the memory of this device or machine, of which they take equal parts
 
     def __init__(self, encoder: Encoder, trainable: list[str], config: RunConfig, plan: TrainingPlan, cost: Cost):
         super().__init__()

@@ -43,8 +43,11 @@ os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
 PACKAGES = ("embedscale", "torch", "lightning", "transformers", "peft", "numpy", "pyarrow", "omegaconf")
 
 
-def train(config: RunConfig, stop: StopRequest | None = None, sharing: int = 1) -> int:
-    """Train a run to its budget, or go on with it, or say that it is done; one of `sharing` runs on its device.
+def train(config: RunConfig, stop: StopRequest | None = None, sharing: int = 1, beside: int = 1) -> int:
+    """Train a run to its budget, or go on with it, or say that it is done.
+
+    It is one of `sharing` runs on its device, whose hours and memory they share, and, on a machine without GPUs, one of
+    `beside` that have cores of their own but share the machine's memory.
 
     Returns DONE, FAILED (diverged, or an error, whose traceback lies in the attempt) or INTERRUPTED (resumable).
     Raises UserError, before anything is written, for whatever the user can mend.
@@ -70,19 +73,18 @@ def train(config: RunConfig, stop: StopRequest | None = None, sharing: int = 1) 
     keep_freed_memory()
     module, facts = _build(config, plan)
     _refuse_another_plan(directory, facts | {"plan": plan.as_json()})
-    module.sharing = sharing
+    module.sharing = sharing * beside
     chunk = _chunk_tokens(config, directory, module)
     if _rank() > 0:
         attempt = Attempt(directory.attempts, {"number": 0})
         return _fit(config, directory, store, module, chunk, facts, stop, attempt, None)
-    directory.path.mkdir(parents=True, exist_ok=True)
-    with leased(directory) as lease:
+    with leased(directory, lambda: stop.request("another process has taken this run over")) as lease:
         if directory.read_record() is not None:  # another process ended it since the first look
-            return train(config, stop, sharing)
+            return train(config, stop, sharing, beside)
         write_atomically(directory.config, lambda file: file.write(configs.to_yaml(config).encode()))
         write_json(directory.plan, facts | {"chunk_tokens": chunk, "plan": plan.as_json()})
         directory.close_lost_attempts(lease.left_behind)
-        attempt = directory.begin_attempt()
+        attempt = directory.begin_attempt(sharing=sharing)
         return _fit(config, directory, store, module, chunk, facts, stop, attempt, lease)
 
 
@@ -193,13 +195,13 @@ def _fit(
     if lease is not None:
         directory.truncate_metrics(module.step)
         attempt.write(from_step=module.step, from_flop=module.flop)
-    log = Log(directory, attempt.facts["number"], config.resources.log_every)
+    log = Log(directory, lease, attempt.facts["number"], config.resources.log_every)
     held_out = HeldOut(store, log, stop)
     callbacks: list[lightning.Callback] = [
         Budget(),
         log,
         held_out,
-        Checkpoints(directory, config.run_id, config.resources.checkpoint_minutes, stop),
+        Checkpoints(directory, lease, config.run_id, config.resources.checkpoint_minutes, stop),
         Signals(),
     ]
     if lease is not None:
@@ -210,7 +212,8 @@ def _fit(
         if lease is None:
             return DONE if module.step == module.plan.steps else INTERRUPTED
         reached: dict[str, Any] = {"to_step": module.step, "to_flop": module.flop}
-        if module.step < module.plan.steps or (held_out.last is None and _last_evaluation(directory, module) is None):
+        evaluated = held_out.last is not None or _last_evaluation(directory, module) is not None
+        if module.step < module.plan.steps or not evaluated or not lease.held():
             attempt.end("interrupted", reason=stop.reason, **reached)
             print(f"{config.run_id}: interrupted ({stop.reason}) at step {module.step}; run it again to go on")
             return INTERRUPTED
@@ -225,7 +228,8 @@ def _fit(
         if lease is not None:
             attempt.end("diverged", reason=str(error), to_step=error.step, to_flop=module.flop)
             facts |= {"diverged_at_step": error.step}
-            _record(config, directory, module, weights, facts, "diverged", module.device)
+            if lease.held():
+                _record(config, directory, module, weights, facts, "diverged", module.device)
             print(f"{config.run_id}: diverged, {error}", file=sys.stderr)
         return FAILED
     except (KeyboardInterrupt, SystemExit) as error:
@@ -329,12 +333,17 @@ def _record(
     status: str,
     device: Any,
 ) -> None:
-    """Write the final weights and, last of all, the record; then the checkpoints have served."""
+    """Write the final weights and, last of all, the record; then the checkpoints have served.
+
+    `gpu_hours` are hours of devices, each counted once: an attempt's are divided by the number of runs that its device
+    was to take side by side, though the last ones of a bundle may have had it to themselves.
+    """
     plan, evaluation, method = module.plan, config.evaluation, config.method
     weights = {name: weight.cpu().contiguous() for name, weight in weights.items()}
     final = _last_evaluation(directory, module) if status == "done" else None
     attempts = directory.read_attempts()
     wall = sum(_seconds(attempt) for attempt in attempts)
+    of_a_device = sum(_seconds(attempt) / attempt.get("sharing", 1) for attempt in attempts)
     if status == "done":
         directory.model.mkdir(exist_ok=True)
         write_atomically(directory.model / "trainable.safetensors", lambda file: save_file(weights, file.name))
@@ -389,7 +398,7 @@ def _record(
         },
         "weights_digest": digest_of(weights),
         "wall_seconds": round(wall, 1),
-        "gpu_hours": round(wall * plan.world_size / 3600, 5),
+        "gpu_hours": round(of_a_device * plan.world_size / 3600, 5),
         "device": _device(device, plan.world_size),
         "attempts": attempts,
         "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},

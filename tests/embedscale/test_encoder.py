@@ -1,8 +1,8 @@
 """The packed path against transformers' own, one sequence at a time."""
 
-import os
 import pickle
 from multiprocessing.reduction import ForkingPickler
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -58,9 +58,10 @@ def test_packed_is_one_by_one(backbone_folder, pooling, chunk_tokens):
 
 def test_a_chunk_from_a_loaders_worker_holds_no_file_open():
     chunks = pack(*sequences(), chunk_tokens=50)
-    before = len(os.listdir("/proc/self/fd"))
+    opened = Path("/proc/self/fd")
+    before = len(list(opened.iterdir()))
     sent = [ForkingPickler.dumps(chunk) for chunk in chunks]
-    assert len(chunks) > 10 and len(os.listdir("/proc/self/fd")) == before
+    assert len(chunks) > 10 and len(list(opened.iterdir())) == before
     for chunk, words in zip(chunks, sent, strict=True):
         found, wanted = vars(pickle.loads(words)), vars(chunk)
         for name, value in wanted.items():
