@@ -1,6 +1,6 @@
 """Where a training step's time goes on a CPU: the plain padded way, and ours, operation by operation.
 
-    python tests/benchmarks/where.py [--bf16] [--sizes pythia-14m pythia-160m pythia-410m]   # about nine minutes
+    python tests/benchmarks/where.py [--bf16] [--sizes SIZE …] [--figure FILE]   # about nine minutes
 
 Full fine-tuning, the pairs of train.py, on one thread, which is what each core of a training step has, and so that
 the profiler sees all of it.
@@ -10,12 +10,15 @@ import argparse
 import tempfile
 from pathlib import Path
 
+import matplotlib
 import torch
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 from train import LEARNING_RATE, WARM, ours, padded, save_model
 
+from analysis.style import TWO, style
 from embedscale.calibrate import build
 from embedscale.pythia import SUITE
 
@@ -29,6 +32,8 @@ PARTS = {  # what operations' names begin with
     "copies and fills": ("aten::copy_", "aten::cat", "aten::fill_", "aten::zero_", "aten::index", "aten::embedding"),
     "AdamW": ("aten::_fused_adamw",),
 }
+
+COLORS = [matplotlib.colormaps["tab10"](number) for number in (0, 1, 4, 2, 8, 9, 3, 7)]  # of PARTS, and of the rest
 
 
 def parts_of(turn) -> dict[str, float]:
@@ -47,8 +52,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", default=["pythia-14m", "pythia-160m", "pythia-410m"], choices=PAIRS)
     parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--figure", metavar="FILE", help="the shares as bars")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    found = {}
     for size in args.sizes:
         words = [f"training.batch_size={PAIRS[size]}", f"training.learning_rate={LEARNING_RATE}"]
         words += ["training.precision=bf16"] if args.bf16 else []
@@ -56,6 +63,7 @@ def main() -> None:
             folder = Path(temporary)
             save_model(build(size), folder, SUITE[size].vocabulary)
             before, after = parts_of(padded(words, size, folder)), parts_of(ours(words, size, "full", folder))
+        found[size] = before, after
         title = f"{size}, {PAIRS[size]} pairs, {'bf16' if args.bf16 else 'float32'}: seconds of a step on one thread"
         table = Table("", "padded", "", "ours", "", title=title)
         for column in table.columns[1:]:
@@ -65,6 +73,32 @@ def main() -> None:
             table.add_row(part, f"{before[part]:.3f}", shares[0], f"{after[part]:.3f}", shares[1])
         table.add_row("in all", f"{sum(before.values()):.3f}", "", f"{sum(after.values()):.3f}", "")
         Console(width=110).print(table)
+    if args.figure:
+        draw(found, args.figure)
+
+
+def draw(found: dict[str, tuple[dict[str, float], dict[str, float]]], file: str) -> None:
+    """Two bars a size, of the padded way's step."""
+    with style():
+        figure = Figure(figsize=(TWO, 0.55 + 0.5 * len(found)))
+        axes = figure.subplots()
+        ticks = []
+        for row, (size, both) in enumerate(found.items()):
+            whole = sum(both[0].values())
+            for place, name, seconds in zip((row - 0.2, row + 0.2), ("padded", "ours"), both, strict=True):
+                left = 0.0
+                for part, color in zip(seconds, COLORS, strict=True):
+                    share = 100 * seconds[part] / whole
+                    axes.barh(place, share, 0.36, left, color=color, label=part if not ticks else None)
+                    left += share
+                ticks.append((place, f"{size}, {name}"))
+        axes.set_yticks(*map(list, zip(*ticks, strict=True)))
+        axes.grid(False, axis="y")
+        axes.invert_yaxis()
+        axes.set_axisbelow(True)
+        axes.set_xlabel("time of a step, % of the padded way's")
+        figure.legend(loc="outside upper center", ncols=4)
+        figure.savefig(file)
 
 
 if __name__ == "__main__":
