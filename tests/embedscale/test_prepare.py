@@ -387,11 +387,13 @@ def test_killed_and_started_again_it_goes_on_to_the_same_store(large):
     assert not list(store.rglob("*.partial"))
 
 
-@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("sent", [[signal.SIGTERM], [signal.SIGINT] * 4], ids=["SIGTERM", "impatient"])
 def test_a_signal_ends_it_in_a_way_that_can_be_resumed(large, sent):
     words, store, digest = large
     process = started(words, store, 5)
-    process.send_signal(sent)
+    for number in sent:
+        process.send_signal(number)
+        time.sleep(0.02)  # or the system takes several for one
     _, errors = process.communicate(timeout=60)
     assert process.returncode == INTERRUPTED
     assert errors.decode() == "embedscale: interrupted\n"
@@ -408,8 +410,8 @@ def test_interrupted_late_it_leaves_no_store_and_goes_on(tmp_path, monkeypatch, 
     with monkeypatch.context() as patch:
         in_parallel = prepare._in_parallel
 
-        def stops(pool, what, work, items):
-            for number, found in enumerate(in_parallel(pool, what, work, items)):
+        def stops(pool, what, *more):
+            for number, found in enumerate(in_parallel(pool, what, *more)):
                 if what == "shuffling" and number == 1:
                     raise KeyboardInterrupt
                 yield found
