@@ -123,3 +123,27 @@ def test_a_terminal_that_lacks_a_character_gets_another():
     done = subprocess.run(words, env=os.environ | {"PYTHONIOENCODING": "ascii"}, capture_output=True)
     assert done.returncode == 0, done.stderr
     assert b"held-out, paper, ?" in b" ".join(done.stdout.split())
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("training=3", "training: 3 is given; expected a mapping of settings"),
+        ("data.sources={kind: jsonl}", "data.sources: a mapping is given; expected a list"),
+        ("budget=[1e11", "'budget=[1e11': is no valid YAML"),
+        ("training.seed=-1", "training.seed: -1 is out of range"),
+        ("trainin.seed=1", "trainin: unknown setting; did you mean 'training'"),
+    ],
+)
+def test_what_is_wrong_in_a_setting_is_said_by_its_name_and_not_blamed_on_the_file(tmp_path, capsys, word, message):
+    file = tmp_path / "run.yaml"
+    file.write_text("budget: 1e11")
+    assert cli.main(["flops", str(file), word]) == WRONG
+    assert said(capsys).startswith(f"embedscale: {message}")
+
+
+def test_what_is_wrong_in_the_file_is(tmp_path, capsys):
+    file = tmp_path / "run.yaml"
+    file.write_text("training: 3")
+    assert cli.main(["flops", str(file), "budget=1e11"]) == WRONG
+    assert said(capsys) == f"embedscale: {file}: training: 3 is given; expected a mapping of settings to values"
