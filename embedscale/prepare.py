@@ -88,8 +88,8 @@ def prepare(config: RunConfig) -> int:
     work = Work(folder, data, (name, revision), token, len(units), buckets)
     lease = Lease(folder / "work" / "lease.json")
     lease.take()
-    # A flag that the wait for the workers looks at. An exception may be lost in a destructor, and a second Ctrl-C, raised
-    # while the pool waits for its workers, would leave it waiting for ever.
+    # A flag that the wait for the workers looks at: an exception may be lost in a destructor, and a second Ctrl-C,
+    # raised while the pool waits for its workers, would leave it waiting for ever.
     stop = StopRequest()
 
     def interrupt(number: int, frame: object) -> None:

@@ -137,7 +137,7 @@ def test_stopped_at_every_step_and_resumed_is_bit_for_bit_the_same(tmp_path, tin
     assert ended == ["interrupted"] * (len(codes) - 1) + ["done"]
 
 
-def test_a_stop_during_the_last_evaluation_leaves_only_that_to_do(tmp_path, tiny_run):
+def test_a_stop_during_the_last_evaluation_leaves_only_that_to_do(tmp_path, tiny_run, capsys):
     config, whole = run_of(tmp_path / "a", tiny_run)
     assert train(config) == DONE
     config, directory = run_of(tmp_path / "b", tiny_run)
@@ -153,9 +153,61 @@ def test_a_stop_during_the_last_evaluation_leaves_only_that_to_do(tmp_path, tiny
         else:
             break
     assert not directory.record.exists()
+    capsys.readouterr()
+    assert train(config, StopAfter(0)) == INTERRUPTED
+    assert f"{config.run_id}: interrupted (test) at step {steps}" in capsys.readouterr().out
     assert train(config) == DONE
+    assert f"{config.run_id} is done: held-out loss" in capsys.readouterr().out
     assert directory.read_attempts()[-1]["from_step"] == steps
     assert comparable(directory) == comparable(whole)
+
+
+def test_an_evaluation_that_fails_at_the_end_loses_no_step(tmp_path, tiny_run, monkeypatch):
+    config, whole = run_of(tmp_path / "a", tiny_run, "evaluation.at=[]")
+    assert train(config) == DONE
+    config, directory = run_of(tmp_path / "b", tiny_run, "evaluation.at=[]")
+    with monkeypatch.context() as patch:
+        patch.setattr("embedscale.callbacks.evaluate_held_out", lambda *_: 1 / 0)
+        assert train(config) == FAILED
+    assert train(config) == DONE
+    assert directory.read_attempts()[-1]["from_step"] == whole.read_record()["steps"]
+    assert comparable(directory) == comparable(whole)
+
+
+def test_a_second_ctrl_c_ends_a_run_at_once_and_says_so(tmp_path, tiny_run, capsys):
+    class Impatient(StopRequest):
+        """Asked twice, at the third look."""
+
+        looks = 0
+
+        @property
+        def requested(self):
+            self.looks += 1
+            if self.looks == 3:
+                self.on_signals([signal.SIGINT])
+                for _ in range(2):
+                    os.kill(os.getpid(), signal.SIGINT)
+            return self.reason is not None
+
+    config, directory = run_of(tmp_path, tiny_run)
+    assert train(config, Impatient()) == INTERRUPTED
+    assert f"{config.run_id}: interrupted (SIGINT) at step" in capsys.readouterr().out
+    assert directory.read_attempts()[-1]["reason"] == "SIGINT"
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated"])
+def test_held_out_pairs_that_cannot_be_read_are_found_before_the_training(tmp_path, tiny_run, capsys, damage):
+    store = tmp_path / "store"
+    shutil.copytree(load(None, tiny_run).data.store, store)
+    part = min((store / "held_out").glob("*.arrow"))
+    if damage == "missing":
+        part.unlink()
+    else:
+        part.write_bytes(part.read_bytes()[:-100])
+    words = [*tiny_run, f"output={tmp_path / 'runs'}", BUDGET, f"data.store={store}"]
+    assert cli.main(["train", *words]) == WRONG
+    assert f"data.store: {part} is missing or damaged" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_truncated_checkpoint_falls_back_to_the_one_before(tmp_path, tiny_run, capsys):
