@@ -384,6 +384,7 @@ def test_shards_are_fed_in_as_many_chunks_on_each_rank(tiny_run, chunk_tokens):
         (["training.learning_rat=1"], "did you mean 'training.learning_rate'"),
         (["budget=10"], "budget: 10 FLOP is too small; one pair costs"),
         (["budget=1e15"], "more than one epoch of"),
+        (["budget=1e29", "data.repeat=true"], "budget: 1e+29 FLOP buy"),
         (["data.context=4000"], "data.context: 4000 is longer than pythia-tiny's; allowed: at most 256"),
         (["data.context=41"], "was prepared with 40"),
         (["data.store=/nowhere"], "/nowhere"),
@@ -442,6 +443,9 @@ def test_flops_prints_both_conventions_without_weights(tmp_path, tiny_run, capsy
     assert f"{int(1.5e15) // cost.flop_per_token:,}" in said
     assert cli.main(["flops", *tiny_run, BUDGET]) == 0
     assert "counted in" in capsys.readouterr().out
+    for store in ([], ["data.store=/nowhere"]):
+        assert cli.main(["flops", *tiny_run, *store, "--budgets", "1e10", "1"]) == WRONG
+        assert "budget: 1 FLOP is too small; one pair costs" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("words", [["--help"], ["--version"], ["flops", "budget=1e15"]])
