@@ -1,6 +1,7 @@
 """The command line: each verb a few lines that import what they need when they are called."""
 
 import argparse
+import atexit
 import errno
 import io
 import re
@@ -341,7 +342,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (KeyboardInterrupt, Exception) as error:
         # OmegaConf, interrupted, may raise an error of its own.
         if asked or isinstance(error, KeyboardInterrupt):
-            signal.signal(signal.SIGINT, lambda number, frame: None)  # an impatient user's next, while Python ends
+            # An impatient user's next one must change neither what is said nor the exit status, while Python ends: it
+            # takes this handler away, but nothing can be ignored as long as a caller in this process goes on.
+            signal.signal(signal.SIGINT, lambda number, frame: None)
+            atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
             said, code = "interrupted", INTERRUPTED
         elif isinstance(error, UserError):
             said, code = str(error), WRONG

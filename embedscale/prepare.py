@@ -108,9 +108,11 @@ def prepare(config: RunConfig) -> int:
     except UserError:
         _unmake(made)
         raise
-    except BrokenProcessPool:
-        if stop.requested:  # by a signal that the workers got too
+    except Exception as error:
+        if stop.requested:  # by a signal that the pool's processes got too, which broke it
             raise KeyboardInterrupt from None
+        if not isinstance(error, BrokenProcessPool):
+            raise
         print(
             "embedscale: a worker process was killed, perhaps for lack of memory; run again to go on", file=sys.stderr
         )

@@ -349,7 +349,8 @@ def large(tmp_path, bytes_tokenizer, undisturbed) -> tuple[list[str], Path, str]
 
 def started(words: list[str], store: Path, units: int) -> subprocess.Popen:
     """`prepare` in a process of its own, with so many units done."""
-    process = subprocess.Popen([sys.executable, "-m", "embedscale.cli", "prepare", *words], stderr=subprocess.PIPE)
+    command = [sys.executable, "-m", "embedscale.cli", "prepare", *words]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True)
     while len(list((store / "work").glob("unit-*.json"))) < units:
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.002)
@@ -387,12 +388,16 @@ def test_killed_and_started_again_it_goes_on_to_the_same_store(large):
     assert not list(store.rglob("*.partial"))
 
 
-@pytest.mark.parametrize("sent", [[signal.SIGTERM], [signal.SIGINT] * 4], ids=["SIGTERM", "impatient"])
-def test_a_signal_ends_it_in_a_way_that_can_be_resumed(large, sent):
+@pytest.mark.parametrize(
+    ("send", "sent"),
+    [(os.kill, [signal.SIGTERM]), (os.killpg, [signal.SIGTERM]), (os.killpg, [signal.SIGINT] * 4)],
+    ids=["SIGTERM", "SIGTERM to its workers too", "impatient Ctrl-C"],
+)
+def test_a_signal_ends_it_in_a_way_that_can_be_resumed(large, send, sent):
     words, store, digest = large
     process = started(words, store, 5)
     for number in sent:
-        process.send_signal(number)
+        send(process.pid, number)
         time.sleep(0.02)  # or the system takes several for one
     _, errors = process.communicate(timeout=60)
     assert process.returncode == INTERRUPTED
