@@ -336,16 +336,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     for number in (signal.SIGINT, signal.SIGTERM):  # until a verb sees to them itself
         signal.signal(number, interrupt)
+    # While Python ends it takes handlers away, and a late Ctrl-C would change the exit status.
+    atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
     try:
         args = _parsed(argv)
         return int(args.run(args))
     except (KeyboardInterrupt, Exception) as error:
         # OmegaConf, interrupted, may raise an error of its own.
         if asked or isinstance(error, KeyboardInterrupt):
-            # An impatient user's next one must change neither what is said nor the exit status, while Python ends: it
-            # takes this handler away, but nothing can be ignored as long as a caller in this process goes on.
-            signal.signal(signal.SIGINT, lambda number, frame: None)
-            atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
+            signal.signal(signal.SIGINT, lambda number, frame: None)  # an impatient user's next one
             said, code = "interrupted", INTERRUPTED
         elif isinstance(error, UserError):
             said, code = str(error), WRONG
