@@ -18,6 +18,7 @@ UNITS = {"flop": 1.0, "flops": 1.0, "": 1.0} | {
     for word, seconds in (("flop", 1.0), ("flops", 1.0), ("flop-day", 86400.0), ("flop-days", 86400.0))
 }
 HOURS = ("gpu-hour", "gpu-hours", "gpuh", "gpu-h")
+REACH = 1e4  # how far beyond the sizes that were run a joint law's best size is looked for
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,9 @@ def parse_limit(budget: str | None, tokens: str | None = None) -> Limit:
 
 
 def _amount(name: str, text: str) -> float:
+    # A comma between other groups of digits would be a decimal one.
+    if "," in text and not re.fullmatch(r"[-+]?\d{1,3}(,\d{3})+(\.\d*)?(e[-+]?\d+)?", text.lower()):
+        raise UserError(f"{name}: {text!r} has a comma that separates no thousands; allowed: 1.5e17 or 1,500,000")
     try:
         value = float(text.replace(",", ""))
     except ValueError:
@@ -62,6 +66,11 @@ def _amount(name: str, text: str) -> float:
     if not (math.isfinite(value) and value > 0):
         raise UserError(f"{name}: {text} is out of range; allowed: above 0")
     return value
+
+
+def same_budget(a: float, b: float) -> bool:
+    """Whether runs of these budgets can be compared: nearly equal ones form a profile (`optima.group_budgets`)."""
+    return math.isclose(a, b, rel_tol=0.1)
 
 
 class Evidence:
@@ -89,8 +98,8 @@ class Evidence:
             return (law or lines or "") if self._rates() else ""
         # Where a budget was run and has no optimum inside the grid, what was measured there is known better than what
         # a law extends to it.
-        edges = [row["budget"] for row in self.optima if row["state"] != "interior"]
-        if limit.flop and any(math.isclose(limit.flop, budget, rel_tol=0.1) for budget in edges):
+        edges = [row["budget"] for row in self.optima if row["best"] and row["state"] != "interior"]
+        if limit.flop and any(same_budget(limit.flop, budget) for budget in edges):
             return "best run"
         return lines or law or "best run"
 
@@ -109,6 +118,17 @@ class Evidence:
             own = [point for point in self.points if point["params"] == size]
             found.append(min(own, key=lambda point: abs(math.log(point["budget"]) - min(log_budget, 700.0))))
         return found
+
+    def nearest_budget(self, budget: float) -> float:
+        """The nearest budget that was run."""
+        found: float = min((point["budget"] for point in self.points), key=lambda each: abs(math.log(each / budget)))
+        return found
+
+    def measured(self, budget: float | None) -> list[Mapping[str, Any]]:
+        """The points at the nearest budget that was run, one a size, by ascending size."""
+        assert budget is not None
+        nearest = self.nearest_budget(budget)
+        return [each for each in self._nearest_points(nearest) if same_budget(each["budget"], nearest)]
 
     def _rates(self) -> list[tuple[float, float]]:
         """(size, FLOP a GPU-hour) of the sizes whose runs carry timings; the longest run tells most."""
@@ -155,11 +175,8 @@ class Evidence:
             with np.errstate(invalid="ignore"):
                 drawn_loss = np.log(CHINCHILLA.predict(np.asarray(self.law["draws"], float), params, tokens))
             return np.log(np.ravel(CHINCHILLA.predict(law, params, tokens))), drawn_loss
-        found = self._nearest_points(float(budget[0]))
-        sizes = np.array([point["params"] for point in found])
-        losses = np.array([point["loss"] for point in found])
-        nearest = np.abs(np.log(sizes)[:, None] - np.log(params)).argmin(0)
-        return np.log(losses[nearest]), None
+        losses = {point["params"]: point["loss"] for point in self.measured(float(budget[0]))}
+        return np.log([losses[size] for size in params]), None
 
     def _bowl(self, laws: Array, params: Array, budget: Array) -> Array:
         """ln L = ln L*(C) + curvature (ln N − ln N*(C))² for laws [2, draws, 2]: [draws, sizes]."""
@@ -167,19 +184,23 @@ class Evidence:
         return lowest + self.curvature * (np.log(params) - size) ** 2
 
     def optimum(self, limit: Limit, basis: str, confidence: float) -> tuple[float, list[float] | None]:
-        """The continuous best size, with its interval."""
+        """The continuous best size, with its interval; for the best run, its size."""
         if basis == "power laws" and limit.flop:
             law = self.lines["n_opt"]
             draws = np.asarray(law["draws"], float)
             spread = draws[:, 0] + draws[:, 1] * math.log(limit.flop) if len(draws) else np.array([])
             return law["coefficient"] * limit.flop ** law["exponent"], interval(np.exp(spread), confidence)
-        reach = 1.0 if basis == "best run" or limit.tokens else 4.0  # beyond the sizes, for a joint law
-        grid = np.geomspace(self.sizes[0] / reach, self.sizes[-1] * reach, 401)
         if basis == "best run":
-            grid = self.sizes
+            lowest = min(self.measured(limit.flop), key=lambda point: point["loss"])
+            return float(lowest["params"]), None
+        reach = 1.0 if limit.tokens else REACH  # with the data fixed, larger is better for ever
+        low, high = math.log(self.sizes[0] / reach), math.log(self.sizes[-1] * reach)
+        grid = np.exp(np.linspace(low, high, max(401, round(50 * (high - low)))))
         values, drawn = self.log_loss(grid, self.budget_of(grid, limit), basis)
-        ends = interval(grid[np.nan_to_num(drawn, nan=np.inf).argmin(1)], confidence) if drawn is not None else None
-        return float(grid[values.argmin()]), ends
+        best = int(values.argmin())
+        if drawn is None or not 0 < best < len(grid) - 1:
+            return float(grid[best]), None
+        return float(grid[best]), interval(grid[np.nan_to_num(drawn, nan=np.inf).argmin(1)], confidence)
 
     def nearest(self, params: float, budget: float) -> Mapping[str, Any]:
         """The point whose size, and then whose budget, is nearest: its hyper-parameters are taken."""
@@ -191,12 +212,14 @@ class Evidence:
         found: Mapping[str, Any] = min(self.points, key=distance)
         return found
 
-    def available(self, basis: str) -> list[tuple[str, float]]:
+    def available(self, limit: Limit, basis: str) -> list[tuple[str, float]]:
         """Backbones that may be used, by ascending size.
 
-        The Pythia suite where the runs are of it and a law reaches beyond them, else the sizes that were run.
+        The Pythia suite where the runs are of it and a law reaches beyond them, else the sizes that were run; for the
+        best run those that were run at its budget.
         """
         suite = {float(row.parameters): row.name for row in SUITE.values()}
         if basis != "best run" and set(map(float, self.sizes)) <= set(suite):
             return sorted(((name, size) for size, name in suite.items()), key=lambda each: each[1])
-        return [(self.names.get(float(size), f"{size:.4g} parameters"), float(size)) for size in self.sizes]
+        sizes = [point["params"] for point in self.measured(limit.flop)] if basis == "best run" else self.sizes
+        return [(self.names.get(float(size), f"{size:.4g} parameters"), float(size)) for size in sizes]

@@ -4,6 +4,8 @@ The reference names no panels for 7, 14 and 19, nor for the trends; here the hol
 freezing and LoRA, and the trends are the law's four parts, each with the others taken off the loss.
 """
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
@@ -184,6 +186,13 @@ def _positive(axes: Axes, values: Array) -> None:
         style.log_axis(axes.yaxis, "plain")
 
 
+def _outside(axes: Axes, values: Array) -> str:
+    """What a caption says of points beyond the ordinate's ends."""
+    low, high = axes.get_ylim()
+    count = int(((values < low) | (values > high)).sum())
+    return f" {count} of the {len(values)} points lie outside." if count else ""
+
+
 def data_trend(study: Study) -> Drawn:
     """Figure 18: what data takes off the loss, against tokens."""
     method, law, values, rows = _trend_law(study, needs_fraction=False)
@@ -247,16 +256,17 @@ def fraction_trend(study: Study) -> Drawn:
     terms = (drawn[:, 3:4] * grid ** drawn[:, 4:5] + drawn[:, 5:6]) * middle ** (values[7] - drawn[:, 7:8])
     axes.fill_between(grid, *np.percentile(terms, [tail, 100 - tail], axis=0), color="black", alpha=0.13, linewidth=0)
     axes.plot(grid, values[3] * grid ** values[4] + values[5], color="black")
-    medians = rows.groupby("frozen")["part"].median()
-    if len(medians) <= 12:
+    medians, bars = rows.groupby("frozen")["part"].median(), ""
+    if len(medians) <= 12:  # more would be points of few runs: of LoRA, every size has its own fractions
         axes.plot(medians.index, medians, "_", color="black", markersize=11)
+        bars = "; bars: medians"
     axes.set(xlabel="frozen fraction 1 − S", ylabel="(loss − E − size term) · D^β")
     low, high = np.percentile(left, [1, 99])
     axes.set_ylim(low - 0.15 * (high - low), high + 0.15 * (high - low))
     style.legend_below(figure, style.size_handles(study, sorted(rows["params"].unique()), "none"), columns=3)
     return Drawn(
         figure, rows, f"{style.label(method)}: the data coefficient against the frozen fraction. Line: a_s (1 − S)^b_s "
-        "+ c_s of the law with its 95 % band; bars: medians.",
+        f"+ c_s of the law with its 95 % band{bars}.{_outside(axes, left)}",
     )  # fmt: skip
 
 
@@ -271,7 +281,7 @@ def coefficient_trend(study: Study) -> Drawn:
         study, rows, "tokens", left, by_law,
         (style.TOKENS, "(loss − E − data term) · N^α",
          f"{style.label(method)}: the size coefficient against the tokens. Line: a_d ln D + b_d of the law; bars: "
-         "weighted means of eighths of the range, with two standard errors. A tenth of the points lies outside."),
+         "weighted means of eighths of the range, with two standard errors."),
     )  # fmt: skip
     axes = drawn.figure.axes[0]
     # Noise of ln L moves a point by L N^α; bins of equal width in ln D are weighed by its inverse square.
@@ -286,7 +296,7 @@ def coefficient_trend(study: Study) -> Drawn:
     low, high = np.percentile(left, [5, 95])
     axes.set_ylim(low - 0.1 * (high - low), high + 0.1 * (high - low))
     style.log_axis(axes.xaxis)
-    return drawn
+    return replace(drawn, caption=drawn.caption + _outside(axes, left))
 
 
 def steps(study: Study) -> Drawn:

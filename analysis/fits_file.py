@@ -9,6 +9,14 @@ from embedscale.record import read_json
 
 FORMAT = 1
 FILE = "fits.json"
+# What is chosen for each size and budget before sizes are compared (paper, section 4.2): runs equal in all of it are
+# replicates. Two backbones may have one size, and a block that trains alone is known by its number.
+BACKBONE = ("backbone", "backbone_revision")
+HYPERPARAMETERS = (
+    *("learning_rate", "rank", "trainable_fraction", "alpha", "dropout", "targets", "embedding"),
+    *("blocks", "active_blocks", "weight_decay", "clip", "warmup_fraction", "final_fraction", "temperature"),
+    *("precision", "pooling", "hard_negatives", "loss_function", "mask_equal_texts"),
+)
 MINIATURE = 1e6  # parameters: a sweep that stays below says little of the sizes that people use
 
 

@@ -99,7 +99,7 @@ def _inflation(law: JointFit) -> float:
     return math.sqrt(len(law.loss) / (len(law.loss) - len(law.theta)))
 
 
-def facts(fitted: JointFit | str, refits: Array | None, confidence: float) -> dict[str, Any]:
+def facts(fitted: JointFit | str, refits: Array | None, points: pd.DataFrame, confidence: float) -> dict[str, Any]:
     if isinstance(fitted, str):
         return {"refused": fitted}
     assert refits is not None
@@ -128,9 +128,12 @@ def facts(fitted: JointFit | str, refits: Array | None, confidence: float) -> di
         "draws": refits[:KEPT_DRAWS].tolist(),
     }
     if fitted.law is CHINCHILLA:
+        cost = points["flop_per_token"] / points["params"]
+        # Adapters and frozen blocks cost small models more for their size: D = C / cost(N), and N* is no power of C.
+        in_proportion = cost.max() < 1.01 * cost.min()
         exponents = refits[:, 4] / (refits[:, 3] + refits[:, 4])
-        facts["n_exponent"] = facts["beta"] / (facts["alpha"] + facts["beta"])
-        facts["n_exponent_interval"] = interval(exponents, confidence)
+        facts["n_exponent"] = facts["beta"] / (facts["alpha"] + facts["beta"]) if in_proportion else None
+        facts["n_exponent_interval"] = interval(exponents, confidence) if in_proportion else None
     return facts
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from analysis.runs import HYPERPARAMETERS
+from analysis.fits_file import BACKBONE, HYPERPARAMETERS
 from embedscale.errors import UserError
 from embedscale.pythia import SUITE
 
@@ -61,7 +61,7 @@ def settings(table: pd.DataFrame) -> pd.DataFrame:
     """
     # Equal budgets may differ in their last digits; nearly equal ones are no replicates.
     table = table.assign(budget=group_budgets(table["budget"].to_numpy(float), 1e-6))
-    keys = ["budget", "params", *varied(table)]
+    keys = ["budget", "params", *(name for name in BACKBONE if name in table), *varied(table)]
     rows = []
     for _, group in table.groupby(keys, dropna=False, sort=True):
         row = group.iloc[0].to_dict()
@@ -77,8 +77,8 @@ def best_points(cells: pd.DataFrame, by: tuple[str, ...] = ("budget", "params"))
 
     `at_grid_end` names the hyper-parameters whose best value is the first or the last of three or more tried.
     """
-    # The ends of trainable fractions are nature's, not the grid's.
-    chosen = [name for name in varied(cells) if name not in (*by, "trainable_fraction")]
+    # The ends of trainable fractions and of blocks are nature's, not the grid's.
+    chosen = [name for name in varied(cells) if name not in (*by, "trainable_fraction", "active_blocks")]
     choices = [name for name in chosen if pd.api.types.is_numeric_dtype(cells[name])]
     rows = []
     for _, group in cells.groupby(list(by), dropna=False, sort=True):
@@ -216,6 +216,9 @@ class Profile:
             return "too few", f"{len(sizes)} sizes, a minimum needs at least 3", None
         best = int(self.log_loss.argmin())
         if 0 < best < len(sizes) - 1:
+            between = [size for size in self.diverged if sizes[best - 1] < size < sizes[best + 1]]
+            if between:  # the minimum may lie there
+                return "diverged", f"the best size is beside {between[0]:.4g}, whose runs diverged", None
             return "interior", "", None
         below = best == 0
         beyond = [size for size in self.diverged if (size < sizes[0] if below else size > sizes[-1])]

@@ -17,12 +17,14 @@ from typing import Any
 import numpy as np
 
 from analysis import fits_file
-from analysis.evidence import Evidence, Limit, parse_limit
+from analysis.evidence import Evidence, Limit, parse_limit, same_budget
+from analysis.fits_file import BACKBONE, HYPERPARAMETERS
 from analysis.laws import Array, interval
 from embedscale.cost import METHODS, Method, cost_of, peak_learning_rate
 from embedscale.errors import UserError
-from embedscale.pythia import known
+from embedscale.pythia import Pythia, known, short_name
 
+TOLD = ("alpha", "dropout", "targets", "embedding", "blocks", "active_blocks")  # of a method, beside its label
 PAPER_PAIR_TOKENS = 14 + 64  # a query and its value, section 4.1
 
 
@@ -42,6 +44,8 @@ class Choice:
     learning_rate: float | None
     rank: int | None
     active_fraction: float | None
+    settings: dict[str, Any]  # of `method` in a configuration: rank or blocks, and what else its runs had
+    run: str | None  # the run whose hyper-parameters these are
     loss: float
     loss_interval: list[float] | None
     gpu_hours: float | None
@@ -51,9 +55,10 @@ class Choice:
     def label(self) -> str:
         if self.rank:
             return f"{self.method}, rank {self.rank}"
-        return (
-            f"{self.method}, {self.active_fraction:.3g} of the blocks active" if self.active_fraction else self.method
-        )
+        if self.active_fraction:
+            share = "all" if self.active_fraction == 1 else f"{self.active_fraction:.3g} of the"
+            return f"{self.method}, {share} blocks active"
+        return self.method
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,26 @@ class Recipe:
 # --- One configuration -----------------------------------------------------------------------------------------------
 
 
+def _settings(method: str, point: Mapping[str, Any], row: Pythia | None) -> dict[str, Any]:
+    """What a configuration says of `method` for what the point's runs had, within what the backbone can have."""
+    if method == "lora" and point.get("rank"):
+        rank = int(point["rank"])
+        found: dict[str, Any] = {"rank": min(rank, 4 * row.width) if row else rank}
+        rest = {"alpha": point.get("alpha"), "dropout": point.get("dropout")}
+        # A table has lists and truth values as texts.
+        rest |= {"targets": (point.get("targets") or "").split(), "embedding": str(point.get("embedding")) == "True"}
+        return found | {key: value for key, value in rest.items() if value}
+    if method == "freeze" and point.get("trainable_fraction"):
+        blocks, number = point.get("blocks") or "last", point.get("active_blocks")
+        if blocks == "one" and number is not None:
+            return {"blocks": blocks, "active_blocks": min(int(number), row.blocks - 1) if row else int(number)}
+        share = point["trainable_fraction"]
+        if row:
+            share = max(1, round(share * row.blocks)) / row.blocks
+        return {"active_fraction": share} | ({"blocks": blocks} if blocks == "first" else {})
+    return {}
+
+
 def _configure(
     evidence: Evidence,
     backbone: str,
@@ -85,21 +110,19 @@ def _configure(
     size = np.array([params])
     budget = float(evidence.budget_of(size, limit)[0])
     near = evidence.nearest(params, budget)
-    rank = near.get("rank") if evidence.name == "lora" else None
-    share = near.get("trainable_fraction") if evidence.name == "freeze" else None
+    was_run = math.isclose(near["params"], params, rel_tol=1e-6)
+    if was_run:  # of several backbones of one size, the better one
+        backbone = near.get("backbone") or backbone
     per_token = float(evidence.cost(size, budget)[0])
     row = known(backbone)
     rate = near.get("learning_rate")
-    if row is not None and evidence.name in METHODS:
-        if rank:
-            rank = min(rank, 4 * row.width)
-        if share:
-            share = max(1, round(share * row.blocks)) / row.blocks
-        if evidence.name not in ("lora", "freeze") or rank or share:
-            method = Method(evidence.name, rank=int(rank) if rank else None, active_fraction=share)
-            per_token = cost_of(row.shape, method).flop_per_token
-            if rate is None or not math.isclose(near["params"], params, rel_tol=1e-6):
-                rate = peak_learning_rate(row.pretraining_learning_rate, method)
+    settings = _settings(evidence.name, near, row)
+    share = settings.get("active_fraction", near.get("trainable_fraction")) if evidence.name == "freeze" else None
+    if row is not None and evidence.name in METHODS and (settings or evidence.name not in ("lora", "freeze")):
+        method = Method(evidence.name, **settings)
+        per_token = cost_of(row.shape, method).flop_per_token
+        if rate is None or not was_run:
+            rate = peak_learning_rate(row.pretraining_learning_rate, method)
     if limit.tokens:
         budget = min(budget, limit.tokens * per_token)
     values, draws = evidence.log_loss(size, np.array([budget]), basis)
@@ -120,8 +143,10 @@ def _configure(
         batch,
         per_token,
         rate,
-        int(rank) if rank else None,
+        settings.get("rank"),
         share,
+        settings,
+        near.get("run"),
         float(np.exp(values[0])),
         interval(np.exp(drawn), confidence) if drawn is not None else None,
         budget / float(speed[0]) if speed is not None else None,
@@ -159,11 +184,15 @@ def recipe(fits: Mapping[str, Any], limit: Limit, runs: list[dict[str, str]] | N
     }
     every = {name: Evidence(name, facts, names) for name, facts in fits["methods"].items() if facts["points"]}
     chosen: dict[str, tuple[Choice, Array | None]] = {}
-    # A method without a law enters by its runs near the budget, or if no method has better.
-    known_here = {name for name, each in every.items() if each.basis(limit) != "best run" or _covers(each, limit)}
+    bases = {name: evidence.basis(limit) for name, evidence in every.items()}
+    # Where no law says what a method reaches with so much FLOP, only runs that spent it do; without any law, those that
+    # spent what is nearest to it.
+    spent = limit.flop or 0.0
+    if set(bases.values()) == {"best run"}:
+        spent = min((each.nearest_budget(spent) for each in every.values()), key=lambda c: abs(math.log(c / spent)))
     for name, evidence in every.items():
-        basis = evidence.basis(limit)
-        if not basis or (known_here and name not in known_here):
+        basis = bases[name]
+        if not basis or (basis == "best run" and not same_budget(evidence.nearest_budget(spent), spent)):
             continue
         tried = [
             _configure(evidence, backbone, size, limit, basis, fits["comparable"], confidence)
@@ -183,7 +212,11 @@ def recipe(fits: Mapping[str, Any], limit: Limit, runs: list[dict[str, str]] | N
     missing = [name for name in fits["methods"] if name not in chosen]
     notes = [f"{name}: neither a law nor a run at this budget, so not considered" for name in missing]
     if best.basis == "best run":
-        notes.append("this is the best run at the nearest budget; no optimum lies inside the grid there")
+        budget = evidence.nearest_budget(best.budget)
+        notes.append(
+            f"this is the best run at {budget:.4g} FLOP, the nearest budget that was run; "
+            "no optimum lies inside the grid there"
+        )
     if best.basis == "power laws" and evidence.law:
         size, _ = evidence.optimum(limit, "joint law", confidence)
         where = np.array([size])
@@ -196,17 +229,12 @@ def recipe(fits: Mapping[str, Any], limit: Limit, runs: list[dict[str, str]] | N
     near = evidence.nearest(best.params, best.budget)
     notes += [f"the best {name} there, {near[name]:.4g}, was at the end of its grid" for name in near["at_grid_end"]]
     notes += filter(None, [fits_file.miniature(fits)])
-    return Recipe(limit, best, n_opt, n_ends, others, _extrapolates(evidence, best), notes)
-
-
-def _covers(evidence: Evidence, limit: Limit) -> bool:
-    """Whether a run lies within a factor two of the budget."""
-    return limit.flop is not None and any(0.5 <= point["budget"] / limit.flop <= 2 for point in evidence.points)
+    return Recipe(limit, best, n_opt, n_ends, others, _extrapolates(evidence, best, n_opt), notes)
 
 
 def _reasonable(evidence: Evidence, limit: Limit, basis: str, confidence: float) -> list[tuple[str, float]]:
     """The available backbones on both sides of the optimum; with data fixed, the largest that was run too."""
-    available = evidence.available(basis)
+    available = evidence.available(limit, basis)
     if limit.tokens:
         available = [each for each in available if each[1] <= evidence.sizes[-1] * 1.001]
     n_opt, _ = evidence.optimum(limit, basis, confidence)
@@ -223,7 +251,7 @@ def _other_sizes(
     comparable: Mapping[str, Any],
     confidence: float,
 ) -> list[dict[str, Any]]:
-    available = evidence.available(best.basis)
+    available = evidence.available(limit, best.basis)
     place = [size for _, size in available].index(best.params)
     found = []
     for number, word in ((place - 1, "smaller"), (place + 1, "larger")):
@@ -235,22 +263,27 @@ def _other_sizes(
 
 
 def _other_choices(best: Choice, runs: list[dict[str, str]]) -> list[dict[str, Any]]:
-    """Other ranks or fractions, as measured at the nearest budget of the same size."""
+    """Other ranks or fractions, each with its best other settings, as measured at the nearest budget of this size."""
     column = "rank" if best.rank else "trainable_fraction" if best.active_fraction else ""
     rows = [
-        {key: float(row[key]) for key in ("budget", "params", "loss", column)}
+        row
         for row in runs
         if column and row.get("method") == best.method and row.get(column)
         and math.isclose(float(row["params"]), best.params, rel_tol=1e-6)
     ]  # fmt: skip
     if not rows:
         return []
-    budget = min((row["budget"] for row in rows), key=lambda each: abs(math.log(each / best.budget)))
-    losses: dict[float, list[float]] = {}
+    budget = min((float(row["budget"]) for row in rows), key=lambda each: abs(math.log(each / best.budget)))
+    # Replicates are averaged, as in the fits; the fraction that follows from a rank tells none apart.
+    keys = [name for name in (*BACKBONE, *HYPERPARAMETERS) if name != "trainable_fraction"]
+    replicates: dict[tuple[Any, ...], list[float]] = {}
     for row in rows:
-        if math.isclose(row["budget"], budget, rel_tol=1e-6):
-            losses.setdefault(row[column], []).append(row["loss"])
-    lowest = {value: sum(each) / len(each) for value, each in losses.items()}
+        if same_budget(float(row["budget"]), budget):
+            key = float(row[column]), *(row.get(name) for name in keys)
+            replicates.setdefault(key, []).append(float(row["loss"]))
+    lowest: dict[float, float] = {}
+    for (value, *_), losses in replicates.items():
+        lowest[value] = min(lowest.get(value, math.inf), sum(losses) / len(losses))
     own = min(lowest, key=lambda value: abs(value - (best.rank or best.active_fraction or 0)))
     name = "rank" if best.rank else "active share"
     return [
@@ -266,11 +299,12 @@ def _other_choices(best: Choice, runs: list[dict[str, str]]) -> list[dict[str, A
     ]
 
 
-def _extrapolates(evidence: Evidence, best: Choice) -> list[str]:
-    """How far budget, size and tokens lie outside what the law was fitted to."""
+def _extrapolates(evidence: Evidence, best: Choice, n_opt: float) -> list[str]:
+    """How far budget, sizes and tokens lie outside what the law was fitted to."""
     rows = evidence.interior if best.basis == "power laws" else evidence.optima
     spans = {
         "budget": ([row["budget"] for row in rows], best.budget, "FLOP"),
+        "best size": (list(evidence.sizes), n_opt, "parameters"),
         "size": (list(evidence.sizes), best.params, "parameters"),
         "data": ([point["tokens"] for point in evidence.points], best.tokens, "tokens"),
     }
@@ -301,8 +335,8 @@ def read(folder: str | Path) -> tuple[dict[str, Any], list[dict[str, str]]]:
 def configuration(folder: str, budget: str, config: str | None, words: Sequence[str]) -> Any:
     """The `RunConfig` of a recipe, for `embedscale train --recipe`.
 
-    What the recipe does not say comes from CONFIG, or else from the most similar run; `words` come last. Raises
-    UserError where the backbone's folder is unknown.
+    What the recipe does not say comes from CONFIG, or else from the run whose hyper-parameters it has, or where that is
+    not at hand from the most similar one; `words` come last. Raises UserError where the backbone's folder is unknown.
     """
     from embedscale.config import RunConfig, read_yaml, structured
     from embedscale.record import RunDirectory
@@ -310,25 +344,31 @@ def configuration(folder: str, budget: str, config: str | None, words: Sequence[
     fits, runs = read(folder)
     best = recipe(fits, parse_limit(budget), runs).best
     print(f"{best.label}, {best.backbone}, {best.budget:.4g} FLOP: expected loss {best.loss:.4g}")
-    same = [row for row in runs if math.isclose(float(row["params"]), best.params, rel_tol=1e-6)]
-    same.sort(key=lambda row: (row["method"] != best.method, abs(math.log(float(row["budget"]) / best.budget))))
-    configs = [RunDirectory(row["path"]).config for row in same if row.get("path")]
-    similar = [path for path in configs if path.exists()]
-    values = read_yaml(config or similar[0]) if config or similar else {}
-    row = known(best.backbone)
-    if similar:
-        name = read_yaml(similar[0])["backbone"]["name"]
-    elif row is not None:
-        name = f"EleutherAI/{row.name}"
+
+    def distance(row: Mapping[str, str]) -> tuple[bool, bool, float, float]:
+        size, spent = (abs(math.log(float(row[key]) / getattr(best, key))) for key in ("params", "budget"))
+        return row.get("run") != best.run, row["method"] != best.method, round(size, 6), spent
+
+    def at_hand(rows: list[dict[str, str]]) -> Path | None:
+        paths = (RunDirectory(row["path"]).config for row in rows if row.get("path"))
+        return next((path for path in paths if path.exists()), None)
+
+    runs.sort(key=distance)
+    similar = config or at_hand(runs)
+    own = at_hand([row for row in runs if row.get("backbone") in (None, best.backbone) and distance(row)[2] == 0])
+    values = read_yaml(similar) if similar else {}
+    if own:
+        name = read_yaml(own)["backbone"]["name"]
+    elif known(best.backbone) is not None:
+        name = f"EleutherAI/{short_name(best.backbone).lower()}"
     elif any(word.startswith("backbone.name=") for word in words):
         name = best.backbone
     else:
         raise UserError(f"--recipe: where {best.backbone!r} lies is not known here; give backbone.name=FOLDER")
-    method: dict[str, Any] = {"name": best.method}
-    method |= {"rank": best.rank} if best.rank else {}
-    method |= {"active_fraction": best.active_fraction} if best.active_fraction else {}
-    values |= {"budget": best.budget, "method": method, "output": "runs"}
+    values |= {"budget": best.budget, "method": {"name": best.method} | best.settings, "output": "runs"}
     values["backbone"] = dict(values.get("backbone") or {}) | {"name": name}
+    if runs and runs[0].get("backbone_revision"):
+        values["backbone"]["revision"] = runs[0]["backbone_revision"]
     values["training"] = dict(values.get("training") or {}) | {"learning_rate": best.learning_rate}
     return structured(RunConfig, values, words, origin=f"{folder}, {budget}")
 
@@ -342,7 +382,7 @@ def lines(found: Recipe, confidence: float) -> list[tuple[str, str]]:
 
     rate = "not known: neither the runs nor the paper's rule say" if best.learning_rate is None else None
     told = [
-        ("method", best.label),
+        ("method", ", ".join([best.label, *(f"{key} {best.settings[key]}" for key in TOLD if key in best.settings)])),
         ("model", f"{best.backbone}, {best.params:,.0f} parameters"),
         ("best size", f"{found.n_opt:.3g} parameters{within(found.n_opt_interval)}"),
         ("budget", f"{best.budget:.4g} FLOP" + (f", {best.gpu_hours:.3g} GPU-hours" if best.gpu_hours else "")),

@@ -14,7 +14,8 @@ import numpy as np
 import pandas as pd
 
 from analysis import evidence, fits_file, recipe, study
-from analysis.runs import EXCLUDED, HYPERPARAMETERS
+from analysis.fits_file import HYPERPARAMETERS
+from analysis.runs import EXCLUDED
 from analysis.study import Study
 from analysis.summary import number, spread
 from embedscale.errors import UserError
@@ -80,12 +81,14 @@ def _recipes(fits: Mapping[str, Any], runs: list[dict[str, str]], budgets: Seque
         every = [float(each) for each in np.geomspace(every[0], every[-1], 6)]
     asked = [evidence.parse_limit(budget) for budget in budgets]
     limits = asked + [evidence.Limit(flop=budget) for budget in [*every, 4 * every[-1]]]
+    columns = ["budget (FLOP)", "method", "model", "best size", "tokens", "pairs", "steps", "peak rate"]
+    columns += [f"expected loss ({_percent(fits)})", "next best loses", "extrapolates"]
     rows, first = [], None
     for limit in limits:
         try:
             found = recipe.recipe(fits, limit, runs)
         except UserError as error:
-            rows.append([limit.text, str(error), *[""] * 8])
+            rows.append([limit.text, str(error), *[""] * (len(columns) - 2)])
             continue
         best = found.best
         if limit is (asked[0] if asked else limits[-2]):
@@ -106,8 +109,6 @@ def _recipes(fits: Mapping[str, Any], runs: list[dict[str, str]], budgets: Seque
                 "; ".join(found.extrapolates) or "no",
             ]
         )
-    columns = ["budget (FLOP)", "method", "model", "best size", "tokens", "pairs", "steps", "peak rate"]
-    columns += [f"expected loss ({_percent(fits)})", "next best loses", "extrapolates"]
     full = _definitions(recipe.lines(first, fits["settings"]["confidence"])) if first else ""
     title = f"What to train for {first.limit.text}" if first else "What to train"
     return f'<section id="recipe"><h2>{_e(title)}</h2>{full}</section>\n<h3>Every budget</h3>{_table(columns, rows)}'

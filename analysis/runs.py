@@ -33,11 +33,13 @@ NUMBERS = {
     "active_fraction": "of freezing, where it was given so",
     "active_blocks": "of freezing, where it was given so",
     "weight_decay": "of AdamW",
+    "clip": "of the gradient's norm",
     "warmup_fraction": "of steps",
     "final_fraction": "of the peak learning rate, at the end",
     "batch_size": "pairs",
     "context": "tokens",
     "temperature": "of the training loss",
+    "hard_negatives": "of a pair",
     "seed": "replicates differ in it alone",
     "pairs": "pairs processed",
     "steps": "optimiser steps",
@@ -58,13 +60,14 @@ TEXTS = {
     "status": "done or diverged; default done",
     "backbone": "short name",
     "backbone_weights": "pretrained or random",
+    "backbone_revision": "of the hub's model, where one was asked for",
     "targets": "of LoRA",
     "embedding": "LoRA on the embedding",
     "blocks": "freezing: last, first or one",
     "precision": "of training",
     "pooling": "of the encoder",
-    "hard_negatives": "of a pair",
     "loss_function": "of training",
+    "mask_equal_texts": "a text equal to the positive is no negative",
     "data": "store",
     "data_digest": "of the store",
     "evaluation.digest": "of the held-out pool",
@@ -77,12 +80,6 @@ COLUMNS = NUMBERS | TEXTS
 COMPARABLE = (
     *("evaluation.pool", "evaluation.negatives", "evaluation.temperature", "evaluation.digest"),
     *("data_digest", "batch_size", "context", "backbone_weights"),
-)
-# What is chosen for each size and budget before sizes are compared (paper, section 4.2).
-HYPERPARAMETERS = (
-    *("learning_rate", "rank", "trainable_fraction", "alpha", "dropout", "targets", "embedding", "blocks"),
-    *("weight_decay", "warmup_fraction", "final_fraction", "temperature"),
-    *("precision", "pooling", "hard_negatives", "loss_function"),
 )
 EXCLUDED = ["run", "reason", "detail", "method", "params", "budget"]
 
@@ -140,7 +137,7 @@ def flop_per_token(method: str, params: Any, trainable_fraction: Any) -> Any:
     For freezing N_B = N_U = S N; for LoRA the adapters have S N parameters.
     """
     s = trainable_fraction
-    rules = {"full": 6.0, "bias": 4.0 + 0 * s, "freeze": 2 + 4 * s, "lora": 4 * (1 + s) + 2 * s}
+    rules = {"full": 6.0, "bias": 4.0, "freeze": 2 + 4 * s, "lora": 4 * (1 + s) + 2 * s}
     return rules.get(method, np.nan) * params
 
 
@@ -243,10 +240,12 @@ def load_grid(path: str | Path, columns: Mapping[str, str] | None = None) -> pd.
 
 def _renamed(path: Path, columns: dict[str, str]) -> pd.DataFrame:
     """The file's table by our names of its columns."""
+    # A text may look like a number: a run called 000, a digest of 12e4567890123456.
+    texts = {columns.get(name, name): str for name in TEXTS}
     readers: dict[str, Any] = {
-        ".csv": pd.read_csv,
+        ".csv": lambda file: pd.read_csv(file, dtype=texts),
         ".parquet": pd.read_parquet,
-        ".jsonl": lambda file: pd.read_json(file, lines=True),
+        ".jsonl": lambda file: pd.read_json(file, lines=True, dtype=False),
     }
     if path.suffix not in readers:
         raise UserError(f"{path}: has the ending {path.suffix!r}; allowed: {', '.join(readers)} or a folder of runs")

@@ -42,6 +42,8 @@ def packed_attention(
     `query` [1, heads, T, size]; `key` and `value` may have fewer heads. Returns [1, T, heads, size].
     """
     assert packing is not None and attention_mask is None and softcap is None
+    # Under autocast the rotation leaves float32, and the values are bf16; the kernel takes one kind.
+    query, key = query.to(value.dtype), key.to(value.dtype)
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, size]
     if _has_kernel(query) and not dropout:
         return _variable_length(query, key, value, packing, scaling)[None], None
@@ -65,7 +67,15 @@ def _run_by_run(
 
 
 def _has_kernel(query: Tensor) -> bool:
-    return query.is_cuda and query.dtype in (torch.bfloat16, torch.float16)
+    size = query.shape[-1]
+    fits = query.dtype in (torch.bfloat16, torch.float16) and size % 8 == 0 and size <= 256
+    return query.is_cuda and fits and _is_ampere(query.device.index)
+
+
+@torch.compiler.assume_constant_result
+def _is_ampere(device: int) -> bool:
+    """Or newer."""
+    return torch.cuda.get_device_capability(device)[0] >= 8
 
 
 def _variable_length(query: Tensor, key: Tensor, value: Tensor, packing: Any, scaling: float) -> Tensor:

@@ -4,6 +4,7 @@ Training steps of the real module under a real Trainer, on synthetic pairs with 
 random weights, which cost what real ones do. `sweep plan` and the time limits of submitted jobs use the file.
 """
 
+import gc
 import math
 import time
 from collections.abc import Sequence
@@ -15,23 +16,23 @@ from typing import Any
 import lightning
 import numpy as np
 import torch
-from lightning.pytorch.plugins.environments import LightningEnvironment
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from embedscale.backbone import load_body
+from embedscale.backbone import empty_body, load_body
 from embedscale.config import RunConfig
-from embedscale.contrastive import Batch, Contrastive, assemble, fitting_chunk
+from embedscale.contrastive import Batch, Contrastive, assemble
 from embedscale.cost import Method
 from embedscale.encoder import pack
 from embedscale.errors import DONE, UserError
+from embedscale.footprint import fitting_chunk
 from embedscale.hardware import compile_seconds, keep_freed_memory, matrix_product_peak, peak_memory, reset_peak_memory
 from embedscale.plan import TrainingPlan
 from embedscale.pythia import SUITE, short_name
 from embedscale.record import now, read_json, write_json
-from embedscale.train import quieten
+from embedscale.train import bare_trainer, quieten
 
 METHODS = ("full", "freeze-0.5", "bias", "lora-r32")
 MEANS = (14, 64)  # tokens of a query and of a positive (paper, section 4.1)
@@ -69,7 +70,13 @@ def calibrate(config: RunConfig, out: str, sizes: Sequence[str], methods: Sequen
         console.print(f"{now()} {backbone} {method} …", highlight=False)
         peak = matrix_product_peak(device, config.training.precision, 8192 if device.type == "cuda" else 2048)
         found["peak_flop_per_second"] = max(found["peak_flop_per_second"], peak)
-        measured = measure(each, device, seconds, peak)
+        try:
+            measured = measure(each, device, seconds, peak)
+        except torch.OutOfMemoryError:
+            measured = {}
+        gc.collect()  # module and Trainer hold each other
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
         found["rows" if measured else "too_large"].append({"backbone": backbone, "method": method} | measured)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, found)
@@ -110,14 +117,24 @@ def _facts(config: RunConfig, device: torch.device, seconds: float) -> dict[str,
 def measure(config: RunConfig, device: torch.device, seconds: float, peak: float) -> dict[str, Any]:
     """One row: the speed with the largest chunk of tokens that the memory takes, halved where it is still too large.
 
-    Empty where not even one sequence fits.
+    Empty where not even one sequence fits, found without building what is too large by its weights and moments alone.
     """
-    row = SUITE.get(config.backbone.name)
-    body = build(config.backbone.name) if row else load_body(config.backbone, config.training.seed)
+    size = config.backbone.name
+    with torch.device("meta"):
+        shapes = module_of(build(size) if size in SUITE else empty_body(config.backbone), config)
+    weights, trained = (sum(x.nbytes for x in found) for found in (shapes.parameters(), shapes.trainable.values()))
+    if weights + 3 * trained > shapes.memory:
+        return {}
+    torch.compiler.reset()  # all sizes' blocks share their code, which is compiled anew only so many times
+    compiled = compile_seconds()
+    if size in SUITE:
+        with device:  # the numbers are drawn where they are needed
+            body = build(size)
+    else:
+        body = load_body(config.backbone, config.training.seed)
     lengths = [paper_lengths(config, seed) for seed in range(4)]
     module = module_of(body, config).to(device)
     chunk = config.resources.chunk_tokens or fitting_chunk(module) or max(int(each.sum()) for each in lengths)
-    compiled = compile_seconds()
     while True:
         reset_peak_memory(device)
         try:
@@ -236,17 +253,7 @@ def _timed(
 ) -> tuple[int, float, int, int]:
     """Measured steps, their seconds, tokens and FLOP."""
     clock = _Clock(seconds)
-    trainer = lightning.Trainer(
-        max_epochs=1,
-        devices=1,
-        plugins=[LightningEnvironment()],  # one process, also inside of a SLURM job
-        callbacks=[clock],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-    )
+    trainer = bare_trainer(devices=1, callbacks=[clock], logger=False)
     module.step = module.tokens = module.flop_exact = 0
     module.encoder.train()
     vocabulary = module.encoder.body.get_input_embeddings().num_embeddings  # type: ignore[operator]

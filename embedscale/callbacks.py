@@ -34,10 +34,13 @@ class Stopped(Exception):
 
 
 class Log(lightning.Callback):
-    """metrics.jsonl, a row every `log_every` steps and at the last; and the optional loggers."""
+    """metrics.jsonl, a row every `log_every` steps and at the last; and the optional loggers.
 
-    def __init__(self, directory: RunDirectory, attempt: int, every: int):
-        self.directory, self.attempt, self.every = directory, attempt, every
+    Written by the process that has the lease, which only the first of a run's has, and while it holds it.
+    """
+
+    def __init__(self, directory: RunDirectory, lease: Lease | None, attempt: int, every: int):
+        self.directory, self.lease, self.attempt, self.every = directory, lease, attempt, every
 
     def on_train_start(self, trainer: Any, module: Any) -> None:
         self._since, self._tokens = time.perf_counter(), module.tokens
@@ -58,7 +61,7 @@ class Log(lightning.Callback):
         self._since, self._tokens = time.perf_counter(), module.tokens
 
     def write(self, trainer: Any, module: Contrastive, **values: Any) -> None:
-        if not trainer.is_global_zero:
+        if self.lease is None or not self.lease.held():
             return
         place = {"step": module.step, "attempt": self.attempt, "tokens": module.tokens, "flops": module.flop}
         self.directory.append_metrics(place | values)
@@ -102,10 +105,13 @@ class HeldOut(lightning.Callback):
 
 
 class Checkpoints(lightning.Callback):
-    """Trainable weights, optimiser and counters: by the clock and at a stop request."""
+    """Trainable weights, optimiser and counters: by the clock and at a stop request.
 
-    def __init__(self, directory: RunDirectory, run_id: str, minutes: float, stop: StopRequest):
-        self.directory, self.run_id, self.seconds, self.stop = directory, run_id, 60 * minutes, stop
+    Written as the log is: a process that has lost the lease was asked to stop, but must leave no checkpoint.
+    """
+
+    def __init__(self, directory: RunDirectory, lease: Lease | None, run_id: str, minutes: float, stop: StopRequest):
+        self.directory, self.lease, self.run_id, self.seconds, self.stop = directory, lease, run_id, 60 * minutes, stop
         self._saved = time.monotonic()
 
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -121,14 +127,14 @@ class Checkpoints(lightning.Callback):
             if asked:
                 self.stop.request("another process was asked to stop")
         if asked or due:
-            self.take(trainer, module)
+            self.take(module)
         if asked:
             trainer.should_stop = True
 
-    def take(self, trainer: Any, module: Any) -> None:
+    def take(self, module: Any) -> None:
         refuse_divergence(module)
         state = module.state()
-        if trainer.is_global_zero:
+        if self.lease is not None and self.lease.held():
             self.save(module.step, state)
         self._saved = time.monotonic()
 
@@ -148,7 +154,7 @@ class LastCheckpoint(lightning.Callback):
 
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if module.step == module.plan.steps:
-            self.checkpoints.take(trainer, module)
+            self.checkpoints.take(module)
 
 
 def newest_checkpoint(directory: RunDirectory, run_id: str, mapped: bool = False) -> dict[str, Any] | None:
@@ -267,4 +273,5 @@ class Show(lightning.Callback):
             )
 
     def teardown(self, trainer: Any, module: Any, stage: str) -> None:
-        self.bar.stop()
+        if self.console.is_terminal:  # else it was never started, and would print an empty line
+            self.bar.stop()

@@ -242,7 +242,8 @@ def _fit_verb(verbs) -> None:
         "--residual", default="huber", metavar="KIND", help="of joint laws: huber (default), lad, log or raw"
     )
     verb.add_argument("--delta", type=float, default=1e-3, help="Huber's, on ln L; default 1e-3")
-    verb.add_argument("--optimum", default="parabola", metavar="KIND", help="parabola (default), akima or law")
+    text = "parabola (default), law, or akima, whose loss is too low and too sure on dense grids"
+    verb.add_argument("--optimum", default="parabola", metavar="KIND", help=text)
     verb.add_argument("--window", type=float, default=4.0, metavar="FACTOR", help="of N in the parabola; default 4")
     verb.add_argument("--noise", type=float, metavar="SD", help="standard deviation of ln L; default from replicates")
     verb.add_argument("--bootstrap", type=int, default=1000, metavar="DRAWS", help="default 1000")

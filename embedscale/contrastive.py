@@ -15,21 +15,17 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import Dataset
 
-from embedscale.backbone import blocks_of, shape_of
+from embedscale.backbone import shape_of
 from embedscale.config import RunConfig
 from embedscale.cost import Cost, cost_of
 from embedscale.encoder import Encoder, Packed, a_chunk_a_core, cut_further, cuts, pack
-from embedscale.errors import UserError
-from embedscale.hardware import give_back_freed_memory, memory_in_use, usable_memory
+from embedscale.hardware import give_back_freed_memory, memory_in_use, training_device, usable_memory
 from embedscale.loss import loss_and_gradient
 from embedscale.methods import apply_method
 from embedscale.pairs import PairStore
 from embedscale.parallel import GradientSums, rank, shard_like, whole, world_size
 from embedscale.plan import TrainingPlan
 
-# What a chunk takes at most over what its graph keeps: the rest of a block's work and, in a CPU's heap, the gaps that
-# chunks of other lengths leave.
-MARGIN = {"cpu": 2.5, "cuda": 1.25}
 NEARLY = 0.9  # of the memory that a process may take: from there on, what is freed goes back
 PART_TOKENS = 4096  # what a core works on at once: enough for many tokens to occur again in it
 
@@ -113,7 +109,7 @@ class _Encoded(NamedTuple):
 class Contrastive(lightning.LightningModule):
     """An encoder under InfoNCE, with the ledger of what it has spent."""
 
-    sharing = 1  # runs on this device, which take equal parts of its memory
+    sharing = 1  # runs in the memory of this device or machine, of which they take equal parts
 
     def __init__(self, encoder: Encoder, trainable: list[str], config: RunConfig, plan: TrainingPlan, cost: Cost):
         super().__init__()
@@ -144,12 +140,12 @@ class Contrastive(lightning.LightningModule):
 
     @cached_property
     def memory(self) -> int:
-        """Bytes that this process may take on the device that it is on when it first asks."""
-        resources, sharing = self.config.resources, self.sharing
+        """Bytes that this process may take on the device that it trains on."""
+        resources, sharing, device = self.config.resources, self.sharing, training_device()
         if resources.memory_gb is not None:
             return int(resources.memory_gb * 1e9)
         # A GPU is one process's of a run; a machine's memory is all of theirs.
-        return usable_memory(self.device) // (sharing if self.device.type == "cuda" else sharing * resources.devices)
+        return usable_memory(device) // (sharing if device.type == "cuda" else sharing * resources.devices)
 
     def configure_model(self) -> None:
         """Lightning's moment: the processes know each other, and the weights are not on their device yet."""
@@ -173,6 +169,8 @@ class Contrastive(lightning.LightningModule):
         )
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+        for _ in range(self.halvings):
+            batch = batch.halved()
         return batch.to(device)
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
@@ -191,10 +189,8 @@ class Contrastive(lightning.LightningModule):
     def _backward_in_memory(self, batch: Batch) -> Batch:
         """The backward pass, begun again in chunks of half the size where the memory does not suffice.
 
-        Returns the batch as it was cut; later ones are cut so from the start, also after a resume.
+        Returns the batch as it was cut; later ones are cut so before they come to the device, also after a resume.
         """
-        for _ in range(self.halvings):
-            batch = batch.halved()
         while True:
             try:
                 self.loss = self.backward_through(batch)
@@ -205,7 +201,7 @@ class Contrastive(lightning.LightningModule):
                     raise
             for parameter in self.trainable.values():
                 parameter.grad = None
-            if torch.cuda.is_available():
+            if self.device.type == "cuda":
                 torch.cuda.empty_cache()
             batch = batch.halved()
             self.halvings += 1
@@ -400,59 +396,3 @@ def assemble(body: nn.Module, config: RunConfig, plan: TrainingPlan) -> Contrast
     if config.resources.compile:
         encoder.compile_blocks()
     return Contrastive(encoder, trainable, config, plan, cost)
-
-
-def fitting_chunk(module: Contrastive) -> int | None:
-    """The most tokens of a chunk with which a step stays within the memory that it may take, whatever the lengths.
-
-    None where the largest possible batch fits whole. Call it once the module is on its device, before the first step.
-    Raises UserError where `resources.memory_gb` does not even suffice for the longest sequence.
-    """
-    config, device = module.config, module.device
-    given = config.resources.memory_gb
-    pairs, context = config.training.batch_size, config.data.context
-    trained, world = sum(p.numel() for p in module.trainable.values()), module.plan.world_size
-    numbers = 6 * pairs**2  # the loss's matrices
-    if not config.resources.shard:
-        numbers += 3 * trained  # gradients and AdamW's two moments
-    else:
-        # A part of weights, gradients and moments; what is gathered: two blocks, one of them ahead, and what lies
-        # outside of the blocks; a block's gradients, and those outside, on their way. From a forward pass to its
-        # backward pass, bf16 keeps its copies of weights.
-        weights, blocks = sum(p.numel() for p in module.parameters()), blocks_of(module.encoder.body)
-        inside = sum(p.numel() for p in blocks.parameters())
-        copied = config.training.precision == "bf16" and not config.resources.activation_checkpointing
-        numbers += (weights + 3 * trained) // world
-        numbers += 3 * inside // len(blocks) + 2 * (weights - inside) + copied * weights // 2
-        numbers -= weights  # in use now, before it is in shards
-    in_use = memory_in_use(device)
-    with nullcontext() if config.resources.shard else module.encoder.folding() as folded:
-        if folded is not None:  # what the blocks are folded to, and its gradients, on each core
-            embedding = 0 if module._embedding is None else module._embedding.weight.numel()
-            numbers += (1 + torch.get_num_threads()) * (trained - embedding)
-        small, large = (_kept_bytes(module.encoder, n * context, device) for n in (8, 16))
-    a_token = MARGIN[device.type] * (large - small) / (8 * context)
-    fixed = in_use + 4 * numbers
-    most = int((module.memory - fixed) / a_token)
-    if most >= pairs * (2 + config.loss.hard_negatives) * context // world:
-        return None
-    if most < context and given is not None:
-        least = (fixed + context * a_token) / 1e9
-        raise UserError(f"resources.memory_gb: is {given:g}; this run needs at least {least:.2f}")
-    return max(most, context)
-
-
-def _kept_bytes(encoder: Encoder, tokens: int, device: torch.device) -> int:
-    """What autograd keeps of one forward pass."""
-    vocabulary = len(encoder.body.get_input_embeddings().weight)  # type: ignore[operator]
-    kept: dict[int, int] = {}
-
-    def note(x: Tensor) -> Tensor:
-        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-        return x
-
-    lengths = np.full(8, tokens // 8)
-    (chunk,) = pack(np.arange(int(lengths.sum())) % vocabulary, lengths)
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
-        encoder(chunk.to(device))
-    return sum(kept.values())

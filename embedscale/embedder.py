@@ -20,7 +20,8 @@ from embedscale.record import RunDirectory
 from embedscale.tokens import load_tokenizer, token_ids
 
 TEXTS_AT_ONCE = 16384  # tokenised and sorted by length together
-FORWARD_TOKENS = 2048  # in one forward pass: what its layers pass on stays in a core's cache
+# In one forward pass: on a CPU, what its layers pass on stays in a core's cache.
+FORWARD_TOKENS = {"cpu": 2048, "cuda": 32768}
 
 
 class Embedder:
@@ -72,7 +73,7 @@ class Embedder:
         if len(full):
             if self.encoder.folded is not None:
                 self.encoder.folded.expect(len(ids.values))
-            chunks = pack(as_numpy(ids.values), lengths[full], FORWARD_TOKENS)
+            chunks = pack(as_numpy(ids.values), lengths[full], FORWARD_TOKENS[self.device.type])
             for chunk, embeddings in zip(chunks, embeddings_of(self.encoder, chunks), strict=True):
                 found[full[chunk.order.numpy()]] = embeddings.cpu().numpy()
                 progress(len(chunk.order))

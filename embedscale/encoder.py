@@ -40,15 +40,15 @@ class Packed:
     bound: int  # on the lengths, one of few numbers: what is compiled for it serves other batches
 
     def to(self, device: torch.device) -> "Packed":
-        return self._with(lambda x: x.to(device, non_blocking=True))
+        return self.mapped(lambda x: x.to(device, non_blocking=True))
 
     def pin_memory(self) -> "Packed":
-        return self._with(lambda x: x.pin_memory())
+        return self.mapped(lambda x: x.pin_memory())
 
     def cut(self, number: int) -> "list[Packed]":
         """`number` chunks of about as many tokens, or one a sequence where these are fewer."""
         number = min(number, len(self.lengths))
-        here = self._with(lambda x: x.cpu())
+        here = self.mapped(lambda x: x.cpu())
         tokens, lengths, order = here.tokens.numpy(), here.lengths.numpy(), here.order.numpy()
         ends = here.ends.numpy()
         cuts = [0]
@@ -59,9 +59,19 @@ class Packed:
         chunks = (_pack_sorted(tokens, ends[part], lengths[part], order[part]) for part in parts)
         return [chunk.to(self.tokens.device) for chunk in chunks]
 
-    def _with(self, change: Callable[[Tensor], Tensor]) -> "Packed":
+    def __reduce__(self) -> tuple[Any, ...]:
+        """By value, from a loader's worker: in shared memory, each tensor of each chunk would hold a file open."""
+        return _unpickled, ({n: x.numpy() if isinstance(x, Tensor) else x for n, x in vars(self).items()},)
+
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> "Packed":
+        """With every tensor changed."""
         changed: dict[str, Any] = {n: change(x) for n, x in vars(self).items() if isinstance(x, Tensor)}
         return replace(self, **changed)
+
+
+def _unpickled(values: dict[str, Any]) -> Packed:
+    tensors = {name: torch.from_numpy(x) for name, x in values.items() if isinstance(x, np.ndarray)}
+    return Packed(**(values | tensors))
 
 
 def pack(tokens: np.ndarray, lengths: np.ndarray, chunk_tokens: int | None = None) -> list[Packed]:

@@ -283,14 +283,26 @@ def _gradients(
     weight, bias, a, b = needed
     found: list[Tensor | None] = [None] * 4
     if weight:
-        found[0] = above.T @ below
+        found[0] = _over_tokens(above, below)
     if bias:
         found[1] = (above if exact is None else exact).sum(0)
     if a and linear.b is not None:
-        found[2] = _product(above, linear.b.T).T @ below
+        found[2] = _over_tokens(_product(above, linear.b.T), below)
     if b and linear.a is not None:
-        found[3] = (_product(below, linear.a).T @ above).T  # the other way around is slower
+        found[3] = _over_tokens(above, _product(below, linear.a))
     return found
+
+
+def _over_tokens(above: Tensor, below: Tensor) -> Tensor:
+    """aboveᵀ below, the sum of outer products over tokens: [out, in] from [T, out] and [T, in].
+
+    The faster way around is the one with more columns than rows.
+    """
+    if above.shape[1] > below.shape[1]:
+        return _over_tokens(below, above).T
+    if above.dtype == torch.float32 and _onednn(above.dtype):
+        return _product(above.T, below.T)
+    return above.T @ below
 
 
 def _turned(qkv: Tensor, turn: Tensor, size: int) -> Tensor:

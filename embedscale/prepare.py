@@ -32,7 +32,7 @@ from embedscale.config import Data, RunConfig, Source
 from embedscale.corpora import Pair, Unit, read, units_of
 from embedscale.errors import DONE, FAILED, UserError
 from embedscale.pairs import FORMAT, PairStore, as_numpy, part_file
-from embedscale.record import Lease, read_json, write_atomically, write_json
+from embedscale.record import Lease, lease_holder, read_json, write_atomically, write_json
 from embedscale.stop import StopRequest
 from embedscale.tokens import load_tokenizer, mixed, pair_hashes, schema, tokenised, vocabulary
 from embedscale.tokens import tokenizer_digest as tokenizer_digest
@@ -73,11 +73,8 @@ def prepare(config: RunConfig) -> int:
     name, revision = (data.tokenizer, None) if data.tokenizer else (config.backbone.name, config.backbone.revision)
     tokenizer, digest = load_tokenizer(name, revision)
     settings = _settings(data, digest)
-    if (folder / "manifest.json").exists():
-        manifest = PairStore.open(folder).manifest
-        _refuse_other_settings(folder, manifest["settings"], settings)
-        shutil.rmtree(folder / "work", ignore_errors=True)
-        print(f"{folder} is there: {_summary(manifest)}")
+    if _is_there(folder, settings):
+        _clear(folder)
         return DONE
     units = [unit for number, source in enumerate(data.sources) for unit in units_of(number, source)]
     begun = {"settings": settings, "units": hashlib.sha256(repr(units).encode()).hexdigest()[:16]}
@@ -86,8 +83,6 @@ def prepare(config: RunConfig) -> int:
     buckets = 1 << min(max(size // BUCKET_BYTES, 1).bit_length(), MOST_BUCKETS.bit_length() - 1)
     token = np.uint16 if vocabulary(tokenizer) <= 2**16 else np.uint32
     work = Work(folder, data, (name, revision), token, len(units), buckets)
-    lease = Lease(folder / "work" / "lease.json")
-    lease.take()
     # A flag that the wait for the workers looks at: an exception may be lost in a destructor, and a second Ctrl-C,
     # raised while the pool waits for its workers, would leave it waiting for ever.
     stop = StopRequest()
@@ -95,8 +90,13 @@ def prepare(config: RunConfig) -> int:
     def interrupt(number: int, frame: object) -> None:
         stop.request(signal.Signals(number).name)
 
+    # Where another process has taken the store over, this one ends as if it were asked to.
+    lease = Lease(_lease(folder), lambda: stop.request("another process has taken the store over"))
+    lease.take()
     handlers = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
+        if _is_there(folder, settings):  # another process has ended it while this one listed the files
+            return DONE
         write_json(folder / "work" / "settings.json", begun)
         for torn in folder.glob("*/.*.arrow.*.partial"):  # of a process that was killed
             torn.unlink()
@@ -106,7 +106,8 @@ def prepare(config: RunConfig) -> int:
         manifest = _manifest(settings, name, digest, vocabulary(tokenizer), data, counts, parts)
         write_json(folder / "manifest.json", manifest | {"seconds": seconds})
     except UserError:
-        _unmake(made)
+        if not (folder / "manifest.json").exists():
+            _unmake(made)
         raise
     except Exception as error:
         if stop.requested:  # by a signal that the pool's processes got too, which broke it
@@ -121,10 +122,31 @@ def prepare(config: RunConfig) -> int:
         lease.release()
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    shutil.rmtree(folder / "work")
+        if (folder / "manifest.json").exists():
+            _clear(folder)
     rate = manifest["read"] / max(seconds, 0.1)
     print(f"{folder}: {_summary(manifest)}; {seconds:.0f} s, {rate:,.0f} pairs a second")
     return DONE
+
+
+def _is_there(folder: Path, settings: dict[str, Any]) -> bool:
+    """Whether the store is finished; then say so. Raises UserError where it is another one."""
+    if not (folder / "manifest.json").exists():
+        return False
+    manifest = PairStore.open(folder).manifest
+    _refuse_other_settings(folder, manifest["settings"], settings)
+    print(f"{folder} is there: {_summary(manifest)}")
+    return True
+
+
+def _lease(folder: Path) -> Path:
+    return folder / "work" / "lease.json"
+
+
+def _clear(folder: Path) -> None:
+    """Remove what a finished store was made from, but under no other process, which may just look whether it is."""
+    if lease_holder(_lease(folder)) is None:
+        shutil.rmtree(folder / "work", ignore_errors=True)
 
 
 def _check_sources(sources: list[Source]) -> None:
@@ -158,16 +180,23 @@ def _make_folder(folder: Path, begun: dict[str, Any]) -> list[Path]:
         _refuse_other_settings(folder, before["settings"], begun["settings"])
         if before["units"] != begun["units"]:
             raise UserError(f"data.sources: the files have changed since {folder} was begun; remove it to start again")
-    ours = {"work", "train", "held_out"}
-    if folder.exists() and not (folder.is_dir() and {path.name for path in folder.iterdir()} <= ours):
+    parts = {"work", "train", "held_out"}
+    # Another process may have begun, or even ended, this store since the first look at it.
+    ours = parts | {"manifest.json"}
+    if folder.exists() and not (folder.is_dir() and _names(folder) <= ours):
         raise UserError(f"data.store: {folder} holds other files; name an empty or a new folder")
     made = [path for path in (*reversed(folder.parents), folder) if not path.exists()]
     try:
-        for name in ours:
+        for name in parts:
             (folder / name).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"data.store: {folder} cannot be made ({error.strerror})") from None
     return made
+
+
+def _names(folder: Path) -> set[str]:
+    """What lies in the folder, but files that are being written."""
+    return {path.name for path in folder.iterdir() if not path.name.endswith(".partial")}
 
 
 def _unmake(made: list[Path]) -> None:

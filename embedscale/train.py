@@ -37,8 +37,9 @@ from embedscale.callbacks import (
     newest_checkpoint,
 )
 from embedscale.config import RunConfig
-from embedscale.contrastive import Batches, Contrastive, assemble, fitting_chunk
+from embedscale.contrastive import Batches, Contrastive, assemble
 from embedscale.errors import DONE, FAILED, INTERRUPTED, UserError
+from embedscale.footprint import fitting_chunk
 from embedscale.hardware import keep_freed_memory
 from embedscale.pairs import PairStore
 from embedscale.plan import TrainingPlan, plan_run
@@ -47,11 +48,17 @@ from embedscale.pythia import short_name
 from embedscale.record import Attempt, Lease, RunDirectory, leased, read_json, write_atomically, write_json
 from embedscale.stop import STOP_SIGNALS, StopRequest
 
+# Lightning sets it too, but a rank's first product on the GPU, which reads it, may come before.
+os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+
 PACKAGES = ("embedscale", "torch", "lightning", "transformers", "peft", "numpy", "pyarrow", "omegaconf")
 
 
-def train(config: RunConfig, stop: StopRequest | None = None, sharing: int = 1) -> int:
-    """Train a run to its budget, or go on with it, or say that it is done; one of `sharing` runs on its device.
+def train(config: RunConfig, stop: StopRequest | None = None, sharing: int = 1, beside: int = 1) -> int:
+    """Train a run to its budget, or go on with it, or say that it is done.
+
+    It is one of `sharing` runs on its device, whose hours and memory they share, and, on a machine without GPUs, one of
+    `beside` that have cores of their own but share the machine's memory.
 
     Returns DONE, FAILED (diverged, or an error, whose traceback lies in the attempt) or INTERRUPTED (resumable).
     Raises UserError, before anything is written, for whatever the user can mend.
@@ -78,19 +85,18 @@ def train(config: RunConfig, stop: StopRequest | None = None, sharing: int = 1) 
     keep_freed_memory()
     module, facts = _build(config, plan)
     _refuse_another_plan(directory, facts | {"plan": plan.as_json()})
-    module.sharing = sharing
+    module.sharing = sharing * beside
     chunk = _chunk_tokens(config, directory, module)
     if _rank() > 0:
         attempt = Attempt(directory.attempts, {"number": 0})
         return _fit(config, directory, store, module, chunk, facts, stop, attempt, None)
-    directory.path.mkdir(parents=True, exist_ok=True)
-    with leased(directory) as lease:
+    with leased(directory, lambda: stop.request("another process has taken this run over")) as lease:
         if directory.read_record() is not None:  # another process ended it since the first look
-            return train(config, stop, sharing)
+            return train(config, stop, sharing, beside)
         write_atomically(directory.config, lambda file: file.write(configs.to_yaml(config).encode()))
         write_json(directory.plan, facts | {"chunk_tokens": chunk, "plan": plan.as_json()})
         directory.close_lost_attempts(lease.left_behind)
-        attempt = directory.begin_attempt()
+        attempt = directory.begin_attempt(sharing=sharing)
         return _fit(config, directory, store, module, chunk, facts, stop, attempt, lease)
 
 
@@ -107,12 +113,7 @@ def _chunk_tokens(config: RunConfig, directory: RunDirectory, module: Contrastiv
     if begun is not None:
         found: int | None = begun.get("chunk_tokens")
         return found
-    if torch.cuda.is_available():
-        module.to(torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))))
-    chunk = fitting_chunk(module)
-    if config.resources.shard:
-        module.cpu()  # from where it goes to the devices in parts
-    return chunk
+    return fitting_chunk(module)
 
 
 def _rank() -> int:
@@ -167,6 +168,22 @@ def _refuse_another_plan(directory: RunDirectory, facts: dict[str, Any]) -> None
             raise UserError(f"{directory.path}: this run began with {name} {value}; now it is {now}")
 
 
+def bare_trainer(**options: Any) -> lightning.Trainer:
+    """Lightning's loop, the same to the last bit at every call, without what `callbacks` does here."""
+    # Filling every new buffer would cost a pass over memory and helps only to find reads of garbage.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    return lightning.Trainer(
+        max_epochs=1,
+        plugins=[LightningEnvironment()],  # it starts the processes, also inside of a SLURM job
+        deterministic=True,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        **options,
+    )
+
+
 class _Gathered(DDPStrategy):
     """Processes and devices from Lightning; gradients are summed, or the model sharded, by `parallel`, not by DDP."""
 
@@ -192,9 +209,9 @@ def _fit(
     if lease is not None:
         directory.truncate_metrics(module.step)
         attempt.write(from_step=module.step, from_flop=module.flop)
-    log = Log(directory, attempt.facts["number"], config.resources.log_every)
+    log = Log(directory, lease, attempt.facts["number"], config.resources.log_every)
     held_out = HeldOut(store, log, stop)
-    checkpoints = Checkpoints(directory, config.run_id, config.resources.checkpoint_minutes, stop)
+    checkpoints = Checkpoints(directory, lease, config.run_id, config.resources.checkpoint_minutes, stop)
     callbacks: list[lightning.Callback] = [
         Budget(),
         log,
@@ -217,7 +234,8 @@ def _fit(
         weights = module.weights() if module.step == module.plan.steps else {}
         if lease is None:
             return DONE if module.step == module.plan.steps else INTERRUPTED
-        if module.step < module.plan.steps or (held_out.last is None and _last_evaluation(directory, module) is None):
+        evaluated = held_out.last is not None or _last_evaluation(directory, module) is not None
+        if module.step < module.plan.steps or not evaluated or not lease.held():
             return interrupted(stop.reason)
         attempt.end("done", to_step=module.step, to_flop=module.flop)
         _record(config, directory, module, weights, facts, "done", device)
@@ -230,7 +248,8 @@ def _fit(
         if lease is not None:
             attempt.end("diverged", reason=str(error), to_step=error.step, to_flop=module.flop)
             facts |= {"diverged_at_step": error.step}
-            _record(config, directory, module, weights, facts, "diverged", module.device)
+            if lease.held():
+                _record(config, directory, module, weights, facts, "diverged", module.device)
             print(f"{config.run_id}: diverged, {error}", file=sys.stderr)
         return FAILED
     except (KeyboardInterrupt, SystemExit) as error:  # the latter is what Lightning makes of the former
@@ -255,29 +274,20 @@ def _run(
 ) -> torch.device:
     """The steps that are left, and the evaluations that are missing."""
     resources, plan = config.resources, module.plan
-    # Filling every new buffer would cost a pass over memory and helps only to find reads of garbage.
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     strategy: Any = "auto"
     if plan.world_size > 1:
         strategy = _Gathered(process_group_backend=None if torch.cuda.is_available() else "gloo")
-    trainer = lightning.Trainer(
-        max_epochs=1,
+    trainer = bare_trainer(
         devices=resources.devices,
         num_nodes=resources.nodes,
         strategy=strategy,
-        plugins=[LightningEnvironment()],
         callbacks=callbacks,
         logger=_loggers(config, directory),
-        deterministic=True,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
     )
     if module.step < plan.steps:
         if stop.requested:
             return module.device
-        batches = Batches(store, plan, config, chunk_tokens, _rank())
+        batches = Batches(store, plan, config, chunk_tokens)
         trainer.fit(module, datamodule=_Steps(batches, module.step, resources.workers))
         return trainer.strategy.root_device
     held_out.catch_up(trainer, module.to(trainer.strategy.root_device))
@@ -294,6 +304,7 @@ class _Steps(lightning.LightningDataModule):
     def train_dataloader(self) -> DataLoader[Any]:
         # What the first process found to fit, and wrote down, holds for all.
         self.batches.chunk_tokens = self.trainer.strategy.broadcast(self.batches.chunk_tokens)
+        self.batches.rank = self.trainer.global_rank
         return DataLoader(
             self.batches,
             batch_size=None,
@@ -341,12 +352,17 @@ def _record(
     status: str,
     device: Any,
 ) -> None:
-    """Write the final weights and, last of all, the record; then the checkpoints have served."""
+    """Write the final weights and, last of all, the record; then the checkpoints have served.
+
+    `gpu_hours` are hours of devices, each counted once: an attempt's are divided by the number of runs that its device
+    was to take side by side, though the last ones of a bundle may have had it to themselves.
+    """
     plan, evaluation, method = module.plan, config.evaluation, config.method
     weights = {name: weight.cpu().contiguous() for name, weight in weights.items()}
     final = _last_evaluation(directory, module) if status == "done" else None
     attempts = directory.read_attempts()
     wall = sum(_seconds(attempt) for attempt in attempts)
+    of_a_device = sum(_seconds(attempt) / attempt.get("sharing", 1) for attempt in attempts)
     if status == "done":
         directory.model.mkdir(exist_ok=True)
         write_atomically(directory.model / "trainable.safetensors", lambda file: save_file(weights, file.name))
@@ -362,6 +378,7 @@ def _record(
         "run_id": config.run_id,
         "backbone": short_name(config.backbone.name),
         "backbone_weights": config.backbone.weights,
+        "backbone_revision": config.backbone.revision,
         **{key: value for key, value in facts.items() if key != "trainable"},
         "method": method.name,
         "hyperparameters": {
@@ -400,7 +417,7 @@ def _record(
         },
         "weights_digest": digest_of(weights),
         "wall_seconds": round(wall, 1),
-        "gpu_hours": round(wall * plan.world_size / 3600, 5),
+        "gpu_hours": round(of_a_device * plan.world_size / 3600, 5),
         "device": _device(device, plan.world_size),
         "attempts": attempts,
         "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},

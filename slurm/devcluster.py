@@ -19,8 +19,7 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from embedscale.errors import DONE, FAILED, WRONG, UserError
-from embedscale.record import write_atomically
-from slurm.local import start_time
+from embedscale.record import start_time, write_atomically
 
 PACKAGES = "munge slurmctld slurmd slurm-client slurmdbd mariadb-server"
 INSTALL = f"apt-get install -y --no-install-recommends {PACKAGES}"

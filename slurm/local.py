@@ -25,7 +25,18 @@ from typing import Any
 from embedscale.config import RunConfig
 from embedscale.errors import DONE, FAILED, INTERRUPTED, UserError
 from embedscale.imports import importing
-from embedscale.record import STALE_SECONDS, Attempt, RunDirectory, lease_holder, leased, now, read_json, write_json
+from embedscale.record import (
+    STALE_SECONDS,
+    Attempt,
+    RunDirectory,
+    lease_holder,
+    leased,
+    now,
+    process_alive,
+    read_json,
+    start_time,
+    write_json,
+)
 from embedscale.stop import StopRequest
 from slurm import queue
 from slurm.grid import Sweep
@@ -44,7 +55,8 @@ class Place:
 
     processes: Sequence[Mapping[str, str]] = ({},)
     threads: int = 1
-    sharing: int = 1  # places on the same GPU or, without GPUs, in the same machine's memory
+    sharing: int = 1  # places on the same device, a GPU or, without GPUs, the cores of a task
+    beside: int = 1  # places with cores of their own in the same machine's memory
 
 
 @dataclass
@@ -136,7 +148,6 @@ def stalled(directory: RunDirectory) -> bool:
 
 def note_failure(directory: RunDirectory, reason: str) -> None:
     """Write an attempt that failed for a reason that no training process could write down."""
-    directory.path.mkdir(parents=True, exist_ok=True)
     with leased(directory) as lease:
         directory.close_lost_attempts(lease.left_behind)
         directory.begin_attempt().end("failed", reason=reason)
@@ -190,7 +201,7 @@ def train_here(run: RunConfig, place: Place, stop: StopRequest) -> int:
     os.environ["OMP_NUM_THREADS"] = str(place.threads)
     directory = RunDirectory(run.folder)
     try:
-        return train(run, stop, place.sharing)
+        return train(run, stop, place.sharing, place.beside)
     except UserError as error:
         print(f"embedscale: {error}", file=sys.stderr)
         if lease_holder(directory.lease) is not None:
@@ -263,16 +274,7 @@ def processes_at(folder: Path) -> list[dict[str, Any]]:
     """The processes that are at the sweep, on this machine and, for all that is known here, on others."""
     found = [noted for note in (folder / queue.FOLDER).glob("*.process") if (noted := read_json(note))]
     own = socket.gethostname()
-    return [each for each in found if each["host"] != own or start_time(each["pid"]) == each["born"]]
-
-
-def start_time(pid: int) -> str:
-    """Of a process, in clock ticks since boot: tells it from a later one of the same number. Empty where it is gone."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-    except OSError:
-        return ""
-    return "" if fields[0] == "Z" else fields[19]
+    return [each for each in found if each["host"] != own or process_alive(each["pid"], each["born"])]
 
 
 def run_here(sweep: Sweep, runs: Sequence[RunConfig]) -> int:
@@ -340,7 +342,7 @@ def _places(gpus: Sequence[str], nodes: int, devices: int, threads: int, most: i
         raise UserError(f"resources: a run asks for {size} GPUs; this machine has {len(gpus)}")
     room = len(gpus) // size if gpus else len(os.sched_getaffinity(0)) // (size * threads)
     count = max(1, min(room, most))
-    sharing = 1 if gpus else count * nodes
+    beside = 1 if gpus else count * nodes
     places = []
     for number in range(count):
         port = _free_port()
@@ -352,7 +354,7 @@ def _places(gpus: Sequence[str], nodes: int, devices: int, threads: int, most: i
             if size > 1:
                 environment |= rank_environment(rank, size, local, devices, node, "127.0.0.1", port)
             processes.append(environment)
-        places.append(Place(processes, threads, sharing))
+        places.append(Place(processes, threads, beside=beside))
     return places
 
 

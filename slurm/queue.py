@@ -24,9 +24,9 @@ IDS_AT_ONCE = 500  # on one command line
 class Job:
     """A job, or one task of an array, that the queue still knows."""
 
-    id: str  # its own number, what SLURM_JOB_ID says inside it
+    id: str  # its own number, what SLURM_JOB_ID says inside it; of an array's task that waits, the array's number
     array: str  # the array's number, or its own
-    task: int  # index in the array; 0 for a single job
+    task: int | None  # index in the array; None for a single job
     name: str
     state: str  # as squeue spells it: PENDING, RUNNING, …
     host: str
@@ -35,6 +35,11 @@ class Job:
     @property
     def running(self) -> bool:
         return self.state in ("RUNNING", "COMPLETING")
+
+    @property
+    def handle(self) -> str:
+        """What scancel takes for this job and no other."""
+        return self.array if self.task is None else f"{self.array}_{self.task}"
 
 
 def note_submission(folder: Path, job_name: str, tasks: Sequence[Sequence[str]], **facts: Any) -> None:
@@ -61,7 +66,7 @@ def jobs() -> list[Job] | None:
     found = []
     for line in filter(None, text.splitlines()):
         number, array, task, state, host, reason, name = line.split("|", 6)
-        index = int(task) if task.isdigit() else 0
+        index = int(task) if task.isdigit() else None
         found.append(Job(number, array, index, name, state, host, None if reason in ("", "None") else reason))
     return found
 
@@ -74,8 +79,8 @@ def jobs_by_run(folder: Path) -> dict[str, Job] | None:
     noted = submissions(folder)
     by_run: dict[str, Job] = {}
     for job in found:
-        tasks = noted.get(job.name, {}).get("tasks", [])
-        for run_id in tasks[job.task] if job.task < len(tasks) else []:
+        tasks, index = noted.get(job.name, {}).get("tasks", []), job.task or 0
+        for run_id in tasks[index] if index < len(tasks) else []:
             by_run[run_id] = job
     return by_run
 
@@ -95,10 +100,10 @@ def accounting(job_ids: Sequence[str]) -> dict[str, str]:
     return states
 
 
-def cancel(job_ids: Sequence[str]) -> None:
+def cancel(handles: Sequence[str]) -> None:
     """Take jobs out of the queue. Raises UserError where scancel refuses."""
-    for start in range(0, len(job_ids), IDS_AT_ONCE):
-        if _run(["scancel", *job_ids[start : start + IDS_AT_ONCE]]) is None:
+    for start in range(0, len(handles), IDS_AT_ONCE):
+        if _run(["scancel", *handles[start : start + IDS_AT_ONCE]]) is None:
             raise UserError("scancel: is missing or refused; look at squeue before trying again")
 
 

@@ -128,7 +128,9 @@ def status_of(directory: RunDirectory, run_id: str, budget: float, devices: int,
     if not attempts:
         return _unstarted(run_id, budget, job)
     last = attempts[-1]
-    if last.get("ended") == "failed" and job is None:
+    # A job that has seen the run fail is done with it, and works on at the others of its bundle; one that begins will
+    # try it again.
+    if last.get("ended") == "failed" and (job is None or (job.running and job.id == last.get("job_id"))):
         state = "failed"
     else:
         state = "interrupted" if job is None else "preempted"
@@ -144,12 +146,15 @@ def status_of(directory: RunDirectory, run_id: str, budget: float, devices: int,
 
 
 def _hours(attempt: Mapping[str, Any], now: bool = False) -> float:
-    """Wall-clock hours of an attempt; of one that is still open, until now; zero where its end is not known."""
+    """Hours that an attempt took of a device, shared out as in a record's `gpu_hours`; of one that is still open, until
+    now; zero where its end is not known.
+    """
     end = attempt.get("end")
     if end is None and not now:
         return 0.0
     begin = datetime.fromisoformat(attempt["start"]).timestamp()
-    return max(0.0, (datetime.fromisoformat(end).timestamp() if end else time.time()) - begin) / 3600
+    seconds = max(0.0, (datetime.fromisoformat(end).timestamp() if end else time.time()) - begin)
+    return seconds / 3600 / attempt.get("sharing", 1)
 
 
 def wasted_hours(attempts: Sequence[Mapping[str, Any]]) -> float:
@@ -315,15 +320,19 @@ def cancel(args: Any) -> int:
             print(f"a process of {each['host']} ({each['pid']}) is at this sweep; cancel it there")
     if jobs is None and not here:
         raise UserError("squeue: cannot be asked here, so that no job of the sweep is known; nothing was cancelled")
-    chosen = {run_id: job for run_id, job in (jobs or {}).items() if run_id in sweep.by_id}
-    ids = sorted({job.id for job in chosen.values()})
-    if not ids and not here:
+    jobs = jobs or {}
+    handles = {job.handle for run_id, job in jobs.items() if run_id in sweep.by_id}
+    if not handles and not here:
         print(f"{sweep.name}: no job in the queue; nothing to cancel")
         return DONE
     what = [f"{len(here)} processes on this machine"] if here else []
-    if ids:
-        running = sum(job.running for job in chosen.values())
-        what.append(f"{len(ids):,} jobs with {len(chosen):,} runs, {running:,} of them in jobs that run now")
+    if handles:
+        # A job goes as a whole, with the runs that it bundles and this call's file and settings do not name.
+        going = {run_id: job for run_id, job in jobs.items() if job.handle in handles}
+        running = sum(job.running for job in going.values())
+        what.append(f"{len(handles):,} jobs with {len(going):,} runs, {running:,} of them in jobs that run now")
+        if others := len(going.keys() - sweep.by_id.keys()):
+            what.append(f"{others:,} of these runs were not asked for, but share a job with one that was")
     print(f"{sweep.name}: {'; '.join(what)}.")
     print("What they have checkpointed stays; the next submit goes on with them.")
     if not args.yes:
@@ -337,8 +346,8 @@ def cancel(args: Any) -> int:
     for pid in here:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGTERM)
-    queue.cancel(ids)
-    print(f"cancelled {len(ids):,} jobs" + (f", asked {len(here)} processes to save and stop" if here else ""))
+    queue.cancel(sorted(handles))
+    print(f"cancelled {len(handles):,} jobs" + (f", asked {len(here)} processes to save and stop" if here else ""))
     return DONE
 
 

@@ -145,7 +145,7 @@ def submit(
     Raises UserError where the queue cannot be asked, another submit is at work, or sbatch refuses: the arrays that
     were submitted before are named, stay in the queue, and are known to the next submit.
     """
-    with _alone(sweep.folder):
+    with _alone(sweep.folder) as lease:
         jobs = queue.jobs_by_run(sweep.folder)
         if jobs is None:
             raise UserError("squeue: cannot be asked, so that runs might go out twice; nothing was submitted")
@@ -161,6 +161,8 @@ def submit(
         for index, (parallel, after) in enumerate(throttles(arrays, sweep.cluster.max_gpus, _held(sweep.folder, jobs))):
             dependencies = [sent.get(job, job) for job in after]
             try:
+                if not lease.held():
+                    raise UserError("another submit of this sweep has taken over from this one, which was suspended")
                 sent[f"#{index}"] = _send(sweep, arrays[index], parallel, dependencies, sorted(sick), copy, facts)
             except UserError as error:
                 done = ", ".join(sent.values()) or "none"
@@ -171,16 +173,15 @@ def submit(
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
+def _alone(folder: Path) -> Iterator[Lease]:
     """Two submits at once would both find the same runs missing."""
-    (folder / queue.FOLDER).mkdir(parents=True, exist_ok=True)
     lease = Lease(folder / queue.FOLDER / "submit.lease")
     try:
         lease.take()
     except UserError as error:
         raise UserError(f"another submit of this sweep is at work: {error}") from None
     try:
-        yield
+        yield lease
     finally:
         lease.release()
 

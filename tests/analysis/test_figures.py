@@ -1,6 +1,7 @@
 """Every figure from a sweep, its files, what it shows, and how it looks: in grey, at its size, with holes."""
 
 import itertools
+import re
 import warnings
 from dataclasses import replace
 
@@ -11,7 +12,7 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from sweeps import BUDGETS, fitted, miniature, paper_like
 
-from analysis import figures, figures_optima, figures_runs, style
+from analysis import figures, figures_laws, figures_optima, figures_runs, style
 from analysis import study as studies
 from embedscale.cli import main
 from embedscale.errors import UserError
@@ -101,6 +102,27 @@ def test_edges_are_hollow_and_interior_optima_are_not(drawn, study):
     states = {row["budget"]: row["state"] == "interior" for row in study.fits["methods"]["bias"]["optima"]}
     assert filled == states
     assert not all(states.values())
+
+
+def test_captions_tell_what_is_drawn_and_what_lies_outside(tmp_path):
+    """Freezing at three fractions has a bar each; LoRA, whose fractions differ with the size, has none."""
+    by_rank = paper_like().query("method == 'lora'")
+    few = paper_like(noise=0.05)
+    few = pd.concat([few.assign(trainable_fraction=s, loss=few["loss"] * (2 - s)) for s in (0.25, 0.5, 1.0)])
+    few = few.query("method == 'freeze'").drop_duplicates(["params", "budget", "trainable_fraction"])
+    for number, table in enumerate((by_rank, few)):
+        found = studies.load(fitted(table, tmp_path / str(number)))
+        for draw in (figures_laws.fraction_trend, figures_laws.coefficient_trend):
+            with style.style():
+                drawn = draw(found)
+            axes, values = drawn.figure.axes[0], drawn.rows["part"]
+            low, high = axes.get_ylim()
+            outside = int(((values < low) | (values > high)).sum())
+            told = re.search(r"(\d+) of the (\d+) points lie outside", drawn.caption)
+            assert (tuple(map(int, told.groups())) if told else (0, len(values))) == (outside, len(values))
+            if draw is figures_laws.fraction_trend:
+                bars = any(line.get_marker() == "_" for line in axes.get_lines())
+                assert bars == ("bars: medians" in drawn.caption) == (table is few)
 
 
 def luminance(color) -> float:

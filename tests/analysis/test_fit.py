@@ -1,18 +1,23 @@
 """From runs to fits.json, and the verb: what is written, what is noted, what is refused, and holes everywhere."""
 
 import json
+import re
 import subprocess
 import sys
 
 import numpy as np
 import pandas as pd
 import pytest
+from sweeps import write_run
 
 from analysis import fit as fits_file
-from analysis import runs
+from analysis import runs, uncertainty
 from analysis.laws import predict_chinchilla, predict_trainable_fraction
+from analysis.optima import Profile
 from embedscale.cli import main
+from embedscale.cost import Method, cost_of
 from embedscale.errors import UserError
+from embedscale.pythia import SUITE
 
 SIZES = 1.2e6 * 4.0 ** np.arange(6)
 BUDGETS = 1.5e15 * 4.0 ** np.arange(5)
@@ -298,3 +303,133 @@ def test_the_analysis_never_imports_torch():
     modules = "fit, frontier, joint, laws, optima, runs, simulate, solver, summary, uncertainty"
     code = f"import sys; from analysis import {modules}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "better",
+    [
+        {"backbone": "pythia-70m-deduped"},
+        {"backbone_revision": "step1000"},
+        {"hyperparameters": {"clip": 1.0}},
+        {"hyperparameters": {"mask_equal_texts": True}},
+        {"hyperparameters": {"blocks": "one", "active_blocks": 3}},
+    ],
+)
+def test_runs_that_differ_in_science_are_no_replicates(tmp_path, better):
+    """The better of two settings stands at every size, alone: not the mean of both, with their distance as noise."""
+    losses = {}
+    for budget in BUDGETS[:3]:
+        for size in SIZES[:4]:
+            for number, change in enumerate(({}, better)):
+                path = write_run(tmp_path, budget, int(size), "full", 2.0 - 0.2 * number, f"b{number}-{size:.3g}")
+                record = json.loads((path / "record.json").read_text())
+                record["hyperparameters"] |= {"clip": None, "mask_equal_texts": False, "blocks": "one"}
+                record["hyperparameters"] |= {"active_blocks": 0} | change.get("hyperparameters", {})
+                record |= {"backbone": f"own-{size:.3g}"} | {k: v for k, v in change.items() if k != "hyperparameters"}
+                (path / "record.json").write_text(json.dumps(record))
+                losses[budget, int(size)] = 1.8
+    found = fits_file.fit(runs.load(tmp_path), bootstrap=100)
+    points = found["methods"]["full"]["points"]
+    assert {(point["budget"], point["params"]): point["loss"] for point in points} == losses
+    assert {(point["seeds"], point["tried"]) for point in points} == {(1, 2)}
+    assert found["noise"]["source"] != "replicates"
+    (name, value), *_ = better.get("hyperparameters", better).items()
+    assert all(point[name] == value for point in points) or name == "blocks"
+
+
+def test_a_record_without_a_revision_is_one_of_the_hubs_default(tmp_path):
+    for seed, known in enumerate(({}, {"backbone_revision": None})):
+        for budget in BUDGETS[:2]:
+            for size in SIZES[:3]:
+                path = write_run(tmp_path, budget, int(size), "full", 2.0, f"b-{size:.3g}", seed)
+                record = json.loads((path / "record.json").read_text())
+                (path / "record.json").write_text(json.dumps(record | known))
+    found = fits_file.fit(runs.load(tmp_path), bootstrap=100)
+    assert {point["seeds"] for point in found["methods"]["full"]["points"]} == {2}
+
+
+@pytest.mark.parametrize("told", ["spent", "tokens alone"])
+def test_methods_are_compared_at_budgets_that_are_nearly_equal(told):
+    """Tokens are whole numbers, so that budgets which follow from them differ between sizes, and between methods."""
+    table = sweep(noise=0.0, methods=("full",))
+    table = pd.concat([table, table.assign(method="bias", loss=1.05 * table["loss"])], ignore_index=True)
+    per_token = table["params"] * np.where(table["method"] == "full", 6, 4)
+    table["tokens"] = (table["budget"] / per_token).round(-3)
+    table = table.drop(columns=["flop_per_token"]).assign(budget=table["tokens"] * per_token)
+    loaded = runs.from_table(table if told == "spent" else table.drop(columns="budget"))
+    found = fits_file.fit(loaded, noise=0.002, bootstrap=100)
+    rows = found["frontier"]["comparisons"]
+    assert [row["budget"] for row in rows] == pytest.approx(list(BUDGETS), rel=1e-3)
+    assert [row["budget"] for row in rows] == found["runs"]["budgets"]
+    assert [row["difference"] for row in rows] == pytest.approx([-np.log(1.05)] * 5, abs=1e-6)  # full over bias
+    assert all(row["distinguishable"] for row in rows)
+
+
+def bias_notes(method: str, cost_of_size, sizes, budgets, noise: float = 0.002) -> tuple[dict, list[str]]:
+    """The joint law of a noiseless sweep, and what is noted of the exponent of N*."""
+    law = np.array([0.08, 900.0, 145.0, 0.45, 0.267])
+    rows = [
+        {"method": method, "params": n, "budget": c, "tokens": c / cost_of_size(n), "flop_per_token": cost_of_size(n)}
+        | {"loss": float(np.ravel(predict_chinchilla(law, n, c / cost_of_size(n)))[0])}
+        for c in budgets
+        for n in sizes
+    ]
+    found = fits_file.fit(runs.from_table(pd.DataFrame(rows)), noise=noise, bootstrap=200)
+    return found["methods"][method]["joint_laws"]["chinchilla"], [note for note in found["notes"] if "grows" in note]
+
+
+def test_the_exponent_of_the_best_size_is_none_where_cost_is_not_in_proportion_to_size():
+    """Adapters of rank 128: their share, and with it a token's cost a parameter, falls with the size."""
+    backbones = [SUITE[f"pythia-{name}"] for name in ("14m", "31m", "70m", "160m", "410m", "1b")]
+    costs = {row.parameters: cost_of(row.shape, Method("lora", rank=128)).flop_per_token for row in backbones}
+    law, notes = bias_notes("lora", costs.get, list(costs), BUDGETS)
+    assert [law["alpha"], law["beta"]] == pytest.approx([0.45, 0.267], rel=1e-3)
+    assert notes == []  # the optima follow the law
+    assert law["n_exponent"] is law["n_exponent_interval"] is None
+    law, notes = bias_notes("full", lambda n: 6 * n, list(costs), BUDGETS)
+    assert law["n_exponent"] == pytest.approx(0.267 / 0.717, rel=1e-3)
+    assert notes == []
+
+
+def test_a_wide_grids_biased_parabolas_are_noted():
+    """The law has no symmetric profiles; parabolas through wide steps grow otherwise than its optima."""
+    _, (note,) = bias_notes("full", lambda n: 6 * n, np.geomspace(1e6, 1e9, 5), 1e16 * 8.0 ** np.arange(3), 5e-4)
+    assert f"C^{0.267 / 0.717:.3f} by the joint law, outside the interval" in note
+
+
+def test_the_luck_of_the_best_among_many_settings_is_noted():
+    """Equal laws, of which one method was run at twelve ranks: their best is low by the least of twelve draws."""
+    rng, rows = np.random.default_rng(0), []
+    for name, settings in (("full", 1), ("lora", 12)):
+        for c in BUDGETS[:3]:
+            for n in SIZES:
+                for rank in range(settings):
+                    loss = np.ravel(predict_chinchilla(FULL, n, c / 6 / n))[0] * np.exp(0.005 * rng.standard_normal())
+                    row = {"method": name, "params": n, "budget": c, "tokens": c / 6 / n, "loss": float(loss)}
+                    rows.append(row | {"rank": 2.0**rank if settings > 1 else np.nan, "trainable_fraction": 0.1})
+    table = pd.DataFrame(rows)
+    found = fits_file.fit(runs.from_table(table), noise=0.005, bootstrap=100)
+    (note,) = [note for note in found["notes"] if "settings a size" in note]
+    low = -100 * 0.005 * rng.standard_normal((100_000, 12)).min(1).mean()
+    assert note.startswith("methods are the best of 1 (full), 12 (lora) settings a size: of 12 equal ones")
+    assert float(re.search(r"lies (.*) % low", note)[1]) == pytest.approx(low, rel=0.02)
+    fair = fits_file.fit(runs.from_table(table[~(table["rank"] > 1)]), noise=0.005, bootstrap=100)
+    assert not any("settings a size" in note for note in fair["notes"])
+
+
+def test_akimas_lucky_losses_are_noted():
+    """Fifteen sizes within the noise of the best: an interval of 95 % holds the true loss half the time."""
+    x = np.log(1e8) + np.linspace(-np.log(8), np.log(8), 15)
+    points = pd.DataFrame({"params": np.exp(x), "flop_per_token": 6 * np.exp(x), "seeds": 1})
+    rng, held = np.random.default_rng(0), {"akima": [], "parabola": []}
+    for _ in range(60):
+        loss = np.exp(0.02 * (x - x[7]) ** 2 + 0.01 * rng.standard_normal(15))
+        for kind, found in held.items():
+            draws = uncertainty.optimum_draws(Profile(1e18, points.assign(loss=loss)), kind, 4.0, 0.01, 200, rng)
+            low, high = uncertainty.interval(draws.log_loss)
+            found.append(low <= 0 <= high)
+    assert np.mean(held["akima"]) < 0.7 < 0.85 < np.mean(held["parabola"])
+    table = runs.from_table(sweep(methods=("full",)))
+    for kind in held:
+        notes = fits_file.fit(table, optimum=kind, bootstrap=100)["notes"]
+        assert any(note.startswith("akima: ") for note in notes) == (kind == "akima")

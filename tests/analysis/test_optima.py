@@ -114,6 +114,9 @@ SUITE_SIZES = [SUITE[name].parameters for name in ("pythia-31m", "pythia-70m", "
         (profile([1, 4, 16], [3, 2, 1], diverged=[64]), "diverged", None, "the last before 64"),
         (profile([1, 4, 16], [1, 2, 3], diverged=[64]), "edge", 0.25, "smallest"),
         (profile([1, 4, 16], [2, 1, 2], diverged=[64]), "interior", None, ""),
+        (profile([1, 4, 64], [2, 1, 2], diverged=[16]), "diverged", None, "beside 16, whose runs diverged"),
+        (profile([1, 16, 64], [2, 1, 2], diverged=[4]), "diverged", None, "beside 4, whose runs diverged"),
+        (profile([1, 4, 16, 256], [2, 1, 2, 3], diverged=[64]), "interior", None, ""),
     ],
 )
 def test_every_state_is_told_with_the_size_to_add(case, state, add, told):

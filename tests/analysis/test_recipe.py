@@ -6,10 +6,12 @@ import subprocess
 import sys
 
 import numpy as np
+import pandas as pd
 import pytest
-from sweeps import BACKBONES, BUDGETS, FLOP_AN_HOUR, LAWS, fitted, miniature, paper_like
+from sweeps import BACKBONES, BUDGETS, FLOP_AN_HOUR, LAWS, fitted, miniature, paper_like, write_run
 
-from analysis import recipe
+from analysis import fit as fits_file
+from analysis import recipe, runs
 from analysis.evidence import Limit, parse_limit
 from analysis.laws import predict_chinchilla
 from embedscale.cli import main
@@ -127,6 +129,88 @@ def test_without_a_law_the_best_run_is_named_as_what_it_is(tmp_path):
         recipe.recipe(recipe.read(tmp_path)[0], Limit(tokens=1e8))
 
 
+def loss_at(budget: float, row) -> float:
+    return float(np.ravel(predict_chinchilla(LAWS["full"], row.parameters, budget / (6 * row.parameters)))[0])
+
+
+def full_sweep(plan: dict[float, slice], method: str = "full", worse: float = 1.0) -> pd.DataFrame:
+    """Runs without noise of the law of full fine-tuning: at each budget some of the Pythias."""
+    rows = []
+    for budget, chosen in plan.items():
+        for row in BACKBONES[chosen]:
+            cost = 6 * row.parameters
+            rows.append(
+                {"method": method, "backbone": row.name, "params": row.parameters, "budget": budget}
+                | {"tokens": budget / cost, "flop_per_token": cost, "gpu_hours": budget / FLOP_AN_HOUR}
+                | {"loss": worse * loss_at(budget, row)}
+            )
+    return pd.DataFrame(rows)
+
+
+def test_the_best_run_is_one_that_spent_the_budget(tmp_path):
+    """At the lowest budget three sizes alone were run, and all were too large; larger sizes spent larger budgets."""
+    table = full_sweep({1.5e15: slice(2, 5), 2.4e16: slice(0, 5), 3.8e17: slice(1, 6), 6e18: slice(2, 6)})
+    fits = recipe.read(fitted(table, tmp_path, noise=0.003))[0]
+    found = recipe.recipe(fits, Limit(flop=1.5e15))
+    truth = {row.name: loss_at(1.5e15, row) for row in BACKBONES[2:5]}
+    assert (found.best.backbone, found.best.basis) == ("pythia-70m", "best run")
+    assert found.best.loss == pytest.approx(truth["pythia-70m"])
+    assert found.n_opt == SUITE["pythia-70m"].parameters
+    (other,) = found.others  # no smaller one was run at this budget
+    assert other["choice"].backbone == "pythia-160m"
+    assert other["lost"] == pytest.approx(truth["pythia-160m"] / truth["pythia-70m"] - 1)
+    assert any("best run at 1.5e+15 FLOP" in note for note in found.notes)
+
+
+def test_a_method_without_a_law_is_compared_at_its_own_budget_alone(tmp_path):
+    """LoRA is 3 % worse everywhere, and was run at one budget: at a smaller one, what it reached there says nothing."""
+    plan = {budget: slice(0, 6) for budget in BUDGETS}
+    table = pd.concat([full_sweep(plan), full_sweep({BUDGETS[2]: slice(0, 6)}, "other", 1.03)])
+    fits = recipe.read(fitted(table, tmp_path, noise=0.003))[0]
+    here = recipe.recipe(fits, Limit(flop=BUDGETS[2]))
+    assert here.best.method == "full"
+    (other,) = [each for each in here.others if each["what"] == "other"]
+    assert other["lost"] == pytest.approx(0.03, abs=0.01)
+    for budget in (BUDGETS[2] / 1.8, BUDGETS[2] * 1.8):
+        found = recipe.recipe(fits, Limit(flop=budget))
+        assert found.best.method == "full"
+        assert found.best.loss == pytest.approx(min(loss_at(budget, row) for row in SUITE.values()), rel=0.02)
+        assert "other: neither a law nor a run at this budget, so not considered" in found.notes
+
+
+def test_without_any_law_only_methods_that_spent_the_same_are_compared(tmp_path):
+    table = pd.concat([full_sweep({2e16: slice(0, 3)}), full_sweep({8e16: slice(0, 3)}, "other", 1.03)])
+    fits = recipe.read(fitted(table, tmp_path, noise=0.003))[0]
+    found = recipe.recipe(fits, Limit(flop=2.5e16))
+    assert (found.best.method, found.best.basis) == ("full", "best run")
+    assert found.best.loss == pytest.approx(min(loss_at(2e16, row) for row in BACKBONES[:3]))
+    assert any("best run at 2e+16 FLOP" in note for note in found.notes)
+    assert not [each for each in found.others if each["what"] == "other"]
+
+
+@pytest.mark.parametrize("hours", [1e5, 5e6])
+def test_the_joint_laws_best_size_is_looked_for_wherever_it_lies(tmp_path, hours):
+    fits = recipe.read(fitted(full_sweep({budget: slice(0, 5) for budget in BUDGETS}), tmp_path, noise=0.002))[0]
+    found = recipe.recipe(fits, Limit(gpu_hours=hours))
+    _, a, b, alpha, beta = LAWS["full"]
+    budget = hours * FLOP_AN_HOUR
+    true = (alpha * a / (beta * b)) ** (1 / (alpha + beta)) * (budget / 6) ** (beta / (alpha + beta))
+    largest = BACKBONES[4].parameters
+    assert found.best.basis == "joint law" and true > 4 * largest
+    assert found.n_opt == pytest.approx(true, rel=0.03)
+    assert found.n_opt_interval[0] <= found.n_opt <= found.n_opt_interval[1]
+    assert f"best size: {found.n_opt / largest:.3g} times the largest" in found.extrapolates[1]
+
+
+def test_a_best_size_beyond_the_sizes_is_told_where_no_larger_backbone_is_known(tmp_path):
+    table = full_sweep({budget: slice(0, 4) for budget in BUDGETS}).assign(backbone="own")
+    table["params"] *= 1.01
+    found = recipe.recipe(recipe.read(fitted(table, tmp_path, noise=0.003))[0], Limit(flop=1e20))
+    largest = 1.01 * BACKBONES[3].parameters
+    assert found.best.params == largest and found.n_opt > 2 * largest
+    assert any(told.startswith(f"best size: {found.n_opt / largest:.3g} times") for told in found.extrapolates)
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_a_sweep_with_holes_gives_a_recipe_or_one_line(seed, tmp_path):
     table = paper_like(seed=seed).sample(frac=[0.7, 0.3, 0.15][seed % 3], random_state=seed)
@@ -149,6 +233,7 @@ def test_budgets_are_read_with_their_units():
     for text, flop in {"1e17": 1e17, "100 PFLOP": 1e17, "0.1EFLOP": 1e17, "2 PFLOP-days": 2 * day}.items():
         assert parse_limit(text).flop == pytest.approx(flop)
     assert parse_limit("24 GPU-hours") == Limit(gpu_hours=24.0)
+    assert parse_limit("1,500,000 GFLOP", "2,000.5E6") == Limit(flop=pytest.approx(1.5e15), tokens=2000.5e6)
     assert parse_limit(None, "2e9") == Limit(tokens=2e9)
 
 
@@ -162,6 +247,8 @@ def test_budgets_are_read_with_their_units():
         (["1e999"], "budget: 1e999 is out of range"),
         ([], "budget: nothing is given; allowed: a budget such as 1e17, --tokens, or both"),
         (["--tokens", "-3"], "--tokens: -3 is out of range; allowed: above 0"),
+        (["1,5e17"], "budget: '1,5e17' has a comma that separates no thousands; allowed: 1.5e17 or 1,500,000"),
+        (["--tokens", "1,50"], "--tokens: '1,50' has a comma that separates no thousands"),
     ],
 )
 def test_budgets_that_are_none_are_one_clear_line(paper_folder, words, message, capsys):
@@ -207,6 +294,95 @@ def test_training_by_a_recipe_takes_the_rest_from_the_most_similar_run(tmp_path,
         "a miniature: models of 6,592 to 84,912 parameters"
         in recipe.recipe(recipe.read(folder)[0], Limit(flop=3e11)).notes[-1]
     )
+
+
+@pytest.mark.parametrize("method", [
+    Method("lora", rank=32, alpha=16.0, dropout=0.1, targets=["dense", "query_key_value"], embedding=True),
+    Method("freeze", active_fraction=0.5, blocks="first"),
+    Method("freeze", active_blocks=0, blocks="one"),
+])  # fmt: skip
+@pytest.mark.parametrize("as_text", [False, True])
+def test_training_by_a_recipe_trains_the_method_that_was_fitted(tmp_path, method, as_text):
+    """Every setting of the method, whether the runs' table came from records or was read as text."""
+    backbones, rows = BACKBONES[2:5], []
+    for row in backbones:
+        cost = cost_of(row.shape, method)
+        share = len(method.training_blocks(row.blocks)) / row.blocks
+        for budget in BUDGETS:
+            tokens = budget / cost.flop_per_token
+            rows.append(
+                {"method": method.name, "backbone": row.name, "params": row.parameters, "budget": budget}
+                | {"tokens": tokens, "flop_per_token": cost.flop_per_token, "backbone_revision": "step1000"}
+                | {"loss": float(np.ravel(predict_chinchilla(LAWS["lora"], row.parameters, tokens))[0])}
+                | {"trainable_fraction": share or cost.n_updated / cost.n_parameters, "rank": method.rank}
+                | {"alpha": method.alpha, "dropout": method.dropout, "targets": " ".join(method.targets)}
+                | {"embedding": method.embedding, "blocks": method.blocks, "active_blocks": method.active_blocks}
+            )
+    table = pd.DataFrame(rows)
+    folder = fitted(table.astype({"embedding": str} if as_text else {}), tmp_path, noise=0.003)
+    for budget in (BUDGETS[1], BUDGETS[3]):
+        found = recipe.recipe(recipe.read(folder)[0], Limit(flop=budget))
+        config = recipe.configuration(str(folder), f"{budget}", None, [])
+        assert config.method == method
+        assert config.backbone.name == f"EleutherAI/{found.best.backbone}" and config.backbone.revision == "step1000"
+        assert found.best.flop_per_token == cost_of(SUITE[found.best.backbone].shape, method).flop_per_token
+        told = dict(recipe.lines(found, 0.95))["method"]
+        assert ("embedding True" if method.name == "lora" else f"blocks {method.blocks}") in told
+
+
+def test_training_by_a_recipe_takes_the_rest_from_the_run_that_was_best(tmp_path):
+    """Of three weight decays the second is best everywhere."""
+    for budget in (5e10, 2e11, 6e11):
+        for size in (6592, 12864, 25472, 50176):
+            best = 20000 * (budget / 2e11) ** 0.4
+            for decay, worse in ((0.01, 1.1), (0.1, 1.0), (0.3, 1.2)):
+                loss = 4.0 * (budget / 5e10) ** -0.18 * np.exp(0.06 * np.log(size / best) ** 2) * worse
+                path = write_run(tmp_path, budget, size, "full", loss, f"own/tiny-{size}", int(100 * decay))
+                for name, part in (("config.yaml", "training"), ("record.json", "hyperparameters")):
+                    values = json.loads((path / name).read_text())
+                    values[part]["weight_decay"] = decay
+                    (path / name).write_text(json.dumps(values))
+    loaded = runs.load(tmp_path)
+    fits_file.write(fits_file.fit(loaded, noise=0.003, bootstrap=100), loaded, tmp_path)
+    for budget in ("5e10", "3e11"):
+        config = recipe.configuration(str(tmp_path), budget, None, [])
+        assert config.training.weight_decay == 0.1
+        assert config.backbone.name.startswith("own/tiny-")
+
+
+def test_other_ranks_are_compared_by_the_best_of_their_other_settings(tmp_path):
+    """Three learning rates, of which the largest spoils one rank; two seeds, whose mean counts."""
+    rows = []
+    for row in BACKBONES[:5]:
+        for rank, penalty in ((8, 1.04), (32, 1.0), (128, 1.03)):
+            cost = cost_of(row.shape, Method("lora", rank=rank))
+            for rate, worse in ((1e-4, 1.5), (1e-3, 1.0), (1e-2, 3.0 if rank == 32 else 1.2)):
+                for seed, luck in ((0, 1.01), (1, 0.99)):
+                    for budget in BUDGETS[:4]:
+                        tokens = budget / cost.flop_per_token
+                        loss = np.ravel(predict_chinchilla(LAWS["lora"], row.parameters, tokens))[0]
+                        rows.append(
+                            {"method": "lora", "backbone": row.name, "params": row.parameters, "budget": budget}
+                            | {"tokens": tokens, "flop_per_token": cost.flop_per_token, "rank": rank, "seed": seed}
+                            | {"trainable_fraction": cost.n_updated / row.parameters, "learning_rate": rate}
+                            | {"loss": float(loss * penalty * worse * luck)}
+                        )
+    table = pd.DataFrame(rows)
+    fits, read = recipe.read(fitted(table, tmp_path, noise=0.003))
+    found = recipe.recipe(fits, Limit(flop=BUDGETS[2]), read)
+    assert (found.best.rank, found.best.learning_rate) == (32, 1e-3)
+    here = table[(table["budget"] == BUDGETS[2]) & (table["params"] == found.best.params)]
+    lowest = here.groupby(["rank", "learning_rate"])["loss"].mean().groupby("rank").min()
+    lost = {each["what"].split(",")[0]: each["lost"] for each in found.others if each["choice"] is None}
+    assert lost == pytest.approx({f"rank {rank}": lowest[rank] / lowest[32] - 1 for rank in (8, 128)})
+    assert min(lost.values()) > 0
+
+
+@pytest.mark.parametrize(("share", "told"), [(1.0, "freeze, all blocks active"), (0.5, "freeze, 0.5 of the blocks")])
+def test_freezing_nothing_is_not_one_block(tmp_path, share, told):
+    table = paper_like().query(f"method == 'freeze' and trainable_fraction == {share}")
+    found = recipe.recipe(recipe.read(fitted(table, tmp_path))[0], Limit(flop=BUDGETS[2]))
+    assert found.best.label.startswith(told)
 
 
 def test_training_by_a_recipe_of_a_table_knows_the_hubs_names(paper_folder, tmp_path, capsys):

@@ -94,6 +94,18 @@ def test_bad_words_are_one_clear_line(paper_folder, tmp_path, capsys):
         assert told.count("\n") == 1
 
 
+def test_a_budget_that_is_refused_has_a_row_as_wide_as_the_others(tmp_path):
+    """The runs do not say how many GPU-hours they took."""
+    table = paper_like().query("method == 'full'").drop(columns="gpu_hours")
+    folder = fitted(table, tmp_path)
+    text = report.page(study.load(folder), [], recipe.read(folder)[1], ["24 GPU-hours"])
+    shown = text[text.index("<h3>Every budget") :]
+    shown = shown[: shown.index("</table>")]
+    refused, *others = shown.split("<tr>")[2:]
+    assert "24 GPU-hours" in refused and "runs that say how many GPU-hours they took" in refused
+    assert {row.count("<td>") for row in (refused, *others)} == {shown.count("<th>")}
+
+
 MEASURE = """
 <body style="margin:0"><iframe id=f style="width:%dpx;height:%dpx;border:0" srcdoc="%s"></iframe><script>
 window.onload = () => {

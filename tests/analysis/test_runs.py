@@ -172,6 +172,22 @@ def test_costs_from_the_trainable_fraction_are_the_papers():
         assert runs.flop_per_token(method.name, shape.parameters, s) == pytest.approx(cost.flop_per_token, rel=2e-3)
 
 
+def test_bias_only_needs_no_trainable_fraction(tmp_path):
+    """4 N FLOP a token, whatever the share of biases (section 3.5)."""
+    loaded = runs.load(csv(tmp_path, params=[1e6], tokens=[1e9], loss=[2.0], method=["bias"]))
+    assert loaded.table["budget"].tolist() == [4e15]
+
+
+@pytest.mark.parametrize("ending", ["csv", "jsonl"])
+def test_texts_that_look_like_numbers_stay_texts(tmp_path, ending):
+    table = pd.DataFrame(GOOD | {"name": ["000", "001", "1e3"], "data_digest": ["12e4567890123456"] * 3})
+    path = tmp_path / f"runs.{ending}"
+    table.to_csv(path, index=False) if ending == "csv" else table.to_json(path, orient="records", lines=True)
+    found = runs.load(path, {"run": "name"}).table
+    assert found["run"].tolist() == ["000", "001", "1e3"]
+    assert set(found["data_digest"]) == {"12e4567890123456"}
+
+
 def test_equal_rows_are_duplicates_and_seeds_are_not(tmp_path):
     path = csv(tmp_path, **{name: values * 2 for name, values in GOOD.items()})
     loaded = runs.load(path)

@@ -10,13 +10,17 @@ paper's grid would cost at the measured speeds. About half an hour.
 import argparse
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from embedscale.pythia import SUITE
 
-RATIOS = {"pythia-14m": 1024, "pythia-160m": 1024, "pythia-410m": 512, "pythia-1b": 256}  # size: pairs a batch
+# Size: pairs a batch, of which padded ones must fit too, beside two other contestants' weights.
+RATIOS = {"pythia-14m": 1024, "pythia-160m": 256, "pythia-410m": 128, "pythia-1b": 64}
+SMALL = ("pythia-14m", "pythia-70m", "pythia-160m", "pythia-410m")
+LAST = ("pythia-6.9b", "pythia-12b")  # should the time run out
 
 
 def main() -> int:
@@ -28,37 +32,38 @@ def main() -> int:
         print("gpu.py: this machine has no GPU that torch can use", file=sys.stderr)
         return 2
     args.out.mkdir(parents=True, exist_ok=True)
-    calibration = args.out / "calibration.json"
+    command, seconds = [sys.executable, "-m", "embedscale.cli"], ["--seconds", str(args.seconds)]
     settings = ["training.precision=bf16", "resources.workers=4"]
-    command = [sys.executable, "-m", "embedscale.cli"]
-    measure = [*command, "calibrate", *settings, "--sizes", *SUITE, "--out", str(calibration)]
-    said(args.out / "calibrate.txt", [*measure, "--seconds", str(args.seconds)])
-    small = [
-        "--sizes",
-        "pythia-14m",
-        "pythia-70m",
-        "pythia-160m",
-        "pythia-410m",
-        "--out",
-        str(args.out / "compiled.json"),
-    ]
-    compiled = [*command, "calibrate", *settings, "resources.compile=true", *small, "--seconds", str(args.seconds)]
-    said(args.out / "compiled.txt", compiled)
-    cluster = args.out / "cluster.yaml"
-    cluster.write_text(f"device: {torch.cuda.get_device_name()}\ncalibration: {calibration.absolute()}\n")
-    said(args.out / "plan.txt", [*command, "sweep", "plan", "configs/sweep/paper.yaml", f"cluster={cluster}"])
+
+    def calibrate(file: str, sizes: Sequence[str], *more: str) -> Path:
+        out = args.out / file
+        words = ["calibrate", *settings, *more, "--sizes", *sizes, "--out", str(out), *seconds]
+        said(out.with_suffix(".txt"), [*command, *words])
+        return out
+
+    calibrate("calibration.json", [size for size in SUITE if size not in LAST])
+    calibrate("compiled.json", SMALL, "resources.compile=true")
     for size, batch in RATIOS.items():
         words = ["--size", size, "--batch", str(batch), "--bf16", "--turns", "2"]
         said(args.out / f"train-{size}.txt", [sys.executable, "tests/benchmarks/train.py", *words], once=True)
+    calibration = calibrate("calibration.json", SUITE)
+    cluster = args.out / "cluster.yaml"
+    cluster.write_text(f"device: {torch.cuda.get_device_name()}\ncalibration: {calibration.absolute()}\n")
+    said(args.out / "plan.txt", [*command, "sweep", "plan", "configs/sweep/paper.yaml", f"cluster={cluster}"])
     return 0
 
 
 def said(path: Path, command: list[str], once: bool = False) -> None:
-    """Print what a command prints, and keep it; with `once`, not again where it was kept."""
-    if not (once and path.exists()):
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    """Print what a command prints, and keep it, with `once` for all; one that fails does not stop the others."""
+    if once and path.exists():
+        print(path.read_text(), flush=True)
+        return
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    print(done.stdout, flush=True)
+    if done.returncode:
+        print(f"gpu.py: status {done.returncode} of {' '.join(command)}", file=sys.stderr)
+    else:
         path.write_text(done.stdout)
-    print(path.read_text(), flush=True)
 
 
 if __name__ == "__main__":

@@ -131,6 +131,8 @@ def timed(step: Callable[[int], float]) -> Callable[[int], Turn]:
             begun = time.perf_counter()
             losses.append(step(next(numbers)))  # a number: the step is over
             seconds.append(time.perf_counter() - begun)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # for the others
         return seconds[WARM:], losses[0]
 
     return turn
@@ -196,6 +198,8 @@ def theirs(words: list[str], folder: Path, cached: bool) -> Callable[[int], Turn
         SentenceTransformerTrainer(
             model=model, args=arguments, train_dataset=data, loss=loss, callbacks=[clock]
         ).train()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
         return list(np.diff(clock.ends))[WARM - 1 :], clock.losses[0]
 
     return turn

@@ -10,10 +10,11 @@ from embedscale import cli, contrastive
 from embedscale.backbone import load_body
 from embedscale.calibrate import build, config_of, module_of, paper_lengths, paper_tokens
 from embedscale.config import load
-from embedscale.contrastive import Batch, fitting_chunk
+from embedscale.contrastive import Batch
 from embedscale.cost import Method, cost_of
 from embedscale.encoder import pack
 from embedscale.errors import UserError
+from embedscale.footprint import fitting_chunk
 from embedscale.hardware import keep_freed_memory, memory_in_use, peak_memory
 from embedscale.pythia import SUITE, shape_by_name
 
@@ -44,6 +45,14 @@ def test_rows_add_up_and_are_measured_once(backbone_folder, tmp_path, capsys):
         assert 0.1 < row["memory_gb"] < 24
     assert measured(backbone_folder, out) == 0
     assert json.loads(out.read_text()) == found
+
+
+def test_what_does_not_fit_is_said_and_not_built(backbone_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("embedscale.calibrate.load_body", None)
+    out = tmp_path / "calibration.json"
+    assert measured(backbone_folder, out, "resources.memory_gb=1e-4") == 0
+    assert [row["method"] for row in json.loads(out.read_text())["too_large"]] == ["full", "lora-r2"]
+    assert "does not fit" in capsys.readouterr().out
 
 
 def test_other_settings_and_unknown_names_are_refused(backbone_folder, tmp_path, capsys):

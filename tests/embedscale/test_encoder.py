@@ -1,5 +1,9 @@
 """The packed path against transformers' own, one sequence at a time."""
 
+import pickle
+from multiprocessing.reduction import ForkingPickler
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -50,6 +54,18 @@ def test_packed_is_one_by_one(backbone_folder, pooling, chunk_tokens):
     encoder = Encoder(load_body(Backbone(name=str(backbone_folder)), 0), pooling)
     expected = one_by_one(reference, tokens, lengths, pooling)
     torch.testing.assert_close(packed(encoder, tokens, lengths, chunk_tokens), expected, atol=1e-6, rtol=0)
+
+
+def test_a_chunk_from_a_loaders_worker_holds_no_file_open():
+    chunks = pack(*sequences(), chunk_tokens=50)
+    opened = Path("/proc/self/fd")
+    before = len(list(opened.iterdir()))
+    sent = [ForkingPickler.dumps(chunk) for chunk in chunks]
+    assert len(chunks) > 10 and len(list(opened.iterdir())) == before
+    for chunk, words in zip(chunks, sent, strict=True):
+        found, wanted = vars(pickle.loads(words)), vars(chunk)
+        for name, value in wanted.items():
+            assert torch.equal(found[name], value) if isinstance(value, torch.Tensor) else found[name] == value
 
 
 def test_a_gpus_kernel_takes_what_it_is_given():

@@ -240,7 +240,7 @@ def test_out_of_memory_halves_the_chunks_and_loses_no_step(backbone_folder, monk
     assert module.halvings > 1 and max(seen) > most
     seen.clear()
     module.zero_grad(set_to_none=True)
-    module._backward_in_memory(batch)
+    module._backward_in_memory(module.transfer_batch_to_device(batch, module.device, 0))
     assert max(seen) <= most, "what was learnt about the memory is remembered"
     assert_same_gradients(gradients(module), whole)
     most = 0

@@ -18,7 +18,7 @@ import pytest
 from saved import WORDS, save_byte_tokenizer
 from scipy import stats
 
-from embedscale import cli, corpora, prepare
+from embedscale import cli, corpora, prepare, record
 from embedscale.config import Source
 from embedscale.errors import INTERRUPTED, WRONG, UserError
 from embedscale.pairs import PairStore
@@ -447,6 +447,58 @@ def test_a_second_process_touches_nothing(tmp_path, capsys, bytes_tokenizer):
     after = snapshot(tmp_path)
     assert {name for name in after if "." in Path(name).name} == {name for name in before if "." in Path(name).name}
     lease.release()
+
+
+def test_a_store_that_another_process_ends_while_the_files_are_listed_is_there(
+    tmp_path, monkeypatch, capsys, bytes_tokenizer
+):
+    words = words_of(tmp_path / "store", bytes_tokenizer, {"path": str(write(tmp_path / "p.jsonl", some_rows(300)))})
+    units_of = prepare.units_of
+
+    def slowly(number, source):
+        monkeypatch.setattr(prepare, "units_of", units_of)
+        assert cli.main(["prepare", *words]) == 0
+        return units_of(number, source)
+
+    monkeypatch.setattr(prepare, "units_of", slowly)
+    assert cli.main(["prepare", *words]) == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert "pairs a second" in first and f"{tmp_path / 'store'} is there" in second
+    assert sorted(path.name for path in (tmp_path / "store").iterdir()) == ["held_out", "manifest.json", "train"]
+
+
+def test_nothing_is_removed_under_a_process_that_has_just_come(tmp_path, monkeypatch, bytes_tokenizer):
+    release, next_one = Lease.release, Lease(tmp_path / "store" / "work" / "lease.json")
+
+    def then_the_next_comes(lease):
+        release(lease)
+        if lease is not next_one:
+            next_one.take()
+
+    monkeypatch.setattr(Lease, "release", then_the_next_comes)
+    words = words_of(tmp_path / "store", bytes_tokenizer, {"path": str(write(tmp_path / "p.jsonl", some_rows(300)))})
+    for _ in range(2):  # it makes the store, it finds the store
+        assert cli.main(["prepare", *words]) == 0
+        assert next_one.held()
+    next_one.release()
+    assert cli.main(["prepare", *words]) == 0
+    assert not (tmp_path / "store" / "work").exists()
+
+
+def test_a_process_whose_store_is_taken_over_ends(tmp_path, monkeypatch, bytes_tokenizer):
+    monkeypatch.setattr(record, "HEARTBEAT_SECONDS", 0.01)
+    lease = tmp_path / "store" / "work" / "lease.json"
+
+    def taken_over(work, units, stop):
+        lease.write_text(json.dumps({"host": "elsewhere", "pid": 1, "token": "other"}))
+        while not stop.requested:
+            time.sleep(0.01)
+        raise KeyboardInterrupt  # as it does between two units
+
+    monkeypatch.setattr(prepare, "_build", taken_over)
+    words = words_of(tmp_path / "store", bytes_tokenizer, {"path": str(write(tmp_path / "p.jsonl", some_rows(300)))})
+    assert cli.main(["prepare", *words]) == INTERRUPTED
+    assert json.loads(lease.read_text())["token"] == "other"
 
 
 BAD = [

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import numpy as np
@@ -46,10 +47,11 @@ def run_of(tmp_path, tiny_run, *words):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_spends_the_budget_to_the_pair_and_records_it(tmp_path, tiny_run, name):
-    config, directory = run_of(tmp_path, tiny_run, *METHODS[name])
+    config, directory = run_of(tmp_path, tiny_run, "backbone.revision=step1000", *METHODS[name])
     assert train(config) == DONE
     record = directory.read_record()
     assert record["status"] == "done" and record["run_id"] == config.run_id and record["method"] == name
+    assert record["backbone_revision"] == "step1000"
 
     # Recounted from the batches themselves, pair by pair.
     store, plan = PairStore.open(config.data.store), json.loads(directory.plan.read_text())["plan"]
@@ -208,6 +210,69 @@ def test_held_out_pairs_that_cannot_be_read_are_found_before_the_training(tmp_pa
     assert cli.main(["train", *words]) == WRONG
     assert f"data.store: {part} is missing or damaged" in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
+
+
+def test_hours_of_a_device_are_shared_out_attempt_by_attempt(tmp_path, tiny_run):
+    config, directory = run_of(tmp_path, tiny_run)
+    assert train(config, StopAfter(5), sharing=4) == INTERRUPTED
+    (first,) = directory.read_attempts()
+    start = datetime.fromisoformat(first["start"]) - timedelta(hours=2)
+    (directory.attempts / "1" / "attempt.json").write_text(json.dumps(first | {"start": start.isoformat()}))
+    assert train(config, beside=2) == DONE  # on cores of its own
+    record = directory.read_record()
+    assert [attempt["sharing"] for attempt in record["attempts"]] == [4, 1]
+    assert record["wall_seconds"] >= 7200
+    assert record["gpu_hours"] == pytest.approx((record["wall_seconds"] - 7200) / 3600 + 0.5, abs=0.01)
+
+
+def test_a_stopped_run_prints_a_line_and_no_empty_one(tmp_path, tiny_run, capsys):
+    config, _ = run_of(tmp_path, tiny_run)
+    assert train(config, StopAfter(3)) == INTERRUPTED
+    said = capsys.readouterr()
+    assert said.err == "" and said.out.splitlines() == [said.out.strip()]
+
+
+class LosesTheLease(StopRequest):
+    """At the n-th look another process has taken the run over, as one may from a process that was suspended."""
+
+    def __init__(self, directory, looks):
+        super().__init__()
+        self.directory, self.looks = directory, looks
+
+    @property
+    def requested(self):
+        self.looks -= 1
+        if self.looks == 0:
+            self.directory.lease.write_text(json.dumps({"host": "elsewhere", "pid": 1, "token": "another's"}))
+            self.then = everything(self.directory)
+        return self.reason is not None
+
+
+def everything(directory):
+    files = [path for path in directory.path.rglob("*") if path.is_file() and path.name != "attempt.json"]
+    return {path: path.read_bytes() for path in files}
+
+
+@pytest.mark.parametrize("before_the_end", [False, True])
+def test_a_run_whose_lease_is_taken_over_writes_nothing_more_and_stops(tmp_path, tiny_run, before_the_end):
+    words = ["resources.checkpoint_minutes=0", "resources.log_every=1"]
+    config, whole = run_of(tmp_path / "a", tiny_run, *words)
+    assert train(config) == DONE
+    config, directory = run_of(tmp_path / "b", tiny_run, *words)
+    stop = LosesTheLease(directory, 10**9)
+    if before_the_end:  # one look from the last step's end
+        assert train(config, stop) == DONE
+        stop = LosesTheLease(directory, 10**9 - stop.looks - 1)
+        shutil.rmtree(directory.path)
+    else:
+        stop = LosesTheLease(directory, 9)
+    assert train(config, stop) == INTERRUPTED
+    assert everything(directory) == stop.then
+    (attempt,) = directory.read_attempts()
+    assert (attempt["ended"], attempt["reason"]) == ("interrupted", "another process has taken this run over")
+    directory.lease.unlink()
+    assert train(config) == DONE
+    assert comparable(directory) == comparable(whole)
 
 
 def test_a_truncated_checkpoint_falls_back_to_the_one_before(tmp_path, tiny_run, capsys):

@@ -126,6 +126,9 @@ def test_runs_beside_each_other_share_the_memory(laptop):
     assert read_json(alone.plan)["chunk_tokens"] is None
     chunks = [read_json(each.plan)["chunk_tokens"] for each in laptop.directories("beside")]
     assert len(chunks) == 2 and None not in chunks
+    for each in laptop.directories("beside"):  # on cores of its own: its hours are not shared
+        record = each.read_record()
+        assert record["gpu_hours"] == pytest.approx(record["wall_seconds"] / 3600, abs=1e-4)
 
 
 def test_tasks_of_a_job_count_attempts_alike_whoever_comes_first(tmp_path):

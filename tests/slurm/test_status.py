@@ -106,6 +106,18 @@ def test_a_record_counts_whatever_the_queue_says(sweep):
     assert survey(sweep, {done.path.name: job})[0].state == "done"
 
 
+def test_a_failed_run_has_failed_while_its_job_works_on_at_the_others(sweep):
+    run = directories(sweep)[0]
+    attempt(run, 0, 1, ended="failed", reason="ValueError: broken", job_id="71")
+
+    def state(job_id, job_state):
+        return survey(sweep, {run.path.name: queue.Job(job_id, "70", 1, "x", job_state, "n1", None)})[0].state
+
+    assert state("71", "RUNNING") == state("71", "COMPLETING") == "failed"
+    assert state("71", "PENDING") == "preempted", "requeued, the job begins with it again"
+    assert state("80", "PENDING") == state("80", "RUNNING") == "preempted", "--retry-failed sent it out anew"
+
+
 def test_a_lease_without_a_heartbeat_is_no_running_run(sweep):
     run = directories(sweep)[0]
     run.begin_attempt()
@@ -150,6 +162,13 @@ def test_hours_count_every_device(tmp_path):
     attempt(run, 3, 1, ended="interrupted", from_flop=50, to_flop=150)
     (found,) = survey(wide, {})
     assert (found.device_hours, found.wasted_hours) == (12.0, 4.0)
+
+
+def test_hours_of_a_device_are_counted_once_for_all_that_share_it(sweep):
+    run = directories(sweep)[0]
+    attempt(run, 0, 2, ended="interrupted", from_flop=0, to_flop=100, sharing=4)
+    attempt(run, 3, 1, ended="interrupted", from_flop=50, to_flop=150)
+    assert (survey(sweep, {})[0].device_hours, survey(sweep, {})[0].wasted_hours) == (1.5, 0.25)
 
 
 def test_the_queue_is_read_by_job_name_and_task(sweep, commands):
@@ -257,7 +276,7 @@ def test_cancel_asks_first_and_takes_only_this_sweeps_jobs(sweep, tmp_path, comm
     assert "nothing to cancel" in capsys.readouterr().out
     queue.note_submission(sweep.folder, "small-1", [[first], [second]])
     calls = commands(
-        squeue="101|100|0|RUNNING|n1|None|small-1\n102|100|1|PENDING||None|small-1\n9|9|N/A|RUNNING|n|None|z"
+        squeue="101|100|0|RUNNING|n1|None|small-1\n100|100|1|PENDING||None|small-1\n9|9|N/A|RUNNING|n|None|z"
     )
     for answer in ("", "n", "no"):
         monkeypatch.setattr("builtins.input", lambda _, answer=answer: answer)
@@ -266,12 +285,33 @@ def test_cancel_asks_first_and_takes_only_this_sweeps_jobs(sweep, tmp_path, comm
     assert "scancel" not in calls.read_text()
     monkeypatch.setattr("builtins.input", lambda _: "y")
     assert main(["sweep", "cancel", file]) == 0
-    assert "scancel 101 102" in calls.read_text()
+    assert "scancel 100_0 100_1\n" in calls.read_text()
     commands(scancel=1)
     assert main(["sweep", "cancel", file, "--yes"]) == 2
     commands(squeue=1)
     assert main(["sweep", "cancel", file, "--yes"]) == 2
     assert "squeue: cannot be asked" in capsys.readouterr().err
+
+
+def test_cancel_of_a_part_takes_its_jobs_alone_and_tells_what_else_is_in_them(sweep, tmp_path, commands, capsys):
+    """As squeue prints them, the waiting tasks of an array share its number."""
+    runs = list(sweep.by_id)
+    queue.note_submission(sweep.folder, "small-1", [[runs[0]], [runs[1]], runs[2:5]])
+    queue.note_submission(sweep.folder, "small-2", [[runs[5]]])
+    waiting = "\n".join(f"100|100|{task}|PENDING||Priority|small-1" for task in (1, 2))
+    calls = commands(squeue=f"101|100|0|RUNNING|n1|None|small-1\n{waiting}\n7|7|N/A|PENDING||None|small-2", scancel="")
+
+    def cancelled(*seeds):
+        words = [str(tmp_path / "small.yaml"), f"axes.training.seed=[{','.join(map(str, seeds))}]"]
+        calls.unlink(missing_ok=True)
+        assert main(["sweep", "cancel", *words, "--yes"]) == 0
+        return calls.read_text().split("scancel ")[1], capsys.readouterr().out
+
+    assert cancelled(1)[0] == "100_1\n"
+    handles, said = cancelled(0, 2, 5)
+    assert handles == "100_0 100_2 7\n"
+    assert "3 jobs with 5 runs, 1 of them in jobs that run now; 2 of these runs were not asked for" in said
+    assert "not asked for" not in cancelled(0, 1)[1]
 
 
 def test_ten_thousand_directories_take_under_five_seconds(tmp_path, commands, capsys):

@@ -152,6 +152,18 @@ def test_without_a_queue_to_look_at_nothing_is_submitted(laptop, tmp_path):
     assert "QOSMaxSubmitJobPerUserLimit; submitted before: none" in output
 
 
+def test_a_submit_that_another_has_taken_over_from_sends_nothing_more(laptop, tmp_path):
+    """As it may where the first was suspended for minutes: what it has not sent, the other one sends."""
+    lease = tmp_path / "runs" / "late" / ".submissions" / "submit.lease"
+    other = json.dumps({"host": "elsewhere", "pid": 1, "token": "other"})
+    taken_over = f"echo '{other}' > {lease}; echo 'Submitted batch job 7'"
+    path = programs(tmp_path / "bin", sbatch=taken_over, squeue="", srun="", scontrol="echo 'MaxArraySize = 1'")
+    sweep = laptop.write("late", axes={"budget": [1e9], "training.seed": [0, 1, 2]}, methods=["full"])
+    output = laptop.sweep("submit", sweep, env=path, code=2)
+    assert "has taken over from this one" in output and "submitted before: 7" in output
+    assert json.loads(lease.read_text())["token"] == "other"
+
+
 def sleepers(lab, name, seeds, **cluster):
     """A sweep whose jobs only wait: for tests of the queue alone."""
     cluster = {"setup": [f"env > {lab.folder}/{name}.$SLURM_JOB_ID.env", "sleep 600"], "max_gpus": 8} | cluster
@@ -173,6 +185,16 @@ def test_nothing_is_submitted_twice_and_cancelled_runs_go_out_again(lab, until):
     assert "6 missing; 6 to submit" in lab.sweep("submit", sweep)
     assert len(lab.queued("once")) == 6
     lab.sweep("cancel", sweep, "--yes")
+
+
+def test_cancel_of_a_part_leaves_the_rest_in_the_queue(lab, until):
+    sweep = sleepers(lab, "part", 6, max_gpus=2)
+    lab.sweep("submit", sweep)
+    until(lambda: len(lab.queued("part", "RUNNING")) == 2, 60)
+    output = lab.sweep("cancel", sweep, "axes.training.seed=[4,5]", "--yes")
+    assert "2 jobs with 2 runs" in output
+    until(lambda: len(lab.queued("part")) == 4, 30)
+    assert "2 missing, 4 queued; 2 to submit" in lab.sweep("submit", sweep, "--max-gpu-hours", "0", code=2)
 
 
 def test_2500_runs_in_arrays_of_1001_at_most_eight_at_once(wide_lab, until):

@@ -1,0 +1,68 @@
+"""A training step on a GPU that computes nothing: devices, kernels, synchronisation and memory, without one."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FAKE = Path(__file__).parents[1] / "fake_gpu.py"
+BLOCKS = 6  # of Pythia-14M
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    if shutil.which("g++") is None:
+        pytest.skip("no g++ to build the stand-in for a GPU")
+    words = [sys.executable, str(FAKE), str(tmp_path_factory.mktemp("gpu"))]
+    done = subprocess.run(words, capture_output=True, text=True)
+    # A number that is waited for, a second device, a kernel that does not take its arguments: all end it.
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+def row(rows, method, *words, chunk=None, limited=False):
+    (found,) = [
+        each
+        for each in rows
+        if each["method"] == method
+        and each["limited"] == limited
+        and [word for word in each["words"] if "memory_gb" not in word] == list(words)
+        and (limited or each["chunk"] == chunk)
+    ]
+    return found
+
+
+BF16, CHECKPOINTED = "training.precision=bf16", "resources.activation_checkpointing=true"
+
+
+def test_all_that_a_step_leaves_is_on_the_gpu(rows):
+    assert all(each["devices"] == ["cuda:0"] and each["loss"] == ["cuda:0", "torch.float32"] for each in rows)
+
+
+@pytest.mark.parametrize("method, backward", [("full", 6), ("freeze-0.5", 3), ("bias", 6), ("lora-r32", 6)])
+def test_in_bf16_one_kernel_a_block_attends_to_all_sequences(rows, method, backward):
+    found = row(rows, method, BF16)
+    assert found["chunks"] == 1
+    assert found["calls"] == {"_flash_attention_forward": BLOCKS, "_flash_attention_backward": backward}
+
+
+def test_chunks_are_encoded_twice_and_checkpointed_ones_three_times(rows):
+    for found, forwards in (
+        (row(rows, "full", BF16, chunk=4000), 2),
+        (row(rows, "lora-r32", BF16, CHECKPOINTED, chunk=4000), 3),
+    ):
+        chunks = found["chunks"]
+        assert chunks > 1
+        assert found["calls"]["_flash_attention_forward"] == forwards * BLOCKS * chunks
+        assert found["calls"]["_flash_attention_backward"] == BLOCKS * chunks
+
+
+def test_a_step_in_the_chunks_that_fit_takes_most_of_its_memory_and_no_more(rows):
+    limited = [each for each in rows if each["limited"]]
+    assert len(limited) == 6
+    for each in limited:
+        assert each["chunks"] > 1
+        assert 0.7 * each["memory"] < each["peak"] <= each["memory"], each

@@ -1,0 +1,101 @@
+"""The lease of a run: who holds it, and who does not any more."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from embedscale.errors import UserError
+from embedscale.record import STALE_SECONDS, Lease, lease_holder
+
+
+def left_behind(path: Path, age: float = 0.0, **facts) -> None:
+    """A lease of this host that was last beaten so many seconds ago."""
+    path.write_text(json.dumps({"host": socket.gethostname(), "token": "another's"} | facts))
+    then = time.time() - age
+    os.utime(path, (then, then))
+
+
+@pytest.mark.parametrize("pid", [1, os.getpid()], ids=["another process", "this process"])
+def test_a_number_that_was_given_again_holds_no_lease(tmp_path, pid):
+    """After a reboot, or in a container of the same name that was started again: there even this one's own number."""
+    path = tmp_path / "lease.json"
+    left_behind(path, pid=pid, born="7", time="2026-01-01T00:00:00+00:00")
+    assert lease_holder(path) is None
+    lease = Lease(path)
+    lease.take()
+    assert lease.left_behind == "2026-01-01T00:00:00+00:00"
+    assert lease_holder(path)["token"] == lease.facts["token"]
+    with pytest.raises(UserError, match=f"process {os.getpid()}"):
+        Lease(path).take()
+    lease.release()
+
+
+def test_a_lease_of_older_code_is_held_while_its_process_lives_and_beats(tmp_path):
+    path = tmp_path / "lease.json"
+    left_behind(path, pid=1)
+    assert lease_holder(path)["token"] == "another's"
+    left_behind(path, pid=1, age=2 * STALE_SECONDS)
+    assert lease_holder(path) is None
+    left_behind(path, pid=2**22 + 1)  # above any number that there can be
+    assert lease_holder(path) is None
+
+
+def test_a_process_of_this_host_that_is_silent_but_lives_keeps_its_lease(tmp_path):
+    path = tmp_path / "lease.json"
+    program = "import sys; from embedscale.record import Lease, Path; Lease(Path(sys.argv[1])).take(); input(print())"
+    with subprocess.Popen([sys.executable, "-c", program, path], stdin=-1, stdout=-1) as process:
+        process.stdout.readline()
+        process.send_signal(signal.SIGSTOP)
+        then = time.time() - 2 * STALE_SECONDS
+        os.utime(path, (then, then))
+        assert lease_holder(path)["pid"] == process.pid
+        process.kill()
+    assert lease_holder(path) is None
+
+
+@pytest.mark.parametrize("ahead", [-1000, 1000])
+def test_the_age_of_a_lease_is_told_by_the_clock_that_stamps_it(tmp_path, monkeypatch, ahead):
+    """A reader whose own clock differs by minutes takes over no lease of this second, and waits for no dead one."""
+    path = tmp_path / "lease.json"
+    stale = tmp_path / "stale.json"
+    left_behind(path, host="elsewhere", pid=1)
+    left_behind(stale, host="elsewhere", pid=1, age=STALE_SECONDS + 20)
+    here = time.time
+    monkeypatch.setattr(time, "time", lambda: here() + ahead)
+    assert lease_holder(path) is not None and lease_holder(stale) is None
+    assert sorted(tmp_path.iterdir()) == [path, stale], "the look leaves nothing behind"
+
+
+def test_a_holder_that_was_taken_over_neither_beats_nor_releases(tmp_path):
+    said = []
+    first, second = Lease(tmp_path / "lease.json", lambda: said.append("lost")), Lease(tmp_path / "lease.json")
+    first.facts["host"] = "elsewhere"
+    first.take()
+    assert first.held()
+    then = time.time() - 2 * STALE_SECONDS  # suspended for so long
+    os.utime(first.path, (then, then))
+    second.take()
+    before = second.path.read_text()
+    first.beat()
+    assert not first.held() and said == ["lost"]
+    first.release()
+    assert second.path.read_text() == before and second.held()
+    second.release()
+    assert not second.path.exists()
+
+
+def test_a_lease_that_was_taken_away_is_not_written_again(tmp_path):
+    """The next holder may have come, ended the run and gone."""
+    lease = Lease(tmp_path / "lease.json")
+    lease.take()
+    lease.path.unlink()
+    lease.beat()
+    assert not lease.path.exists() and not lease.held()
+    lease.release()
