@@ -127,6 +127,7 @@ def load_body(backbone: Backbone, seed: int) -> nn.Module:
     from transformers.utils import logging
 
     logging.set_verbosity_error()  # its report of a checkpoint's other weights, such as a language model's head
+    logging.disable_progress_bar()  # it is drawn into pipes too
     config = hub_config(backbone)
     if backbone.weights == "random":
         torch.manual_seed(seed)

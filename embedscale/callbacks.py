@@ -105,7 +105,7 @@ class HeldOut(lightning.Callback):
 
 
 class Checkpoints(lightning.Callback):
-    """Trainable weights, optimiser and counters: by the clock, at a stop request and at the end.
+    """Trainable weights, optimiser and counters: by the clock and at a stop request.
 
     Written as the log is: a process that has lost the lease was asked to stop, but must leave no checkpoint.
     """
@@ -115,23 +115,28 @@ class Checkpoints(lightning.Callback):
         self._saved = time.monotonic()
 
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        last = module.step == module.plan.steps
-        due = time.monotonic() - self._saved >= self.seconds
+        if module.step == module.plan.steps:
+            return  # LastCheckpoint has seen to it
+        # Looked at once: a signal between two looks would stop the run without a checkpoint.
+        asked, due = self.stop.requested, time.monotonic() - self._saved >= self.seconds
         if world_size() > 1:
             # One process's signal stops all of them, and one's clock saves all shards, after the same step.
-            flags = torch.tensor([self.stop.requested, due], dtype=torch.int32, device=module.device)
+            flags = torch.tensor([asked, due], dtype=torch.int32, device=module.device)
             torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
             asked, due = map(bool, flags.tolist())
             if asked:
                 self.stop.request("another process was asked to stop")
-        if last or due or self.stop.requested:
-            refuse_divergence(module)
-            state = module.state()
-            if self.lease is not None and self.lease.held():
-                self.save(module.step, state)
-            self._saved = time.monotonic()
-        if self.stop.requested and not last:
+        if asked or due:
+            self.take(module)
+        if asked:
             trainer.should_stop = True
+
+    def take(self, module: Any) -> None:
+        refuse_divergence(module)
+        state = module.state()
+        if self.lease is not None and self.lease.held():
+            self.save(module.step, state)
+        self._saved = time.monotonic()
 
     def save(self, step: int, state: dict[str, Any]) -> None:
         self.directory.checkpoints.mkdir(exist_ok=True)
@@ -139,6 +144,17 @@ class Checkpoints(lightning.Callback):
         write_atomically(path, lambda file: torch.save(state | {"run_id": self.run_id}, file))
         for old in sorted(self.directory.checkpoints.glob("step-*.pt"))[:-KEPT]:
             old.unlink()
+
+
+class LastCheckpoint(lightning.Callback):
+    """The last step's, before its evaluation: were that to fail, the training would not be lost."""
+
+    def __init__(self, checkpoints: Checkpoints):
+        self.checkpoints = checkpoints
+
+    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if module.step == module.plan.steps:
+            self.checkpoints.take(module)
 
 
 def newest_checkpoint(directory: RunDirectory, run_id: str, mapped: bool = False) -> dict[str, Any] | None:

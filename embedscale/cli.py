@@ -1,6 +1,9 @@
 """The command line: each verb a few lines that import what they need when they are called."""
 
 import argparse
+import atexit
+import errno
+import io
 import re
 import signal
 import sys
@@ -8,6 +11,8 @@ from collections.abc import Sequence
 
 from embedscale.errors import FAILED, INTERRUPTED, WRONG, UserError
 from embedscale.imports import importing
+
+BROKEN_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
 
 
 def _config(args: argparse.Namespace):
@@ -40,12 +45,14 @@ def flops(args: argparse.Namespace) -> int:
 
 def train(args: argparse.Namespace) -> int:
     if args.recipe is None:
+        if args.fits is not None:
+            raise UserError("--fits: says where --recipe looks; give --recipe BUDGET too")
         config = _config(args)
     else:
         from analysis.recipe import configuration
 
         file = args.words.pop(0) if args.words and "=" not in args.words[0] else None
-        config = configuration(args.fits, args.recipe, file, args.words)
+        config = configuration(args.fits or ".", args.recipe, file, args.words)
     with importing():
         from embedscale.train import train
 
@@ -286,7 +293,7 @@ def parser() -> argparse.ArgumentParser:
     trained.add_argument(
         "--recipe", metavar="BUDGET", help="what the fits advise for this budget: 1e17, '24 GPU-hours'"
     )
-    trained.add_argument("--fits", default=".", metavar="FITS", help="of --recipe: the folder that fit wrote into")
+    trained.add_argument("--fits", metavar="FITS", help="of --recipe: the folder that fit wrote into; default here")
     measured = _with_config(verbs, "calibrate", calibrate, "what this hardware reaches for each size and method")
     measured.add_argument("--sizes", nargs="+", default=["pythia-14m"], metavar="SIZE", help="of the Pythia suite")
     usual = ["full", "freeze-0.5", "bias", "lora-r32"]
@@ -301,22 +308,56 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command's arguments; settings may stand anywhere, which argparse allows of no list of words."""
+    top = parser()
+    args, behind = top.parse_known_args(argv)
+    if [word for word in behind if word.startswith("-") or not hasattr(args, "words")]:
+        top.error(f"unrecognized arguments: {' '.join(behind)}")
+    if hasattr(args, "words"):
+        for name, values in vars(args).items():
+            if name != "words" and isinstance(values, list):  # of an option that takes several: it took them too
+                behind += [value for value in values if "=" in value]
+                setattr(args, name, [value for value in values if "=" not in value])
+        args.words += behind
+    return args
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a verb; 0 done, 1 the work failed, 2 the command was wrong, 75 interrupted and resumable."""
-    # A reader that closes the pipe early (`| head`) is no error.
+    # A reader that closes the pipe early (`| head`) is no error, nor is a terminal that lacks a character.
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-    args = parser().parse_args(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+    asked: list[int] = []
+
+    def interrupt(number: int, frame: object) -> None:
+        asked.append(number)
+        raise KeyboardInterrupt
+
+    for number in (signal.SIGINT, signal.SIGTERM):  # until a verb sees to them itself
+        signal.signal(number, interrupt)
+    # While Python ends it takes handlers away, and a late Ctrl-C would change the exit status.
+    atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
     try:
+        args = _parsed(argv)
         return int(args.run(args))
-    except UserError as error:
-        print(f"embedscale: {error}", file=sys.stderr)
-        return WRONG
-    except KeyboardInterrupt:
-        print("embedscale: interrupted", file=sys.stderr)
-        return INTERRUPTED
-    except ModuleNotFoundError as error:
-        print(f"embedscale: the package {error.name!r} is missing", file=sys.stderr)
-        return FAILED
+    except (KeyboardInterrupt, Exception) as error:
+        # OmegaConf, interrupted, may raise an error of its own.
+        if asked or isinstance(error, KeyboardInterrupt):
+            signal.signal(signal.SIGINT, lambda number, frame: None)  # an impatient user's next one
+            said, code = "interrupted", INTERRUPTED
+        elif isinstance(error, UserError):
+            said, code = str(error), WRONG
+        elif isinstance(error, ModuleNotFoundError):
+            said, code = f"the package {error.name!r} is missing", FAILED
+        elif isinstance(error, OSError) and error.errno is not None:  # without one it is a library's own
+            said = f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror)
+            code = FAILED if error.errno in BROKEN_DISK else WRONG
+        else:
+            raise
+        print(f"embedscale: {said}", file=sys.stderr)
+        return code
 
 
 if __name__ == "__main__":

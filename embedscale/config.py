@@ -7,13 +7,15 @@ Paths, hardware, logging and the speed settings stay outside: the same run may m
 import difflib
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import cache
+from itertools import combinations
 from pathlib import Path
 from typing import Any, get_args
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from yaml import YAMLError
 
@@ -277,13 +279,9 @@ def structured(schema: type, values: dict[str, Any], words: Sequence[str] = (), 
 
     Raises UserError with one line naming the field, for unknown keys with the nearest known one.
     """
-    where = f"{origin}: " if origin else ""
-    for word in words:
-        if "=" not in word:
-            raise UserError(f"{word!r} is neither a configuration file nor a key=value word")
+    layers = [_defaults(schema), OmegaConf.create(values), _of_words(words)]
     try:
-        merged = OmegaConf.merge(_defaults(schema), OmegaConf.create(values), OmegaConf.from_dotlist(list(words)))
-        return OmegaConf.to_object(merged)
+        return OmegaConf.to_object(OmegaConf.merge(*layers))
     except ConfigKeyError as error:
         key = str(error.full_key or error.key)
         # OmegaConf knows its own nearest key only in later releases, and only within one level.
@@ -295,16 +293,57 @@ def structured(schema: type, values: dict[str, Any], words: Sequence[str] = (), 
             if name.rsplit(".", 1)[-1] == last
         ]
         hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
-        raise UserError(f"{where}{key}: unknown setting{hint}") from None
+        message = f"{key}: unknown setting{hint}"
     except UserError as error:
-        raise UserError(f"{where}{error}") from None
-    except (OmegaConfBaseException, YAMLError) as error:
-        cause = error.__cause__ if isinstance(error.__cause__, UserError) else None
-        if cause:
-            raise UserError(f"{where}{cause}") from None
+        message = str(error)
+    except (OmegaConfBaseException, TypeError) as error:
         key = str(getattr(error, "full_key", None) or "")
-        message = str(getattr(error, "msg", None) or error).split("\n")[0]
-        raise UserError(f"{where}{key + ': ' if key else ''}{message}") from None
+        misfits = (_misfit(*pair) for pair in combinations(map(OmegaConf.to_container, layers), 2))
+        if isinstance(error.__cause__, UserError):
+            message = str(error.__cause__)
+        elif not key and (found := next(filter(None, misfits), None)):
+            message = found
+        elif isinstance(error, OmegaConfBaseException):
+            said = str(getattr(error, "msg", None) or error).split("\n")[0]
+            message = f"{key}: {said}" if key else said
+        else:
+            raise
+    raise UserError(blaming(message, origin, words))
+
+
+def blaming(message: str, origin: str, words: Sequence[str]) -> str:
+    """The message behind the file's name, unless the setting that it begins with is one of the `words`."""
+    key = re.split(r"[:\[]", message, maxsplit=1)[0]
+    given = [word.partition("=")[0] for word in words]
+    mine = any(f"{key}.".startswith(f"{name}.") or name.startswith(f"{key}.") for name in given)
+    return message if mine or not origin else f"{origin}: {message}"
+
+
+def _of_words(words: Sequence[str]) -> DictConfig:
+    for word in words:
+        if "=" not in word:
+            raise UserError(f"{word!r} is neither a configuration file nor a key=value word")
+        try:
+            OmegaConf.from_dotlist([word])
+        except (OmegaConfBaseException, YAMLError):
+            raise UserError(f"{word!r}: is no valid YAML behind the '='") from None
+    return OmegaConf.from_dotlist(list(words))
+
+
+def _misfit(known: Any, given: Any, key: str = "") -> str | None:
+    """What is wrong with the first setting that is a mapping in one and no mapping in the other.
+
+    OmegaConf refuses it too, but without its name.
+    """
+    if isinstance(known, dict) and isinstance(given, dict):
+        names = (name for name in known if name in given)
+        found = (_misfit(known[name], given[name], f"{key}.{name}".lstrip(".")) for name in names)
+        return next(filter(None, found), None)
+    if isinstance(known, dict):
+        return f"{key}: {given!r} is given; expected a mapping of settings to values"
+    return (
+        f"{key}: a mapping is given; expected a list" if isinstance(known, list) and isinstance(given, dict) else None
+    )
 
 
 @cache

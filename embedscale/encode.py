@@ -125,10 +125,12 @@ def _texts(path: Path, column: str) -> Iterator[str]:
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             try:
-                text = line.decode().rstrip("\r\n")
+                # An editor of Windows begins a file with a mark of its bytes' order.
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
                 if path.suffix == ".jsonl":
                     text = json.loads(text)[column]
-            except UnicodeDecodeError:
+                    str(text).encode()  # JSON can spell half of a character
+            except UnicodeError:
                 raise UserError(f"{path}: line {number} is not UTF-8") from None
             except (ValueError, KeyError, TypeError):
                 raise UserError(f"{path}: line {number} is no JSON object with a column {column!r}") from None

@@ -18,6 +18,8 @@ from embedscale.pythia import BackboneShape, known, shape_by_name
 PAPER_PAIR = 14 + 64
 PAPER_SQUARES = (14**2 + 64**2) / PAPER_PAIR**2  # of a pair's lengths, as a share of its squared length
 
+MOST_TOKENS = 2**53  # that pairs and steps are counted exactly for
+
 
 @dataclass(frozen=True)
 class TrainingPlan:
@@ -140,6 +142,8 @@ def _bought(config: RunConfig, cost: Cost, counts: np.ndarray, first: int, world
             f"budget: {config.budget:g} FLOP buy {affordable:,} tokens, more than one epoch of {config.data.store} "
             f"({epoch:,} tokens, {most:.4g} FLOP); allowed: at most that, or data.repeat=true"
         )
+    if affordable > MOST_TOKENS:
+        raise UserError(f"budget: {config.budget:g} FLOP buy {affordable:.3g} tokens; allowed: up to {MOST_TOKENS:.3g}")
     epochs, rest = divmod(affordable, epoch)
     partial = int(np.searchsorted(running, rest, side="right"))
     pairs = epochs * len(counts) + partial
@@ -148,10 +152,13 @@ def _bought(config: RunConfig, cost: Cost, counts: np.ndarray, first: int, world
         pairs -= 1
         tokens -= int(counts[(first + pairs) % len(counts)])
     if pairs < 1:
-        least = int(running[world - 1]) * cost.flop_per_token
-        what = "one pair costs" if world == 1 else f"one pair for each of {world} GPUs costs"
-        raise UserError(f"budget: {config.budget:g} FLOP is too small; {what} {least:,} FLOP here")
+        _refuse_too_small(config.budget, int(running[world - 1]) * cost.flop_per_token, world)
     return pairs, tokens
+
+
+def _refuse_too_small(budget: float, least: int, world: int) -> None:
+    what = "one pair costs" if world == 1 else f"one pair for each of {world} GPUs costs"
+    raise UserError(f"budget: {budget:g} FLOP is too small; {what} {least:,} FLOP here")
 
 
 def parse_budget(text: str) -> float:
@@ -213,6 +220,8 @@ def print_flops(config: RunConfig, budgets: Sequence[str] | None) -> int:
         else:
             tokens = cost.tokens_of(budget)
             pairs = int(tokens / mean)
+            if pairs < 1:
+                _refuse_too_small(budget, round(mean) * cost.flop_per_token, 1)
             steps = math.ceil(pairs / config.training.batch_size)
         squared = int(tokens * mean * PAPER_SQUARES)
         row = (f"{budget:.4g}", f"{tokens:,}", f"{pairs:,}", f"{steps:,}", f"{cost.exact(tokens, squared):.4g}")

@@ -33,6 +33,7 @@ from embedscale.corpora import Pair, Unit, read, units_of
 from embedscale.errors import DONE, FAILED, UserError
 from embedscale.pairs import FORMAT, PairStore, as_numpy, part_file
 from embedscale.record import Lease, lease_holder, read_json, write_atomically, write_json
+from embedscale.stop import StopRequest
 from embedscale.tokens import load_tokenizer, mixed, pair_hashes, schema, tokenised, vocabulary
 from embedscale.tokens import tokenizer_digest as tokenizer_digest
 
@@ -40,6 +41,7 @@ BUCKET_BYTES = 16 * 2**20  # of source text
 MOST_BUCKETS = 1024
 SPILL_PAIRS = 16384
 SPILL_CHARACTERS = 16 * 2**20
+LOOK_SECONDS = 0.2  # for a request to stop
 
 
 @dataclass(frozen=True)
@@ -81,14 +83,15 @@ def prepare(config: RunConfig) -> int:
     buckets = 1 << min(max(size // BUCKET_BYTES, 1).bit_length(), MOST_BUCKETS.bit_length() - 1)
     token = np.uint16 if vocabulary(tokenizer) <= 2**16 else np.uint32
     work = Work(folder, data, (name, revision), token, len(units), buckets)
-    asked: list[int] = []
+    # A flag that the wait for the workers looks at: an exception may be lost in a destructor, and a second Ctrl-C,
+    # raised while the pool waits for its workers, would leave it waiting for ever.
+    stop = StopRequest()
 
     def interrupt(number: int, frame: object) -> None:
-        asked.append(number)
-        raise KeyboardInterrupt
+        stop.request(signal.Signals(number).name)
 
     # Where another process has taken the store over, this one ends as if it were asked to.
-    lease = Lease(_lease(folder), lambda: os.kill(os.getpid(), signal.SIGTERM))
+    lease = Lease(_lease(folder), lambda: stop.request("another process has taken the store over"))
     lease.take()
     handlers = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -98,9 +101,7 @@ def prepare(config: RunConfig) -> int:
         for torn in folder.glob("*/.*.arrow.*.partial"):  # of a process that was killed
             torn.unlink()
         start = time.monotonic()
-        counts, parts = _build(work, units)
-        if asked:  # raised in a destructor or a callback, the interrupt was lost
-            raise KeyboardInterrupt
+        counts, parts = _build(work, units, stop)
         seconds = round(time.monotonic() - start, 1)
         manifest = _manifest(settings, name, digest, vocabulary(tokenizer), data, counts, parts)
         write_json(folder / "manifest.json", manifest | {"seconds": seconds})
@@ -108,7 +109,11 @@ def prepare(config: RunConfig) -> int:
         if not (folder / "manifest.json").exists():
             _unmake(made)
         raise
-    except BrokenProcessPool:
+    except Exception as error:
+        if stop.requested:  # by a signal that the pool's processes got too, which broke it
+            raise KeyboardInterrupt from None
+        if not isinstance(error, BrokenProcessPool):
+            raise
         print(
             "embedscale: a worker process was killed, perhaps for lack of memory; run again to go on", file=sys.stderr
         )
@@ -203,7 +208,7 @@ def _unmake(made: list[Path]) -> None:
                 path.rmdir()
 
 
-def _build(work: Work, units: list[Unit]) -> tuple[list[Counter[str]], list[dict[str, Any]]]:
+def _build(work: Work, units: list[Unit], stop: StopRequest) -> tuple[list[Counter[str]], list[dict[str, Any]]]:
     """Both passes. Returns what was read of each source, and what each bucket became."""
     counts: list[Counter[str]] = [Counter() for _ in work.data.sources]
     shares = [1.0] * len(work.data.sources)
@@ -211,12 +216,13 @@ def _build(work: Work, units: list[Unit]) -> tuple[list[Counter[str]], list[dict
     workers = get_context("forkserver")  # a fork of this process would inherit the locks of its threads
     workers.set_forkserver_preload([__name__])
     with ProcessPoolExecutor(len(os.sched_getaffinity(0)), workers, _begin_worker) as pool:
-        for unit, found in _in_parallel(pool, "tokenising", partial(_spill, work=work), list(enumerate(units))):
+        for unit, found in _in_parallel(pool, "tokenising", partial(_spill, work=work), list(enumerate(units)), stop):
             counts[unit[1].source] += found
         if work.data.sources[0].weight is not None:
-            distinct = [found for _, found in _in_parallel(pool, "counting", partial(_distinct, work=work), buckets)]
+            counted = _in_parallel(pool, "counting", partial(_distinct, work=work), buckets, stop)
+            distinct = [found for _, found in counted]
             shares = _shares([source.weight or 1.0 for source in work.data.sources], np.sum(distinct, axis=0))
-        facts = dict(_in_parallel(pool, "shuffling", partial(_gather, work=work, shares=shares), buckets))
+        facts = dict(_in_parallel(pool, "shuffling", partial(_gather, work=work, shares=shares), buckets, stop))
     parts = [facts[bucket] for bucket in buckets]
     if not sum(part["train"]["pairs"] for part in parts):
         raise UserError(f"data.sources: they yield no training pair ({_reasons(sum(counts, Counter()))})")
@@ -243,9 +249,12 @@ def _summary(manifest: dict[str, Any]) -> str:
 
 
 def _in_parallel(
-    pool: ProcessPoolExecutor, what: str, work: Callable[[Any], Any], items: list[Any]
+    pool: ProcessPoolExecutor, what: str, work: Callable[[Any], Any], items: list[Any], stop: StopRequest
 ) -> Iterator[tuple[Any, Any]]:
-    """(item, result) in the order of completion, with a few items under way at a time."""
+    """(item, result) in the order of completion, with a few items under way at a time.
+
+    Raises KeyboardInterrupt where a stop is requested meanwhile.
+    """
     from rich.console import Console
     from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
@@ -256,11 +265,13 @@ def _in_parallel(
         task = progress.add_task(what, total=len(items))
         try:
             while True:
+                if stop.requested:
+                    raise KeyboardInterrupt
                 for item in islice(waiting, 2 * len(os.sched_getaffinity(0)) - len(running)):
                     running[pool.submit(work, item)] = item
                 if not running:
                     return
-                for done in wait(running, return_when=FIRST_COMPLETED).done:
+                for done in wait(running, LOOK_SECONDS, FIRST_COMPLETED).done:
                     yield running.pop(done), done.result()
                     progress.advance(task)
         finally:

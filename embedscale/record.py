@@ -25,22 +25,38 @@ STALE_SECONDS = 180.0  # a lease of another host without a heartbeat for so long
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Write a file so that, whatever happens, it holds all of the old content or all of the new.
 
-    The temporary file lies beside its target: a rename across file systems would be a copy.
+    The temporary file lies beside its target: a rename across file systems would be a copy. Where the system refuses,
+    raises its OSError with the target's name, whatever `write` made of it.
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
     try:
-        with temporary.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
+        _write_to_disk(temporary, write)
         temporary.replace(path)
+    except OSError as error:
+        if error.errno is None or error.filename not in (None, str(temporary)):
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # whoever refuses to unlink has refused to write, and that is the error to hear of
+            temporary.unlink(missing_ok=True)
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def _write_to_disk(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    with path.open("wb") as file:
+        try:
+            write(file)
+        except Exception:
+            # torch, NumPy and safetensors have errors of their own for a full disk: it is asked again.
+            file.write(bytes(2**20))
+            file.flush()
+            raise
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -24,7 +24,18 @@ from torch.utils.data import DataLoader
 
 from embedscale import config as configs
 from embedscale.backbone import digest_of, load_body, shape_of, shape_without_weights
-from embedscale.callbacks import Budget, Checkpoints, Diverged, HeldOut, Log, Show, Signals, Stopped, newest_checkpoint
+from embedscale.callbacks import (
+    Budget,
+    Checkpoints,
+    Diverged,
+    HeldOut,
+    LastCheckpoint,
+    Log,
+    Show,
+    Signals,
+    Stopped,
+    newest_checkpoint,
+)
 from embedscale.config import RunConfig
 from embedscale.contrastive import Batches, Contrastive, assemble
 from embedscale.errors import DONE, FAILED, INTERRUPTED, UserError
@@ -58,7 +69,7 @@ def train(config: RunConfig, stop: StopRequest | None = None, sharing: int = 1, 
     directory = RunDirectory(config.folder)
     record = directory.read_record()
     if record is not None:
-        print(f"{config.run_id} is {record['status']}: held-out loss {record['loss']}, record {directory.record}")
+        _say_outcome(directory)
         return DONE if record["status"] == "done" else FAILED
     _refuse_another_config(directory, config)
     store = PairStore.open(config.data.store)
@@ -69,6 +80,7 @@ def train(config: RunConfig, stop: StopRequest | None = None, sharing: int = 1, 
             f"{tokenizer!r} gives other tokens"
         )
     plan = plan_run(config, shape_without_weights(config.backbone), store)
+    store.held_out_batch(0, config.evaluation.pool)  # damaged, it must not be found out after the training
     quieten()
     keep_freed_memory()
     module, facts = _build(config, plan)
@@ -86,6 +98,11 @@ def train(config: RunConfig, stop: StopRequest | None = None, sharing: int = 1, 
         directory.close_lost_attempts(lease.left_behind)
         attempt = directory.begin_attempt(sharing=sharing)
         return _fit(config, directory, store, module, chunk, facts, stop, attempt, lease)
+
+
+def _say_outcome(directory: RunDirectory) -> None:
+    record = directory.read_record() or {}
+    print(f"{record['run_id']} is {record['status']}: held-out loss {record['loss']}, record {directory.record}")
 
 
 def _chunk_tokens(config: RunConfig, directory: RunDirectory, module: Contrastive) -> int | None:
@@ -107,9 +124,6 @@ def _rank() -> int:
 
 def quieten() -> None:
     """Leave the terminal to the progress line."""
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()
     for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")
@@ -197,32 +211,38 @@ def _fit(
         attempt.write(from_step=module.step, from_flop=module.flop)
     log = Log(directory, lease, attempt.facts["number"], config.resources.log_every)
     held_out = HeldOut(store, log, stop)
+    checkpoints = Checkpoints(directory, lease, config.run_id, config.resources.checkpoint_minutes, stop)
     callbacks: list[lightning.Callback] = [
         Budget(),
         log,
+        LastCheckpoint(checkpoints),
         held_out,
-        Checkpoints(directory, lease, config.run_id, config.resources.checkpoint_minutes, stop),
+        checkpoints,
         Signals(),
     ]
     if lease is not None:
         callbacks.append(Show(lease, held_out))
+
+    def interrupted(reason: str | None) -> int:
+        if lease is not None:
+            attempt.end("interrupted", reason=reason, to_step=module.step, to_flop=module.flop)
+            print(f"{config.run_id}: interrupted ({reason}) at step {module.step}; run it again to go on")
+        return INTERRUPTED
+
     try:
         device = _run(config, directory, store, module, chunk_tokens, held_out, callbacks, stop)
         weights = module.weights() if module.step == module.plan.steps else {}
         if lease is None:
             return DONE if module.step == module.plan.steps else INTERRUPTED
-        reached: dict[str, Any] = {"to_step": module.step, "to_flop": module.flop}
         evaluated = held_out.last is not None or _last_evaluation(directory, module) is not None
         if module.step < module.plan.steps or not evaluated or not lease.held():
-            attempt.end("interrupted", reason=stop.reason, **reached)
-            print(f"{config.run_id}: interrupted ({stop.reason}) at step {module.step}; run it again to go on")
-            return INTERRUPTED
-        attempt.end("done", **reached)
+            return interrupted(stop.reason)
+        attempt.end("done", to_step=module.step, to_flop=module.flop)
         _record(config, directory, module, weights, facts, "done", device)
+        _say_outcome(directory)
         return DONE
     except Stopped:
-        attempt.end("interrupted", reason=stop.reason, to_step=module.step, to_flop=module.flop)
-        return INTERRUPTED
+        return interrupted(stop.reason)
     except Diverged as error:
         weights = module.weights()
         if lease is not None:
@@ -232,9 +252,8 @@ def _fit(
                 _record(config, directory, module, weights, facts, "diverged", module.device)
             print(f"{config.run_id}: diverged, {error}", file=sys.stderr)
         return FAILED
-    except (KeyboardInterrupt, SystemExit) as error:
-        attempt.end("interrupted", reason=type(error).__name__, to_step=module.step, to_flop=module.flop)
-        return INTERRUPTED
+    except (KeyboardInterrupt, SystemExit) as error:  # the latter is what Lightning makes of the former
+        return interrupted(stop.reason or type(error).__name__)
     except Exception as error:
         if lease is not None:
             reason = f"{type(error).__name__}: {error}"

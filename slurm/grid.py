@@ -30,7 +30,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, get_origin, get_type_hints
 
-from embedscale.config import Backbone, RunConfig, bounded, read_yaml, structured
+from embedscale.config import Backbone, RunConfig, blaming, bounded, read_yaml, structured
 from embedscale.cost import Method
 from embedscale.errors import UserError
 from embedscale.pythia import short_name
@@ -59,8 +59,8 @@ class SweepFile:
     def __post_init__(self) -> None:
         bounded("expected_pairs", self.expected_pairs, 1)
         bounded("expected_tokens_per_pair", self.expected_tokens_per_pair, 0, above=True)
-        if "/" in self.name:
-            raise UserError(f"name: {self.name!r} names the sweep's folder; allowed: any text without a slash")
+        if "/" in self.name or self.name in (".", ".."):
+            raise UserError(f"name: {self.name!r} is to name the sweep's folder; allowed: any text without a slash")
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,7 @@ class Sweep:
     by_id: dict[str, RunConfig]
     cluster: Cluster
     excluded: int  # runs that `exclude` took away
+    idle: list[str]  # rows of `exclude` that match no run
     expected_pairs: int | None
     expected_tokens_per_pair: float
 
@@ -94,15 +95,15 @@ def load(path: str | Path, words: Sequence[str] = ()) -> Sweep:
     try:
         return _sweep(file, name)
     except UserError as error:
-        raise UserError(f"{path}: {error}") from None
+        short = [re.sub(r"^(axes|base)\.", "", word) for word in words]  # as its runs name the settings
+        raise UserError(blaming(str(error), str(path), [*words, *short])) from None
 
 
 def _sweep(file: SweepFile, name: str) -> Sweep:
     cluster = clusters.load(file.cluster)
     base = _flat("base", file.base)
-    if "output" in base:
-        raise UserError("base.output: is the same for all runs; give output at the top of the file")
-    exclude = [_condition(f"exclude[{i}]", row) for i, row in enumerate(file.exclude)]
+    exclude = {f"exclude[{i}]": _condition(f"exclude[{i}]", row) for i, row in enumerate(file.exclude)}
+    matched: set[str] = set()
     parse = _Parser(cluster, f"{file.output}/{name}")
     runs: dict[str, RunConfig] = {}
     excluded = 0
@@ -113,7 +114,8 @@ def _sweep(file: SweepFile, name: str) -> Sweep:
             raise UserError(f"{origin}: {error}" if origin else str(error)) from None
         if not _matches(only, run):
             continue
-        if any(_matches(condition, run) for condition in exclude):
+        if matching := [name for name, condition in exclude.items() if _matches(condition, run)]:
+            matched.update(matching)
             excluded += 1
             continue
         run_id = run.run_id
@@ -130,6 +132,7 @@ def _sweep(file: SweepFile, name: str) -> Sweep:
         by_id=runs,
         cluster=cluster,
         excluded=excluded,
+        idle=[name for name in exclude if name not in matched],
         expected_pairs=file.expected_pairs,
         expected_tokens_per_pair=file.expected_tokens_per_pair,
     )
@@ -189,6 +192,8 @@ def _flat(origin: str, given: Any, prefix: str = "") -> Row:
         name = f"{prefix}{key}"
         if isinstance(value, dict):
             row |= _flat(origin, value, f"{name}.")
+        elif name == "output":
+            raise UserError(f"{origin}.output: is the same for all runs; give output at the top of the file")
         elif name not in _setting_types():
             nearest = difflib.get_close_matches(name, _setting_types(), n=1, cutoff=0.5)
             hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
@@ -280,7 +285,7 @@ class _Parser:
             for section in sections:
                 inner = inner.setdefault(section, {})
             inner[last] = value
-        name = row.get("backbone.name", Backbone().name)
+        name = str(row.get("backbone.name", Backbone().name))  # a folder may be called 7
         defaults = self.cluster.class_of(self.size_of(name)).resources()
         nested["resources"] = defaults | nested.get("resources", {})
         return RunConfig(output=self.output, **{key: self._part(key, value) for key, value in nested.items()})

@@ -135,8 +135,11 @@ def _ended_before(run: RunConfig, stop: StopRequest) -> str | None:
 
 
 def stalled(directory: RunDirectory) -> bool:
-    """Whether the last attempts, since a failure was last noted, have left no new checkpoint."""
-    attempts = directory.read_attempts()
+    """Whether the last attempts, since a failure was last noted, have left no new checkpoint.
+
+    Those that a Ctrl-C or `cancel` ended on this machine do not count: they say nothing of the run.
+    """
+    attempts = [a for a in directory.read_attempts() if a.get("ended") != "interrupted" or a.get("job_id")]
     since = max((i + 1 for i, attempt in enumerate(attempts) if attempt.get("ended") == "failed"), default=0)
     recent = attempts[since:][-ATTEMPTS:]
     newest = max((int(path.stem.split("-")[1]) for path in directory.checkpoints.glob("step-*.pt")), default=0)

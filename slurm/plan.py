@@ -13,7 +13,8 @@ from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 
 from embedscale.config import RunConfig, bounded
@@ -297,10 +298,28 @@ def print_plan(plan: SweepPlan, each: bool = False) -> None:
         table.add_row(*cells, *_figures(members)[1 if each else 0 :])
     table.add_section()
     table.add_row("in all", "", *_figures(plan.runnable)[1 if each else 0 :], style="bold")
-    console.print(table)
+    console.print(Narrowed(table, "requeues", "disk", "longest", "tokens", "FLOP"))
     _print_blocked(console, plan.blocked)
     for line in _footnotes(plan, unit):
         console.print(line, highlight=False, soft_wrap=True)
+
+
+class Narrowed:
+    """A table that leaves out its least important columns, in the order named, where the terminal is too narrow."""
+
+    def __init__(self, table: Table, *least: str):
+        self.table, self.least = table, least
+        for column in table.columns:
+            if column.no_wrap:  # which rich leaves out of what it says that a table needs
+                column.min_width = max(map(cell_len, (str(column.header), *map(str, column.cells))))
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        endless = options.update(max_width=10**4)  # a measure is never above it
+        for name in self.least:
+            if console.measure(self.table, options=endless).minimum <= options.max_width:
+                break
+            self.table.columns = [column for column in self.table.columns if column.header != name]
+        yield self.table
 
 
 def _figures(members: list[Estimate]) -> list[str]:
@@ -344,6 +363,8 @@ def _footnotes(plan: SweepPlan, unit: str) -> Iterable[str]:
         yield f"{done:,} of these runs are done already."
     if sweep.excluded:
         yield f"{sweep.excluded:,} runs of the grid are left out by the file's exclude rows."
+    for name in sweep.idle:
+        yield f"{name} matches no run of the grid."
     measured = sum(each.measured for each in plan.runnable)
     if measured:
         yield f"{unit}: {measured:,} runs at the speed measured in {cluster.calibration}."

@@ -25,7 +25,7 @@ from embedscale.errors import DONE, UserError
 from embedscale.record import RunDirectory, lease_holder
 from slurm import grid, local, queue
 from slurm.grid import Sweep
-from slurm.plan import SweepPlan, duration, plan_sweep
+from slurm.plan import Narrowed, SweepPlan, duration, plan_sweep
 from slurm.queue import Job
 
 ENDED = ("failed", "diverged", "done")
@@ -201,14 +201,17 @@ def render(
             parts.append(_grouped(state, by_state[state]))
     parts += _notes(sweep, plan, by_state["done"])
     if jobs is None:
-        parts.append("The queue cannot be asked (no squeue here): what waits in it counts as interrupted or missing.")
+        parts.append(
+            "The queue cannot be asked (squeue is missing or fails): what waits in it counts as interrupted or missing."
+        )
     return Group(*parts)
 
 
-def _counts(sweep: Sweep, by_state: Mapping[str, list[RunStatus]]) -> Table:
+def _counts(sweep: Sweep, by_state: Mapping[str, list[RunStatus]]) -> Narrowed:
     table = Table(title=f"{sweep.name}: {len(sweep.by_id):,} runs in {sweep.folder}", title_justify="left")
-    for name in ("state", "runs", "attempts", "FLOP spent", "of budget", "device-hours", "wasted", "meaning"):
-        table.add_column(name, justify="left" if name in ("state", "meaning") else "right", no_wrap=name != "meaning")
+    for name in ("state", "runs", "attempts", "FLOP spent", "of budget", "device-hours", "wasted"):
+        table.add_column(name, justify="left" if name == "state" else "right", no_wrap=True)
+    table.add_column("meaning", min_width=24)
     meanings = STATES | {"cannot be run": "see embedscale sweep plan"}
     for state, meaning in meanings.items():
         if by_state.get(state):
@@ -216,7 +219,7 @@ def _counts(sweep: Sweep, by_state: Mapping[str, list[RunStatus]]) -> Table:
     table.add_section()
     every = [each for members in by_state.values() for each in members]
     table.add_row("in all", *_sums(every), "", style="bold")
-    return table
+    return Narrowed(table, "wasted", "attempts", "FLOP spent", "device-hours")
 
 
 def _sums(members: Sequence[RunStatus]) -> list[str]:
@@ -231,7 +234,7 @@ def _sums(members: Sequence[RunStatus]) -> list[str]:
     ]
 
 
-def _running(members: Sequence[RunStatus], rows: int) -> Table:
+def _running(members: Sequence[RunStatus], rows: int) -> Narrowed:
     table = Table(title="running", title_justify="left")
     for name in ("run", "spent", "of FLOP", "left", "attempt", "host", "job"):
         table.add_column(name, justify="left" if name in ("run", "host", "job") else "right", no_wrap=True)
@@ -247,7 +250,7 @@ def _running(members: Sequence[RunStatus], rows: int) -> Table:
         )
     if len(members) > rows:
         table.add_row(f"and {len(members) - rows:,} more")
-    return table
+    return Narrowed(table, "job", "attempt", "host", "of FLOP")
 
 
 def _grouped(state: str, members: Sequence[RunStatus]) -> Table:
@@ -270,9 +273,11 @@ def _notes(sweep: Sweep, plan: SweepPlan, done: Sequence[RunStatus]) -> Iterable
     used = sum(each.device_hours for each in done)
     if done and estimated:
         yield f"Estimate: {estimated:,.2f} device-hours for the {len(done):,} runs done; they took {used:,.2f}."
-    others = sum(not name.startswith(".") for name in _names(sweep.folder) - set(sweep.by_id) - {queue.FOLDER})
+    others = sum(
+        RunDirectory(sweep.folder / name).attempts.exists() for name in _names(sweep.folder) - set(sweep.by_id)
+    )
     if others:
-        yield f"{others:,} other entries of {sweep.folder} belong to no run of this sweep file."
+        yield f"{others:,} other runs in {sweep.folder} are none of this sweep file."
 
 
 def command(args: Any) -> int:

@@ -274,6 +274,19 @@ def test_encode_streams_and_goes_on_after_a_kill(tmp_path, runs, form, monkeypat
         encode(str(runs["lora"]), *words[1:])
 
 
+def test_encode_takes_a_byte_order_mark_for_none_of_the_text_and_draws_no_bar_into_a_pipe(tmp_path, runs, capsys):
+    from transformers.utils import logging
+
+    (tmp_path / "plain.jsonl").write_text('{"text": "one"}\n')
+    (tmp_path / "marked.jsonl").write_text('\ufeff{"text": "one"}\n')
+    logging.enable_progress_bar()
+    for name in ("plain", "marked"):
+        words = ["encode", str(runs["full"]), str(tmp_path / f"{name}.jsonl"), str(tmp_path / name)]
+        assert main(words) == DONE
+    assert not capsys.readouterr().err
+    assert (tmp_path / "plain/00000.npy").read_bytes() == (tmp_path / "marked/00000.npy").read_bytes()
+
+
 def test_texts_without_a_token_are_similar_to_nothing(runs):
     found = Embedder.of_run(runs["full"]).encode(["", "a", ""])
     assert not found[0].any() and not found[2].any() and np.linalg.norm(found[1]) == pytest.approx(1)
@@ -282,6 +295,7 @@ def test_texts_without_a_token_are_similar_to_nothing(runs):
 BAD = {
     "an empty text": ("encode", "empty.txt", "text 2 is empty"),
     "no UTF-8": ("encode", "latin.txt", "line 1 is not UTF-8"),
+    "half a character": ("encode", "half.jsonl", "line 1 is not UTF-8"),
     "another ending": ("encode", "texts.csv", ".csv is not known"),
     "a missing column": ("encode", "texts.jsonl", "no JSON object with a column 'text'"),
     "a missing file": ("encode", "nothing.txt", "no such file"),
@@ -292,6 +306,7 @@ BAD = {
 def test_bad_texts_are_one_line(tmp_path, runs, capsys, case):
     (tmp_path / "empty.txt").write_text("one\n\nthree\n")
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9\n")
+    (tmp_path / "half.jsonl").write_text('{"text": "\\ud83d"}\n')
     (tmp_path / "texts.csv").write_text("a,b\n")
     (tmp_path / "texts.jsonl").write_text('{"other": "a"}\n')
     verb, file, expected = BAD[case]

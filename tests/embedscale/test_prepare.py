@@ -349,7 +349,8 @@ def large(tmp_path, bytes_tokenizer, undisturbed) -> tuple[list[str], Path, str]
 
 def started(words: list[str], store: Path, units: int) -> subprocess.Popen:
     """`prepare` in a process of its own, with so many units done."""
-    process = subprocess.Popen([sys.executable, "-m", "embedscale.cli", "prepare", *words], stderr=subprocess.PIPE)
+    command = [sys.executable, "-m", "embedscale.cli", "prepare", *words]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True)
     while len(list((store / "work").glob("unit-*.json"))) < units:
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.002)
@@ -387,11 +388,17 @@ def test_killed_and_started_again_it_goes_on_to_the_same_store(large):
     assert not list(store.rglob("*.partial"))
 
 
-@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_it_in_a_way_that_can_be_resumed(large, sent):
+@pytest.mark.parametrize(
+    ("send", "sent"),
+    [(os.kill, [signal.SIGTERM]), (os.killpg, [signal.SIGTERM]), (os.killpg, [signal.SIGINT] * 4)],
+    ids=["SIGTERM", "SIGTERM to its workers too", "impatient Ctrl-C"],
+)
+def test_a_signal_ends_it_in_a_way_that_can_be_resumed(large, send, sent):
     words, store, digest = large
     process = started(words, store, 5)
-    process.send_signal(sent)
+    for number in sent:
+        send(process.pid, number)
+        time.sleep(0.02)  # or the system takes several for one
     _, errors = process.communicate(timeout=60)
     assert process.returncode == INTERRUPTED
     assert errors.decode() == "embedscale: interrupted\n"
@@ -408,8 +415,8 @@ def test_interrupted_late_it_leaves_no_store_and_goes_on(tmp_path, monkeypatch, 
     with monkeypatch.context() as patch:
         in_parallel = prepare._in_parallel
 
-        def stops(pool, what, work, items):
-            for number, found in enumerate(in_parallel(pool, what, work, items)):
+        def stops(pool, what, *more):
+            for number, found in enumerate(in_parallel(pool, what, *more)):
                 if what == "shuffling" and number == 1:
                     raise KeyboardInterrupt
                 yield found
@@ -482,9 +489,11 @@ def test_a_process_whose_store_is_taken_over_ends(tmp_path, monkeypatch, bytes_t
     monkeypatch.setattr(record, "HEARTBEAT_SECONDS", 0.01)
     lease = tmp_path / "store" / "work" / "lease.json"
 
-    def taken_over(*_):
+    def taken_over(work, units, stop):
         lease.write_text(json.dumps({"host": "elsewhere", "pid": 1, "token": "other"}))
-        time.sleep(60)
+        while not stop.requested:
+            time.sleep(0.01)
+        raise KeyboardInterrupt  # as it does between two units
 
     monkeypatch.setattr(prepare, "_build", taken_over)
     words = words_of(tmp_path / "store", bytes_tokenizer, {"path": str(write(tmp_path / "p.jsonl", some_rows(300)))})

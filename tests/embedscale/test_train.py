@@ -139,7 +139,7 @@ def test_stopped_at_every_step_and_resumed_is_bit_for_bit_the_same(tmp_path, tin
     assert ended == ["interrupted"] * (len(codes) - 1) + ["done"]
 
 
-def test_a_stop_during_the_last_evaluation_leaves_only_that_to_do(tmp_path, tiny_run):
+def test_a_stop_during_the_last_evaluation_leaves_only_that_to_do(tmp_path, tiny_run, capsys):
     config, whole = run_of(tmp_path / "a", tiny_run)
     assert train(config) == DONE
     config, directory = run_of(tmp_path / "b", tiny_run)
@@ -155,9 +155,61 @@ def test_a_stop_during_the_last_evaluation_leaves_only_that_to_do(tmp_path, tiny
         else:
             break
     assert not directory.record.exists()
+    capsys.readouterr()
+    assert train(config, StopAfter(0)) == INTERRUPTED
+    assert f"{config.run_id}: interrupted (test) at step {steps}" in capsys.readouterr().out
     assert train(config) == DONE
+    assert f"{config.run_id} is done: held-out loss" in capsys.readouterr().out
     assert directory.read_attempts()[-1]["from_step"] == steps
     assert comparable(directory) == comparable(whole)
+
+
+def test_an_evaluation_that_fails_at_the_end_loses_no_step(tmp_path, tiny_run, monkeypatch):
+    config, whole = run_of(tmp_path / "a", tiny_run, "evaluation.at=[]")
+    assert train(config) == DONE
+    config, directory = run_of(tmp_path / "b", tiny_run, "evaluation.at=[]")
+    with monkeypatch.context() as patch:
+        patch.setattr("embedscale.callbacks.evaluate_held_out", lambda *_: 1 / 0)
+        assert train(config) == FAILED
+    assert train(config) == DONE
+    assert directory.read_attempts()[-1]["from_step"] == whole.read_record()["steps"]
+    assert comparable(directory) == comparable(whole)
+
+
+def test_a_second_ctrl_c_ends_a_run_at_once_and_says_so(tmp_path, tiny_run, capsys):
+    class Impatient(StopRequest):
+        """Asked twice, at the third look."""
+
+        looks = 0
+
+        @property
+        def requested(self):
+            self.looks += 1
+            if self.looks == 3:
+                self.on_signals([signal.SIGINT])
+                for _ in range(2):
+                    os.kill(os.getpid(), signal.SIGINT)
+            return self.reason is not None
+
+    config, directory = run_of(tmp_path, tiny_run)
+    assert train(config, Impatient()) == INTERRUPTED
+    assert f"{config.run_id}: interrupted (SIGINT) at step" in capsys.readouterr().out
+    assert directory.read_attempts()[-1]["reason"] == "SIGINT"
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated"])
+def test_held_out_pairs_that_cannot_be_read_are_found_before_the_training(tmp_path, tiny_run, capsys, damage):
+    store = tmp_path / "store"
+    shutil.copytree(load(None, tiny_run).data.store, store)
+    part = min((store / "held_out").glob("*.arrow"))
+    if damage == "missing":
+        part.unlink()
+    else:
+        part.write_bytes(part.read_bytes()[:-100])
+    words = [*tiny_run, f"output={tmp_path / 'runs'}", BUDGET, f"data.store={store}"]
+    assert cli.main(["train", *words]) == WRONG
+    assert f"data.store: {part} is missing or damaged" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
 
 
 def test_hours_of_a_device_are_shared_out_attempt_by_attempt(tmp_path, tiny_run):
@@ -397,6 +449,7 @@ def test_shards_are_fed_in_as_many_chunks_on_each_rank(tiny_run, chunk_tokens):
         (["training.learning_rat=1"], "did you mean 'training.learning_rate'"),
         (["budget=10"], "budget: 10 FLOP is too small; one pair costs"),
         (["budget=1e15"], "more than one epoch of"),
+        (["budget=1e29", "data.repeat=true"], "budget: 1e+29 FLOP buy"),
         (["data.context=4000"], "data.context: 4000 is longer than pythia-tiny's; allowed: at most 256"),
         (["data.context=41"], "was prepared with 40"),
         (["data.store=/nowhere"], "/nowhere"),
@@ -455,6 +508,9 @@ def test_flops_prints_both_conventions_without_weights(tmp_path, tiny_run, capsy
     assert f"{int(1.5e15) // cost.flop_per_token:,}" in said
     assert cli.main(["flops", *tiny_run, BUDGET]) == 0
     assert "counted in" in capsys.readouterr().out
+    for store in ([], ["data.store=/nowhere"]):
+        assert cli.main(["flops", *tiny_run, *store, "--budgets", "1e10", "1"]) == WRONG
+        assert "budget: 1 FLOP is too small; one pair costs" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("words", [["--help"], ["--version"], ["flops", "budget=1e15"]])

@@ -130,9 +130,10 @@ def test_include_adds_whole_rows_and_exclude_takes_what_matches(tmp_path):
     exclude:
       - {budget: 1e15, method.rank: [32, 64]}
       - {backbone.name: pythia-14m, method.name: full}
+      - {backbone.name: pythia-140m}
     """
     found = sweep(tmp_path, text)
-    assert found.excluded == 2 + 2
+    assert found.excluded == 2 + 2 and found.idle == ["exclude[2]"]
     assert len(found.runs) == 2 * 2 * 3 - 4 + 2
     assert not [run for run in found.runs if run.budget == 1e15 and run.method.rank == 32]
     assert not [run for run in found.runs if run.backbone.name.endswith("14m") and run.method.name == "full"]
@@ -214,7 +215,11 @@ def test_a_class_reaches_up_to_its_size_and_the_last_takes_the_rest(parameters, 
         ("name: x", "no run is left"),
         ("include: [5]", "include[0]: 5 is no mapping"),
         ("include: [{budget: 0}]", "include[0]: budget: 0"),
-        ("name: a/b\naxes: {budget: 1e15}", "name: 'a/b' names the sweep's folder"),
+        ("name: a/b\naxes: {budget: 1e15}", "name: 'a/b' is to name the sweep's folder"),
+        ("name: ..\naxes: {budget: 1e15}", "name: '..' is to name the sweep's folder"),
+        ("axes: {output: [a, b]}", "axes.output: is the same for all runs"),
+        ("methods: {name: full}", "methods: a mapping is given; expected a list"),
+        ("backbones: [{name: 3}, {name: [3]}, {name: null}]", "backbone.name: Incompatible value 'None'"),
         ("cluster: absent.yaml\naxes: {budget: 1e15}", "absent.yaml: there is no such file"),
         ("backbones: [one/model, two/model]", "stands for two runs that differ in paths or resources alone"),
     ],
@@ -243,6 +248,13 @@ def test_what_is_wrong_in_a_cluster_file_is_said_in_one_line(tmp_path, text, mes
     with pytest.raises(UserError, match=r"cluster\.yaml") as error:
         sweep(tmp_path, f"cluster: {file}\naxes: {{budget: 1e15}}")
     assert message in str(error.value)
+
+
+def test_what_is_wrong_in_a_word_is_not_blamed_on_the_file(tmp_path):
+    for word in ("axes.budget=[-1]", "axes.budget={a: 1}", "budget=3", "name=a/b", "base.training.seed=-1"):
+        with pytest.raises(UserError) as error:
+            sweep(tmp_path, "axes: {budget: [1e15]}", word)
+        assert not str(error.value).startswith(str(tmp_path))
 
 
 def test_one_sixth_is_the_same_run_however_it_is_written(tmp_path):

@@ -67,14 +67,20 @@ def attempt(directory, ended, **facts):
     begun.end(ended)
 
 
-def test_three_attempts_without_a_new_checkpoint_are_too_many(tmp_path):
+def test_three_attempts_without_a_new_checkpoint_are_too_many(tmp_path, monkeypatch):
     directory = RunDirectory(tmp_path)
     directory.checkpoints.mkdir()
     for _ in range(ATTEMPTS - 1):
         attempt(directory, "killed", from_step=4)
         assert not stalled(directory)
     (directory.checkpoints / "step-000000004.pt").touch()
-    attempt(directory, "interrupted", from_step=4)
+    for _ in range(ATTEMPTS):
+        attempt(directory, "interrupted", from_step=4)
+    assert not stalled(directory), "whoever interrupts a run at a desk says nothing of the run"
+    with monkeypatch.context() as job:
+        job.setenv("SLURM_JOB_ID", "7")
+        for _ in range(ATTEMPTS):
+            attempt(directory, "interrupted", from_step=4)
     assert stalled(directory)
     (directory.checkpoints / "step-000000005.pt").touch()
     assert not stalled(directory)

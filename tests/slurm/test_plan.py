@@ -1,6 +1,7 @@
 """The plan's figures against the paper's formula and published counts, its refusals, and that it needs no torch."""
 
 import json
+import re
 import resource
 import subprocess
 import sys
@@ -200,6 +201,19 @@ def test_the_table_tells_totals_and_every_obstacle(paper, capsys):
     print_plan(paper, each=True)
     text = capsys.readouterr().out
     assert all(each.run_id in text for each in paper.runnable)
+
+
+@pytest.mark.parametrize("width", [80, 100])
+def test_the_table_is_readable_in_a_narrow_terminal(tmp_path, paper, capsys, monkeypatch, width):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", str(width))
+    few = planned(tmp_path, "axes: {budget: [1e15]}\nexclude: [{budget: 2e15}]")
+    for plan, each, name in ((paper, False, "pythia-2.8b"), (few, True, few.estimates[0].run_id)):
+        print_plan(plan, each)
+        table, _, below = re.sub(r"\x1b\[[\d;]*m", "", capsys.readouterr().out).partition("in all")
+        assert name in table and "steps" in table
+        assert all(len(line) <= width and ("┃" not in line or len(line.split()) > 5) for line in table.splitlines())
+    assert "exclude[0] matches no run" in below
 
 
 def test_plan_of_the_papers_grid_takes_seconds_and_no_torch(tmp_path):

@@ -1,6 +1,7 @@
 """Status from run directories, then the queue, then accounting; stand-ins print what SLURM's commands do."""
 
 import argparse
+import io
 import json
 import os
 import socket
@@ -9,6 +10,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from embedscale.cli import main
 from embedscale.errors import UserError
@@ -198,7 +200,7 @@ def test_without_a_queue_directories_still_tell(sweep, commands, squeue, capsys,
     assert queue.jobs_by_run(sweep.folder) is None
     assert main(["sweep", "status", str(tmp_path / "small.yaml")]) == 0
     text = capsys.readouterr().out
-    assert "The queue cannot be asked" in text
+    assert "The queue cannot be asked (squeue is missing or fails)" in text
     assert "done" in text and "missing" in text
 
 
@@ -213,9 +215,32 @@ def test_accounting_explains_a_silent_end_where_there_is_any(sweep, commands):
     assert explained(survey(sweep, {}))[0].reason == "ended without a word"
 
 
-def test_failures_are_grouped_by_what_they_said(sweep, capsys):
-    from rich.console import Console
+@pytest.mark.parametrize("width", [80, 100])
+def test_the_table_says_what_a_state_means_in_a_narrow_terminal(sweep, width):
+    attempt(directories(sweep)[0], 0, 1, ended="failed", reason="ValueError: broken")
+    with leased(directories(sweep)[0]) as lease:
+        lease.beat()
+        statuses = survey(sweep, {})
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(render(sweep, plan_sweep(sweep), statuses, {}))
+    lines = console.export_text().splitlines()
+    assert max(map(len, lines)) <= width
+    assert any("running" in line and "has a process at it" in line for line in lines)
+    assert any(statuses[0].run_id in line for line in lines)
 
+
+def test_only_runs_count_as_others_of_the_folder(sweep, tmp_path, capsys, commands):
+    for name in ("fits.json", "runs.csv", "figures/loss.png"):
+        (sweep.folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (sweep.folder / name).touch()
+    assert main(["sweep", "status", str(tmp_path / "small.yaml")]) == 0
+    assert "other runs in" not in capsys.readouterr().out
+    attempt(RunDirectory(sweep.folder / "of_another_file"), 0, 1, ended="failed")
+    assert main(["sweep", "status", str(tmp_path / "small.yaml")]) == 0
+    assert "1 other runs in" in capsys.readouterr().out
+
+
+def test_failures_are_grouped_by_what_they_said(sweep, capsys):
     for number, run in enumerate(directories(sweep)[:5]):
         attempt(run, 0, 1, ended="failed", reason="RuntimeError: out of memory" if number < 4 else "OSError: disk full")
     console = Console(width=150, record=True)

@@ -1,0 +1,149 @@
+"""The command line itself: where settings may stand, and what it says of errors that no verb foresees."""
+
+import errno
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from embedscale import cli, config, plan
+from embedscale.errors import FAILED, INTERRUPTED, WRONG
+from embedscale.record import write_atomically
+
+
+@pytest.mark.parametrize(
+    ("words", "settings", "option"),
+    [
+        ("flops Q --budgets 1e11 2e11 budget=3e11", ["Q", "budget=3e11"], ("budgets", ["1e11", "2e11"])),
+        ("train Q budget=1 --fits F --recipe 1e12 output=x", ["Q", "budget=1", "output=x"], ("fits", "F")),
+        ("train --fits a=b --recipe 1e12 Q output=x", ["Q", "output=x"], ("fits", "a=b")),
+        ("sweep submit S a=1 --to here name=x", ["a=1", "name=x"], ("to", "here")),
+        ("sweep submit --evaluate paper X name=x --to here S", ["name=x"], ("evaluate", ["paper", "X"])),
+    ],
+)
+def test_settings_stand_before_and_behind_options(words, settings, option):
+    args = cli._parsed(words.split())
+    assert args.words == settings and getattr(args, option[0]) == option[1]
+
+
+@pytest.mark.parametrize("words", ["train Q --nope a=b", "fit RUNS a=b", "export RUN FOLDER MORE"])
+def test_what_no_verb_takes_is_refused(words, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(words.split())
+    assert "unrecognized arguments" in capsys.readouterr().err
+
+
+def test_fits_without_a_recipe_are_refused(capsys):
+    assert cli.main(["train", "--fits", "FOLDER"]) == WRONG
+    assert "--recipe" in capsys.readouterr().err
+
+
+def said(capsys) -> str:
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+def flops_that(monkeypatch, do) -> int:
+    monkeypatch.setattr(plan, "print_flops", lambda *_: do())
+    return cli.main(["flops"])
+
+
+def test_what_the_system_refuses_is_one_line_that_names_the_file(tmp_path, tiny_run, capsys, monkeypatch):
+    (tmp_path / "file").touch()
+    assert cli.main(["train", *tiny_run, "budget=5e9", f"output={tmp_path / 'file'}"]) == WRONG
+    assert said(capsys).startswith(f"embedscale: {tmp_path / 'file'}/")
+
+    def full(number):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        code = flops_that(patch, lambda: write_atomically(tmp_path / "new", lambda file: file.write(b"text")))
+    assert code == FAILED and said(capsys) == f"embedscale: {tmp_path / 'new'}: No space left on device"
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+    def library():
+        raise OSError("200 requested and 100 written")
+
+    with pytest.raises(OSError, match="requested"):  # no refusal of the system: its traceback is wanted
+        flops_that(monkeypatch, library)
+
+
+@pytest.mark.parametrize("library", ["torch", "safetensors", "numpy"])
+def test_a_write_that_fails_says_why_whatever_the_library_makes_of_it(tmp_path, library):
+    values = torch.zeros(10**6)
+    write = {
+        "torch": lambda file: torch.save(values, file),
+        "safetensors": lambda file: save_file({"values": values}, file.name),
+        "numpy": lambda file: np.save(file, values.numpy()),
+    }[library]
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, limits[1]))  # stands for a disk that is full
+    try:
+        with pytest.raises(OSError) as raised:
+            write_atomically(tmp_path / "file", write)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (raised.value.errno, raised.value.filename) == (errno.EFBIG, str(tmp_path / "file"))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_before_a_verb_sees_to_it_interrupts(capsys, monkeypatch, number):
+    def wait():
+        os.kill(os.getpid(), number)
+        time.sleep(60)
+
+    assert flops_that(monkeypatch, wait) == INTERRUPTED
+    assert said(capsys) == "embedscale: interrupted"
+
+
+def test_an_interrupt_that_a_library_hides_is_one_all_the_same(capsys, monkeypatch):
+    def load(*_):
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(60)
+        finally:
+            raise UnboundLocalError("of OmegaConf")
+
+    monkeypatch.setattr(config, "load", load)
+    assert cli.main(["flops"]) == INTERRUPTED
+    assert said(capsys) == "embedscale: interrupted"
+
+
+def test_a_terminal_that_lacks_a_character_gets_another():
+    words = [sys.executable, "-m", "embedscale.cli", "sweep", "submit", "--help"]
+    done = subprocess.run(words, env=os.environ | {"PYTHONIOENCODING": "ascii"}, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert b"held-out, paper, ?" in b" ".join(done.stdout.split())
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("training=3", "training: 3 is given; expected a mapping of settings"),
+        ("data.sources={kind: jsonl}", "data.sources: a mapping is given; expected a list"),
+        ("budget=[1e11", "'budget=[1e11': is no valid YAML"),
+        ("training.seed=-1", "training.seed: -1 is out of range"),
+        ("trainin.seed=1", "trainin: unknown setting; did you mean 'training'"),
+    ],
+)
+def test_what_is_wrong_in_a_setting_is_said_by_its_name_and_not_blamed_on_the_file(tmp_path, capsys, word, message):
+    file = tmp_path / "run.yaml"
+    file.write_text("budget: 1e11")
+    assert cli.main(["flops", str(file), word]) == WRONG
+    assert said(capsys).startswith(f"embedscale: {message}")
+
+
+def test_what_is_wrong_in_the_file_is(tmp_path, capsys):
+    file = tmp_path / "run.yaml"
+    file.write_text("training: 3")
+    assert cli.main(["flops", str(file), "budget=1e11"]) == WRONG
+    assert said(capsys) == f"embedscale: {file}: training: 3 is given; expected a mapping of settings to values"
