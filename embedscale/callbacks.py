@@ -113,6 +113,7 @@ class Checkpoints(lightning.Callback):
     def __init__(self, directory: RunDirectory, lease: Lease | None, run_id: str, minutes: float, stop: StopRequest):
         self.directory, self.lease, self.run_id, self.seconds, self.stop = directory, lease, run_id, 60 * minutes, stop
         self._saved = time.monotonic()
+        self._sent: tuple[torch.Tensor, Any] | None = None
 
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if module.step == module.plan.steps:
@@ -120,16 +121,31 @@ class Checkpoints(lightning.Callback):
         # Looked at once: a signal between two looks would stop the run without a checkpoint.
         asked, due = self.stop.requested, time.monotonic() - self._saved >= self.seconds
         if world_size() > 1:
-            # One process's signal stops all of them, and one's clock saves all shards, after the same step.
-            flags = torch.tensor([asked, due], dtype=torch.int32, device=module.device)
-            torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
-            asked, due = map(bool, flags.tolist())
+            asked, due = self._agreed(asked, due, module.device)
             if asked:
                 self.stop.request("another process was asked to stop")
         if asked or due:
             self.take(module)
         if asked:
             trainer.should_stop = True
+
+    def _agreed(self, asked: bool, due: bool, device: torch.device) -> tuple[bool, bool]:
+        """What any process wished for a step ago: a signal or a clock of one stops or saves all after the same step.
+
+        This step's wishes would be known on a GPU only when it has done all of its work.
+        """
+        flags = torch.tensor([asked, due], dtype=torch.int32, device=device)
+        torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
+        arrived = torch.cuda.Event() if device.type == "cuda" else None
+        before, self._sent = self._sent, (flags.to("cpu", non_blocking=True), arrived)
+        if arrived is not None:
+            arrived.record()
+        if before is None:
+            return False, False
+        if before[1] is not None:
+            before[1].synchronize()
+        asked, due = map(bool, before[0].tolist())
+        return asked, due
 
     def take(self, module: Any) -> None:
         refuse_divergence(module)

@@ -40,7 +40,7 @@ from embedscale.config import RunConfig
 from embedscale.contrastive import Batches, Contrastive, assemble
 from embedscale.errors import DONE, FAILED, INTERRUPTED, UserError
 from embedscale.footprint import fitting_chunk
-from embedscale.hardware import keep_freed_memory
+from embedscale.hardware import keep_freed_memory, training_device
 from embedscale.pairs import PairStore
 from embedscale.plan import TrainingPlan, plan_run
 from embedscale.prepare import tokenizer_digest
@@ -230,7 +230,7 @@ def _fit(
         return INTERRUPTED
 
     try:
-        device = _run(config, directory, store, module, chunk_tokens, held_out, callbacks, stop)
+        _run(config, directory, store, module, chunk_tokens, held_out, callbacks, stop)
         weights = module.weights() if module.step == module.plan.steps else {}
         if lease is None:
             return DONE if module.step == module.plan.steps else INTERRUPTED
@@ -238,7 +238,7 @@ def _fit(
         if module.step < module.plan.steps or not evaluated or not lease.held():
             return interrupted(stop.reason)
         attempt.end("done", to_step=module.step, to_flop=module.flop)
-        _record(config, directory, module, weights, facts, "done", device)
+        _record(config, directory, module, weights, facts, "done")
         _say_outcome(directory)
         return DONE
     except Stopped:
@@ -249,7 +249,7 @@ def _fit(
             attempt.end("diverged", reason=str(error), to_step=error.step, to_flop=module.flop)
             facts |= {"diverged_at_step": error.step}
             if lease.held():
-                _record(config, directory, module, weights, facts, "diverged", module.device)
+                _record(config, directory, module, weights, facts, "diverged")
             print(f"{config.run_id}: diverged, {error}", file=sys.stderr)
         return FAILED
     except (KeyboardInterrupt, SystemExit) as error:  # the latter is what Lightning makes of the former
@@ -271,7 +271,7 @@ def _run(
     held_out: HeldOut,
     callbacks: list[lightning.Callback],
     stop: StopRequest,
-) -> torch.device:
+) -> None:
     """The steps that are left, and the evaluations that are missing."""
     resources, plan = config.resources, module.plan
     strategy: Any = "auto"
@@ -284,14 +284,11 @@ def _run(
         callbacks=callbacks,
         logger=_loggers(config, directory),
     )
-    if module.step < plan.steps:
-        if stop.requested:
-            return module.device
+    if module.step == plan.steps:
+        held_out.catch_up(trainer, module.to(trainer.strategy.root_device))
+    elif not stop.requested:
         batches = Batches(store, plan, config, chunk_tokens)
         trainer.fit(module, datamodule=_Steps(batches, module.step, resources.workers))
-        return trainer.strategy.root_device
-    held_out.catch_up(trainer, module.to(trainer.strategy.root_device))
-    return trainer.strategy.root_device
 
 
 class _Steps(lightning.LightningDataModule):
@@ -350,7 +347,6 @@ def _record(
     weights: dict[str, torch.Tensor],
     facts: dict[str, Any],
     status: str,
-    device: Any,
 ) -> None:
     """Write the final weights and, last of all, the record; then the checkpoints have served.
 
@@ -418,7 +414,7 @@ def _record(
         "weights_digest": digest_of(weights),
         "wall_seconds": round(wall, 1),
         "gpu_hours": round(of_a_device * plan.world_size / 3600, 5),
-        "device": _device(device, plan.world_size),
+        "device": _device(training_device(), plan.world_size),
         "attempts": attempts,
         "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
         "code": code_version(),
@@ -431,10 +427,10 @@ def _seconds(attempt: dict[str, Any]) -> float:
     return (datetime.fromisoformat(attempt["end"]) - datetime.fromisoformat(attempt["start"])).total_seconds()
 
 
-def _device(device: Any, count: int) -> dict[str, Any]:
-    kind = torch.device(device).type
-    name = torch.cuda.get_device_name(device) if kind == "cuda" else platform.processor() or platform.machine()
-    return {"name": name, "count": count, "type": kind, "threads": torch.get_num_threads()}
+def _device(device: torch.device, count: int) -> dict[str, Any]:
+    known = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
+    name = known or platform.machine()
+    return {"name": name, "count": count, "type": device.type, "threads": torch.get_num_threads()}
 
 
 def code_version() -> dict[str, Any]:
