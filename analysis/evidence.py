@@ -89,18 +89,24 @@ class Evidence:
         self.curvature = float(np.median(curves)) if curves else 0.0
         self.sizes = np.unique([point["params"] for point in self.points])
 
-    def basis(self, limit: Limit) -> str:
+    def basis(self, limit: Limit, reach: float = 1.1) -> str:
+        """What tells of this limit: a law, the best run, or nothing.
+
+        Where the nearest budget that was run, at most `reach` times smaller, has no optimum inside the grid, what was
+        measured there is known better than what a law extends to it: more FLOP lose nothing.
+        """
         lines = "power laws" if self.lines["loss"] and self.lines["n_opt"] else None
         law = "joint law" if self.law else None
         if limit.tokens:  # a parabola says nothing far from its vertex
             return law or ""
         if limit.gpu_hours:
             return (law or lines or "") if self._rates() else ""
-        # Where a budget was run and has no optimum inside the grid, what was measured there is known better than what
-        # a law extends to it.
-        edges = [row["budget"] for row in self.optima if row["best"] and row["state"] != "interior"]
-        if limit.flop and any(same_budget(limit.flop, budget) for budget in edges):
-            return "best run"
+        known = [(row["budget"], row["state"]) for row in self.optima if row["best"]]
+        if limit.flop and known:
+            flop = limit.flop
+            budget, state = min(known, key=lambda each: abs(math.log(each[0] / flop)))
+            if state != "interior" and (same_budget(flop, budget) or 1 < flop / budget <= reach):
+                return "best run"
         return lines or law or "best run"
 
     def cost(self, params: Array, budget: float | None = None) -> Array:

@@ -99,6 +99,18 @@ def test_gpu_hours_buy_what_their_flop_buy(study):
     assert truth[hours.best.backbone] < 1.01 * min(truth.values())
 
 
+def test_a_budget_little_above_one_without_an_optimum_does_not_lose_what_was_measured_there(tmp_path):
+    table = paper_like().query("method == 'full'")
+    edge = BUDGETS[1]  # all too large for it, and the law starts above
+    cut = table[(table["budget"] > edge) | ((table["budget"] == edge) & (table["params"] > 1e8))]
+    measured = cut.loc[cut["budget"] == edge, "loss"].min()
+    fits = recipe.read(fitted(cut, tmp_path))[0]
+    near = recipe.recipe(fits, Limit(flop=1.2 * edge))
+    assert near.best.basis == "best run" and near.best.loss == pytest.approx(measured)
+    assert recipe.recipe(fits, Limit(flop=0.5 * edge)).best.basis == "power laws"
+    assert recipe.recipe(fits, Limit(flop=1.2 * BUDGETS[3])).best.basis == "power laws"
+
+
 def test_fixed_data_take_the_largest_model_unless_a_budget_stops_it(study):
     free = recipe.recipe(study[0], Limit(tokens=1e8), study[1])
     assert free.best.params == max(row.parameters for row in BACKBONES)
