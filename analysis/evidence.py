@@ -18,6 +18,7 @@ UNITS = {"flop": 1.0, "flops": 1.0, "": 1.0} | {
     for word, seconds in (("flop", 1.0), ("flops", 1.0), ("flop-day", 86400.0), ("flop-days", 86400.0))
 }
 HOURS = ("gpu-hour", "gpu-hours", "gpuh", "gpu-h")
+MOST = 1e30  # FLOP, as of a run
 REACH = 1e4  # how far beyond the sizes that were run a joint law's best size is looked for
 
 
@@ -50,6 +51,8 @@ def parse_limit(budget: str | None, tokens: str | None = None) -> Limit:
         limit["gpu_hours" if unit in HOURS else "flop"] = _amount("budget", found[1]) * UNITS.get(unit, 1.0)
     if tokens is not None:
         limit["tokens"] = _amount("--tokens", tokens)
+    if limit.get("flop", 0) > MOST:
+        raise UserError(f"budget: {budget} is out of range; allowed: at most {MOST:g} FLOP")
     if not limit:
         raise UserError("budget: nothing is given; allowed: a budget such as 1e17, --tokens, or both")
     return Limit(**limit)

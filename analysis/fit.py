@@ -94,6 +94,8 @@ def fit(
     Raises UserError for a setting out of range, runs of one budget only, and runs of under three sizes.
     """
     optima.check_estimator(optimum, window)
+    if seed < 0:
+        raise UserError(f"seed: {seed} is out of range; allowed: at least 0")
     if noise is not None and not (math.isfinite(noise) and noise > 0):
         raise UserError(f"noise: {noise} is out of range; allowed: above 0, the standard deviation of ln L")
     if not 0 < confidence < 1:

@@ -27,7 +27,7 @@ def read(path: str | Path) -> dict[str, Any]:
     fits = read_json(path)
     if fits is None:
         raise UserError(f"{path}: does not exist; write it by embedscale fit RUNS")
-    if not isinstance(fits, dict) or "methods" not in fits:
+    if not isinstance(fits, dict) or not {"methods", "settings", "runs"} <= fits.keys():
         raise UserError(f"{path}: holds no fits; write them by embedscale fit RUNS")
     if fits.get("format") != FORMAT:
         raise UserError(

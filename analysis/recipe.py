@@ -9,6 +9,7 @@ lines, so that the joint law comes first there. Every answer says what it stands
 import csv
 import json
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -205,6 +206,8 @@ def recipe(fits: Mapping[str, Any], limit: Limit, runs: list[dict[str, str]] | N
         need = "a joint law" if limit.tokens else "runs that say how many GPU-hours they took, and a law"
         raise UserError(f"budget: for {limit.text} a recipe needs {need}, which no method of these fits has")
     best, drawn = min(chosen.values(), key=lambda each: each[0].loss)
+    if best.pairs < 1:
+        raise UserError(f"budget: {limit.text} is less than one pair costs ({best.budget / best.pairs:.3g} FLOP)")
     evidence = every[best.method]
     n_opt, n_ends = evidence.optimum(limit, best.basis, confidence)
     n_ends = None if limit.tokens else n_ends  # where the data end, whatever the law
@@ -417,5 +420,6 @@ def command(args: Any) -> int:
     for name, text in lines(found, fits["settings"]["confidence"]):
         print(f"  {name + ':':20}{text}")
     if limit.flop and not limit.tokens:
-        print(f"\ntrain it: embedscale train --fits {args.fits} --recipe {limit.flop:g}")
+        budget, fits_given = (shlex.quote(text) for text in (" ".join(args.budget), args.fits))
+        print(f"\ntrain it: embedscale train --fits {fits_given} --recipe {budget}")
     return 0

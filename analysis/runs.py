@@ -152,6 +152,8 @@ def parse_assignments(option: str, text: str | None, allowed: Mapping[str, str] 
             raise UserError(f"{option}: {word!r} is no NAME=VALUE")
         if allowed is not None and name.strip() not in allowed:
             raise UserError(f"{option}: {name.strip()!r} is unknown; allowed: {', '.join(allowed)}")
+        if name.strip() in result:
+            raise UserError(f"{option}: {name.strip()!r} is given twice")
         result[name.strip()] = value.strip()
     return result
 

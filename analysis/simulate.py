@@ -148,8 +148,11 @@ def simulate(
 
     Raises UserError for a noise that is not positive, and for rows that are no grid.
     """
-    if not (np.isfinite(noise) and noise > 0):
-        raise UserError(f"noise: {noise} is out of range; allowed: above 0, the standard deviation of ln L")
+    optima.check_estimator("parabola", window)
+    if seed < 0:
+        raise UserError(f"seed: {seed} is out of range; allowed: at least 0")
+    if not 0 < noise <= 1:
+        raise UserError(f"noise: {noise} is out of range; allowed: above 0, at most 1, the standard deviation of ln L")
     rows, rng = grid(rows), np.random.default_rng(seed)
     draw(rows, laws, noise)  # the law is a loss everywhere on the grid
     result: dict[str, Any] = {}
@@ -326,6 +329,8 @@ def command(args: Any, rows: pd.DataFrame | None) -> int:
     """`embedscale fit SWEEP --simulate LAW`: print what the sweep would find; `rows` are a sweep file's runs."""
     from analysis import summary
 
+    if args.where:
+        raise UserError("--where: is for runs; a sweep is narrowed by its own file")
     laws = stated_laws(args.simulate)
     if rows is None:
         rows = load_grid(args.runs, parse_assignments("columns", args.columns, COLUMNS))

@@ -5,6 +5,7 @@ solver is Levenberg–Marquardt on iteratively re-weighted least squares with an
 on the data (a badly scaled L-BFGS stopped earlier replications too soon, trap D1).
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -197,8 +198,8 @@ def fit_joint(
     """
     if residual not in RESIDUALS:
         raise UserError(f"residual: {residual!r} is unknown; allowed: {', '.join(RESIDUALS)}")
-    if not delta > 0:
-        raise UserError(f"delta: {delta} is out of range; allowed: above 0")
+    if not 0 < delta < math.inf:
+        raise UserError(f"delta: {delta} is out of range; allowed: above 0, and finite")
     loss = np.asarray(loss, float)
     p, sizes = len(law.names), len(np.unique(params))
     if len(loss) <= p:

@@ -239,6 +239,8 @@ def test_fits_are_the_same_for_the_same_seed():
         (sweep(), {"window": 0.5}, "window: 0.5 is out of range"),
         (sweep(), {"residual": "cubic"}, "residual: 'cubic' is unknown"),
         (sweep(), {"delta": -1.0}, "delta: -1.0 is out of range"),
+        (sweep(), {"delta": float("inf")}, "delta: inf is out of range"),
+        (sweep(), {"seed": -1}, "seed: -1 is out of range"),
     ],
 )
 def test_bad_input_is_one_clear_line(table, settings, message):

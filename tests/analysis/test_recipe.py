@@ -111,6 +111,14 @@ def test_a_budget_little_above_one_without_an_optimum_does_not_lose_what_was_mea
     assert recipe.recipe(fits, Limit(flop=1.2 * BUDGETS[3])).best.basis == "power laws"
 
 
+@pytest.mark.parametrize(
+    "budget, said", [("1e31", "at most 1e\\+30 FLOP"), ("1", "1 FLOP is less than one pair costs")]
+)
+def test_a_budget_beyond_all_use_is_refused(study, budget, said):
+    with pytest.raises(UserError, match=f"budget: .*{said}"):
+        recipe.recipe(*study[:1], parse_limit(budget), study[1])
+
+
 def test_fixed_data_take_the_largest_model_unless_a_budget_stops_it(study):
     free = recipe.recipe(study[0], Limit(tokens=1e8), study[1])
     assert free.best.params == max(row.parameters for row in BACKBONES)
