@@ -74,7 +74,8 @@ def train(config: RunConfig, stop: StopRequest | None = None, sharing: int = 1, 
     _refuse_another_config(directory, config)
     store = PairStore.open(config.data.store)
     tokenizer = config.data.tokenizer or config.backbone.name
-    if tokenizer_digest(tokenizer) != store.tokenizer_digest:
+    revision = None if config.data.tokenizer else config.backbone.revision
+    if tokenizer_digest(tokenizer, revision) != store.tokenizer_digest:
         raise UserError(
             f"data.store: {config.data.store} was made with tokenizer {store.manifest['tokenizer']['name']!r}; "
             f"{tokenizer!r} gives other tokens"
