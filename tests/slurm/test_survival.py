@@ -17,7 +17,7 @@ import pytest
 
 from embedscale.record import RunDirectory, lease_holder
 
-LONG_SECONDS = 10  # undisturbed
+LONG_SECONDS = 14  # undisturbed, at the full speed
 METHODS = ["full", "bias", {"name": "freeze", "active_fraction": 0.5}, {"name": "lora", "rank": 4}]
 
 
@@ -188,7 +188,7 @@ def longer_budget(lab):
         if record["method"] == "full":
             tokens = [row["tokens_per_second"] for row in directory.read_metrics() if "tokens_per_second" in row]
             speeds.append(max(tokens) * record["flop_per_token"])
-    return max(2e10, float(f"{LONG_SECONDS * min(speeds):.0e}"))
+    return max(2e10, float(f"{LONG_SECONDS * max(speeds):.0e}"))
 
 
 def table_of_deeds(lab, script):
