@@ -28,7 +28,14 @@ from embedscale.cost import Method
 from embedscale.encoder import pack
 from embedscale.errors import DONE, UserError
 from embedscale.footprint import fitting_chunk
-from embedscale.hardware import compile_seconds, keep_freed_memory, matrix_product_peak, peak_memory, reset_peak_memory
+from embedscale.hardware import (
+    compile_seconds,
+    keep_freed_memory,
+    matrix_product_peak,
+    peak_memory,
+    reset_peak_memory,
+    training_device,
+)
 from embedscale.plan import TrainingPlan
 from embedscale.pythia import SUITE, short_name
 from embedscale.record import now, read_json, write_json
@@ -52,7 +59,7 @@ def calibrate(config: RunConfig, out: str, sizes: Sequence[str], methods: Sequen
 
     Raises UserError, before anything is measured, for an unknown size or method, or a file of other settings.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = training_device()
     configs = [config_of(config, size, method) for size in sizes for method in methods]
     path, facts = Path(out), _facts(config, device, seconds)
     found = read_json(path) or facts | {"peak_flop_per_second": 0.0, "rows": [], "too_large": []}

@@ -48,7 +48,7 @@ from embedscale.pythia import short_name
 from embedscale.record import Attempt, Lease, RunDirectory, leased, read_json, write_atomically, write_json
 from embedscale.stop import STOP_SIGNALS, StopRequest
 
-# Lightning sets it too, but a rank's first product on the GPU, which reads it, may come before.
+# Lightning sets it too, but the first product on a GPU, which reads it, may come before: `calibrate` measures the peak.
 os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
 
 PACKAGES = ("embedscale", "torch", "lightning", "transformers", "peft", "numpy", "pyarrow", "omegaconf")
