@@ -17,17 +17,20 @@ import pytest
 
 from embedscale.record import RunDirectory, lease_holder
 
-LONG_SECONDS = 14  # undisturbed, at the full speed
+LONG_SECONDS = 8  # undisturbed, at the full speed
 METHODS = ["full", "bias", {"name": "freeze", "active_fraction": 0.5}, {"name": "lora", "rank": 4}]
 
 
 class Script:
-    """What is done to the jobs of a sweep, each deed as soon as the run that it is meant for has steps to lose."""
+    """What is done to the jobs of a sweep, each deed as soon as the run that it is meant for has steps to lose.
+
+    A long run that has them is held still until something is done to it: on no machine is it done before."""
 
     def __init__(self, lab, name, long, until):
         self.lab, self.name, self.long, self.until = lab, name, long, until
         self.deeds, self.nodes = defaultdict(list), defaultdict(set)  # by run id
         self.limited = {}  # run id → the attempt that was running
+        self.still = {}  # run id → its process, which is suspended
         self.begun = time.monotonic()
 
     def running(self):
@@ -51,19 +54,31 @@ class Script:
         deadline = time.monotonic() + patience
 
         def ready():
-            running = list(self.running())
-            held = {node for _, node, directory in running if directory.path.name in self.waiting()}
-            for job, node, directory in running:
-                run = directory.path.name
-                attempts = directory.read_attempts()
-                newest = max((int(p.stem[5:]) for p in directory.checkpoints.glob("step-*.pt")), default=0)
-                fresh = attempts and newest > attempts[-1].get("from_step", newest)
-                if fresh and wanted(run, node, held) and (run not in self.deeds or time.monotonic() > deadline):
+            held = {node for _, node, directory in self.running() if directory.path.name in self.waiting()}
+            for job, node, run in self.look():
+                if wanted(run, node, held) and (run not in self.deeds or time.monotonic() > deadline):
                     return job, node, run
-            self.lab.hurry()
             return None
 
         return self.until(ready, 240, self.tell)
+
+    def look(self):
+        """(job, its node, its run) where the run has steps to lose; long ones are held still until `let_go`."""
+        found = []
+        for job, node, directory in self.running():
+            run, attempts, holder = directory.path.name, directory.read_attempts(), lease_holder(directory.lease)
+            newest = max((int(p.stem[5:]) for p in directory.checkpoints.glob("step-*.pt")), default=0)
+            if holder and attempts and newest > attempts[-1].get("from_step", newest):
+                found.append((job, node, run))
+                if run in self.long and run not in self.limited and self.still.get(run) != holder["pid"]:
+                    os.kill(holder["pid"], signal.SIGSTOP)
+                    self.still[run] = holder["pid"]
+        self.lab.hurry()
+        return found
+
+    def let_go(self):
+        for process in self.still.values():
+            go_on(process)
 
     def tell(self):
         return f"{dict(self.deeds)} {self.lab.queued()} {self.lab.log(self.name)[-3000:]}"
@@ -147,10 +162,11 @@ def test_every_run_ends_with_the_bits_of_the_undisturbed_one(lab, until, same, r
     assert re.search(r"submitted (9|1[0-2]) runs", lab.sweep("submit", sweep))
     for deed in (script.limit, script.limit, script.preempt, script.requeue, script.cut_power, script.cancel):
         deed()
-    until(lambda: not script.waiting(), 120, script.tell, between=lab.hurry)
+    until(lambda: not script.waiting(), 120, script.tell, between=script.look)
     assert "to submit" in lab.sweep("submit", sweep)  # what was cancelled
     for deed in (script.preempt, script.requeue, script.cancel):
         deed()
+    script.let_go()
 
     def over():
         lab.hurry()
