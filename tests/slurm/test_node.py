@@ -27,7 +27,7 @@ def preempt(lab, node="n1"):
 
 @pytest.mark.slow
 def test_a_run_of_two_tasks_is_preempted_and_resumes_with_both_ranks(lab, until, same):
-    file = {"base": EACH_STEP | {"resources.devices": 2}, "axes": {"budget": [1e10]}, "methods": ["full"]}
+    file = {"base": EACH_STEP | {"resources.devices": 2}, "axes": {"budget": [2e10]}, "methods": ["full"]}
     assert "1 done" in lab.sweep("submit", lab.write("together", **file), "--to", "here")
     sweep = lab.write("ranks", **file)
     lab.sweep("submit", sweep)

@@ -166,7 +166,9 @@ def test_a_submit_that_another_has_taken_over_from_sends_nothing_more(laptop, tm
 
 def sleepers(lab, name, seeds, **cluster):
     """A sweep whose jobs only wait: for tests of the queue alone."""
-    cluster = {"setup": [f"env > {lab.folder}/{name}.$SLURM_JOB_ID.env", "sleep 600"], "max_gpus": 8} | cluster
+    told = f"{lab.folder}/{name}.$SLURM_JOB_ID"
+    setup = [f"env > {told}.part", f"mv {told}.part {told}.env", "sleep 600"]  # never half a file
+    cluster = {"setup": setup, "max_gpus": 8} | cluster
     axes = {"budget": [1e9], "training.seed": list(range(seeds))}
     return lab.write(name, axes=axes, methods=["full"], cluster=cluster)
 
@@ -217,10 +219,15 @@ def test_2500_runs_in_arrays_of_1001_at_most_eight_at_once(wide_lab, until):
 def test_submit_works_from_inside_a_job(lab, until):
     sweep = sleepers(lab, "inner", 2)
     command = f"{sys.executable} -m embedscale.cli sweep submit {sweep}"
-    words = ["--ntasks=2", "--cpus-per-task=2", "--mem=2000M", f"--output={lab.folder}/outer.out"]
+    printed = lab.folder / "outer.out"
+    printed.touch()
+    words = ["--ntasks=2", "--cpus-per-task=2", "--mem=2000M", f"--output={printed}"]
     outer = lab.slurm("sbatch", "--parsable", "--export=ALL,SLURM_CPU_BIND=none", *words, f"--wrap={command}")
-    found = until(lambda: sorted(lab.folder.glob("inner.*.env")), 240, lambda: (lab.folder / "outer.out").read_text())
-    assert "submitted 2 runs" in (lab.folder / "outer.out").read_text()
+
+    def begun():
+        return "submitted 2 runs" in printed.read_text() and sorted(lab.folder.glob("inner.*.env"))
+
+    found = until(begun, 240, printed.read_text)
     inner = dict(line.split("=", 1) for line in found[0].read_text().splitlines() if "=" in line)
     assert inner["SLURM_JOB_ID"] != outer and inner["SLURM_CPUS_PER_TASK"] == "1" and inner["SLURM_NTASKS"] == "1"
     assert "SLURM_CPU_BIND" not in inner
