@@ -12,12 +12,12 @@ export PYTHONDONTWRITEBYTECODE =
 
 install: $(VENV)/installed
 
-# All by their exact versions and nothing else: left to the resolver, torch brings gigabytes of CUDA to a machine without
-# a GPU, and the rest takes twice as long. A second pip unpacks beside the first.
+# All by their exact versions: left to the resolver, it takes twice as long. A second pip unpacks beside the first. Then
+# the resolver adds what the machine's own build of torch asks for: CUDA's libraries where it is built with them.
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	grep -v '^#' constraints.txt | xargs -P 2 -n 31 $(PIP_INSTALL) --no-deps
-	$(PIP_INSTALL) --no-deps --no-build-isolation --editable .
+	$(PIP_INSTALL) --constraint constraints.txt --no-build-isolation --editable '.[test,mteb,loggers]'
 	$(BIN)/python -c "import gc; gc.disable(); import embedscale.train, mteb"
 	touch $@
 

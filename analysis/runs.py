@@ -245,7 +245,7 @@ def _renamed(path: Path, columns: dict[str, str]) -> pd.DataFrame:
     # A text may look like a number: a run called 000, a digest of 12e4567890123456.
     texts = {columns.get(name, name): str for name in TEXTS}
     readers: dict[str, Any] = {
-        ".csv": lambda file: pd.read_csv(file, dtype=texts),
+        ".csv": lambda file: pd.read_csv(file, dtype=texts, float_precision="round_trip"),
         ".parquet": pd.read_parquet,
         ".jsonl": lambda file: pd.read_json(file, lines=True, dtype=False),
     }

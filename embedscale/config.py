@@ -348,8 +348,12 @@ def _misfit(known: Any, given: Any, key: str = "") -> str | None:
 
 @cache
 def _defaults(schema: type) -> Any:
-    """To merge into, which copies it."""
-    return OmegaConf.structured(schema)
+    """To merge into, which copies it. Before 2.4, OmegaConf lets nothing be merged into parts of a frozen dataclass."""
+    config = OmegaConf.structured(schema)
+    for node in (config, *config.values()):
+        if OmegaConf.is_config(node):
+            OmegaConf.set_readonly(node, None)
+    return config
 
 
 def known_keys(schema: type, prefix: str = "") -> list[str]:

@@ -4,6 +4,7 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests compare CPUs with CPUs, often to the last bit
 # Processes beside each other on few cores: threads that wait for each other by spinning take ten times as long.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 

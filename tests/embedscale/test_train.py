@@ -376,8 +376,6 @@ TOGETHER = [*ALONE, "resources.devices=2", "resources.chunk_tokens=200"]
 @pytest.fixture(scope="module")
 def copies(server, tmp_path_factory, tiny_run):
     """A run on two ranks, each with all of the model, left alone."""
-    if torch.cuda.is_available():
-        pytest.skip("two ranks on the CPU; this machine would give them a GPU")
     return on_two_ranks(server, [*tiny_run, *TOGETHER, f"output={tmp_path_factory.mktemp('copies')}"])
 
 
