@@ -326,7 +326,7 @@ def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 class _Interrupted(KeyboardInterrupt):
-    """A signal's. Python's own, where it went through `exec` as in a dataclass, ends `python -m` with another status."""
+    """A signal's. Python's own changes the status of `python -m` where it went through `exec`, as in a dataclass."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -133,6 +133,9 @@ def test_a_terminal_that_lacks_a_character_gets_another():
         ("budget=[1e11", "'budget=[1e11': is no valid YAML"),
         ("training.seed=-1", "training.seed: -1 is out of range"),
         ("trainin.seed=1", "trainin: unknown setting; did you mean 'training'"),
+        ("data.sources[0].path=x", "data.sources: a mapping is given; expected a list"),
+        ("another.yaml", "'another.yaml' is no key=value word; one configuration file may stand before these"),
+        ("=1", "'=1' is no key=value word"),
     ],
 )
 def test_what_is_wrong_in_a_setting_is_said_by_its_name_and_not_blamed_on_the_file(tmp_path, capsys, word, message):
