@@ -21,10 +21,10 @@ from rich.table import Table
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from embedscale.backbone import empty_body, load_body
-from embedscale.config import RunConfig
+from embedscale.backbone import empty_body, load_body, shape_without_weights
+from embedscale.config import RunConfig, bounded
 from embedscale.contrastive import Batch, Contrastive, assemble
-from embedscale.cost import Method
+from embedscale.cost import Method, cost_of
 from embedscale.encoder import pack
 from embedscale.errors import DONE, UserError
 from embedscale.footprint import fitting_chunk
@@ -57,16 +57,21 @@ HOW = (
 def calibrate(config: RunConfig, out: str, sizes: Sequence[str], methods: Sequence[str], seconds: float) -> int:
     """Measure each size and method that the file does not hold yet, and write it after each.
 
-    Raises UserError, before anything is measured, for an unknown size or method, or a file of other settings.
+    Raises UserError, before anything is measured, for an unknown size or method, one that does not fit the other, or a
+    file of other settings.
     """
+    bounded("--seconds", seconds, 0, 1e6)
     device = training_device()
     configs = [config_of(config, size, method) for size in sizes for method in methods]
+    for each in configs:
+        cost_of(shape_without_weights(each.backbone), each.method)
     path, facts = Path(out), _facts(config, device, seconds)
     found = read_json(path) or facts | {"peak_flop_per_second": 0.0, "rows": [], "too_large": []}
     for name, value in facts.items():
         if name != "how" and found.get(name, False) != value:  # what an older file does not name was off
             raise UserError(f"{path}: was measured with {name} {found.get(name)}, not {value}; name another file")
     done = {(row["backbone"], row["method"]) for row in found["rows"] + found["too_large"]}
+    path.parent.mkdir(parents=True, exist_ok=True)
     console = Console(width=None if Console().is_terminal else 120)
     quieten()
     keep_freed_memory()
@@ -85,7 +90,6 @@ def calibrate(config: RunConfig, out: str, sizes: Sequence[str], methods: Sequen
         if device.type == "cuda":
             torch.cuda.empty_cache()
         found["rows" if measured else "too_large"].append({"backbone": backbone, "method": method} | measured)
-        path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, found)
     console.print(_table(found))
     return DONE

@@ -1,5 +1,6 @@
 """What happens between the steps: log, evaluate, checkpoint, stop, show. One order, the order of `between_steps`."""
 
+import math
 import signal
 import sys
 import time
@@ -101,6 +102,8 @@ class HeldOut(lightning.Callback):
         refuse_divergence(module)
         self.last = evaluate_held_out(module.encoder, self.store, module.config.evaluation, self.stop)
         if self.last is not None:
+            if not math.isfinite(self.last["held_out_loss"]):  # the last step's weights have no later loss to tell
+                raise Diverged(module.step)
             self.writer.write(trainer, module, **self.last)
 
 
@@ -155,6 +158,7 @@ class Checkpoints(lightning.Callback):
         self._saved = time.monotonic()
 
     def save(self, step: int, state: dict[str, Any]) -> None:
+        self.directory.secure_metrics()
         self.directory.checkpoints.mkdir(exist_ok=True)
         path = self.directory.checkpoints / f"step-{step:09d}.pt"
         write_atomically(path, lambda file: torch.save(state | {"run_id": self.run_id}, file))

@@ -4,15 +4,17 @@ import argparse
 import atexit
 import errno
 import io
+import os
 import re
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 
 from embedscale.errors import FAILED, INTERRUPTED, WRONG, UserError
 from embedscale.imports import importing
 
-BROKEN_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
+BROKEN = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EPIPE)
 
 
 def _config(args: argparse.Namespace):
@@ -323,25 +325,32 @@ def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
+class _Interrupted(KeyboardInterrupt):
+    """A signal's. Python's own changes the status of `python -m` where it went through `exec`, as in a dataclass."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a verb; 0 done, 1 the work failed, 2 the command was wrong, 75 interrupted and resumable."""
-    # A reader that closes the pipe early (`| head`) is no error, nor is a terminal that lacks a character.
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    # SIGPIPE stays ignored, as Python has it: by default it would end a run whose logger's socket is closed.
+    # A terminal that lacks a character is no error.
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
     asked: list[int] = []
 
     def interrupt(number: int, frame: object) -> None:
         asked.append(number)
-        raise KeyboardInterrupt
+        raise _Interrupted
 
-    for number in (signal.SIGINT, signal.SIGTERM):  # until a verb sees to them itself
-        signal.signal(number, interrupt)
-    # While Python ends it takes handlers away, and a late Ctrl-C would change the exit status.
-    atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, interrupt)  # until a verb sees to them itself
+        # While Python ends it takes handlers away, and a late signal would change the exit status.
+        atexit.register(signal.signal, number, signal.SIG_IGN)
     try:
         args = _parsed(argv)
-        return int(args.run(args))
+        code = int(args.run(args))
+        with suppress(BrokenPipeError):  # `| head` is no error, a full disk is
+            print(end="", flush=True)
+        return code
     except (KeyboardInterrupt, Exception) as error:
         # OmegaConf, interrupted, may raise an error of its own.
         if asked or isinstance(error, KeyboardInterrupt):
@@ -353,11 +362,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             said, code = f"the package {error.name!r} is missing", FAILED
         elif isinstance(error, OSError) and error.errno is not None:  # without one it is a library's own
             said = f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror)
-            code = FAILED if error.errno in BROKEN_DISK else WRONG
+            code = FAILED if error.errno in BROKEN else WRONG
         else:
             raise
         print(f"embedscale: {said}", file=sys.stderr)
         return code
+    finally:
+        try:
+            print(end="", flush=True)
+        except OSError:  # all is said: Python would complain once more when it ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

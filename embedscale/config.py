@@ -150,7 +150,7 @@ class Evaluation:
         bounded("evaluation.negatives", self.negatives, 1)
         bounded("evaluation.temperature", self.temperature, 0, above=True)
         for fraction in self.at:
-            bounded("evaluation.at", fraction, 0, 1)
+            bounded("evaluation.at", fraction, 0, 1, above=True)
         if self.pool < self.negatives + 1 or self.pool % (self.negatives + 1):
             raise UserError(
                 f"evaluation.pool: {self.pool} pairs do not divide into groups of evaluation.negatives + 1; "
@@ -179,7 +179,7 @@ class Resources:
         bounded("resources.nodes", self.nodes, 1)
         bounded("resources.workers", self.workers, 0)
         bounded("resources.chunk_tokens", self.chunk_tokens, 1)
-        bounded("resources.memory_gb", self.memory_gb, 0, above=True)
+        bounded("resources.memory_gb", self.memory_gb, 0, 1e6, above=True)
         if self.shard and self.devices * self.nodes == 1:
             raise UserError("resources.shard: one process has nothing to share; allowed: with several devices or nodes")
         if self.shard and self.compile:
@@ -314,15 +314,15 @@ def structured(schema: type, values: dict[str, Any], words: Sequence[str] = (), 
 def blaming(message: str, origin: str, words: Sequence[str]) -> str:
     """The message behind the file's name, unless the setting that it begins with is one of the `words`."""
     key = re.split(r"[:\[]", message, maxsplit=1)[0]
-    given = [word.partition("=")[0] for word in words]
+    given = [re.split(r"[=\[]", word, maxsplit=1)[0] for word in words]
     mine = any(f"{key}.".startswith(f"{name}.") or name.startswith(f"{key}.") for name in given)
     return message if mine or not origin else f"{origin}: {message}"
 
 
 def _of_words(words: Sequence[str]) -> DictConfig:
     for word in words:
-        if "=" not in word:
-            raise UserError(f"{word!r} is neither a configuration file nor a key=value word")
+        if word.find("=") < 1:
+            raise UserError(f"{word!r} is no key=value word; one configuration file may stand before these")
         try:
             OmegaConf.from_dotlist([word])
         except (OmegaConfBaseException, YAMLError):

@@ -55,6 +55,8 @@ class Method:
                 raise UserError("method.rank: lora needs a rank, an integer of at least 1")
             if self.rank < 1:
                 raise UserError(f"method.rank: {self.rank} is out of range; allowed: at least 1")
+            if self.alpha is not None and not self.alpha > 0:
+                raise UserError(f"method.alpha: {self.alpha} is out of range; allowed: above 0")
             if not 0 <= self.dropout < 1:
                 raise UserError(f"method.dropout: {self.dropout} is out of range; allowed: from 0 to below 1")
 

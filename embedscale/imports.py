@@ -11,6 +11,6 @@ def importing() -> Iterator[None]:
     gc.disable()
     try:
         yield
-        gc.freeze()
     finally:
+        gc.freeze()
         gc.enable()

@@ -136,8 +136,11 @@ class RunDirectory:
         attempt.write(job_id=os.environ.get("SLURM_JOB_ID"), pid=os.getpid(), **facts)
         return attempt
 
-    def close_lost_attempts(self, last_seen: str | None) -> None:
-        """Say of attempts that ended without a word (SIGKILL, a dead node) that they were killed, and when."""
+    def clear_up(self, last_seen: str | None) -> None:
+        """After attempts that ended without a word (SIGKILL, a dead node): say that they were killed, and when, and
+        remove the half of a checkpoint that they may have left."""
+        for torn in self.path.glob("*/.*.partial"):
+            torn.unlink(missing_ok=True)
         for facts in self.read_attempts():
             if "ended" not in facts:
                 attempt = Attempt(self.attempts / str(facts["number"]), facts)
@@ -147,13 +150,22 @@ class RunDirectory:
         with self.metrics.open("a") as file:
             file.write(json.dumps(row) + "\n")
 
+    def secure_metrics(self) -> None:
+        """See to it that the rows so far outlive a power cut; to be called before a checkpoint is written."""
+        with self.metrics.open("ab") as file:
+            os.fsync(file.fileno())
+
     def read_metrics(self) -> list[dict[str, Any]]:
-        """The complete rows of metrics.jsonl; a torn last line is no row."""
+        """The rows of metrics.jsonl up to a torn line, which a power cut leaves only behind what was secured."""
         try:
-            text = self.metrics.read_text()
+            text = self.metrics.read_text(errors="replace")
         except FileNotFoundError:
             return []
-        return [json.loads(line) for line in text.split("\n")[:-1] if line]
+        rows = []
+        with suppress(ValueError):
+            for line in text.split("\n")[:-1]:
+                rows.append(json.loads(line))
+        return rows
 
     def truncate_metrics(self, step: int) -> None:
         """Drop the rows beyond `step`, which a resumed run will write again."""
@@ -277,7 +289,8 @@ class Lease:
         except (FileExistsError, FileNotFoundError):  # the latter where another one has just removed the folder
             return False
         finally:
-            temporary.unlink(missing_ok=True)
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
 
     def take(self) -> None:
         """Make the folder one's own; it need not be there. Raises UserError where another process holds the run."""
@@ -302,6 +315,7 @@ class Lease:
             with suppress(UserError):
                 self.left_behind = (read_json(aside) or {}).get("time")
             aside.unlink()
+        self.path.parent.mkdir(parents=True, exist_ok=True)  # it was no other process where this cannot be
         raise UserError(f"{self.path.parent}: another process is taking this run; nothing was touched")
 
     def held(self) -> bool:

@@ -72,6 +72,7 @@ def train(config: RunConfig, stop: StopRequest | None = None, sharing: int = 1, 
         _say_outcome(directory)
         return DONE if record["status"] == "done" else FAILED
     _refuse_another_config(directory, config)
+    shape = shape_without_weights(config.backbone)  # a mistyped backbone is no tokenizer's fault
     store = PairStore.open(config.data.store)
     tokenizer = config.data.tokenizer or config.backbone.name
     revision = None if config.data.tokenizer else config.backbone.revision
@@ -80,7 +81,7 @@ def train(config: RunConfig, stop: StopRequest | None = None, sharing: int = 1, 
             f"data.store: {config.data.store} was made with tokenizer {store.manifest['tokenizer']['name']!r}; "
             f"{tokenizer!r} gives other tokens"
         )
-    plan = plan_run(config, shape_without_weights(config.backbone), store)
+    plan = plan_run(config, shape, store)
     store.held_out_batch(0, config.evaluation.pool)  # damaged, it must not be found out after the training
     quieten()
     keep_freed_memory()
@@ -96,7 +97,7 @@ def train(config: RunConfig, stop: StopRequest | None = None, sharing: int = 1, 
             return train(config, stop, sharing, beside)
         write_atomically(directory.config, lambda file: file.write(configs.to_yaml(config).encode()))
         write_json(directory.plan, facts | {"chunk_tokens": chunk, "plan": plan.as_json()})
-        directory.close_lost_attempts(lease.left_behind)
+        directory.clear_up(lease.left_behind)
         attempt = directory.begin_attempt(sharing=sharing)
         return _fit(config, directory, store, module, chunk, facts, stop, attempt, lease)
 
@@ -420,6 +421,7 @@ def _record(
         "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
         "code": code_version(),
     }
+    directory.secure_metrics()
     write_json(directory.record, record)
     shutil.rmtree(directory.checkpoints, ignore_errors=True)
 

@@ -149,7 +149,7 @@ def stalled(directory: RunDirectory) -> bool:
 def note_failure(directory: RunDirectory, reason: str) -> None:
     """Write an attempt that failed for a reason that no training process could write down."""
     with leased(directory) as lease:
-        directory.close_lost_attempts(lease.left_behind)
+        directory.clear_up(lease.left_behind)
         directory.begin_attempt().end("failed", reason=reason)
 
 

@@ -64,6 +64,14 @@ def test_other_settings_and_unknown_names_are_refused(backbone_folder, tmp_path,
     assert "--sizes: 'pythia-15m' is neither of the suite (pythia-14m," in capsys.readouterr().err
     assert cli.main(["calibrate", "--methods", "lora", "--out", str(out)]) == 2
     assert "--methods: 'lora' is unknown; such as: full, freeze-0.5, bias, lora-r32" in capsys.readouterr().err
+    out = tmp_path / "another.json"
+    for words, message in (
+        (["--methods", "full", "freeze-0.3"], "method.active_fraction: 0.3 of 6 blocks is no whole number"),
+        (["--seconds", "inf"], "--seconds: inf is out of range"),
+        (["--out", "/proc/folder/file"], "/proc/folder: "),
+    ):
+        assert cli.main(["calibrate", "--out", str(out), *words]) == 2
+        assert message in capsys.readouterr().err and not out.exists()
 
 
 def test_lengths_are_the_papers():

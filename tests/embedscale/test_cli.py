@@ -133,6 +133,9 @@ def test_a_terminal_that_lacks_a_character_gets_another():
         ("budget=[1e11", "'budget=[1e11': is no valid YAML"),
         ("training.seed=-1", "training.seed: -1 is out of range"),
         ("trainin.seed=1", "trainin: unknown setting; did you mean 'training'"),
+        ("data.sources[0].path=x", "data.sources: a mapping is given; expected a list"),
+        ("another.yaml", "'another.yaml' is no key=value word; one configuration file may stand before these"),
+        ("=1", "'=1' is no key=value word"),
     ],
 )
 def test_what_is_wrong_in_a_setting_is_said_by_its_name_and_not_blamed_on_the_file(tmp_path, capsys, word, message):
@@ -147,3 +150,42 @@ def test_what_is_wrong_in_the_file_is(tmp_path, capsys):
     file.write_text("training: 3")
     assert cli.main(["flops", str(file), "budget=1e11"]) == WRONG
     assert said(capsys) == f"embedscale: {file}: training: 3 is given; expected a mapping of settings to values"
+
+
+def a_verb_that(tmp_path, do: str, words: str = "", **options):
+    """`python -m` of a command whose verb does it."""
+    program = f"import atexit, os, signal, socket, sys\nfrom embedscale import cli, plan\n\ndef do(*_):\n    {do}\n"
+    (tmp_path / "program.py").write_text(f"{program}\n{words}\nplan.print_flops = do\nsys.exit(cli.main(['flops']))\n")
+    return subprocess.run(
+        [sys.executable, "-m", "program"], cwd=tmp_path, stderr=subprocess.PIPE, text=True, timeout=60, **options
+    )
+
+
+def test_a_socket_that_is_closed_ends_no_command(tmp_path):
+    """As W&B's is when its service is killed: an error that can be caught, not the end of the process."""
+    do = "a, b = socket.socketpair(); b.close()\n    try: a.send(b'x')\n    except BrokenPipeError: return 3"
+    done = a_verb_that(tmp_path, do)
+    assert (done.returncode, done.stderr) == (3, "")
+
+
+@pytest.mark.parametrize(("stdout", "code", "message"), [("closed", 3, ""), ("/dev/full", FAILED, "No space left")])
+def test_a_reader_that_has_left_is_no_error_and_a_full_disk_is(tmp_path, stdout, code, message):
+    if stdout == "closed":
+        reader, writer = os.pipe()
+        os.close(reader)
+    else:
+        writer = os.open(stdout, os.O_WRONLY)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    done = a_verb_that(tmp_path, "print('a table'); return 3", stdout=writer, env=environment)
+    os.close(writer)
+    assert done.returncode == code and message in done.stderr and len(done.stderr.splitlines()) == bool(message)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_changes_the_exit_status_only_of_what_it_interrupts(tmp_path, number):
+    """Not where it goes through `exec`, as in a dataclass that is imported, nor while Python ends."""
+    kill = f"os.kill(os.getpid(), {int(number)})"
+    done = a_verb_that(tmp_path, f"exec('{kill}; signal.pause()')")
+    assert (done.returncode, done.stderr) == (INTERRUPTED, "embedscale: interrupted\n")
+    done = a_verb_that(tmp_path, "return 3", f"atexit.register(lambda: {kill})")
+    assert (done.returncode, done.stderr) == (3, "")

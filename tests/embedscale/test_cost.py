@@ -167,6 +167,7 @@ def test_the_exact_cost_is_exact_for_grouped_queries_and_gated_layers_too():
         ({"name": "lora", "rank": 0}, "method.rank: 0 is out of range"),
         ({"name": "lora", "rank": 4000}, "method.rank: 4000 is out of range"),
         ({"name": "lora", "rank": 8, "targets": ["nothing"]}, "method.targets: 'nothing' is no dense layer"),
+        ({"name": "lora", "rank": 8, "alpha": 0.0}, "method.alpha: 0.0 is out of range; allowed: above 0"),
         ({"name": "lora", "rank": 8, "dropout": 1.0}, "method.dropout: 1.0 is out of range"),
         ({"name": "freeze"}, "freeze needs one of"),
         ({"name": "freeze", "active_fraction": 0.3}, "method.active_fraction: 0.3 of 6 blocks is no whole number"),

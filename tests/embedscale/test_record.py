@@ -91,6 +91,12 @@ def test_a_holder_that_was_taken_over_neither_beats_nor_releases(tmp_path):
     assert not second.path.exists()
 
 
+def test_a_folder_that_cannot_be_is_not_blamed_on_another_process(tmp_path):
+    (tmp_path / "runs").symlink_to(tmp_path / "scratch that was unmounted")
+    with pytest.raises(FileExistsError, match="runs"):
+        Lease(tmp_path / "runs" / "run" / "lease.json").take()
+
+
 def test_a_lease_that_was_taken_away_is_not_written_again(tmp_path):
     """The next holder may have come, ended the run and gone."""
     lease = Lease(tmp_path / "lease.json")

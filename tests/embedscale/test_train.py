@@ -288,6 +288,42 @@ def test_a_truncated_checkpoint_falls_back_to_the_one_before(tmp_path, tiny_run,
     assert comparable(directory) == comparable(whole)
 
 
+def test_what_a_dead_node_left_torn_is_cleared_up(tmp_path, tiny_run):
+    """Half of a checkpoint; and of the metrics, pages behind the last checkpoint that never came to the disk."""
+    config, whole = run_of(tmp_path / "a", tiny_run, "resources.log_every=1")
+    assert train(config) == DONE
+    config, directory = run_of(tmp_path / "b", tiny_run, "resources.log_every=1")
+    assert train(config, StopAfter(9)) == INTERRUPTED
+    torn = directory.checkpoints / ".step-000000012.pt.0123abcd.partial"
+    torn.write_bytes(bytes(1000))
+    with directory.metrics.open("ab") as file:
+        file.write(bytes(200) + b'\xff": 0.5}\n{"step": 11, "loss": 0.1}\n{"step": 12, "lo')
+    assert train(config, StopAfter(1)) == INTERRUPTED
+    assert not torn.exists()
+    assert train(config) == DONE
+    assert comparable(directory) == comparable(whole)
+
+
+def test_metrics_are_on_the_disk_before_the_checkpoint_that_they_lead_to(tmp_path, tiny_run, monkeypatch):
+    """A power cut must not take the rows of steps that no resumed run goes through again."""
+    config, directory = run_of(tmp_path, tiny_run, "resources.checkpoint_minutes=0", "resources.log_every=1")
+    secured, fsync, save = [], os.fsync, torch.save
+
+    def note(number):
+        fsync(number)
+        if Path(f"/proc/self/fd/{number}").readlink() == directory.metrics:
+            secured.append(max(row["step"] for row in directory.read_metrics()))
+
+    def check(state, file):
+        assert secured[-1] == state["step"]
+        save(state, file)
+
+    monkeypatch.setattr(os, "fsync", note)
+    monkeypatch.setattr(torch, "save", check)
+    assert train(config) == DONE
+    assert len(secured) > 20
+
+
 def test_a_loss_that_turns_nan_is_recorded_as_diverged(tmp_path, tiny_run, capsys):
     config, directory = run_of(tmp_path, tiny_run, "training.learning_rate=1e30", "resources.log_every=1")
     assert train(config) == FAILED
@@ -298,6 +334,16 @@ def test_a_loss_that_turns_nan_is_recorded_as_diverged(tmp_path, tiny_run, capsy
     assert all(np.isfinite(row["loss"]) for row in rows if "loss" in row)
     assert "diverged" in capsys.readouterr().err
     assert train(config) == FAILED and directory.read_record() == record
+
+
+def test_a_last_step_that_ruins_the_weights_is_recorded_as_diverged(tmp_path, tiny_run, capsys):
+    """No later loss tells of it, and similarities that are no numbers would rank every positive first."""
+    config, directory = run_of(tmp_path, tiny_run, "budget=2e8", "training.learning_rate=1e30")
+    assert train(config) == FAILED
+    record = directory.read_record()
+    assert (record["status"], record["loss"], record["recall_at_1"]) == ("diverged", None, None)
+    assert record["steps"] == record["diverged_at_step"] == 1
+    assert [row["step"] for row in directory.read_metrics() if np.isfinite(row["loss"])] == [1]
 
 
 def test_the_seed_decides_the_run(tmp_path, tiny_run):
@@ -451,7 +497,7 @@ def test_shards_are_fed_in_as_many_chunks_on_each_rank(tiny_run, chunk_tokens):
         (["data.context=4000"], "data.context: 4000 is longer than pythia-tiny's; allowed: at most 256"),
         (["data.context=41"], "was prepared with 40"),
         (["data.store=/nowhere"], "/nowhere"),
-        (["backbone.name=EleutherAI/pythia-13m"], "is neither a local folder nor a model"),
+        (["backbone.name=EleutherAI/pythia-13m"], "backbone.name: 'EleutherAI/pythia-13m' is neither a local folder"),
         (["method.name=adapter"], "method.name: 'adapter' is unknown"),
         (["method.name=lora", "method.rank=1000"], "method.rank: 1000 is out of range"),
         (["method.name=freeze", "method.active_fraction=0.3"], "method.active_fraction: 0.3 of 4 blocks"),
@@ -460,6 +506,8 @@ def test_shards_are_fed_in_as_many_chunks_on_each_rank(tiny_run, chunk_tokens):
         (["loss.hard_negatives=5"], "loss.hard_negatives: 5, but"),
         (["resources.shard=true"], "resources.shard: one process has nothing to share"),
         (["resources.devices=3"], "training.batch_size: 16 does not divide by 3"),
+        (["resources.memory_gb=.inf"], "resources.memory_gb: inf is out of range"),
+        (["evaluation.at=[0]"], "evaluation.at: 0.0 is out of range; allowed: above 0, at most 1"),
     ],
 )
 def test_bad_input_is_one_line_exit_2_and_nothing_written(tmp_path, tiny_run, capsys, words, message):
