@@ -136,6 +136,11 @@ def _build(config: RunConfig, plan: TrainingPlan) -> tuple[Contrastive, dict[str
     shape = shape_of(body, config.backbone.name)
     digest = digest_of(dict(body.named_parameters()))
     module = assemble(body, config, plan)
+    if module.cost.flop_per_token != plan.flop_per_token:  # a hub name that ends as a Pythia's
+        raise UserError(
+            f"backbone.name: {config.backbone.name!r} has other layers than the Pythia of its name: a token costs "
+            f"{module.cost.flop_per_token:,} FLOP, not {plan.flop_per_token:,}; allowed: a local folder of it"
+        )
     return module, {
         "backbone_digest": digest,
         "n_forward": module.cost.n_forward,
