@@ -79,6 +79,13 @@ def blocks_of(body: nn.Module, name: str = "") -> nn.ModuleList:
     return lists[0]
 
 
+def drops(body: nn.Module) -> bool:
+    """Whether training drops numbers at random, which then are those of a chunk, and of the blocks as they are."""
+    config: Any = body.config
+    layers = any(isinstance(module, nn.Dropout) and module.p > 0 for module in body.modules())
+    return layers or getattr(config, "attention_dropout", 0) > 0  # of scores, inside the attention
+
+
 def shape_of(body: nn.Module, name: str) -> BackboneShape:
     """The shape of any decoder whose blocks are equal and whose dense layers are known.
 

@@ -41,7 +41,9 @@ class Embedder:
         self.encoder = Encoder(body, config.backbone.pooling, precision).to(self.device).eval()
         self.encoder.folded = fold(body, precision)
         name = config.data.tokenizer or config.backbone.name
-        self.tokenizer, _ = load_tokenizer(name, None if config.data.tokenizer else config.backbone.revision)
+        self.tokenizer, digest = load_tokenizer(name, None if config.data.tokenizer else config.backbone.revision)
+        if (trained := record.get("tokenizer_digest", digest)) != digest:  # records of older code do not tell
+            raise UserError(f"data.tokenizer: {name!r} is {digest}, but the run was trained with {trained}")
         self.width: int = record["width"]
 
     @classmethod

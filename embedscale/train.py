@@ -85,6 +85,7 @@ def train(config: RunConfig, stop: StopRequest | None = None, sharing: int = 1, 
     quieten()
     keep_freed_memory()
     module, facts = _build(config, plan)
+    facts["tokenizer_digest"] = store.tokenizer_digest
     _refuse_another_plan(directory, facts | {"plan": plan.as_json()})
     module.sharing = sharing * beside
     chunk = _chunk_tokens(config, directory, module)

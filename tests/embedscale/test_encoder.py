@@ -198,7 +198,6 @@ OTHERS = {
     "falcon": ({}, "FalconModel attends in a way of its own"),
     "bloom": ({}, "BloomModel attends in a way of its own"),
     "gemma2": ({"head_dim": 8, "num_key_value_heads": 2}, "Gemma2Attention attends with capped scores"),
-    "nemotron": ({"num_key_value_heads": 4}, "NemotronAttention attends with no word of what is packed"),
     "stablelm": ({"num_key_value_heads": 4}, "StableLmAttention attends with no word of what is packed"),
     "gemma3_text": ({"head_dim": 8, "use_bidirectional_attention": True}, "Gemma3Attention attends with later tokens"),
     "mixtral": ({"num_key_value_heads": 4}, "the weight 'mlp.gate.weight' is in no dense layer"),

@@ -395,6 +395,21 @@ def test_what_cannot_be_used_is_one_line(tmp_path, runs, capsys, monkeypatch):
     assert (full / "thesis.tex").read_text() == "mine" and not (tmp_path / "x").exists()
 
 
+def test_a_tokenizer_that_was_changed_since_the_training_is_refused(tmp_path, runs, backbone_folder):
+    shutil.copytree(runs["full"], tmp_path / "run")
+    shutil.copytree(backbone_folder, tmp_path / "backbone")
+    directory = RunDirectory(tmp_path / "run")
+    config = directory.config.read_text()
+    directory.config.write_text(config.replace(str(backbone_folder), str(tmp_path / "backbone")))
+    Embedder.of_run(directory.path)
+    file = tmp_path / "backbone" / "tokenizer.json"
+    tokenizer = Tokenizer.from_file(str(file))
+    tokenizer.add_tokens(["the"])
+    tokenizer.save(str(file))
+    with pytest.raises(UserError, match="data.tokenizer: .* but the run was trained with"):
+        Embedder.of_run(directory.path)
+
+
 WITHOUT_SOCKETS = """
 import socket, sys
 def refused(*words, **more): raise OSError("no network in this test")
