@@ -170,7 +170,7 @@ def _compare(embedder: Embedder, model: Path, scratch: Path) -> float | str:
     """The least cosine over texts of every length, the exported model in a process of its own; or what went wrong."""
     texts = [PROBE[:n] for n in range(1, len(PROBE) + 1, 3)] + [PROBE * 20, "a " * 5000]
     (scratch / "texts.json").write_text(json.dumps(texts))
-    words = [sys.executable, "-c", RELOAD, str(model), str(scratch / "texts.json"), str(scratch / "found.npy")]
+    words = [sys.executable, "-P", "-c", RELOAD, str(model), str(scratch / "texts.json"), str(scratch / "found.npy")]
     offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     done = subprocess.run(words, capture_output=True, text=True, env=os.environ | offline)
     if done.returncode != 0:
