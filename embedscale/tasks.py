@@ -77,6 +77,9 @@ def task_of(name: str) -> Any:
 
 def load_data(task: Any) -> None:
     """Have the task load its data. Raises UserError where they cannot be had."""
+    import datasets
+
+    datasets.disable_progress_bars()  # they are drawn into pipes and logs too
     try:
         for part in getattr(task.metadata, "tasks", [task]):  # of an aggregate, which has no data of its own
             part.load_data()

@@ -265,7 +265,10 @@ def test_mteb_scores_the_run_and_its_export_equally(runs, exported, name):
         assert result.get_score() == pytest.approx(found[task.metadata.name]["score"], abs=rounding)
 
 
-def test_an_evaluation_that_was_stopped_goes_on_with_the_next_task(runs, monkeypatch):
+def test_an_evaluation_that_was_stopped_goes_on_with_the_next_task(runs, monkeypatch, capsys):
+    import datasets
+
+    datasets.enable_progress_bars()
     run = runs["bias"]
     shutil.rmtree(run / "scores", ignore_errors=True)
     stop, done = StopRequest(), []
@@ -285,6 +288,7 @@ def test_an_evaluation_that_was_stopped_goes_on_with_the_next_task(runs, monkeyp
     assert evaluate(str(run), [HELD_OUT], small_tasks(), StopRequest()) == DONE
     assert sorted(done) == sorted({HELD_OUT, "LocalSTS", "LocalClassification", "LocalPairs"})
     assert evaluate(str(run), [HELD_OUT], small_tasks(), StopRequest()) == DONE and len(done) == 4
+    assert "examples/s" not in capsys.readouterr().err
 
 
 def test_two_checkpoints_never_share_a_name(runs):
