@@ -7,11 +7,14 @@ attention on a CPU are here too.
 
 from collections.abc import Sequence
 from functools import cache
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+from embedscale.errors import UserError
 
 BLOCK = 64  # queries that are attended to at once,
 BLOCKS_FROM = 192  # in sequences of so many tokens
@@ -25,6 +28,29 @@ class Run(NamedTuple):
     length: int
 
 
+def attend_packed(body: nn.Module) -> None:
+    """Have the blocks of a decoder call `packed_attention`. Raises UserError where they attend by themselves."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register("packed", packed_attention)
+    body.set_attn_implementation("packed")  # type: ignore[operator]
+    config: Any = body.config
+    if config._attn_implementation != "packed":
+        raise UserError(
+            f"backbone.name: {type(body).__name__} attends in a way of its own; expected plain causal attention"
+        )
+
+
+def refuse_other_attention(body: nn.Module) -> None:
+    """Raises UserError where a decoder on the meta device asks for attention that `packed_attention` does not give.
+
+    A pass without numbers shows it; training would not: sequences that see each other have a loss as well.
+    """
+    pair = torch.arange(2, device="meta")[None]
+    packing = SimpleNamespace(runs=(Run(0, 2, 1),))
+    body(input_ids=pair, position_ids=pair, attention_mask=None, use_cache=False, packing=packing)
+
+
 def packed_attention(
     module: nn.Module,
     query: Tensor,
@@ -35,13 +61,25 @@ def packed_attention(
     dropout: float = 0.0,
     packing: Any = None,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """The function that transformers calls in each block of any decoder.
 
     `query` [1, heads, T, size]; `key` and `value` may have fewer heads. Returns [1, T, heads, size].
+    Raises UserError for attention other than plain causal attention; windows are the caller's to respect.
     """
-    assert packing is not None and attention_mask is None and softcap is None
+    others = {
+        "no word of what is packed": packing is None,
+        "a mask": attention_mask is not None,
+        "capped scores": softcap is not None,
+        "sinks": s_aux is not None,
+        "later tokens": not getattr(module, "is_causal", True),
+    }
+    if asked := [name for name, is_asked in others.items() if is_asked]:
+        raise UserError(
+            f"backbone.name: {type(module).__name__} attends with {', '.join(asked)}; expected plain causal attention"
+        )
     # Under autocast the rotation leaves float32, and the values are bf16; the kernel takes one kind.
     query, key = query.to(value.dtype), key.to(value.dtype)
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, size]

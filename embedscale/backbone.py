@@ -2,11 +2,13 @@
 
 import hashlib
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from torch import nn
 
+from embedscale.attention import attend_packed, refuse_other_attention
 from embedscale.config import Backbone
 from embedscale.errors import UserError
 from embedscale.pythia import BackboneShape, Linear, shape_by_name, short_name
@@ -34,9 +36,15 @@ ROLES = {
 def shape_without_weights(backbone: Backbone) -> BackboneShape:
     """A Pythia's shape by its name or its local `config.json`; other decoders are built on the meta device.
 
-    Raises UserError for a backbone that cannot be found or is no decoder whose layers are known.
+    Raises UserError for a backbone that cannot be found or is no decoder whose layers and attention are known.
     """
-    return shape_by_name(backbone.name) or shape_of(empty_body(backbone), backbone.name)
+    shape = shape_by_name(backbone.name)
+    if shape is None:
+        body = empty_body(backbone)
+        attend_packed(body)
+        shape = shape_of(body, backbone.name)
+        refuse_other_attention(body)
+    return shape
 
 
 def hub_config(backbone: Backbone) -> Any:
@@ -45,7 +53,7 @@ def hub_config(backbone: Backbone) -> Any:
 
     try:
         return AutoConfig.from_pretrained(backbone.name, revision=backbone.revision)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # transformers and the hub's client have many classes for what is wrong with a file
         if Path(backbone.name).is_dir():
             found = "the folder holds no model that transformers knows"
         else:
@@ -71,6 +79,13 @@ def blocks_of(body: nn.Module, name: str = "") -> nn.ModuleList:
     return lists[0]
 
 
+def drops(body: nn.Module) -> bool:
+    """Whether training drops numbers at random, which then are those of a chunk, and of the blocks as they are."""
+    config: Any = body.config
+    layers = any(isinstance(module, nn.Dropout) and module.p > 0 for module in body.modules())
+    return layers or getattr(config, "attention_dropout", 0) > 0  # of scores, inside the attention
+
+
 def shape_of(body: nn.Module, name: str) -> BackboneShape:
     """The shape of any decoder whose blocks are equal and whose dense layers are known.
 
@@ -79,12 +94,17 @@ def shape_of(body: nn.Module, name: str) -> BackboneShape:
     blocks = blocks_of(body, name)
     first = blocks[0]
     linears = []
+    known: set[int] = set()
     for path, module in first.named_modules():
         if isinstance(module, nn.Linear):
             last = path.rsplit(".", 1)[-1]
             if last not in ROLES:
                 raise UserError(f"backbone.name: {name}: the dense layer {path!r} is not known, nor its cost")
+            known.add(id(module.weight))
             linears.append(Linear(last, module.in_features, module.out_features, module.bias is not None, ROLES[last]))
+    for key, parameter in first.named_parameters():
+        if parameter.dim() > 1 and id(parameter) not in known:  # of experts, or of a layer that is no nn.Linear
+            raise UserError(f"backbone.name: {name}: the weight {key!r} is in no dense layer, nor is its cost known")
     dense = sum(linear.weights + linear.outputs * linear.bias for linear in linears)
     other = {key: p.numel() for key, p in first.named_parameters()}
     biases = sum(n for key, n in other.items() if key.endswith("bias")) - sum(li.outputs for li in linears if li.bias)
@@ -99,13 +119,15 @@ def shape_of(body: nn.Module, name: str) -> BackboneShape:
     config: Any = body.config
     queries = next(li for li in linears if li.role in ("query", "query_key_value"))
     attention_width = queries.outputs if queries.role == "query" else linears[0].inputs
+    # Within their windows, layers attend as plain causal ones do.
+    window = getattr(config, "sliding_window", None)
     return BackboneShape(
         name=short_name(name),
         blocks=len(blocks),
         width=embedding.embedding_dim,
         attention_width=attention_width,
         vocabulary=embedding.num_embeddings,
-        context=config.max_position_embeddings,
+        context=min(config.max_position_embeddings, window or config.max_position_embeddings),
         linears=tuple(sorted(linears, key=lambda li: _FORWARD.index(li.role))),
         norm_weights=weights,
         norm_biases=biases,
@@ -121,8 +143,10 @@ _FORWARD = ("query_key_value", "query", "key", "value", "attention_out", "mlp_in
 def load_body(backbone: Backbone, seed: int) -> nn.Module:
     """The decoder with float32 master weights, whatever the checkpoint's dtype (traps of `dtype="auto"`).
 
-    `random` weights are drawn from the configuration and `seed`. Raises UserError where weights are missing.
+    `random` weights are drawn from the configuration and `seed`. Raises UserError where weights are missing, damaged or
+    of other shapes.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModel
     from transformers.utils import logging
 
@@ -139,10 +163,17 @@ def load_body(backbone: Backbone, seed: int) -> nn.Module:
                 revision=backbone.revision,
                 config=config,
                 dtype=torch.float32,
+                ignore_mismatched_sizes=True,  # which then are told, and refused, by name
                 output_loading_info=True,
             )
-        except OSError as error:
-            raise UserError(f"backbone.name: {backbone.name!r}: {str(error).splitlines()[0]}") from None
+        except (OSError, ValueError, RuntimeError, SafetensorError, UnpicklingError) as error:
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise UserError(f"backbone.name: {backbone.name!r}: its weights cannot be read ({reason})") from None
+        if other := sorted(loading["mismatched_keys"]):
+            key, stored, wanted = other[0]
+            raise UserError(
+                f"backbone.name: {backbone.name!r}: {key} is {tuple(stored)}, by its config.json {tuple(wanted)}"
+            )
         if missing := sorted(loading["missing_keys"]):
             raise UserError(
                 f"backbone.name: {backbone.name!r} lacks {len(missing)} weights ({missing[0]} …); "

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import Dataset
 
-from embedscale.backbone import shape_of
+from embedscale.backbone import drops, shape_of
 from embedscale.config import RunConfig
 from embedscale.cost import Cost, cost_of
 from embedscale.encoder import Encoder, Packed, a_chunk_a_core, cut_further, cuts, pack
@@ -117,7 +117,7 @@ class Contrastive(lightning.LightningModule):
         self.encoder, self.config, self.plan, self.cost = encoder, config, plan, cost
         parameters = dict(encoder.body.named_parameters())
         self.trainable = {name: parameters[name] for name in trainable}
-        self._drops = any(isinstance(module, nn.Dropout) and module.p > 0 for module in encoder.modules())
+        self._drops = drops(encoder.body)
         self.step = 0  # steps done
         self.tokens = 0
         self.flop_exact = 0

@@ -27,18 +27,28 @@ FORWARD_TOKENS = {"cpu": 2048, "cuda": 32768}
 class Embedder:
     """Texts → unit vectors, as the run's training cut, packed and pooled them."""
 
-    def __init__(self, body: nn.Module, config: RunConfig, record: dict[str, Any], device: str | None = None):
+    def __init__(
+        self,
+        body: nn.Module,
+        config: RunConfig,
+        record: dict[str, Any],
+        device: str | None = None,
+        precision: str | None = None,
+    ):
         self.config, self.record = config, record
+        precision = precision or config.training.precision
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self.encoder = Encoder(body, config.backbone.pooling, config.training.precision).to(self.device).eval()
-        self.encoder.folded = fold(body, config.training.precision)
+        self.encoder = Encoder(body, config.backbone.pooling, precision).to(self.device).eval()
+        self.encoder.folded = fold(body, precision)
         name = config.data.tokenizer or config.backbone.name
-        self.tokenizer, _ = load_tokenizer(name, None if config.data.tokenizer else config.backbone.revision)
+        self.tokenizer, digest = load_tokenizer(name, None if config.data.tokenizer else config.backbone.revision)
+        if (trained := record.get("tokenizer_digest", digest)) != digest:  # records of older code do not tell
+            raise UserError(f"data.tokenizer: {name!r} is {digest}, but the run was trained with {trained}")
         self.width: int = record["width"]
 
     @classmethod
-    def of_run(cls, run: str | Path, device: str | None = None) -> "Embedder":
-        """The model of a run directory, LoRA merged in float32.
+    def of_run(cls, run: str | Path, device: str | None = None, precision: str | None = None) -> "Embedder":
+        """The model of a run directory, LoRA merged in float32. `precision` is by default that of its training.
 
         Raises UserError for a run that is not done and for weights that are not those of its record.
         """
@@ -51,7 +61,7 @@ class Embedder:
         apply_method(body, config.method)
         _load_weights(body, directory, record)
         merge_adapters(body)
-        return cls(body.requires_grad_(False), config, record, device)
+        return cls(body.requires_grad_(False), config, record, device, precision)
 
     def encode(self, texts: Sequence[str], progress: Callable[[int], object] = lambda texts: None) -> np.ndarray:
         """float32 [texts, width], in the order given. A text without a token is the zero vector, similar to nothing.

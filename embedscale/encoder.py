@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from embedscale.attention import Run, packed_attention
+from embedscale.attention import Run, attend_packed
 from embedscale.backbone import blocks_of
 from embedscale.folded import FoldedPythia, fold
 from embedscale.parallel import shard
@@ -133,10 +133,7 @@ class Encoder(nn.Module):
 
     def __init__(self, body: nn.Module, pooling: str = "mean", precision: str = "float32"):
         super().__init__()
-        from transformers import AttentionInterface
-
-        AttentionInterface.register("packed", packed_attention)
-        body.set_attn_implementation("packed")  # type: ignore[operator]
+        attend_packed(body)
         self.body, self.pooling, self.precision = body, pooling, precision
         self.folded: FoldedPythia | None = None
         self.foldable, self.sharded = True, False

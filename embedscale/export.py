@@ -6,7 +6,6 @@ renamed: what lies at the target is a whole model that was seen to work.
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -44,14 +43,17 @@ def export(run: str, folder: str) -> int:
 
     Raises UserError for a run that is not done, a folder that holds something, and a missing package.
     """
-    target = Path(folder)
+    target = Path(folder).resolve()  # of a link, the folder behind it
+    if target == Path.cwd():
+        raise UserError(f"{target}: is the folder that you are in, which cannot be replaced; name another one")
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise UserError(f"{target}: is not empty; name an empty or a new folder")
     try:
         version("sentence-transformers")
     except ModuleNotFoundError:
         raise UserError("export needs sentence-transformers: pip install 'embedscale[mteb]'") from None
-    embedder = Embedder.of_run(run, "cpu")
+    # Exported in float32, it is compared in float32: over many blocks, bf16's rounding alone is beyond what is similar.
+    embedder = Embedder.of_run(run, "cpu", "float32")
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", suffix=".partial", dir=target.parent) as temporary:
         made = Path(temporary) / "model"
@@ -64,9 +66,7 @@ def export(run: str, folder: str) -> int:
             return FAILED
         card = model_card(embedder, RunDirectory(run), target.name, likeness)
         (made / "README.md").write_text(card, encoding="utf-8")
-        if target.exists():
-            target.rmdir()
-        shutil.move(made, target)
+        made.rename(target)
     print(f"{target}: a sentence-transformers model; cosine with the run's embeddings at least {likeness:.7f}")
     return DONE
 
@@ -104,6 +104,9 @@ def _write_model(embedder: Embedder, folder: Path) -> None:
             "similarity_fn_name": "cosine",
         },
     }
+    mode = (folder / "config.json").stat().st_mode
+    for weights in folder.glob("*.safetensors"):
+        weights.chmod(mode)  # safetensors lets nobody but the owner read them
     (folder / "2_Normalize").mkdir()
     for name, value in write.items():
         path = folder / name
@@ -114,32 +117,39 @@ def _write_model(embedder: Embedder, folder: Path) -> None:
 def _legacy_rotary(config: Any) -> dict[str, Any]:
     """What releases of transformers before 5 read in place of `rope_parameters`."""
     rope = getattr(config, "rope_parameters", None)
-    if config.model_type != "gpt_neox" or not rope:
+    if not rope or "rope_theta" not in rope:
         return {}
+    scaling = {key: x for key, x in rope.items() if key not in ("rope_theta", "partial_rotary_factor")}
+    neox = config.model_type == "gpt_neox"
     return {
-        "rotary_pct": rope.get("partial_rotary_factor", 1.0),
-        "rotary_emb_base": rope["rope_theta"],
+        "rotary_emb_base" if neox else "rope_theta": rope["rope_theta"],
+        "rotary_pct" if neox else "partial_rotary_factor": rope.get("partial_rotary_factor", 1.0),
+        "rope_scaling": scaling if scaling.get("rope_type", "default") != "default" else None,
         "torch_dtype": "float32",
     }
 
 
 def _write_tokenizer(embedder: Embedder, folder: Path) -> None:
     """The tokenizer as trained with, and a token to pad with, on the right, where causal attention never sees it."""
+    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
+    # What it was trained with has no special token around a text, which other callers would ask for.
+    tokenizer = Tokenizer.from_str(embedder.tokenizer.to_str())
+    tokenizer.no_truncation()
+    tokenizer.post_processor = None
     name = embedder.config.data.tokenizer or embedder.config.backbone.name
     known = read_json(Path(name) / "tokenizer_config.json") or {} if Path(name).is_dir() else {}
     end = known.get("eos_token") or known.get("pad_token")
     if isinstance(end, dict):
         end = end["content"]
-    if end is None or embedder.tokenizer.token_to_id(end) is None:
-        special = [t.content for _, t in sorted(embedder.tokenizer.get_added_tokens_decoder().items()) if t.special]
+    if end is None or tokenizer.token_to_id(end) is None:
+        special = [t.content for _, t in sorted(tokenizer.get_added_tokens_decoder().items()) if t.special]
         # Without any special token a symbol serves, for attention and pooling go by the mask: the longest one, since
         # what pads is cut out of texts first, wherever they spell it.
-        end = special[0] if special else max(embedder.tokenizer.get_vocab(), key=lambda symbol: (len(symbol), symbol))
-    embedder.tokenizer.no_truncation()
+        end = special[0] if special else max(tokenizer.get_vocab(), key=lambda symbol: (len(symbol), symbol))
     PreTrainedTokenizerFast(
-        tokenizer_object=embedder.tokenizer,
+        tokenizer_object=tokenizer,
         pad_token=end,
         eos_token=end if end in (known.get("eos_token"), "<|endoftext|>") else None,
         padding_side="right",
@@ -160,7 +170,7 @@ def _compare(embedder: Embedder, model: Path, scratch: Path) -> float | str:
     """The least cosine over texts of every length, the exported model in a process of its own; or what went wrong."""
     texts = [PROBE[:n] for n in range(1, len(PROBE) + 1, 3)] + [PROBE * 20, "a " * 5000]
     (scratch / "texts.json").write_text(json.dumps(texts))
-    words = [sys.executable, "-c", RELOAD, str(model), str(scratch / "texts.json"), str(scratch / "found.npy")]
+    words = [sys.executable, "-P", "-c", RELOAD, str(model), str(scratch / "texts.json"), str(scratch / "found.npy")]
     offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     done = subprocess.run(words, capture_output=True, text=True, env=os.environ | offline)
     if done.returncode != 0:
@@ -219,7 +229,8 @@ def model_card(embedder: Embedder, directory: RunDirectory, name: str, likeness:
             "",
             *("| recipe | |", "|---|---|", *table, ""),
             *("| measured | |", "|---|---|", *found, ""),
-            f"Loaded in a fresh process, its embeddings had a cosine of at least {likeness:.7f} with the run's own.",
+            f"Loaded in a fresh process, its embeddings had a cosine of at least {likeness:.7f} with the run's own,\n"
+            "both in float32.",
             "",
         ]
     )

@@ -23,6 +23,7 @@ from torch.nn import functional
 from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXLayer, GPTNeoXModel
 
 from embedscale.attention import Run, attend, attend_backward, beside, rotate, rows_of, states_of
+from embedscale.backbone import drops
 
 REMEMBERED_TO = 12  # blocks: of deeper bodies the first one is too small a part for what its results take in memory
 
@@ -33,7 +34,7 @@ def fold(body: nn.Module, precision: str) -> "FoldedPythia | None":
         return None
     config = body.config
     known = config.use_parallel_residual and config.hidden_act == "gelu" and config.attention_bias
-    if not known or any(isinstance(module, nn.Dropout) and module.p > 0 for module in body.modules()):
+    if not known or drops(body):
         return None
     return FoldedPythia(body, torch.bfloat16 if precision == "bf16" else torch.float32)
 

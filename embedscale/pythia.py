@@ -8,6 +8,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from embedscale.errors import UserError
+
 
 @dataclass(frozen=True)
 class Linear:
@@ -60,7 +62,14 @@ class BackboneShape:
 
 
 def neox_shape(
-    name: str, blocks: int, width: int, mlp_width: int, vocabulary: int, context: int, parallel_residual: bool = True
+    name: str,
+    blocks: int,
+    width: int,
+    mlp_width: int,
+    vocabulary: int,
+    context: int,
+    parallel_residual: bool = True,
+    attention_bias: bool = True,
 ) -> BackboneShape:
     """The shape of a GPT-NeoX decoder (every Pythia is one)."""
     return BackboneShape(
@@ -71,8 +80,8 @@ def neox_shape(
         vocabulary=vocabulary,
         context=context,
         linears=(
-            Linear("query_key_value", width, 3 * width, True, "query_key_value"),
-            Linear("dense", width, width, True, "attention_out"),
+            Linear("query_key_value", width, 3 * width, attention_bias, "query_key_value"),
+            Linear("dense", width, width, attention_bias, "attention_out"),
             Linear("dense_h_to_4h", width, mlp_width, True, "mlp_in"),
             Linear("dense_4h_to_h", mlp_width, width, True, "mlp_out"),
         ),
@@ -129,14 +138,23 @@ def known(backbone: str) -> Pythia | None:
 
 
 def shape_by_name(backbone: str) -> BackboneShape | None:
-    """The shape of a Pythia by its hub name, or of a local folder with a GPT-NeoX `config.json`; None for others."""
+    """The shape of a Pythia by its hub name, or of a local folder with a GPT-NeoX `config.json`; None for others.
+
+    Raises UserError for a `config.json` that cannot be read or lacks what the shape follows from.
+    """
     file = Path(backbone) / "config.json"
     if not file.is_file():
         row = known(backbone)
         return row.shape if row else None
-    config = json.loads(file.read_text())
-    if config.get("model_type") != "gpt_neox":
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        raise UserError(f"backbone.name: {file} is no valid JSON") from None
+    if not isinstance(config, dict) or config.get("model_type") != "gpt_neox":
         return None
+    for key in ("num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size", "max_position_embeddings"):
+        if not isinstance(config.get(key), int):
+            raise UserError(f"backbone.name: {file}: {key} is {config.get(key)!r}; expected a whole number")
     return neox_shape(
         short_name(backbone),
         blocks=config["num_hidden_layers"],
@@ -145,4 +163,5 @@ def shape_by_name(backbone: str) -> BackboneShape | None:
         vocabulary=config["vocab_size"],
         context=config["max_position_embeddings"],
         parallel_residual=config.get("use_parallel_residual", True),
+        attention_bias=config.get("attention_bias", True),
     )

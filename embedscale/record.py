@@ -6,6 +6,7 @@ Only this module knows how the files of a run are called. It needs neither torch
 import json
 import os
 import socket
+import stat
 import tempfile
 import threading
 import time
@@ -48,6 +49,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
 def _write_to_disk(path: Path, write: Callable[[BinaryIO], object]) -> None:
     with path.open("wb") as file:
+        mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
         try:
             write(file)
         except Exception:
@@ -55,7 +57,10 @@ def _write_to_disk(path: Path, write: Callable[[BinaryIO], object]) -> None:
             file.write(bytes(2**20))
             file.flush()
             raise
-        file.flush()
+    # safetensors puts a file of its own in this one's place, which its owner alone may read.
+    with path.open("rb") as file:
+        if stat.S_IMODE(os.fstat(file.fileno()).st_mode) != mode:
+            path.chmod(mode)
         os.fsync(file.fileno())
 
 

@@ -86,6 +86,7 @@ def train(config: RunConfig, stop: StopRequest | None = None, sharing: int = 1, 
     quieten()
     keep_freed_memory()
     module, facts = _build(config, plan)
+    facts["tokenizer_digest"] = store.tokenizer_digest
     _refuse_another_plan(directory, facts | {"plan": plan.as_json()})
     module.sharing = sharing * beside
     chunk = _chunk_tokens(config, directory, module)
@@ -137,6 +138,11 @@ def _build(config: RunConfig, plan: TrainingPlan) -> tuple[Contrastive, dict[str
     shape = shape_of(body, config.backbone.name)
     digest = digest_of(dict(body.named_parameters()))
     module = assemble(body, config, plan)
+    if module.cost.flop_per_token != plan.flop_per_token:  # a hub name that ends as a Pythia's
+        raise UserError(
+            f"backbone.name: {config.backbone.name!r} has other layers than the Pythia of its name: a token costs "
+            f"{module.cost.flop_per_token:,} FLOP, not {plan.flop_per_token:,}; allowed: a local folder of it"
+        )
     return module, {
         "backbone_digest": digest,
         "n_forward": module.cost.n_forward,

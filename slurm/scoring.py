@@ -1,5 +1,6 @@
 """MTEB scores of a sweep's finished runs, in jobs apart from training: one GPU each, a task at a time."""
 
+import traceback
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -60,6 +61,9 @@ def score_all(runs: Sequence[RunConfig], names: Sequence[str], stop: StopRequest
             code = evaluate(str(run.folder), names, stop=stop)
         except UserError as error:
             print(f"{run.run_id}: {error}", flush=True)
+            code = FAILED
+        except Exception:  # a task can fail in many ways, and the other runs are not to be left without scores
+            traceback.print_exc()
             code = FAILED
         outcomes[run.run_id] = {DONE: "done", INTERRUPTED: "interrupted"}.get(code, "failed")
     return outcomes

@@ -9,7 +9,7 @@ import pytest
 import torch
 from saved import save_backbone
 from torch.nn.functional import normalize
-from transformers import AutoModel, GPTNeoXConfig, LlamaConfig
+from transformers import CONFIG_MAPPING, AutoModel, GPTNeoXConfig, LlamaConfig
 
 from embedscale.attention import _variable_length
 from embedscale.backbone import blocks_of, digest_of, load_body, shape_of, shape_without_weights
@@ -173,6 +173,51 @@ def test_grouped_queries_and_other_decoders(tmp_path):
     torch.testing.assert_close(packed(Encoder(body), tokens, lengths), reference, atol=1e-5, rtol=0)
 
 
+VARIANTS = {
+    "no attention bias": {"attention_bias": False},
+    "one after the other": {"use_parallel_residual": False},
+    "all of a head turned": {"rotary_pct": 1.0},
+    "another activation": {"hidden_act": "gelu_new"},
+    "stretched positions": {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000}},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_gpt_neox_has_its_shape_and_embeds_as_transformers_does(tmp_path, variant):
+    backbone = Backbone(name=str(save_backbone(tmp_path / "neox", **VARIANTS[variant])))
+    tokens, lengths = sequences(12)
+    reference = one_by_one(AutoModel.from_pretrained(backbone.name), tokens, lengths, "mean")
+    encoder = Encoder(load_body(backbone, 0))
+    assert shape_of(encoder.body, backbone.name) == shape_without_weights(backbone)
+    with encoder.folding():
+        torch.testing.assert_close(packed(encoder, tokens, lengths), reference, atol=1e-6, rtol=0)
+
+
+SMALL = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+OTHERS = {
+    "falcon": ({}, "FalconModel attends in a way of its own"),
+    "bloom": ({}, "BloomModel attends in a way of its own"),
+    "gemma2": ({"head_dim": 8, "num_key_value_heads": 2}, "Gemma2Attention attends with capped scores"),
+    "stablelm": ({"num_key_value_heads": 4}, "StableLmAttention attends with no word of what is packed"),
+    "gemma3_text": ({"head_dim": 8, "use_bidirectional_attention": True}, "Gemma3Attention attends with later tokens"),
+    "mixtral": ({"num_key_value_heads": 4}, "the weight 'mlp.gate.weight' is in no dense layer"),
+    "gpt2": ({}, "the weight 'attn.c_attn.weight' is in no dense layer"),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_decoders_that_cannot_be_packed_or_counted_are_refused_before_their_weights_are_read(tmp_path, kind):
+    more, expected = OTHERS[kind]
+    CONFIG_MAPPING[kind](**SMALL, **more).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=f"backbone.name: .*{expected}"):
+        shape_without_weights(Backbone(name=str(tmp_path)))
+
+
+def test_texts_are_no_longer_than_a_window(tmp_path):
+    CONFIG_MAPPING["mistral"](**SMALL, num_key_value_heads=2, sliding_window=16).save_pretrained(tmp_path)
+    assert shape_without_weights(Backbone(name=str(tmp_path))).context == 16
+
+
 def test_runs_cover_every_token_once_in_dense_blocks():
     tokens, lengths = sequences(500, seed=3)
     (chunk,) = pack(tokens, lengths)
@@ -218,6 +263,26 @@ def test_a_checkpoint_without_all_weights_is_refused(tmp_path):
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(UserError, match=r"lacks 1 weights \(final_layer_norm.weight"):
         load_body(Backbone(name=str(folder)), 0)
+
+
+def test_damaged_folders_are_named_by_what_is_wrong(tmp_path):
+    folder = save_backbone(tmp_path / "damaged")
+    backbone = Backbone(name=str(folder))
+    config = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(config.replace('"hidden_size": 32', '"hidden_size": 64'))
+    with pytest.raises(UserError, match=r"embed_in.weight is \(256, 32\), by its config.json \(256, 64\)"):
+        load_body(backbone, 0)
+    (folder / "config.json").write_text(config.replace('"intermediate_size"', '"other"'))
+    with pytest.raises(UserError, match="config.json: intermediate_size is None; expected a whole number"):
+        shape_without_weights(backbone)
+    (folder / "config.json").write_text(config[:-9])
+    with pytest.raises(UserError, match="config.json is no valid JSON"):
+        shape_without_weights(backbone)
+    (folder / "config.json").write_text(config)
+    with (folder / "model.safetensors").open("r+b") as file:
+        file.truncate(1000)
+    with pytest.raises(UserError, match=r"damaged': its weights cannot be read \("):
+        load_body(backbone, 0)
 
 
 @pytest.mark.parametrize(

@@ -101,7 +101,9 @@ def test_bf16_gradients_are_as_near_as_the_plain_blocks(backbone_folder, method)
 def test_what_it_does_not_know_stays_as_it_is(backbone_folder):
     body = load_body(Backbone(name=str(backbone_folder)), 0)
     assert fold(body, "float32") is not None
-    body.config.use_parallel_residual = False
+    body.config.attention_dropout = 0.1
+    assert fold(body, "float32") is None
+    body.config.attention_dropout, body.config.use_parallel_residual = 0.0, False
     assert fold(body, "float32") is None
     with Encoder(body).folding() as folded:
         assert folded is None

@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from saved import write_pairs
-from transformers import AutoModel, AutoTokenizer
+from saved import save_byte_tokenizer, write_pairs
+from tokenizers import Tokenizer, processors
+from transformers import AutoModel, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 
 from embedscale import encode as encoding
 from embedscale.cli import main
@@ -25,7 +26,7 @@ from embedscale.pairs import PairStore
 from embedscale.prepare import prepare
 from embedscale.record import RunDirectory
 from embedscale.stop import StopRequest
-from embedscale.tasks import HELD_OUT, SUITES, task_of
+from embedscale.tasks import HELD_OUT, SUITES, load_data, task_of
 from embedscale.train import train
 
 METHODS = {
@@ -141,6 +142,56 @@ def test_an_export_that_embeds_otherwise_leaves_nothing(tmp_path, runs, monkeypa
     assert list((tmp_path / "out").iterdir()) == []
 
 
+def test_a_bf16_run_is_compared_in_float32(tmp_path, tiny_run, monkeypatch):
+    """Of deep backbones, bf16's rounding alone was beyond what counts as similar; four blocks need a finer measure."""
+    config = load(None, [*tiny_run, "budget=1e9", f"output={tmp_path / 'runs'}", "training.precision=bf16"])
+    assert train(config) == DONE
+    monkeypatch.setattr("embedscale.export.SIMILAR", 1 - 1e-6)
+    assert export(str(config.folder), str(tmp_path / "model")) == DONE
+
+
+def test_a_llama_whose_tokenizer_begins_texts_with_a_special_token_is_exported(tmp_path, tiny_run):
+    torch.manual_seed(0)
+    folder = save_byte_tokenizer(tmp_path / "llama")
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.add_special_tokens(["<s>"])
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 256)])
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>").save_pretrained(folder)
+    config = LlamaConfig(
+        vocab_size=257,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+    )
+    AutoModel.from_config(config).save_pretrained(folder)
+    words = [*tiny_run, f"backbone.name={folder}", f"data.store={tmp_path / 'store'}", f"output={tmp_path / 'runs'}"]
+    run = load(None, [*words, "budget=1e9"])
+    assert prepare(run) == DONE and train(run) == DONE
+    assert export(str(run.folder), str(tmp_path / "model")) == DONE
+    assert AutoTokenizer.from_pretrained(tmp_path / "model")("ab")["input_ids"] == tokenizer.encode("ab").ids[1:]
+    # What releases of transformers before 5 read; without it they would take 10,000.
+    assert json.loads((tmp_path / "model" / "config.json").read_text())["rope_theta"] == 1e6
+
+
+def test_whoever_may_read_a_folder_may_read_its_weights(tmp_path, runs, exported):
+    (tmp_path / "plain").touch()
+    for weights in (exported["full"] / "model.safetensors", runs["full"] / "model" / "trainable.safetensors"):
+        assert weights.stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_export_fills_the_folder_behind_a_link_but_not_the_one_it_is_called_from(tmp_path, runs, monkeypatch):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    assert export(str(runs["bias"]), str(tmp_path / "link")) == DONE
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "real" / "model.safetensors").is_file()
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(UserError, match="is the folder that you are in"):
+        export(str(runs["bias"]), ".")
+
+
 def small_tasks() -> list:
     """mteb tasks of three kinds, on data made here."""
     from datasets import Dataset, DatasetDict
@@ -214,7 +265,10 @@ def test_mteb_scores_the_run_and_its_export_equally(runs, exported, name):
         assert result.get_score() == pytest.approx(found[task.metadata.name]["score"], abs=rounding)
 
 
-def test_an_evaluation_that_was_stopped_goes_on_with_the_next_task(runs, monkeypatch):
+def test_an_evaluation_that_was_stopped_goes_on_with_the_next_task(runs, monkeypatch, capsys):
+    import datasets
+
+    datasets.enable_progress_bars()
     run = runs["bias"]
     shutil.rmtree(run / "scores", ignore_errors=True)
     stop, done = StopRequest(), []
@@ -234,6 +288,7 @@ def test_an_evaluation_that_was_stopped_goes_on_with_the_next_task(runs, monkeyp
     assert evaluate(str(run), [HELD_OUT], small_tasks(), StopRequest()) == DONE
     assert sorted(done) == sorted({HELD_OUT, "LocalSTS", "LocalClassification", "LocalPairs"})
     assert evaluate(str(run), [HELD_OUT], small_tasks(), StopRequest()) == DONE and len(done) == 4
+    assert "examples/s" not in capsys.readouterr().err
 
 
 def test_two_checkpoints_never_share_a_name(runs):
@@ -344,6 +399,20 @@ def test_what_cannot_be_used_is_one_line(tmp_path, runs, capsys, monkeypatch):
     assert (full / "thesis.tex").read_text() == "mine" and not (tmp_path / "x").exists()
 
 
+def test_a_tokenizer_that_was_changed_since_the_training_is_refused(tmp_path, runs, backbone_folder):
+    shutil.copytree(runs["full"], tmp_path / "run")
+    shutil.copytree(backbone_folder, tmp_path / "backbone")
+    directory = RunDirectory(tmp_path / "run")
+    config = directory.config.read_text()
+    directory.config.write_text(config.replace(str(backbone_folder), str(tmp_path / "backbone")))
+    file = tmp_path / "backbone" / "tokenizer.json"
+    tokenizer = Tokenizer.from_file(str(file))
+    tokenizer.add_tokens(["the"])
+    tokenizer.save(str(file))
+    with pytest.raises(UserError, match="data.tokenizer: .* but the run was trained with"):
+        Embedder.of_run(directory.path)
+
+
 WITHOUT_SOCKETS = """
 import socket, sys
 def refused(*words, **more): raise OSError("no network in this test")
@@ -369,3 +438,20 @@ def test_every_task_of_every_suite_is_one_that_mteb_knows():
     names = {name for suite in SUITES.values() for name in suite} - {HELD_OUT}
     assert len(names) == 20
     assert {task_of(name).metadata.name for name in names} == names
+
+
+def test_tasks_of_several_languages_are_scored_as_in_the_english_benchmark():
+    import mteb
+
+    benchmark = {task.metadata.name: task for task in mteb.get_benchmark("MTEB(eng, v1)").tasks}
+    for name in {name for suite in SUITES.values() for name in suite} & benchmark.keys():
+        task, theirs = task_of(name), benchmark[name]
+        assert (task.hf_subsets, task.eval_splits) == (theirs.hf_subsets, theirs.eval_splits), name
+
+
+def test_what_is_no_task_of_texts_is_refused_and_an_aggregate_loads_its_parts(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(UserError, match="'CIFAR10' is a task of image; allowed: of text alone"):
+        task_of("CIFAR10")
+    with pytest.raises(UserError, match="mteb/CQADupstackAndroidRetrieval"):  # its first part
+        load_data(task_of("CQADupstackRetrieval"))

@@ -10,9 +10,11 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from embedscale.errors import UserError
-from embedscale.record import STALE_SECONDS, Lease, lease_holder
+from embedscale.record import STALE_SECONDS, Lease, lease_holder, write_atomically
 
 
 def left_behind(path: Path, age: float = 0.0, **facts) -> None:
@@ -105,3 +107,18 @@ def test_a_lease_that_was_taken_away_is_not_written_again(tmp_path):
     lease.beat()
     assert not lease.path.exists() and not lease.held()
     lease.release()
+
+
+def test_what_is_synchronised_is_the_file_that_lies_there(tmp_path, monkeypatch):
+    """safetensors puts a file of its own in the place of the one that it is given."""
+    synchronised, fsync = [], os.fsync
+
+    def noted(descriptor):
+        synchronised.append(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    path = tmp_path / "weights.safetensors"
+    write_atomically(path, lambda file: save_file({"x": torch.ones(3)}, file.name))
+    assert path.stat().st_ino in synchronised
+    assert torch.equal(load_file(path)["x"], torch.ones(3))

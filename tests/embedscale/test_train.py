@@ -530,6 +530,12 @@ def test_a_store_of_another_tokenizer_is_refused(tmp_path, tiny_run, backbone_fo
     assert "was made with tokenizer" in capsys.readouterr().err
 
 
+def test_a_tokenizer_of_more_ids_than_the_backbone_embeds_is_refused(tmp_path, tiny_run, save_decoder, capsys):
+    folder = save_decoder(tmp_path / "few", vocab_size=255)
+    assert cli.main(["train", *tiny_run, f"output={tmp_path / 'runs'}", BUDGET, f"backbone.name={folder}"]) == WRONG
+    assert "has 256 ids; few embeds 255" in capsys.readouterr().err
+
+
 def test_a_directory_of_another_run_is_refused(tmp_path, tiny_run, capsys):
     config, directory = run_of(tmp_path, tiny_run)
     assert train(config, StopAfter(3)) == INTERRUPTED

@@ -4,6 +4,11 @@ import json
 
 import pytest
 
+from embedscale.config import load
+from embedscale.errors import DONE
+from embedscale.stop import StopRequest
+from slurm.scoring import score_all
+
 FILE = {"axes": {"budget": [1e9]}, "methods": ["full", "bias"]}
 
 
@@ -38,3 +43,18 @@ def test_a_task_that_mteb_does_not_know_is_refused_before_anything_is_sent(lapto
     said = laptop.sweep("submit", sweep, "--evaluate", "SciFcat", code=2)
     assert "'SciFcat' is no task of mteb" in said and "did you mean SciFact?" in said
     assert not laptop.directories("scored")
+
+
+def test_a_run_whose_task_fails_leaves_the_others_their_scores(tmp_path, monkeypatch, capsys):
+    runs = [load(None, [f"output={tmp_path}", f"training.seed={seed}"]) for seed in range(3)]
+    scored = []
+
+    def evaluate(run, names, stop):
+        if run.endswith(runs[1].run_id):
+            raise ZeroDivisionError("of a task")
+        scored.append(run)
+        return DONE
+
+    monkeypatch.setattr("embedscale.evaluate.evaluate", evaluate)
+    assert list(score_all(runs, ["STS15"], StopRequest()).values()) == ["done", "failed", "done"]
+    assert scored == [str(runs[0].folder), str(runs[2].folder)] and "of a task" in capsys.readouterr().err
