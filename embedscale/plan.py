@@ -212,12 +212,13 @@ def print_flops(config: RunConfig, budgets: Sequence[str] | None) -> int:
     bought = Table(title="what a budget buys")
     for name in ("budget, FLOP", "tokens", "pairs", "steps", "exact FLOP, about"):
         bought.add_column(name, justify="right")
-    mean = float(np.mean(store.token_counts(config.loss.hard_negatives))) if store else float(PAPER_PAIR)
     for budget in map(parse_budget, budgets) if budgets else [config.budget]:
         if store:
             plan = plan_run(replace(config, budget=budget), shape, store)
             tokens, pairs, steps = plan.tokens, plan.pairs, plan.steps
+            mean = float(np.mean(store.token_counts(config.loss.hard_negatives)))
         else:
+            mean = float(PAPER_PAIR)
             tokens = cost.tokens_of(budget)
             pairs = int(tokens / mean)
             if pairs < 1:
