@@ -511,6 +511,8 @@ def test_flops_prints_both_conventions_without_weights(tmp_path, tiny_run, capsy
     for store in ([], ["data.store=/nowhere"]):
         assert cli.main(["flops", *tiny_run, *store, "--budgets", "1e10", "1"]) == WRONG
         assert "budget: 1 FLOP is too small; one pair costs" in capsys.readouterr().err
+    assert cli.main(["flops", *tiny_run, BUDGET, "loss.hard_negatives=2"]) == WRONG
+    assert "loss.hard_negatives: 2, but" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("words", [["--help"], ["--version"], ["flops", "budget=1e15"]])
