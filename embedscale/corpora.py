@@ -101,13 +101,18 @@ def read(unit: Unit, source: Source, counts: Counter[str]) -> Iterator[Pair]:
         for path in installed_files()[unit.start : unit.stop]:
             yield from _functions(path, counts)
         return
+    broken: tuple[type[Exception], ...] = (OSError, EOFError, zlib.error, pyarrow.ArrowException)
+    if source.kind == "dataset":  # a class for each reader, and for each failure of a network
+        broken = (Exception,)
     try:
         for row in _rows(unit, source, counts):
             pair = _pair(row, source, counts)
             if pair is not None:
                 yield pair
-    except (OSError, EOFError, zlib.error, pyarrow.ArrowException) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    except UserError:
+        raise
+    except broken as error:
+        reason = textwrap.shorten(str(error), 300) or type(error).__name__
         raise Unreadable(f"{unit.path}: cannot be read ({reason})") from None
 
 
@@ -161,9 +166,10 @@ def _dataset(source: Source) -> tuple[Any, int]:
             loaded = loaded[source.split]
         size = loaded.data.nbytes
         return loaded.to_iterable_dataset(num_shards=max(1, min(size // _unit_bytes(size), len(loaded)))), size
-    # IndexError: of one without rows
-    except (OSError, ValueError, IndexError, datasets.exceptions.DatasetsError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    except UserError:
+        raise
+    except Exception as error:  # as above; IndexError where there is no row
+        reason = textwrap.shorten(str(error), 300) or type(error).__name__
         raise Unreadable(f"data.sources.path: the dataset {source.path!r} cannot be loaded ({reason})") from None
 
 

@@ -193,6 +193,11 @@ def test_what_cannot_be_read_is_named(tmp_path):
     datasets.Dataset.from_dict(plain_columns(3)).save_to_disk(str(tmp_path / "saved"))
     datasets.DatasetDict({"a": datasets.Dataset.from_dict(plain_columns(3))}).save_to_disk(str(tmp_path / "splits"))
     datasets.Dataset.from_dict(plain_columns(0)).save_to_disk(str(tmp_path / "no rows"))
+    (tmp_path / "differing").mkdir()
+    write_jsonl(tmp_path / "differing" / "train-1.jsonl", [{"query": "q", "pos": "p"}])
+    write_jsonl(tmp_path / "differing" / "train-2.jsonl", rows(3))
+    (tmp_path / "csv").mkdir()
+    (tmp_path / "csv" / "train.csv").write_text("query,pos\na,b\nc,d,e\n")
     wrong = [
         ("jsonl", "nowhere.jsonl", {}, "no file .*nowhere.jsonl"),
         ("jsonl", "empty", {}, r"empty holds no file named \*\.jsonl"),
@@ -206,6 +211,8 @@ def test_what_cannot_be_read_is_named(tmp_path):
         ("dataset", "splits", {}, "'train' is not in .*allowed: a"),
         ("dataset", "empty", {}, "cannot be loaded"),
         ("dataset", "no rows", {}, "cannot be loaded"),
+        ("dataset", "differing", {}, "differing: cannot be read .*pos: list<.*column names"),
+        ("dataset", "csv", {}, "csv: cannot be (loaded|read)"),
         ("dataset", "nowhere", {}, "cannot be loaded"),
     ]
     for kind, name, settings, message in wrong:

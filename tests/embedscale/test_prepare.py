@@ -592,9 +592,10 @@ def test_what_was_done_before_a_file_could_not_be_read_is_kept(tmp_path, monkeyp
     monkeypatch.setattr(prepare, "_clear", lambda folder: None)
     assert cli.main(["prepare", *words]) == 0
     assert done.items() <= {path: path.stat().st_mtime_ns for path in (tmp_path / "store" / "work").iterdir()}.items()
-    assert PairStore.open(tmp_path / "store").digest == made(
-        tmp_path / "other", bytes_tokenizer, {"path": str(tmp_path / "source")}
-    ).digest
+    assert (
+        PairStore.open(tmp_path / "store").digest
+        == made(tmp_path / "other", bytes_tokenizer, {"path": str(tmp_path / "source")}).digest
+    )
 
 
 def test_mixtures_need_all_weights_and_at_least_one_source(tmp_path, capsys, bytes_tokenizer):
