@@ -111,6 +111,7 @@ class PairStore:
         self.digest: str = manifest["digest"]
         self.context: int = manifest["settings"]["context"]
         self.tokenizer_digest: str = manifest["tokenizer"]["digest"]
+        self.vocabulary: int = manifest["vocabulary"]  # rows that an embedding table needs
         self.negatives: int = manifest["negatives"]  # every pair has at least so many
         self.pairs: int = manifest["pairs"]
         self.held_out: int = manifest["held_out"]

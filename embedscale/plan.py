@@ -83,7 +83,8 @@ def plan_run(config: RunConfig, shape: BackboneShape, store: PairStore) -> Train
     """Count what the budget buys from the store's true token counts.
 
     Raises UserError for a budget below one pair (one pair a GPU) or beyond one epoch, for a context that the
-    backbone or the store does not have, and for a held-out pool that the store cannot fill.
+    backbone or the store does not have, for tokens that the backbone does not have, and for a held-out pool that the
+    store cannot fill.
     """
     if config.data.context > shape.context:
         raise UserError(
@@ -93,6 +94,11 @@ def plan_run(config: RunConfig, shape: BackboneShape, store: PairStore) -> Train
         raise UserError(
             f"data.context: {config.data.context}, but {config.data.store} was prepared with {store.context}; "
             "prepare another store or set the same context"
+        )
+    if store.vocabulary > shape.vocabulary:
+        raise UserError(
+            f"data.tokenizer: {config.data.store} was made with one of {store.vocabulary} tokens, but {shape.name} has "
+            f"{shape.vocabulary} embeddings; allowed: at most that many"
         )
     if store.negatives < config.loss.hard_negatives:
         raise UserError(

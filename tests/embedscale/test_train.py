@@ -484,6 +484,14 @@ def test_a_store_of_another_tokenizer_is_refused(tmp_path, tiny_run, backbone_fo
     assert "was made with tokenizer" in capsys.readouterr().err
 
 
+def test_tokens_that_the_backbone_does_not_have_are_refused(tmp_path, tiny_run, save_decoder, capsys):
+    """Not looked up beyond the embedding's rows, which on a GPU ends in an assertion of a kernel."""
+    words = [*tiny_run, BUDGET, f"backbone.name={save_decoder(tmp_path / 'small', vocab_size=100)}"]
+    for verb in ("train", "flops"):
+        assert cli.main([verb, *words]) == WRONG
+        assert "made with one of 256 tokens, but small has 100 embeddings" in capsys.readouterr().err
+
+
 def test_a_directory_of_another_run_is_refused(tmp_path, tiny_run, capsys):
     config, directory = run_of(tmp_path, tiny_run)
     assert train(config, StopAfter(3)) == INTERRUPTED
