@@ -256,7 +256,7 @@ def _pair(row: dict[str, Any], source: Source, counts: Counter[str]) -> Pair | N
         counts["empty"] += 1
         return None
     texts = [query[0], positive[0], *negatives]
-    if not all(isinstance(text, str | bytes) for text in texts):
+    if len(query) > 1 or not all(isinstance(text, str | bytes) for text in texts):
         counts["malformed"] += 1
         return None
     try:

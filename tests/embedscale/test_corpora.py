@@ -150,6 +150,7 @@ ODD_ROWS = [
     (b'["query", "pos"]', "malformed"),
     (b"[" * 100_000, "malformed"),
     (b'{"query": 5, "pos": ["p"]}', "malformed"),
+    (b'{"query": ["an instruction", "q"], "pos": ["p"]}', "malformed"),
     (b'{"query": "q", "pos": [["p"]]}', "malformed"),
     (b'{"query": "q", "pos": {"text": "p"}}', "malformed"),
     (b'{"query": "q", "pos": []}', "empty"),
