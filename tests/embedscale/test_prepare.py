@@ -213,6 +213,18 @@ def test_ids_are_those_of_transformers_without_special_tokens(tmp_path, bpe_toke
     assert store.manifest["vocabulary"] == len(tokenizer)
 
 
+def test_text_behind_much_that_a_normaliser_drops_is_kept(tmp_path, bpe_tokenizer):
+    file = json.loads((bpe_tokenizer / "tokenizer.json").read_text())
+    strip = {"type": "Strip", "strip_left": True, "strip_right": True}
+    (tmp_path / "strips").mkdir()
+    (tmp_path / "strips" / "tokenizer.json").write_text(json.dumps(file | {"normalizer": strip}))
+    rows = [row("open", text) for text in ("read write", " " * 100_000 + "read write")]
+    path = write(tmp_path / "pairs.jsonl", rows)
+    store = made(tmp_path / "store", tmp_path / "strips", {"path": str(path)}, context=11, held_out=0.0001)
+    first, second = training(store)
+    assert first == second and len(first[1]) > 1
+
+
 def test_a_vocabulary_beyond_sixteen_bits_is_stored_in_thirty_two(tmp_path):
     from tokenizers import Tokenizer, models, pre_tokenizers
 
