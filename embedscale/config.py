@@ -54,7 +54,7 @@ class Source:
 
     kind: str = "jsonl"  # jsonl, parquet, dataset (a Hugging Face name or folder), or installed-python
     path: str = ""  # a file, a folder or a glob; for dataset, the hub name or a folder
-    query: str = "query"  # column
+    query: str = "query"  # column of one text a row
     positive: str = "pos"  # column; where it holds a list, its first text
     negative: str | None = None  # column of hard negatives: a text or a list of texts
     subset: str | None = None  # dataset: its configuration

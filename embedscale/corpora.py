@@ -25,7 +25,7 @@ from embedscale.config import Source
 from embedscale.errors import UserError
 
 UNIT_BYTES = 8 * 2**20
-MOST_UNITS = 2048  # of the JSON lines of a source: a larger corpus has larger units
+MOST_UNITS = 2048  # of what of a source can be cut anywhere: a larger corpus has larger units
 SHARD_BYTES = 256 * 2**20  # of a dataset that does not say how large it is
 READ_ROWS = 1024  # at a time, of a table
 PYTHON_FILES = 200  # a unit
@@ -49,6 +49,10 @@ class Unit:
     size: int  # bytes, about
 
 
+class Unreadable(UserError):
+    """A file or a dataset that may be whole, or within reach, when it is read again."""
+
+
 def units_of(number: int, source: Source) -> list[Unit]:
     """All units of a source, in a fixed order. Raises UserError where there is nothing to read."""
     if source.kind == "installed-python":
@@ -62,12 +66,16 @@ def units_of(number: int, source: Source) -> list[Unit]:
         shards = rows.num_shards
         return [Unit(number, source.path, shard, shard + 1, size // shards) for shard in range(shards)]
     files_of_source = [(path, path.stat().st_size) for path in _files(source)]
-    step = max(UNIT_BYTES, math.ceil(sum(size for _, size in files_of_source) / MOST_UNITS))
+    step = _unit_bytes(sum(size for _, size in files_of_source))
     units = []
     for path, size in files_of_source:
         if source.kind == "parquet":
             groups = _parquet(path).num_row_groups
-            units += [Unit(number, str(path), group, group + 1, size // groups) for group in range(groups)]
+            each = math.ceil(groups * step / size)  # some writers make a group of every thousand rows
+            units += [
+                Unit(number, str(path), first, min(first + each, groups), size * min(each, groups - first) // groups)
+                for first in range(0, groups, each)
+            ]
         elif path.suffix == ".gz":
             units.append(Unit(number, str(path), 0, 0, 4 * size))
         else:
@@ -78,10 +86,14 @@ def units_of(number: int, source: Source) -> list[Unit]:
     return units
 
 
+def _unit_bytes(corpus: int) -> int:
+    return max(UNIT_BYTES, math.ceil(corpus / MOST_UNITS))
+
+
 def read(unit: Unit, source: Source, counts: Counter[str]) -> Iterator[Pair]:
     """The pairs of a unit; `counts` learns how many rows were read, and of those that are no pair, by reason.
 
-    Raises UserError for a missing column and for a file that is cut off, forbidden or of another format.
+    Raises UserError for a missing column and Unreadable for a file that is cut off, forbidden or of another format.
     """
     import pyarrow
 
@@ -89,30 +101,36 @@ def read(unit: Unit, source: Source, counts: Counter[str]) -> Iterator[Pair]:
         for path in installed_files()[unit.start : unit.stop]:
             yield from _functions(path, counts)
         return
+    broken: tuple[type[Exception], ...] = (OSError, EOFError, zlib.error, pyarrow.ArrowException)
+    if source.kind == "dataset":  # a class for each reader, and for each failure of a network
+        broken = (Exception,)
     try:
         for row in _rows(unit, source, counts):
             pair = _pair(row, source, counts)
             if pair is not None:
                 yield pair
-    except (OSError, EOFError, zlib.error, pyarrow.ArrowException) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{unit.path}: cannot be read ({reason})") from None
+    except UserError:
+        raise
+    except broken as error:
+        reason = textwrap.shorten(str(error), 300) or type(error).__name__
+        raise Unreadable(f"{unit.path}: cannot be read ({reason})") from None
 
 
 def _files(source: Source) -> list[Path]:
     path = Path(source.path)
     endings = {"jsonl": (".jsonl", ".jsonl.gz"), "parquet": (".parquet",)}[source.kind]
-    if path.is_file():
-        return [path]
-    if path.is_dir():
-        found = sorted(p for p in path.rglob("*") if p.name.endswith(endings))
-        if not found:
-            raise UserError(f"data.sources.path: {source.path} holds no file named *{' or *'.join(endings)}")
-        return found
-    found = sorted(Path(name) for name in glob.glob(source.path, recursive=True))  # noqa: PTH207, absolute globs too
+    named = [path] if path.exists() else map(Path, glob.glob(source.path, recursive=True))  # noqa: PTH207, absolute too
+    found = {file for each in named for file in (_below(each, endings) if each.is_dir() else [each])}
     if not found:
-        raise UserError(f"data.sources.path: there is no file {source.path}")
-    return found
+        holds = f"{path} holds no file named *{' or *'.join(endings)}"
+        raise UserError(f"data.sources.path: {holds if path.is_dir() else f'there is no file {path}'}")
+    return sorted(found)
+
+
+def _below(folder: Path, endings: tuple[str, ...]) -> list[Path]:
+    """Unlike Path.rglob, this looks into folders that are links."""
+    names = glob.glob(f"{glob.escape(str(folder))}/**", recursive=True)  # noqa: PTH207
+    return [path for path in map(Path, names) if path.name.endswith(endings) and not path.is_dir()]
 
 
 def _parquet(path: Path) -> Any:
@@ -122,7 +140,7 @@ def _parquet(path: Path) -> Any:
     try:
         return parquet.ParquetFile(path)
     except (OSError, pyarrow.ArrowException):
-        raise UserError(f"{path}: is no Parquet file that can be read") from None
+        raise Unreadable(f"{path}: is no Parquet file that can be read") from None
 
 
 @cache
@@ -147,10 +165,12 @@ def _dataset(source: Source) -> tuple[Any, int]:
                 )
             loaded = loaded[source.split]
         size = loaded.data.nbytes
-        return loaded.to_iterable_dataset(num_shards=max(1, min(size // UNIT_BYTES, len(loaded)))), size
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"data.sources.path: the dataset {source.path!r} cannot be loaded ({reason})") from None
+        return loaded.to_iterable_dataset(num_shards=max(1, min(size // _unit_bytes(size), len(loaded)))), size
+    except UserError:
+        raise
+    except Exception as error:  # as above; IndexError where there is no row
+        reason = textwrap.shorten(str(error), 300) or type(error).__name__
+        raise Unreadable(f"data.sources.path: the dataset {source.path!r} cannot be loaded ({reason})") from None
 
 
 def _rows(unit: Unit, source: Source, counts: Counter[str]) -> Iterator[dict[str, Any]]:
@@ -162,7 +182,7 @@ def _rows(unit: Unit, source: Source, counts: Counter[str]) -> Iterator[dict[str
     if source.kind == "parquet":
         file = _parquet(Path(unit.path))
         _refuse_missing(columns, file.schema_arrow.names, unit.path)
-        tables = file.iter_batches(READ_ROWS, row_groups=[unit.start], columns=columns)
+        tables = file.iter_batches(READ_ROWS, row_groups=range(unit.start, unit.stop), columns=columns)
     else:
         rows, _ = _dataset(source)
         shard = rows.shard(num_shards=rows.num_shards, index=unit.start)
@@ -236,7 +256,7 @@ def _pair(row: dict[str, Any], source: Source, counts: Counter[str]) -> Pair | N
         counts["empty"] += 1
         return None
     texts = [query[0], positive[0], *negatives]
-    if not all(isinstance(text, str | bytes) for text in texts):
+    if len(query) > 1 or not all(isinstance(text, str | bytes) for text in texts):
         counts["malformed"] += 1
         return None
     try:

@@ -132,7 +132,7 @@ def _texts(path: Path, column: str) -> Iterator[str]:
                     str(text).encode()  # JSON can spell half of a character
             except UnicodeError:
                 raise UserError(f"{path}: line {number} is not UTF-8") from None
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 raise UserError(f"{path}: line {number} is no JSON object with a column {column!r}") from None
             if not isinstance(text, str):
                 raise UserError(f"{path}: line {number}: {column!r} is {type(text).__name__}; expected a text")
@@ -153,5 +153,13 @@ def _parquet_texts(path: Path, column: str) -> Iterator[str]:
     kind = file.schema_arrow.field(column).type
     if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
         raise UserError(f"{path}: column {column!r} holds {kind}; expected texts")
-    for batch in file.iter_batches(1024, columns=[column]):
-        yield from (text or "" for text in batch.column(0).to_pylist())
+    number = 0
+    try:
+        for batch in file.iter_batches(1024, columns=[column]):
+            for text in batch.column(0):
+                number += 1
+                yield text.as_py() or ""
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: text {number} is not UTF-8") from None
+    except (OSError, pyarrow.ArrowException) as error:
+        raise UserError(f"{path}: cannot be read ({str(error).splitlines()[0]})") from None

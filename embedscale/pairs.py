@@ -48,12 +48,15 @@ class Part:
     negative_text: np.ndarray  # uint64, a sequence
 
     @classmethod
-    def open(cls, path: Path) -> "Part":
+    def open(cls, path: Path, pairs: int) -> "Part":
+        """Raises UserError for a file that does not hold so many pairs: half of a store may have been copied."""
         import pyarrow
 
         try:
             with pyarrow.memory_map(str(path)) as file:
                 table = pyarrow.ipc.open_file(file).get_batch(0)
+            if len(table) != pairs:
+                raise pyarrow.ArrowInvalid
         except (OSError, pyarrow.ArrowException):
             raise UserError(
                 f"data.store: {path} is missing or damaged; remove the store and prepare it again"
@@ -108,6 +111,7 @@ class PairStore:
         self.digest: str = manifest["digest"]
         self.context: int = manifest["settings"]["context"]
         self.tokenizer_digest: str = manifest["tokenizer"]["digest"]
+        self.vocabulary: int = manifest["vocabulary"]  # rows that an embedding table needs
         self.negatives: int = manifest["negatives"]  # every pair has at least so many
         self.pairs: int = manifest["pairs"]
         self.held_out: int = manifest["held_out"]
@@ -171,7 +175,7 @@ class _Parts:
 
     def part(self, number: int) -> Part:
         if number not in self.open:
-            self.open[number] = Part.open(part_file(self.folder, number))
+            self.open[number] = Part.open(part_file(self.folder, number), self.sizes[number])
         return self.open[number]
 
     def all(self) -> list[Part]:

@@ -83,8 +83,8 @@ def plan_run(config: RunConfig, shape: BackboneShape, store: PairStore) -> Train
     """Count what the budget buys from the store's true token counts.
 
     Raises UserError for a budget below one pair (one pair a GPU) or beyond one epoch, for a context that the
-    backbone or the store does not have, for a tokenizer of more ids than the backbone embeds, and for a held-out pool
-    that the store cannot fill.
+    backbone or the store does not have, for tokens that the backbone does not have, and for a held-out pool that the
+    store cannot fill.
     """
     if config.data.context > shape.context:
         raise UserError(
@@ -95,10 +95,10 @@ def plan_run(config: RunConfig, shape: BackboneShape, store: PairStore) -> Train
             f"data.context: {config.data.context}, but {config.data.store} was prepared with {store.context}; "
             "prepare another store or set the same context"
         )
-    if store.manifest["vocabulary"] > shape.vocabulary:
+    if store.vocabulary > shape.vocabulary:
         raise UserError(
-            f"data.store: the tokenizer of {config.data.store} has {store.manifest['vocabulary']} ids; "
-            f"{shape.name} embeds {shape.vocabulary}"
+            f"data.tokenizer: {config.data.store} was made with one of {store.vocabulary} tokens, but {shape.name} has "
+            f"{shape.vocabulary} embeddings; allowed: at most that many"
         )
     if store.negatives < config.loss.hard_negatives:
         raise UserError(
@@ -218,12 +218,13 @@ def print_flops(config: RunConfig, budgets: Sequence[str] | None) -> int:
     bought = Table(title="what a budget buys")
     for name in ("budget, FLOP", "tokens", "pairs", "steps", "exact FLOP, about"):
         bought.add_column(name, justify="right")
-    mean = float(np.mean(store.token_counts(config.loss.hard_negatives))) if store else float(PAPER_PAIR)
     for budget in map(parse_budget, budgets) if budgets else [config.budget]:
         if store:
             plan = plan_run(replace(config, budget=budget), shape, store)
             tokens, pairs, steps = plan.tokens, plan.pairs, plan.steps
+            mean = float(np.mean(store.token_counts(config.loss.hard_negatives)))
         else:
+            mean = float(PAPER_PAIR)
             tokens = cost.tokens_of(budget)
             pairs = int(tokens / mean)
             if pairs < 1:

@@ -18,18 +18,19 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice, pairwise
 from multiprocessing import get_context, parent_process
+from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from embedscale.config import Data, RunConfig, Source
-from embedscale.corpora import Pair, Unit, read, units_of
+from embedscale.corpora import Pair, Unit, Unreadable, read, units_of
 from embedscale.errors import DONE, FAILED, UserError
 from embedscale.pairs import FORMAT, PairStore, as_numpy, part_file
 from embedscale.record import Lease, lease_holder, read_json, write_atomically, write_json
@@ -77,6 +78,7 @@ def prepare(config: RunConfig) -> int:
         _clear(folder)
         return DONE
     units = [unit for number, source in enumerate(data.sources) for unit in units_of(number, source)]
+    _refuse_barren(data.sources, units)
     begun = {"settings": settings, "units": hashlib.sha256(repr(units).encode()).hexdigest()[:16]}
     made = _make_folder(folder, begun)
     size = sum(unit.size for unit in units)
@@ -105,6 +107,8 @@ def prepare(config: RunConfig) -> int:
         seconds = round(time.monotonic() - start, 1)
         manifest = _manifest(settings, name, digest, vocabulary(tokenizer), data, counts, parts)
         write_json(folder / "manifest.json", manifest | {"seconds": seconds})
+    except Unreadable:
+        raise  # and what was done until then is kept: on a file server, the next try may find it whole
     except UserError:
         if not (folder / "manifest.json").exists():
             _unmake(made)
@@ -155,6 +159,16 @@ def _check_sources(sources: list[Source]) -> None:
     weights = [source.weight for source in sources]
     if None in weights and any(weights):
         raise UserError("data.sources.weight: some sources have one and some have none; give all or none")
+
+
+def _refuse_barren(sources: list[Source], units: list[Unit]) -> None:
+    """Read the first pair of each source: what is wrong with one is told now, not after hours with those before it."""
+    for number, source in enumerate(sources):
+        counts: Counter[str] = Counter()
+        own = (unit for unit in units if unit.source == number)
+        if not any(True for unit in own for _ in read(unit, source, counts)):
+            name = source.path or source.kind
+            raise UserError(f"data.sources[{number}]: {name} yields no pair ({_reasons(counts)})")
 
 
 def _settings(data: Data, tokenizer: str) -> dict[str, Any]:
@@ -215,7 +229,10 @@ def _build(work: Work, units: list[Unit], stop: StopRequest) -> tuple[list[Count
     buckets = list(range(work.buckets))
     workers = get_context("forkserver")  # a fork of this process would inherit the locks of its threads
     workers.set_forkserver_preload([__name__])
-    with ProcessPoolExecutor(len(os.sched_getaffinity(0)), workers, _begin_worker) as pool:
+    ended = workers.Event()
+    cores = len(os.sched_getaffinity(0))
+    with ProcessPoolExecutor(cores, workers, _begin_worker, (ended,)) as pool, ExitStack() as leaving:
+        leaving.callback(ended.set)  # before the pool waits for its workers
         for unit, found in _in_parallel(pool, "tokenising", partial(_spill, work=work), list(enumerate(units)), stop):
             counts[unit[1].source] += found
         if work.data.sources[0].weight is not None:
@@ -231,8 +248,13 @@ def _build(work: Work, units: list[Unit], stop: StopRequest) -> tuple[list[Count
 
 def _shares(weights: list[float], distinct: np.ndarray) -> list[float]:
     """The part of each source's pairs to keep, so that the kept ones are as `weights` and one source is kept whole."""
+    if not distinct.all():
+        raise UserError(
+            f"data.sources[{distinct.argmin()}].weight: no pair of this source is left for the mixture; they are empty "
+            "or stand in the sources before it"
+        )
     supply = distinct / np.array(weights)
-    return (supply.min() / np.maximum(supply, 1e-300)).tolist()
+    return (supply.min() / supply).tolist()
 
 
 def _reasons(counts: Counter[str]) -> str:
@@ -279,8 +301,13 @@ def _in_parallel(
                 future.cancel()
 
 
-def _begin_worker() -> None:
+_ended: Event  # of a worker's parent, set where it leaves the pool
+
+
+def _begin_worker(ended: Event) -> None:
     """A worker is one of as many as there are cores, leaves Ctrl-C to its parent, and does not outlive it."""
+    global _ended  # a task cannot be sent with it
+    _ended = ended
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     gc.disable()  # millions of small objects come and go, and none refer to each other in circles
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -309,6 +336,8 @@ def _spill(item: tuple[int, Unit], work: Work) -> Counter[str]:
     def write(file: Any) -> None:
         with pyarrow.ipc.new_file(file, whole) as writer:
             for pairs in _portions(read(unit, work.data.sources[unit.source], counts)):
+                if _ended.is_set():  # a compressed file, one unit, may take hours more
+                    raise KeyboardInterrupt
                 columns = tokenised(pairs, tokenizer, work.data.context, work.token)
                 hashes = pair_hashes(columns["query_text"], columns["positive_text"])
                 counts["empty"] += len(pairs) - len(hashes)
@@ -361,7 +390,8 @@ def _spilled(bucket: int, work: Work, columns: list[str]) -> tuple[Any, np.ndarr
 
     batches = []
     for number in range(work.units):
-        with pyarrow.memory_map(str(work.unit(number, "arrow"))) as file:
+        # Not mapped: a system maps 65,530 files a process, and a corpus may have more units.
+        with pyarrow.OSFile(str(work.unit(number, "arrow"))) as file:
             reader = pyarrow.ipc.open_file(file)
             batches += [reader.get_batch(i) for i in range(bucket, reader.num_record_batches, work.buckets)]
     table = pyarrow.Table.from_batches(batches, schema=_spilled_schema(work)).select(columns)
@@ -400,7 +430,7 @@ def _gather(bucket: int, work: Work, shares: list[float]) -> dict[str, Any]:
         batches = table.select(columns.names).take(pyarrow.array(part)).combine_chunks().to_batches()
         batch = batches[0] if batches else pyarrow.RecordBatch.from_pylist([], schema=columns)
         write_atomically(part_file(work.folder / name, bucket), partial(_write_batch, batch=batch))
-        facts[name] = _statistics(batch)
+        facts[name] = _statistics(batch, pair[part])
     write_json(work.bucket(bucket), facts)
     return facts
 
@@ -417,27 +447,34 @@ def _write_batch(file: Any, batch: Any) -> None:
         writer.write_batch(batch)
 
 
-def _statistics(batch: Any) -> dict[str, Any]:
-    sha = hashlib.sha256()
-    lengths = {}
-    for name in ("query", "positive", "negatives"):
-        column = batch.column(name)
-        lengths[name] = np.diff(as_numpy(column.offsets))
-        sha.update(lengths[name].tobytes())
-        if name == "negatives":
-            sha.update(np.diff(as_numpy(column.flatten().offsets)).tobytes())
-            column = column.flatten()
-        sha.update(as_numpy(column.flatten()).tobytes())
+def _statistics(batch: Any, hashes: np.ndarray) -> dict[str, Any]:
+    # Digests of the smallest buckets that there could be: how many there are must not change the store's.
+    smallest = hashes >> np.uint64(64 - (MOST_BUCKETS.bit_length() - 1))
+    bounds = [0, *(np.flatnonzero(np.diff(smallest)) + 1).tolist(), len(batch)]
+    digests = [_digest(batch.slice(start, end - start)) for start, end in pairwise(bounds) if start < end]
+    lengths = {name: np.diff(as_numpy(batch.column(name).offsets)) for name in ("query", "positive", "negatives")}
     n = len(batch)
     return {
         "pairs": n,
-        "digest": sha.hexdigest(),
+        "digest": "".join(digests),
         "query_tokens": int(lengths["query"].sum()),
         "positive_tokens": int(lengths["positive"].sum()),
         "longest_query": int(lengths["query"].max()) if n else 0,
         "longest_positive": int(lengths["positive"].max()) if n else 0,
         "negatives": int(lengths["negatives"].min()) if n else None,
     }
+
+
+def _digest(batch: Any) -> str:
+    sha = hashlib.sha256()
+    for name in ("query", "positive", "negatives"):
+        column = batch.column(name)
+        sha.update(np.diff(as_numpy(column.offsets)).tobytes())
+        if name == "negatives":
+            column = column.flatten()
+            sha.update(np.diff(as_numpy(column.offsets)).tobytes())
+        sha.update(as_numpy(column.flatten()).tobytes())
+    return sha.hexdigest()
 
 
 def _manifest(

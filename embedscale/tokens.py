@@ -19,7 +19,7 @@ from embedscale.pairs import as_numpy
 
 SPARE_TOKENS = 16  # beyond the context, so that cutting a long text early does not change the tokens that are kept
 TEXTS_AT_ONCE = 1024
-CHARACTERS = 8  # a token, at first; a text that turns out to need more is read again
+CHARACTERS = 8  # a token, at first; of a text that turns out to need more, so many times as much is read
 
 # Letters, case, accents, digits, runs of white space, code and scripts on which tokenizers are known to differ.
 PROBE = (
@@ -140,8 +140,7 @@ def token_ids(texts: Sequence[str], tokenizer: Any, context: int, token: Any) ->
     import pyarrow
 
     room = context + SPARE_TOKENS
-    most = room * _longest_symbol(tokenizer)
-    first = min(room * CHARACTERS, most)
+    first = room * min(CHARACTERS, _longest_symbol(tokenizer))
     tokenizer.enable_truncation(room)
 
     def encoded(texts: list[str]) -> list[list[int]]:
@@ -151,10 +150,12 @@ def token_ids(texts: Sequence[str], tokenizer: Any, context: int, token: Any) ->
     # A few texts at a time: as Python's integers, ids take twenty times the room.
     for start in range(0, len(texts), TEXTS_AT_ONCE):
         some = [text if text and not text.isspace() else "" for text in texts[start : start + TEXTS_AT_ONCE]]
-        ids = encoded([text[:first] for text in some])
-        short = [i for i, text in enumerate(some) if len(text) > first and len(ids[i]) < room]
-        for i, found in zip(short, encoded([some[i][:most] for i in short]), strict=True):
-            ids[i] = found
+        cut = first
+        ids = encoded([text[:cut] for text in some])
+        while short := [i for i, text in enumerate(some) if len(text) > cut and len(ids[i]) < room]:
+            cut *= CHARACTERS
+            for i, found in zip(short, encoded([some[i][:cut] for i in short]), strict=True):
+                ids[i] = found
         ids = [found[:context] for found in ids]
         lengths += map(len, ids)
         flat.append(np.fromiter(chain.from_iterable(ids), token))

@@ -42,6 +42,7 @@ class Pairs:
     context: int | None = None
     held_out: int | None = None
     negatives: int | None = None
+    vocabulary: int | None = None
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,7 @@ def _pairs_of(sweep: Sweep, folder: str, hard_negatives: int) -> Pairs:
         mean = float(store.token_counts(hard_negatives).mean())
     else:
         mean = 1.0  # refused below, by _check_data
-    return Pairs(store.pairs, mean, True, store.context, store.held_out, store.negatives)
+    return Pairs(store.pairs, mean, True, store.context, store.held_out, store.negatives, store.vocabulary)
 
 
 def _measured_speeds(path: str | None) -> dict[tuple[str, str], float]:
@@ -231,6 +232,8 @@ def _check_data(run: RunConfig, shape: BackboneShape, data: Pairs) -> None:
         raise UserError(f"data.context: {context}, but {run.data.store} was prepared with {data.context}")
     if data.held_out is not None and data.held_out < pool:
         raise UserError(f"evaluation.pool: {pool}, but {run.data.store} holds {data.held_out} held-out pairs")
+    if data.vocabulary is not None and data.vocabulary > shape.vocabulary:
+        raise UserError(f"data.tokenizer: {data.vocabulary} tokens, but {shape.name} has {shape.vocabulary} embeddings")
     if data.negatives is not None and data.negatives < run.loss.hard_negatives:
         raise UserError(f"loss.hard_negatives: {run.loss.hard_negatives}, but {run.data.store} holds {data.negatives}")
     if run.training.batch_size % devices:

@@ -76,6 +76,23 @@ def test_a_file_a_folder_and_a_glob_are_the_same_corpus(tmp_path):
     assert everything(path=str(tmp_path / "*.jsonl"))[0] == expected[:4]
 
 
+def test_folders_that_are_links_and_tables_that_are_folders_are_read(tmp_path):
+    for name, first in (("near", 0), ("far", 3)):
+        (tmp_path / name).mkdir()
+        write_jsonl(tmp_path / name / "part.jsonl", rows(first + 3)[first:])
+    (tmp_path / "near" / "there").symlink_to("../far")
+    assert everything(path=str(tmp_path / "near"))[0] == as_pairs(rows(6), negatives=False)
+    table = tmp_path / "spark" / "table.parquet"  # as Spark writes one
+    table.mkdir(parents=True)
+    parquet.write_table(pa.table(plain_columns(3)), table / "part-0.parquet")
+    columns = {"kind": "parquet", "query": "question", "positive": "answer"}
+    for path in (table, table.parent, tmp_path / "spark" / "*.parquet", tmp_path / "spa*" / "**"):
+        assert everything(path=str(path), **columns)[0] == [Pair(f"q{i}", f"a{i}") for i in range(3)]
+    (tmp_path / "near" / "gone.jsonl").symlink_to("nowhere")
+    with pytest.raises(FileNotFoundError, match=r"gone\.jsonl"):  # the command line makes one line of it
+        everything(path=str(tmp_path / "near"))
+
+
 def plain_columns(n: int) -> dict[str, list]:
     return {"question": [f"q{i}" for i in range(n)], "answer": [f"a{i}" for i in range(n)], "id": [*range(n)]}
 
@@ -92,7 +109,18 @@ def test_parquet_with_plain_and_with_list_columns(tmp_path, large):
     pairs, counts = everything(path=str(tmp_path), **settings)
     assert pairs == [Pair(f"q{i}", f"a{i}", () if i == 3 else (f"w{i}",)) for i in range(10)]
     assert counts == {"read": 10}
-    assert len(units_of(0, Source(path=str(tmp_path), **settings))) == 4
+
+
+@pytest.mark.parametrize(("share", "units"), [(0, 8), (0.2, 4), (0.45, 2), (9, 1)])
+def test_small_row_groups_are_read_together_and_each_once(tmp_path, monkeypatch, share, units):
+    path = tmp_path / "pairs.parquet"
+    parquet.write_table(pa.table(plain_columns(22)), path, row_group_size=3)
+    monkeypatch.setattr(corpora, "UNIT_BYTES", int(share * path.stat().st_size))
+    settings = {"kind": "parquet", "query": "question", "positive": "answer", "path": str(path)}
+    assert len(units_of(0, Source(**settings))) == units
+    assert everything(**settings) == ([Pair(f"q{i}", f"a{i}") for i in range(22)], {"read": 22})
+    monkeypatch.setattr(corpora, "MOST_UNITS", 2)
+    assert len(units_of(0, Source(**settings))) <= 2
 
 
 def test_hugging_face_datasets_saved_and_in_the_hubs_form(tmp_path, monkeypatch):
@@ -122,6 +150,7 @@ ODD_ROWS = [
     (b'["query", "pos"]', "malformed"),
     (b"[" * 100_000, "malformed"),
     (b'{"query": 5, "pos": ["p"]}', "malformed"),
+    (b'{"query": ["an instruction", "q"], "pos": ["p"]}', "malformed"),
     (b'{"query": "q", "pos": [["p"]]}', "malformed"),
     (b'{"query": "q", "pos": {"text": "p"}}', "malformed"),
     (b'{"query": "q", "pos": []}', "empty"),
@@ -164,6 +193,12 @@ def test_what_cannot_be_read_is_named(tmp_path):
     parquet.write_table(pa.table(plain_columns(3)), tmp_path / "plain.parquet")
     datasets.Dataset.from_dict(plain_columns(3)).save_to_disk(str(tmp_path / "saved"))
     datasets.DatasetDict({"a": datasets.Dataset.from_dict(plain_columns(3))}).save_to_disk(str(tmp_path / "splits"))
+    datasets.Dataset.from_dict(plain_columns(0)).save_to_disk(str(tmp_path / "no rows"))
+    (tmp_path / "differing").mkdir()
+    write_jsonl(tmp_path / "differing" / "train-1.jsonl", [{"query": "q", "pos": "p"}])
+    write_jsonl(tmp_path / "differing" / "train-2.jsonl", rows(3))
+    (tmp_path / "csv").mkdir()
+    (tmp_path / "csv" / "train.csv").write_text("query,pos\na,b\nc,d,e\n")
     wrong = [
         ("jsonl", "nowhere.jsonl", {}, "no file .*nowhere.jsonl"),
         ("jsonl", "empty", {}, r"empty holds no file named \*\.jsonl"),
@@ -176,6 +211,9 @@ def test_what_cannot_be_read_is_named(tmp_path):
         ("dataset", "saved", {"query": "question"}, "no column 'pos'; it has: question, answer, id"),
         ("dataset", "splits", {}, "'train' is not in .*allowed: a"),
         ("dataset", "empty", {}, "cannot be loaded"),
+        ("dataset", "no rows", {}, "cannot be loaded"),
+        ("dataset", "differing", {}, "differing: cannot be read .*pos: list<.*column names"),
+        ("dataset", "csv", {}, "csv: cannot be (loaded|read)"),
         ("dataset", "nowhere", {}, "cannot be loaded"),
     ]
     for kind, name, settings, message in wrong:

@@ -8,8 +8,10 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
+from pyarrow import parquet
 from saved import save_byte_tokenizer, write_pairs
 from tokenizers import Tokenizer, processors
 from transformers import AutoModel, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
@@ -242,13 +244,16 @@ def small_tasks() -> list:
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_mteb_scores_the_run_and_its_export_equally(runs, exported, name):
+def test_mteb_scores_the_run_and_its_export_equally(runs, exported, name, capsys):
+    import datasets
     import mteb
     from sentence_transformers import SentenceTransformer
 
     shutil.rmtree(runs[name] / "scores", ignore_errors=True)
     tasks = small_tasks()
+    datasets.enable_progress_bars()
     assert evaluate(str(runs[name]), [HELD_OUT], tasks) == DONE
+    assert not capsys.readouterr().err  # no bar is drawn into a pipe
     found = {path.stem: json.loads(path.read_text()) for path in (runs[name] / "scores").glob("*.json")}
     assert found.keys() == {HELD_OUT, "LocalSTS", "LocalClassification", "LocalPairs"}
     record = RunDirectory(runs[name]).read_record()
@@ -351,6 +356,9 @@ BAD = {
     "an empty text": ("encode", "empty.txt", "text 2 is empty"),
     "no UTF-8": ("encode", "latin.txt", "line 1 is not UTF-8"),
     "half a character": ("encode", "half.jsonl", "line 1 is not UTF-8"),
+    "no JSON": ("encode", "deep.jsonl", "line 1 is no JSON object"),
+    "no UTF-8 in a table": ("encode", "latin.parquet", "text 3 is not UTF-8"),
+    "a damaged table": ("encode", "damaged.parquet", "damaged.parquet: cannot be read"),
     "another ending": ("encode", "texts.csv", ".csv is not known"),
     "a missing column": ("encode", "texts.jsonl", "no JSON object with a column 'text'"),
     "a missing file": ("encode", "nothing.txt", "no such file"),
@@ -362,6 +370,14 @@ def test_bad_texts_are_one_line(tmp_path, runs, capsys, case):
     (tmp_path / "empty.txt").write_text("one\n\nthree\n")
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9\n")
     (tmp_path / "half.jsonl").write_text('{"text": "\\ud83d"}\n')
+    (tmp_path / "deep.jsonl").write_text("[" * 100_000)
+    for name, last in (("latin", b"caf\xe9"), ("damaged", b"four")):
+        texts = pa.array([b"one", b"two", last])
+        texts = pa.Array.from_buffers(pa.string(), 3, texts.buffers())  # no check is made here, nor by other writers
+        parquet.write_table(pa.table({"text": texts}), tmp_path / f"{name}.parquet")
+    with (tmp_path / "damaged.parquet").open("r+b") as file:
+        file.seek(4)
+        file.write(b"\xff" * 12)
     (tmp_path / "texts.csv").write_text("a,b\n")
     (tmp_path / "texts.jsonl").write_text('{"other": "a"}\n')
     verb, file, expected = BAD[case]

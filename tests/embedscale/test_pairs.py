@@ -142,6 +142,9 @@ def test_what_is_no_finished_store_is_refused(store, tmp_path):
     damaged.write_bytes(damaged.read_bytes()[:100])
     with pytest.raises(UserError, match="missing or damaged"):
         PairStore.open(copy).batch(0, store.pairs)
+    shutil.copyfile(next((copy / "held_out").iterdir()), damaged)  # a whole file, but of another store
+    with pytest.raises(UserError, match="missing or damaged"):
+        PairStore.open(copy).token_counts()
     shutil.rmtree(copy / "train")
     with pytest.raises(UserError, match="missing or damaged"):
         PairStore.open(copy).token_counts()

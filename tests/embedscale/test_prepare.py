@@ -213,6 +213,18 @@ def test_ids_are_those_of_transformers_without_special_tokens(tmp_path, bpe_toke
     assert store.manifest["vocabulary"] == len(tokenizer)
 
 
+def test_text_behind_much_that_a_normaliser_drops_is_kept(tmp_path, bpe_tokenizer):
+    file = json.loads((bpe_tokenizer / "tokenizer.json").read_text())
+    strip = {"type": "Strip", "strip_left": True, "strip_right": True}
+    (tmp_path / "strips").mkdir()
+    (tmp_path / "strips" / "tokenizer.json").write_text(json.dumps(file | {"normalizer": strip}))
+    rows = [row("open", text) for text in ("read write", " " * 100_000 + "read write")]
+    path = write(tmp_path / "pairs.jsonl", rows)
+    store = made(tmp_path / "store", tmp_path / "strips", {"path": str(path)}, context=11, held_out=0.0001)
+    first, second = training(store)
+    assert first == second and len(first[1]) > 1
+
+
 def test_a_vocabulary_beyond_sixteen_bits_is_stored_in_thirty_two(tmp_path):
     from tokenizers import Tokenizer, models, pre_tokenizers
 
@@ -252,7 +264,10 @@ def test_the_same_pairs_make_the_same_store_whatever_the_format_and_the_cores(tm
     ]
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
     monkeypatch.setattr(corpora, "UNIT_BYTES", 5000)
+    # A compressed file's text is guessed: it may have as many buckets as it would of another size.
+    monkeypatch.setattr(prepare, "BUCKET_BYTES", 3000)
     stores.append(made(tmp_path / "alone", bytes_tokenizer, {"path": str(path)}))
+    assert len({len(store.manifest["parts"]["train"]) for store in stores}) == 2
     assert len({store.digest for store in stores}) == 1
     other = made(
         tmp_path / "other", bytes_tokenizer, {"path": str(write(tmp_path / "more.jsonl", [*rows, row("a", "b")]))}
@@ -407,6 +422,21 @@ def test_a_signal_ends_it_in_a_way_that_can_be_resumed(large, send, sent):
     assert PairStore.open(store).digest == digest
 
 
+def test_interrupted_it_does_not_wait_for_the_end_of_a_compressed_file(tmp_path, bytes_tokenizer):
+    """Which is one unit, and may take hours: here as many texts as no machine tokenises in a minute."""
+    text = "".join(json.dumps(row(f"query {i}", "positive")) + "\n" for i in range(20_000))
+    (tmp_path / "pairs.jsonl.gz").write_bytes(gzip.compress(text.encode(), 1) * 1000)
+    words = words_of(tmp_path / "store", bytes_tokenizer, {"path": str(tmp_path / "pairs.jsonl.gz")})
+    process = started(words, tmp_path / "store", 0)
+    while not list((tmp_path / "store" / "work").glob(".unit-*.partial")):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.002)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == INTERRUPTED and errors.decode() == "embedscale: interrupted\n"
+    assert not list((tmp_path / "store" / "work").glob("*unit*"))
+
+
 @pytest.mark.parametrize("stage", ["shuffling", "manifest"])
 def test_interrupted_late_it_leaves_no_store_and_goes_on(tmp_path, monkeypatch, bytes_tokenizer, stage):
     source = {"path": str(write(tmp_path / "pairs.jsonl", some_rows(500)))}
@@ -508,7 +538,8 @@ BAD = [
     ({"path": "good.jsonl", "weight": 0}, {}, "data.sources.weight: 0.0 is out of range"),
     ({"path": "good.jsonl", "pth": "x"}, {}, "pth"),
     ({"kind": "parquet"}, {}, "data.sources.path: nothing is given"),
-    ({"path": "empty.jsonl"}, {}, "yield no training pair (nothing read)"),
+    ({"path": "empty.jsonl"}, {}, "data.sources[0]: empty.jsonl yields no pair (nothing read)"),
+    ({"path": "nulls.jsonl"}, {}, "data.sources[0]: nulls.jsonl yields no pair (7 read, 7 empty)"),
     ({"path": "blank.jsonl"}, {}, "yield no training pair (4 read, 4 empty)"),
     ({"path": "good.jsonl", "kind": "parquet"}, {}, "good.jsonl: is no Parquet file"),
     ({"path": "nobody/nothing", "kind": "dataset"}, {}, "the dataset 'nobody/nothing' cannot be loaded"),
@@ -530,6 +561,7 @@ def test_bad_input_is_refused_in_one_line_and_nothing_is_written(
     monkeypatch.chdir(tmp_path)
     write(Path("good.jsonl"), some_rows(20))
     write(Path("blank.jsonl"), [row(" ", "text")] * 4)
+    write(Path("nulls.jsonl"), [{"query": "q", "pos": None}] * 7)
     Path("empty.jsonl").touch()
     Path("folder").mkdir()
     (Path("folder") / "notes.txt").write_text("mine")
@@ -544,6 +576,40 @@ def test_bad_input_is_refused_in_one_line_and_nothing_is_written(
     assert snapshot(tmp_path) == before
 
 
+def test_a_source_that_is_wrong_is_found_before_those_before_it_are_tokenised(
+    tmp_path, monkeypatch, capsys, bytes_tokenizer
+):
+    monkeypatch.setattr(prepare, "_build", lambda *_: pytest.fail("begun"))
+    good = {"path": str(write(tmp_path / "good.jsonl", some_rows(20)))}
+    nulls = {"path": str(write(tmp_path / "nulls.jsonl", [{"query": "q", "pos": None}] * 7))}
+    for wrong, said in ((good | {"positive": "answer"}, "no column 'answer'"), (nulls, "data.sources[1]:")):
+        assert cli.main(["prepare", *words_of(tmp_path / "s", bytes_tokenizer, good, wrong)]) == WRONG
+        assert said in capsys.readouterr().err and not (tmp_path / "s").exists()
+
+
+def test_what_was_done_before_a_file_could_not_be_read_is_kept(tmp_path, monkeypatch, capsys, bytes_tokenizer):
+    """A file server may fail for a minute; a file that is cut off is found after hours of others."""
+    (tmp_path / "source").mkdir()
+    text = write(tmp_path / "source" / "0.jsonl", some_rows(300)).read_bytes()
+    for number in range(1, 8):
+        (tmp_path / "source" / f"{number}.jsonl.gz").write_bytes(gzip.compress(text.replace(b"read", b"%d" % number)))
+    last, whole = tmp_path / "source" / "7.jsonl.gz", (tmp_path / "source" / "7.jsonl.gz").read_bytes()
+    words = words_of(tmp_path / "store", bytes_tokenizer, {"path": str(tmp_path / "source")})
+    last.write_bytes(whole[:-9] + bytes(9))  # as a file server may show it for a while
+    assert cli.main(["prepare", *words]) == WRONG
+    assert "7.jsonl.gz: cannot be read" in capsys.readouterr().err
+    done = {path: path.stat().st_mtime_ns for path in (tmp_path / "store" / "work").glob("unit-*.json")}
+    assert len(done) == 7
+    last.write_bytes(whole)
+    monkeypatch.setattr(prepare, "_clear", lambda folder: None)
+    assert cli.main(["prepare", *words]) == 0
+    assert done.items() <= {path: path.stat().st_mtime_ns for path in (tmp_path / "store" / "work").iterdir()}.items()
+    assert (
+        PairStore.open(tmp_path / "store").digest
+        == made(tmp_path / "other", bytes_tokenizer, {"path": str(tmp_path / "source")}).digest
+    )
+
+
 def test_mixtures_need_all_weights_and_at_least_one_source(tmp_path, capsys, bytes_tokenizer):
     path = str(write(tmp_path / "pairs.jsonl", some_rows(20)))
     assert cli.main(
@@ -552,4 +618,7 @@ def test_mixtures_need_all_weights_and_at_least_one_source(tmp_path, capsys, byt
     assert "data.sources.weight: some sources have one" in capsys.readouterr().err
     assert cli.main(["prepare", *words_of(tmp_path / "s", bytes_tokenizer)]) == WRONG
     assert "data.sources: nothing is given" in capsys.readouterr().err
+    again = [{"path": path, "weight": 1}] * 2  # of equal pairs the first source's count
+    assert cli.main(["prepare", *words_of(tmp_path / "s", bytes_tokenizer, *again)]) == WRONG
+    assert "data.sources[1].weight: no pair of this source is left" in capsys.readouterr().err
     assert not (tmp_path / "s").exists()

@@ -139,7 +139,7 @@ def test_measured_speeds_replace_the_assumption(tmp_path, capsys):
         planned(tmp_path, text)
 
 
-def test_a_store_that_is_there_is_counted(tmp_path, tiny_run):
+def test_a_store_that_is_there_is_counted(tmp_path, tiny_run, save_decoder):
     """The figures of a prepared store, against the exact plan that training makes."""
     from embedscale.config import load
     from embedscale.pairs import PairStore
@@ -156,6 +156,10 @@ def test_a_store_that_is_there_is_counted(tmp_path, tiny_run):
     assert abs(small.steps - exact.steps) <= 1 + 0.02 * exact.steps
     assert large.obstacle == f"the data are too small: {config.data.store} holds {store.pairs:,} pairs"
     assert tiny.obstacle == "the budget is below one batch of 16 pairs"
+    few = save_decoder(tmp_path / "few", vocab_size=100)
+    assert "256 tokens, but few has 100 embeddings" in (
+        planned(tmp_path, f"base: {base}\naxes: {{budget: 1e10}}", f"base.backbone.name={few}").estimates[0].obstacle
+    )
     assert "evaluation.pool" in (
         planned(tmp_path, f"base: {base}\naxes: {{budget: 1e10}}", "base.evaluation.pool=3200").estimates[0].obstacle
     )
