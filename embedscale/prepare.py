@@ -12,7 +12,6 @@ import os
 import shutil
 import signal
 import sys
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -22,7 +21,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice, pairwise
-from multiprocessing import get_context, parent_process
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,7 @@ from embedscale.corpora import Pair, Unit, read, units_of
 from embedscale.errors import DONE, FAILED, UserError
 from embedscale.pairs import FORMAT, PairStore, as_numpy, part_file
 from embedscale.record import Lease, lease_holder, read_json, write_atomically, write_json
-from embedscale.stop import StopRequest
+from embedscale.stop import StopRequest, end_with_parent
 from embedscale.tokens import load_tokenizer, mixed, pair_hashes, schema, tokenised, vocabulary
 from embedscale.tokens import tokenizer_digest as tokenizer_digest
 
@@ -284,14 +283,7 @@ def _begin_worker() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     gc.disable()  # millions of small objects come and go, and none refer to each other in circles
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    parent = parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
+    end_with_parent()
 
 
 def _spill(item: tuple[int, Unit], work: Work) -> Counter[str]:
