@@ -21,7 +21,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice, pairwise
-from multiprocessing import get_context
+from multiprocessing import forkserver, get_context, resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -214,6 +214,7 @@ def _build(work: Work, units: list[Unit], stop: StopRequest) -> tuple[list[Count
     buckets = list(range(work.buckets))
     workers = get_context("forkserver")  # a fork of this process would inherit the locks of its threads
     workers.set_forkserver_preload([__name__])
+    _start_server()
     with ProcessPoolExecutor(len(os.sched_getaffinity(0)), workers, _begin_worker) as pool:
         for unit, found in _in_parallel(pool, "tokenising", partial(_spill, work=work), list(enumerate(units)), stop):
             counts[unit[1].source] += found
@@ -276,6 +277,16 @@ def _in_parallel(
         finally:
             for future in running:
                 future.cancel()
+
+
+def _start_server() -> None:
+    """Start what forks the workers, deaf to Ctrl-C: it would end its imports with a traceback."""
+    resource_tracker.ensure_running()  # which else is started below, and lets SIGINT through
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _begin_worker() -> None:

@@ -184,16 +184,35 @@ def test_cached_chunks_give_the_gradient_of_one_graph(backbone_folder, name, pre
     assert_same_gradients(cached, gradients(module))
 
 
+def test_dropout_draws_anew_at_each_step_and_the_same_when_a_step_is_repeated(backbone_folder):
+    batch, module = batch_of(chunk_tokens=150), module_for(backbone_folder, METHODS["lora"])
+
+    def loss(step):
+        return float(module.backward_through(replace(batch, step=step)))
+
+    assert loss(0) == loss(0) and len({loss(step) for step in range(4)}) == 4
+    first = loss(0)
+    module.config = replace(module.config, training=Training(seed=1))
+    assert loss(0) != first
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_chunking_and_checkpointing_change_nothing(backbone_folder, name):
     method = METHODS[name] if name != "lora" else Method("lora", rank=4)
-    results = []
+    results, spent = [], []
     for chunk_tokens, checkpointing in itertools.product((None, 100), (False, True)):
-        module = module_for(backbone_folder, method, checkpointing=checkpointing)
-        results.append((module.backward_through(batch_of(chunk_tokens=chunk_tokens)), gradients(module)))
+        module, batch = (
+            module_for(backbone_folder, method, checkpointing=checkpointing),
+            batch_of(chunk_tokens=chunk_tokens),
+        )
+        results.append((module.backward_through(batch), gradients(module)))
+        module._account(batch)
+        spent.append(module.flop_exact)
     for value, found in results[1:]:
         torch.testing.assert_close(value, results[0][0])
         assert_same_gradients(found, results[0][1])
+    again = module.cost.forward * batch.tokens + module.cost.forward_attention * batch.squared_lengths
+    assert spent[2] - spent[0] == spent[3] - spent[1] == again, "GradCache's second forward pass is counted"
 
 
 @pytest.mark.parametrize("chunk_tokens", [None, 300])

@@ -17,6 +17,7 @@ import pytest
 import torch
 from command import Command
 from safetensors.torch import load_file
+from transformers import AutoModel
 
 from embedscale import cli
 from embedscale.config import load
@@ -79,6 +80,40 @@ def test_spends_the_budget_to_the_pair_and_records_it(tmp_path, tiny_run, name):
     for key in ("data_digest", "seed", "versions", "code", "device", "evaluation", "train_loss", "recall_at_10"):
         assert record[key] is not None
     assert not directory.checkpoints.exists() and not directory.lease.exists()
+
+
+def test_a_run_is_the_plain_loop(tmp_path, tiny_run):
+    """Sequence by sequence through transformers, torch's AdamW, and formulas written out."""
+    words = ["training.weight_decay=0.3", "training.clip=20.0", "training.warmup_fraction=0.2", "loss.temperature=0.1"]
+    config, directory = run_of(tmp_path, tiny_run, *words, "training.final_fraction=0.1", "resources.log_every=1")
+    assert train(config) == DONE
+    rows = [row for row in directory.read_metrics() if "loss" in row]
+    store, plan = PairStore.open(config.data.store), json.loads(directory.plan.read_text())["plan"]
+    body = AutoModel.from_pretrained(config.backbone.name, dtype=torch.float32)
+    optimizer = torch.optim.AdamW(body.parameters(), weight_decay=0.3)
+    steps, norms = plan["steps"], []
+    warm = math.ceil(0.2 * steps)
+    for step in range(steps):
+        start = plan["first_pair"] + 16 * step
+        batch = store.batch(start, min(start + 16, plan["first_pair"] + plan["pairs"]))
+        texts = torch.from_numpy(batch.tokens).long().split(batch.lengths.tolist())
+        vectors = torch.cat([body(text[None]).last_hidden_state.mean(1) for text in texts])
+        vectors = vectors / vectors.norm(dim=1, keepdim=True)
+        scores = vectors[: batch.pairs] @ vectors[batch.pairs :].T / 0.1
+        loss = -(scores.log_softmax(0).diagonal() + scores.log_softmax(1).diagonal()).mean() / 2
+        assert rows[step]["loss"] == pytest.approx(loss.item(), rel=1e-3), step
+        optimizer.zero_grad()
+        loss.backward()
+        norms.append(float(torch.nn.utils.clip_grad_norm_(body.parameters(), 20.0)))
+        cosine = (1 + math.cos(math.pi * (step - warm) / (steps - warm))) / 2
+        optimizer.param_groups[0]["lr"] = 0.003 * ((step + 1) / warm if step < warm else 0.1 + 0.9 * cosine)
+        assert rows[step]["lr"] == pytest.approx(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+    assert min(norms) < 20 < max(norms), norms
+    trained = load_file(directory.model / "trainable.safetensors")
+    assert trained.keys() == dict(body.named_parameters()).keys()
+    for name, weight in body.named_parameters():
+        torch.testing.assert_close(trained[name], weight.detach(), rtol=0, atol=3e-4)  # a tenth of a step
 
 
 def test_a_finished_run_says_so_and_is_left_alone(tmp_path, tiny_run, capsys):

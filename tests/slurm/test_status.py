@@ -329,9 +329,15 @@ def test_ten_thousand_directories_take_under_five_seconds(tmp_path, commands, ca
         (folder / "attempts" / "1" / "attempt.json").write_text(json.dumps(interrupted))
         if number % 2:
             (folder / "record.json").write_text(json.dumps(record))
-    # The promise, for the whole command, in processor time: a busy machine may take longer by the clock.
+    # The promise, for the whole command, in processor time: a busy machine may take longer by the clock. On a
+    # slower machine plain Python is slower too: here, what it takes to read the files.
+    before = time.process_time()
+    for name in ("attempts/1/attempt.json", "record.json"):
+        for path in large.folder.glob(f"*/{name}"):
+            json.loads(path.read_text())
+    plain = time.process_time() - before
     before = time.process_time()
     assert main(["sweep", "status", str(file)]) == 0
-    assert time.process_time() - before < 5
+    assert time.process_time() - before < max(5, 6 * plain)
     counts = [line.split() for line in capsys.readouterr().out.splitlines() if "5,000" in line]
     assert [row[1] for row in counts[:2]] == ["interrupted", "done"]
