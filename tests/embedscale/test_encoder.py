@@ -243,6 +243,19 @@ def test_each_method_trains_its_own_parameters(backbone_folder, method, trains):
         assert adapters == 4 * len(blocks_of(body)) + method.embedding
 
 
+@pytest.mark.parametrize("alpha, scale", [(None, 1), (12.0, 3), (1.0, 0.25)])
+def test_an_adapter_counts_alpha_over_rank_times(backbone_folder, alpha, scale):
+    body = load_body(Backbone(name=str(backbone_folder)), 0)
+    layer = body.layers[1].mlp.dense_4h_to_h
+    before = layer.weight.detach().clone()
+    apply_method(body, Method("lora", rank=4, alpha=alpha))
+    adapter = body.layers[1].mlp.dense_4h_to_h
+    torch.nn.init.normal_(adapter.lora_B["default"].weight)
+    product = adapter.lora_B["default"].weight.detach() @ adapter.lora_A["default"].weight.detach()
+    merge_adapters(body)
+    torch.testing.assert_close(body.layers[1].mlp.dense_4h_to_h.weight.detach(), before + scale * product)
+
+
 def test_merged_adapters_compute_the_same(backbone_folder):
     tokens, lengths = sequences(10)
     body = load_body(Backbone(name=str(backbone_folder)), 0)

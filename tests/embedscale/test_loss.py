@@ -19,7 +19,7 @@ from embedscale.contrastive import Batch, Contrastive
 from embedscale.cost import Method, cost_of
 from embedscale.encoder import Encoder, cut_further, pack
 from embedscale.held_out import score
-from embedscale.loss import info_nce
+from embedscale.loss import info_nce, loss_and_gradient
 from embedscale.methods import apply_method
 from embedscale.parallel import GradientSums
 from embedscale.plan import TrainingPlan
@@ -90,6 +90,10 @@ def test_equal_texts_are_no_negatives():
     torch.stack(rows).mean().backward()
     torch.testing.assert_close(value, torch.stack(rows).mean())
     torch.testing.assert_close(leaf.grad, other.grad)
+    for masked in (True, False):  # as a step asks for it
+        loss = Loss("one_directional", 0.1, mask_equal_texts=masked)
+        found, gradient = loss_and_gradient(torch.cat([queries, positives]), B, loss, texts)
+        assert torch.allclose(found, value.detach()) == torch.allclose(gradient[:B], leaf.grad) == masked
 
 
 def test_retrieval_counts_ranks_and_lets_ties_lose():
@@ -184,14 +188,21 @@ def test_cached_chunks_give_the_gradient_of_one_graph(backbone_folder, name, pre
     assert_same_gradients(cached, gradients(module))
 
 
-def test_dropout_draws_anew_at_each_step_and_the_same_when_a_step_is_repeated(backbone_folder):
+def test_dropout_draws_anew_at_each_step_and_the_same_when_a_step_is_repeated(backbone_folder, monkeypatch):
+    """On any number of cores, of which each would draw its part's at its own time."""
     batch, module = batch_of(chunk_tokens=150), module_for(backbone_folder, METHODS["lora"])
 
     def loss(step):
         return float(module.backward_through(replace(batch, step=step)))
 
     assert loss(0) == loss(0) and len({loss(step) for step in range(4)}) == 4
-    first = loss(0)
+    first, threads = loss(0), torch.get_num_threads()
+    monkeypatch.setattr("embedscale.contrastive.PART_TOKENS", 40)
+    torch.set_num_threads(3)
+    try:
+        assert loss(0) == first
+    finally:
+        torch.set_num_threads(threads)
     module.config = replace(module.config, training=Training(seed=1))
     assert loss(0) != first
 

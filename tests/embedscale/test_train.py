@@ -112,8 +112,24 @@ def test_a_run_is_the_plain_loop(tmp_path, tiny_run):
     assert min(norms) < 20 < max(norms), norms
     trained = load_file(directory.model / "trainable.safetensors")
     assert trained.keys() == dict(body.named_parameters()).keys()
+    timed = sum(row["tokens_per_second"] * row["seconds"] for row in rows)
+    assert timed == pytest.approx(plan["tokens"], rel=0.1)
     for name, weight in body.named_parameters():
         torch.testing.assert_close(trained[name], weight.detach(), rtol=0, atol=3e-4)  # a tenth of a step
+    found = []
+    for group in range(2):  # of 64 pairs, each among 31 negatives
+        batch = store.held_out_batch(32 * group, 32 * group + 32)
+        with torch.no_grad():
+            texts = torch.from_numpy(batch.tokens).long().split(batch.lengths.tolist())
+            vectors = torch.cat([body(text[None]).last_hidden_state.mean(1) for text in texts])
+        scores = torch.cosine_similarity(vectors[:32, None], vectors[None, 32:], dim=2)
+        logits = scores / config.evaluation.temperature
+        loss = -(logits.log_softmax(0).diagonal() + logits.log_softmax(1).diagonal()).mean() / 2
+        better = (scores >= scores.diagonal()[:, None]).sum(1)
+        found.append([loss.item(), (better <= 1).double().mean().item(), (better <= 10).double().mean().item()])
+    record = directory.read_record()
+    assert record["loss"] == pytest.approx(np.mean(found, 0)[0], rel=0.01)
+    assert [record["recall_at_1"], record["recall_at_10"]] == pytest.approx(np.mean(found, 0)[1:], abs=2.1 / 64)
 
 
 def test_a_finished_run_says_so_and_is_left_alone(tmp_path, tiny_run, capsys):
@@ -311,9 +327,10 @@ def test_a_run_whose_lease_is_taken_over_writes_nothing_more_and_stops(tmp_path,
 
 
 def test_a_truncated_checkpoint_falls_back_to_the_one_before(tmp_path, tiny_run, capsys):
-    config, whole = run_of(tmp_path / "a", tiny_run)
+    words = ["resources.checkpoint_minutes=0", "resources.log_every=1"]
+    config, whole = run_of(tmp_path / "a", tiny_run, *words)
     assert train(config) == DONE
-    config, directory = run_of(tmp_path / "b", tiny_run, "resources.checkpoint_minutes=0")
+    config, directory = run_of(tmp_path / "b", tiny_run, *words)
     assert train(config, StopAfter(9)) == INTERRUPTED
     older, newest = sorted(directory.checkpoints.iterdir())
     newest.write_bytes(newest.read_bytes()[:-2000])

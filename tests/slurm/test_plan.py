@@ -96,10 +96,12 @@ def test_gpu_hours_follow_the_assumed_share_of_the_peak(tmp_path):
     assert one.gpu_hours == pytest.approx(1e18 / (1e14 * 0.5) / 3600, rel=0.03)
     assert one.seconds == pytest.approx(one.exact_flop / 5e13)
     assert one.requeues == 5  # 5.6 hours in jobs of one
-    cluster.write_text("peak_flop_per_second: 1e14\nclasses: [{name: any, utilisation: 0.5, hours: 1, gpus: 4}]")
-    (four,) = planned(tmp_path, text).estimates
-    assert four.gpu_hours == pytest.approx(one.gpu_hours)
-    assert four.requeues == 1
+    for gpus in ("gpus: 4", "gpus: 2, nodes: 2"):
+        shape = f"{{name: any, utilisation: 0.5, hours: 1, {gpus}}}"
+        cluster.write_text(f"peak_flop_per_second: 1e14\nclasses: [{shape}]")
+        (four,) = planned(tmp_path, text).estimates
+        assert four.gpu_hours == pytest.approx(one.gpu_hours)
+        assert four.requeues == 1
 
 
 def test_gradcache_pays_its_second_forward_pass(tmp_path):
