@@ -163,6 +163,28 @@ def test_a_store_that_is_there_is_counted(tmp_path, tiny_run):
     )
 
 
+def test_the_disk_is_what_two_checkpoints_and_the_weights_take(tmp_path, tiny_run):
+    from embedscale.record import RunDirectory
+    from embedscale.stop import StopRequest
+    from embedscale.train import train
+
+    class AfterSteps(StopRequest):
+        looks = 0
+
+        @property
+        def requested(self):
+            self.looks += 1
+            return self.looks > 4
+
+    base = "{" + ", ".join(word.replace("=", ": ", 1) for word in tiny_run) + ", resources.checkpoint_minutes: 0}"
+    text = f"output: {tmp_path}\nbase: {base}\naxes: {{budget: 5e9}}"
+    (estimate,) = planned(tmp_path, text).estimates
+    assert train(estimate.run, AfterSteps()) == 75
+    files = [file.stat().st_size for file in RunDirectory(estimate.run.folder).checkpoints.iterdir()]
+    assert len(files) == 2
+    assert estimate.disk_bytes == pytest.approx(sum(files) * 7 / 6, rel=0.1)  # a third of a checkpoint is weights
+
+
 @pytest.mark.parametrize(
     "text, reason",
     [
