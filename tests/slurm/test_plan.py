@@ -158,6 +158,7 @@ def test_a_store_that_is_there_is_counted(tmp_path, tiny_run):
     assert abs(small.steps - exact.steps) <= 1 + 0.02 * exact.steps
     assert large.obstacle == f"the data are too small: {config.data.store} holds {store.pairs:,} pairs"
     assert tiny.obstacle == "the budget is below one batch of 16 pairs"
+    assert not planned(tmp_path, f"base: {base}\naxes: {{budget: 1e15}}", "base.data.repeat=true").blocked
     assert "evaluation.pool" in (
         planned(tmp_path, f"base: {base}\naxes: {{budget: 1e10}}", "base.evaluation.pool=3200").estimates[0].obstacle
     )
