@@ -13,9 +13,11 @@ import pytest
 
 from embedscale.config import Resources, RunConfig, Training
 from embedscale.errors import UserError
+from slurm import queue
 from slurm.cluster import Cluster, ResourceClass
 from slurm.plan import Estimate
-from slurm.submit import Array, arrange, throttles
+from slurm.queue import Job
+from slurm.submit import Array, _held, arrange, throttles
 
 SMALL = ResourceClass("small", gpus=1, cpus=4, hours=4)
 LARGE = ResourceClass("large", gpus=2, cpus=8, hours=24)
@@ -33,6 +35,9 @@ def test_six_hundred_runs_of_a_minute_are_ten_jobs():
     assert len({run_id for task in array.tasks for run_id in task}) == 600
     (side_by_side,) = arrange(estimates(600, 60.0), Cluster(bundle_minutes=60, side_by_side=5))
     assert len(side_by_side.tasks) == 2
+    brief = ResourceClass("brief", gpus=1, cpus=4, hours=0.5)
+    (within_the_limit,) = arrange(estimates(600, 60.0, brief), Cluster(bundle_minutes=60))
+    assert [len(task) for task in within_the_limit.tasks] == [24] * 25  # of 30 minutes, a fifth is spared
 
 
 def test_long_runs_and_runs_of_several_gpus_have_a_job_each():
@@ -92,6 +97,16 @@ def test_all_arrays_together_stay_within_the_throttle():
     assert [p for p, _ in throttles([Array(SMALL, 1, 1, [["r"]] * n) for n in (834, 833, 833)], 8, [])] == [2, 3, 3]
     with pytest.raises(UserError, match=r"max_gpus: 4 are fewer than the 8"):
         throttles([Array(LARGE, 1, 8, [["run"]])], 4, [])
+
+
+def test_an_array_in_the_queue_holds_what_may_still_run_of_it(tmp_path):
+    queue.note_submission(tmp_path, "wide", [["a", "b"], ["c"], ["d"]], parallel=2, gpus=4)
+    queue.note_submission(tmp_path, "narrow", [["e"]], parallel=1, gpus=1)
+    tasks = [Job("8", "7", index, "wide", "PENDING", "", None) for index in range(3)]
+    other = Job("9", "9", None, "narrow", "RUNNING", "n1", None)
+    jobs = {"a": tasks[0], "b": tasks[0], "c": tasks[1], "d": tasks[2], "e": other}
+    assert sorted(_held(tmp_path, jobs)) == [("7", 8), ("9", 1)]
+    assert _held(tmp_path, {"d": tasks[2]}) == [("7", 4)]
 
 
 def programs(folder: Path, **scripts: str) -> dict[str, str]:
