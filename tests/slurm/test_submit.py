@@ -13,11 +13,11 @@ import pytest
 
 from embedscale.config import Resources, RunConfig, Training
 from embedscale.errors import UserError
-from slurm import queue
+from slurm import grid, queue
 from slurm.cluster import Cluster, ResourceClass
-from slurm.plan import Estimate
+from slurm.plan import Estimate, plan_sweep
 from slurm.queue import Job
-from slurm.submit import Array, _held, arrange, throttles
+from slurm.submit import Array, _held, arrange, reconcile, throttles
 
 SMALL = ResourceClass("small", gpus=1, cpus=4, hours=4)
 LARGE = ResourceClass("large", gpus=2, cpus=8, hours=24)
@@ -97,6 +97,14 @@ def test_all_arrays_together_stay_within_the_throttle():
     assert [p for p, _ in throttles([Array(SMALL, 1, 1, [["r"]] * n) for n in (834, 833, 833)], 8, [])] == [2, 3, 3]
     with pytest.raises(UserError, match=r"max_gpus: 4 are fewer than the 8"):
         throttles([Array(LARGE, 1, 8, [["run"]])], 4, [])
+
+
+def test_what_cannot_be_run_is_not_sent_out(tmp_path, capsys):
+    file = tmp_path / "some.yaml"
+    file.write_text(f"output: {tmp_path}\naxes: {{budget: [1e15, 1e9]}}\nbackbones: [EleutherAI/pythia-14m]")
+    sweep = grid.load(file)
+    assert [each.run.budget for each in reconcile(sweep, plan_sweep(sweep), {})] == [1e15]
+    assert "some: 2 runs: 1 cannot be run, 1 missing; 1 to submit" in capsys.readouterr().out
 
 
 def test_an_array_in_the_queue_holds_what_may_still_run_of_it(tmp_path):
