@@ -165,6 +165,16 @@ def test_a_job_is_asked_for_without_a_trace_of_the_one_that_we_are_in(laptop, tm
     assert not any(each.stat().st_mode & stat.S_IXOTH for each in pickles)
 
 
+def test_an_array_for_which_nothing_is_left_waits_for_those_before_it(laptop, tmp_path):
+    count = f"n=$(ls {tmp_path} | grep -c said)"
+    sbatch = f'{count}; cp "$1" {tmp_path}/said.$n; echo "Submitted batch job 4$n"'
+    path = programs(tmp_path / "bin", sbatch=sbatch, squeue="", srun="", scontrol="echo 'MaxArraySize = 1'")
+    file = {"axes": {"budget": [1e9], "training.seed": [0, 1, 2]}, "methods": ["full"], "cluster": {"max_gpus": 2}}
+    assert "3 jobs in 3 arrays: 40, 41, 42" in laptop.sweep("submit", laptop.write("queue", **file), env=path)
+    scripts = [(tmp_path / f"said.{number}").read_text() for number in range(3)]
+    assert [re.findall(r"--dependency=(\S+)", script) for script in scripts] == [[], [], ["afterany:40"]]
+
+
 def test_without_a_queue_to_look_at_nothing_is_submitted(laptop, tmp_path):
     path = programs(tmp_path / "bin", sbatch="echo 'Submitted batch job 7'", srun="", squeue="exit 1")
     sweep = laptop.write("blind", axes={"budget": [1e9]}, methods=["full"])
