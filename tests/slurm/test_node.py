@@ -3,6 +3,7 @@
 import json
 import shutil
 import signal
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -99,6 +100,19 @@ def test_scontrol_outlives_the_signal_of_the_requeue_that_it_asks_for(tmp_path, 
     monkeypatch.setenv("PATH", str(tmp_path))
     assert node._scontrol("requeue", "7") == {"Asked": "requeue"}
     assert not signal.pthread_sigmask(signal.SIG_BLOCK, ()), "a blocked signal would no longer stop the run"
+
+
+def test_a_node_with_too_little_memory_is_sick_and_kept_away_from_for_a_day(tmp_path):
+    orders = node.Orders({}, 3600, 60, True, 1, gpus=0, cpus=1, memory_gb=1e6, code={})
+    fault = node.self_test(orders)
+    assert fault.endswith("GB of memory are free of the 1e+06 GB that were promised")
+    for name, hours in {"n1": 1, "n2": 23, "n3": 25}.items():
+        node.note_sick(tmp_path, name, fault)
+        path = tmp_path / ".submissions" / "sick" / f"{name}.json"
+        noted = json.loads(path.read_text())
+        noted["time"] = (datetime.fromisoformat(noted["time"]) - timedelta(hours=hours)).isoformat()
+        path.write_text(json.dumps(noted))
+    assert node.sick_nodes(tmp_path) == {"n1": fault, "n2": fault}
 
 
 @pytest.mark.slow
