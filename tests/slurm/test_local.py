@@ -9,7 +9,7 @@ import psutil
 import pytest
 
 from embedscale.record import RunDirectory, read_json
-from slurm.local import ATTEMPTS, POLL_SECONDS, next_attempt, stalled
+from slurm.local import ATTEMPTS, POLL_SECONDS, _places, next_attempt, stalled
 
 two_cores = pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="two runs side by side take two cores")
 
@@ -148,6 +148,19 @@ def test_runs_beside_each_other_share_the_memory(laptop):
     for each in laptop.directories("beside"):  # on cores of its own: its hours are not shared
         record = each.read_record()
         assert record["gpu_hours"] == pytest.approx(record["wall_seconds"] / 3600, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("devices", "threads", "most", "places"),
+    [(1, 1, 99, 8), (1, 4, 99, 2), (2, 2, 99, 2), (1, 16, 99, 1), (1, 1, 3, 3)],
+)
+def test_runs_side_by_side_share_the_cores_out(monkeypatch, devices, threads, most, places):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    found = _places([], 1, devices, threads, most)
+    assert [(len(each.processes), each.threads, each.beside) for each in found] == [(devices, threads, places)] * places
+    found = _places(["0", "2", "4", "5"], 1, devices, threads, 99)
+    gpus = [each.processes[0]["CUDA_VISIBLE_DEVICES"] for each in found]
+    assert gpus == (["0,2", "4,5"] if devices == 2 else ["0", "2", "4", "5"])
 
 
 def test_tasks_of_a_job_count_attempts_alike_whoever_comes_first(tmp_path):
