@@ -370,6 +370,18 @@ def test_training_by_a_recipe_takes_the_rest_from_the_run_that_was_best(tmp_path
         assert config.backbone.name.startswith("own/tiny-")
 
 
+@pytest.mark.parametrize("row", SUITE.values(), ids=SUITE)
+def test_what_other_backbones_had_becomes_what_this_one_can_have(row):
+    for share in (1 / 16, 1 / 6, 1 / 3, 0.5, 5 / 6, 1.0):
+        (found,) = recipe._settings("freeze", {"trainable_fraction": share}, row).values()
+        blocks = found * row.blocks
+        assert blocks == pytest.approx(round(blocks)) and blocks >= 1
+        assert abs(blocks - max(1, share * row.blocks)) <= 0.5
+        cost_of(row.shape, Method("freeze", active_fraction=found))
+    assert recipe._settings("lora", {"rank": 8}, row) == {"rank": 8}
+    cost_of(row.shape, Method("lora", **recipe._settings("lora", {"rank": 10**6}, row)))
+
+
 def test_other_ranks_are_compared_by_the_best_of_their_other_settings(tmp_path):
     """Three learning rates, of which the largest spoils one rank; two seeds, whose mean counts."""
     rows = []
