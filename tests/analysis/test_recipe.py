@@ -91,6 +91,15 @@ def test_what_other_choices_lose_is_what_the_laws_say(study):
     assert min(ranks.values()) > 0
 
 
+def test_a_backbone_that_was_not_run_gets_the_papers_rate(tmp_path):
+    fits, _ = recipe.read(fitted(paper_like().assign(learning_rate=0.01), tmp_path, bootstrap=20))
+    found = recipe.recipe(fits, parse_limit("1e21"))
+    rates = {(each["choice"].backbone, each["choice"].method): each["choice"].learning_rate for each in found.others}
+    assert rates["pythia-410m", "lora"] == rates["pythia-1b", "freeze"] == 0.01
+    assert rates["pythia-1.4b", "full"] == SUITE["pythia-1.4b"].pretraining_learning_rate / 10 == 2e-5
+    assert rates["pythia-1.4b", "lora"] == 1e-3
+
+
 def test_gpu_hours_buy_what_their_flop_buy(study):
     hours = recipe.recipe(study[0], Limit(gpu_hours=0.3), study[1])
     assert hours.best.budget == pytest.approx(0.3 * FLOP_AN_HOUR)
