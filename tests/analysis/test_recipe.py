@@ -92,7 +92,7 @@ def test_what_other_choices_lose_is_what_the_laws_say(study):
 
 
 def test_a_backbone_that_was_not_run_gets_the_papers_rate(tmp_path):
-    fits, _ = recipe.read(fitted(paper_like().assign(learning_rate=0.01), tmp_path, bootstrap=20))
+    fits, _ = recipe.read(fitted(paper_like().assign(learning_rate=0.01), tmp_path))
     found = recipe.recipe(fits, parse_limit("1e21"))
     rates = {(each["choice"].backbone, each["choice"].method): each["choice"].learning_rate for each in found.others}
     assert rates["pythia-410m", "lora"] == rates["pythia-1b", "freeze"] == 0.01
