@@ -39,7 +39,7 @@ from embedscale.hardware import (
 from embedscale.plan import TrainingPlan
 from embedscale.pythia import SUITE, short_name
 from embedscale.record import now, read_json, write_json
-from embedscale.train import bare_trainer, quieten
+from embedscale.train import bare_trainer, begin_worker, quieten
 
 METHODS = ("full", "freeze-0.5", "bias", "lora-r32")
 MEANS = (14, 64)  # tokens of a query and of a positive (paper, section 4.1)
@@ -274,6 +274,7 @@ def _timed(
         batches,
         batch_size=None,
         num_workers=workers,
+        worker_init_fn=begin_worker,
         multiprocessing_context="fork" if workers else None,
         pin_memory=torch.cuda.is_available(),
     )

@@ -297,11 +297,19 @@ def parser() -> argparse.ArgumentParser:
     )
     trained.add_argument("--fits", metavar="FITS", help="of --recipe: the folder that fit wrote into; default here")
     measured = _with_config(verbs, "calibrate", calibrate, "what this hardware reaches for each size and method")
-    measured.add_argument("--sizes", nargs="+", default=["pythia-14m"], metavar="SIZE", help="of the Pythia suite")
+    measured.add_argument(
+        "--sizes",
+        nargs="+",
+        default=["pythia-14m"],
+        metavar="SIZE",
+        help="of the Pythia suite, or folders; default pythia-14m",
+    )
     usual = ["full", "freeze-0.5", "bias", "lora-r32"]
     measured.add_argument("--methods", nargs="+", default=usual, metavar="METHOD", help=f"default {' '.join(usual)}")
     measured.add_argument("--seconds", type=float, default=10.0, metavar="S", help="to measure each for; default 10")
-    measured.add_argument("--out", default="calibration.json", metavar="FILE", help="run again, it goes on")
+    measured.add_argument(
+        "--out", default="calibration.json", metavar="FILE", help="default calibration.json; run again, it goes on"
+    )
     _model_verbs(verbs)
     _sweep_verbs(verbs)
     _fit_verb(verbs)

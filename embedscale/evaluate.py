@@ -36,9 +36,6 @@ def evaluate(run: str, names: Sequence[str], tasks: Iterable[Any] = (), stop: St
         stop.on_signals()
     missing = {name: task for name, task in known.items() if not directory.score(name).exists()}
     if missing:
-        import datasets
-
-        datasets.disable_progress_bars()  # they are drawn into pipes too
         directory.scores.mkdir(exist_ok=True)
         keep_freed_memory()
         adapter = adapter_of(Embedder.of_run(run))

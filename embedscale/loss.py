@@ -33,11 +33,12 @@ def info_nce(queries: Tensor, positives: Tensor, negatives: Tensor, loss: Loss, 
         columns = scores[:, :pairs].T.masked_fill(same_query, -torch.inf)
         if loss.form == "symmetric":
             return (functional.cross_entropy(rows, labels) + functional.cross_entropy(columns, labels)) / 2
-        # All similarities in one denominator, the pair itself counted once (GTE, arXiv 2308.03281, section 3.3).
+        # All similarities in one denominator; the pair stands among its row and its column (GTE, arXiv 2308.03281,
+        # section 3.3).
         itself = torch.eye(pairs, dtype=torch.bool, device=scores.device)
         between = [
             (queries @ queries.T / loss.temperature).masked_fill(same_query | itself, -torch.inf),
-            columns.masked_fill(itself, -torch.inf),
+            columns,
             (positives @ positives.T / loss.temperature).masked_fill(same_candidate[:, :pairs] | itself, -torch.inf),
         ]
         return functional.cross_entropy(torch.cat([rows, *between], dim=1), labels)

@@ -12,7 +12,6 @@ import os
 import shutil
 import signal
 import sys
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -22,7 +21,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice, pairwise
-from multiprocessing import get_context, parent_process
+from multiprocessing import forkserver, get_context, resource_tracker
 from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
@@ -34,7 +33,7 @@ from embedscale.corpora import Pair, Unit, Unreadable, read, units_of
 from embedscale.errors import DONE, FAILED, UserError
 from embedscale.pairs import FORMAT, PairStore, as_numpy, part_file
 from embedscale.record import Lease, lease_holder, read_json, write_atomically, write_json
-from embedscale.stop import StopRequest
+from embedscale.stop import StopRequest, end_with_parent
 from embedscale.tokens import load_tokenizer, mixed, pair_hashes, schema, tokenised, vocabulary
 from embedscale.tokens import tokenizer_digest as tokenizer_digest
 
@@ -229,6 +228,7 @@ def _build(work: Work, units: list[Unit], stop: StopRequest) -> tuple[list[Count
     buckets = list(range(work.buckets))
     workers = get_context("forkserver")  # a fork of this process would inherit the locks of its threads
     workers.set_forkserver_preload([__name__])
+    _start_server()
     ended = workers.Event()
     cores = len(os.sched_getaffinity(0))
     with ProcessPoolExecutor(cores, workers, _begin_worker, (ended,)) as pool, ExitStack() as leaving:
@@ -301,6 +301,16 @@ def _in_parallel(
                 future.cancel()
 
 
+def _start_server() -> None:
+    """Start what forks the workers, deaf to Ctrl-C: it would end its imports with a traceback."""
+    resource_tracker.ensure_running()  # which else is started below, and lets SIGINT through
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 _ended: Event  # of a worker's parent, set where it leaves the pool
 
 
@@ -311,14 +321,7 @@ def _begin_worker(ended: Event) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     gc.disable()  # millions of small objects come and go, and none refer to each other in circles
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    parent = parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
+    end_with_parent()
 
 
 def _spill(item: tuple[int, Unit], work: Work) -> Counter[str]:

@@ -2,8 +2,10 @@
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterable
+from multiprocessing import parent_process
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
@@ -41,3 +43,15 @@ class StopRequest:
 
         for number in signals:
             signal.signal(number, handler)
+
+
+def end_with_parent() -> None:
+    """Let this worker process end with the one that started it, whatever kills that."""
+    parent = parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()

@@ -46,7 +46,7 @@ from embedscale.plan import TrainingPlan, plan_run
 from embedscale.prepare import tokenizer_digest
 from embedscale.pythia import short_name
 from embedscale.record import Attempt, Lease, RunDirectory, leased, read_json, write_atomically, write_json
-from embedscale.stop import STOP_SIGNALS, StopRequest
+from embedscale.stop import STOP_SIGNALS, StopRequest, end_with_parent
 
 # Lightning sets it too, but the first product on a GPU, which reads it, may come before: `calibrate` measures the peak.
 os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
@@ -316,17 +316,21 @@ class _Steps(lightning.LightningDataModule):
             sampler=range(self.first, len(self.batches)),
             num_workers=self.workers,
             prefetch_factor=4 if self.workers else None,
-            worker_init_fn=_ignore_signals,
-            # Forked, a worker imports nothing anew, and notices when this process is killed.
+            worker_init_fn=begin_worker,
+            # Forked, a worker imports nothing anew.
             multiprocessing_context="fork" if self.workers else None,
             pin_memory=torch.cuda.is_available(),
         )
 
 
-def _ignore_signals(worker: int) -> None:
-    """SLURM signals every process of a job; a loader's parent ends it when the step is done."""
+def begin_worker(worker: int) -> None:
+    """SLURM signals every process of a job; a loader's parent ends it when the step is done, or by its own end.
+
+    torch's worker notices that too, but then waits for ever to hand over its last batches, which nobody takes.
+    """
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    end_with_parent()
 
 
 def _loggers(config: RunConfig, directory: RunDirectory) -> list[Any]:

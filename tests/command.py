@@ -11,7 +11,7 @@ class Command:
     """`embedscale WORDS` in a process forked from `server`; what the tests use of `subprocess.Popen`."""
 
     def __init__(self, server, words: list[str], environment: dict[str, str], folder: Path):
-        handle, self.output = tempfile.mkstemp(suffix=".out")
+        handle, self.output = tempfile.mkstemp(suffix=".out", dir=folder)
         os.close(handle)
         self.process = server.Process(target=_run, args=(words, environment, str(folder), self.output))
         self.process.start()

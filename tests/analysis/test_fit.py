@@ -96,10 +96,18 @@ def test_the_hold_out_is_fitted_without_what_it_predicts(fits):
     table = sweep(methods=("full",))
     last = table["budget"] == BUDGETS[-1]
     changed = table.assign(loss=table["loss"] * np.where(last, 2, 1))
-    before, after = (
-        fits_file.fit(runs.from_table(each), bootstrap=100)["methods"]["full"]["hold_out"][0]
+    found = [
+        {
+            row["law"]: row
+            for row in fits_file.fit(runs.from_table(each), bootstrap=100)["methods"]["full"]["hold_out"]
+            if row["left_out"] == "largest budget"
+        }
         for each in (table, changed)
-    )
+    ]
+    line, changed_line = (each["loss"] for each in found)
+    assert changed_line["predicted"] == pytest.approx(line["predicted"], rel=1e-9)
+    assert changed_line["found"] == pytest.approx(2 * line["found"])
+    before, after = (each["chinchilla"] for each in found)
     assert (before["left_out"], before["value"], before["points"]) == ("largest budget", BUDGETS[-1], 6)
     assert before["error"] < 0.02
     assert after["predicted"] == pytest.approx(before["predicted"], rel=1e-9)

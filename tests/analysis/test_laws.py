@@ -185,6 +185,12 @@ def test_outliers_move_huber_and_lad_less_than_squares():
     assert error["huber"] < 0.01 * error["log"]
 
 
+def test_a_rank_that_trains_more_than_there_is_counts_as_all():
+    law, sizes = np.array([0.1, 1.0, 9.0, 5.0, 2.0, 30.0, 0.3, 0.3]), np.full(3, 1e7)
+    whole, more, half = laws.predict_trainable_fraction(law, sizes, sizes, np.array([1.0, 1.7, 0.5]))
+    assert whole == more < half
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

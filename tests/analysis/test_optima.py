@@ -76,6 +76,36 @@ def test_a_far_point_does_not_move_the_windowed_parabola():
     assert abs(optima.parabola(x, loss, window=1e6)[0][0] - x[6]) > 0.1
 
 
+def test_the_window_is_a_factor_of_the_best_size_and_holds_its_neighbours_however_far():
+    x = np.log(1e7 * np.array([0.1, 0.2, 0.26, 1, 3.9, 5, 10]))
+    loss = 0.02 * (x - x[3] - 0.1) ** 2
+    far = loss + np.array([0.9, 0.8, 0, 0, 0, 0.8, 0.9])  # those of 5 and 10 times the best size, and of its fifth
+    assert optima.parabola(x, far[None], window=4)[0] == pytest.approx([x[3] + 0.1])
+    assert abs(optima.parabola(x, far[None], window=8)[0][0] - x[3] - 0.1) > 0.01
+    apart = np.log(np.geomspace(1e6, 1e9, 4))
+    assert optima.parabola(apart, (apart - apart[1] - 0.3)[None] ** 2, window=4)[0] == pytest.approx([apart[1] + 0.3])
+
+
+def test_a_vertex_beyond_the_sizes_is_none():
+    x, loss = np.log(2) * np.arange(7), np.array([[6, 5, 4, 3, 2, 1, 1.01]])
+    fitted = np.polyfit(x, loss[0], 2)
+    assert fitted[0] > 0 and -fitted[1] / (2 * fitted[0]) > x[-1]
+    assert np.isnan(optima.parabola(x, loss, window=1e6)).all()
+
+
+def test_the_lowest_point_of_a_curve_lies_between_the_steps_of_its_grid():
+    grid = np.linspace(0, 1, 11)
+    vertex, lowest = optima.lowest_point(grid, 3 * (grid - np.array([[0.43], [0.5]])) ** 2 + 0.2)
+    assert vertex == pytest.approx([0.43, 0.5]) and lowest == pytest.approx([0.2, 0.2])
+
+
+def test_a_run_that_diverged_belongs_to_the_nearly_equal_budget():
+    points = pd.DataFrame({"params": [1e6, 2e6, 4e6] * 2, "budget": [1e15] * 3 + [4e15] * 3, "loss": 1.0})
+    lost = pd.DataFrame({"params": [8e6, 9e6], "budget": [1.05e15, 2e15]})
+    found = {each.budget: each.diverged for each in optima.profiles(points, lost)}
+    assert found == {1e15: (8e6,), 2e15: (9e6,), 4e15: ()}
+
+
 def test_minima_at_an_end_are_none():
     x = np.log(np.geomspace(1e6, 1e9, 7))
     ends = np.stack([x, -x])
@@ -149,6 +179,8 @@ def test_hyperparameters_are_chosen_before_sizes_are_compared():
     assert list(best["loss"]) == pytest.approx([2.0, 1.8])
     assert (list(best["rank"]), list(best["tried"])) == ([32, 32], [9, 9])
     assert list(best["at_grid_end"]) == [["learning_rate"]] * 2
+    two = optima.best_points(cells[cells["learning_rate"] > 1e-4])
+    assert list(two["at_grid_end"]) == [[]] * 2, "of two values each is an end"
     sigma, freedom = optima.noise_of(cells)
     expected = np.sqrt(np.mean([np.var(np.log(each), ddof=1) for each in cells["losses"]]))
     assert (sigma, freedom) == (pytest.approx(expected), 18)

@@ -79,6 +79,7 @@ def test_what_is_left_out_has_its_reason(tmp_path):
     save(tmp_path, None, "unfinished")
     save(tmp_path, record("diverged", status="diverged", diverged_at_step=7))
     save(tmp_path, record("nan", loss=float("nan")))
+    save(tmp_path, record("nothing", loss=0.0))
     save(tmp_path, "{torn", "torn")
     save(tmp_path, "{}", "empty")
     save(tmp_path / "copy", record("good"))
@@ -91,6 +92,7 @@ def test_what_is_left_out_has_its_reason(tmp_path):
         "unfinished": "unfinished",
         "diverged": "diverged",
         "nan": "diverged",
+        "nothing": "diverged",
         "torn": "unreadable",
         "empty": "unreadable",
         "good": "duplicate",

@@ -115,3 +115,8 @@ def test_crossings_are_where_lines_meet():
     a, b = np.array([8.39, -0.21]), np.array([8.93, -0.2238])
     assert np.exp(uncertainty.crossing(a, b)) == pytest.approx(np.exp(0.54 / 0.0138))
     assert np.isnan(uncertainty.crossing(a, a))
+
+
+def test_a_budgets_spread_has_a_floor_and_grows_with_the_draws_that_it_lacks():
+    draws = np.array([[1.0, 3.0, np.nan, np.nan], [5.0, 5.0, 5.0, 5.0], [1.0, 1.0, 3.0, 3.0]])
+    assert uncertainty.floored_spread(draws, np.full(3, 0.1)) == pytest.approx([2.0, 0.1, 1.0])

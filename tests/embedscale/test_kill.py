@@ -6,6 +6,7 @@ import signal
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from test_train import METHODS, comparable
 
@@ -59,3 +60,18 @@ def test_ten_kills_change_no_bit(server, tmp_path, tiny_run, name, number):
             break
     assert kills == KILLS
     assert sum(a["to_step"] - a["from_step"] for a in directory.read_attempts() if "to_step" in a) > 0
+
+
+def test_no_loader_outlives_a_run_that_is_killed(server, tmp_path, tiny_run):
+    words = [*tiny_run, f"output={tmp_path / 'runs'}", "budget=1e12", "data.repeat=true", "resources.log_every=1"]
+    words += ["resources.workers=2"]
+    process = server.Process(target=_train, args=(words, str(tmp_path)))
+    process.start()
+    directory = RunDirectory(load(None, words).folder)
+    while not directory.read_metrics():
+        assert process.is_alive()
+        time.sleep(0.05)
+    loaders = psutil.Process(process.pid).children()
+    process.kill()
+    process.join()
+    assert len(loaders) == 2 and not psutil.wait_procs(loaders, timeout=60)[1]

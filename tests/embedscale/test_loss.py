@@ -19,7 +19,7 @@ from embedscale.contrastive import Batch, Contrastive
 from embedscale.cost import Method, cost_of
 from embedscale.encoder import Encoder, cut_further, pack
 from embedscale.held_out import score
-from embedscale.loss import info_nce
+from embedscale.loss import info_nce, loss_and_gradient
 from embedscale.methods import apply_method
 from embedscale.parallel import GradientSums
 from embedscale.plan import TrainingPlan
@@ -50,7 +50,7 @@ def written_out(queries, positives, negatives, form, temperature):
         else:
             others = sum(e(query, q) + e(positive, p) for q, p in zip(queries, positives, strict=True))
             others -= e(query, query) + e(positive, positive)
-            total -= math.log(right / (row + column - right + others))
+            total -= math.log(right / (row + column + others))
     return total / len(queries)
 
 
@@ -62,6 +62,24 @@ def test_info_nce_is_its_definition(form, hard):
     loss = Loss(form=form, temperature=0.05)
     expected = written_out(queries, positives, negatives, form, 0.05)
     assert float(info_nce(queries, positives, negatives, loss)) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("form", "directions", "partition"),
+    [
+        ("one_directional", ["query_to_doc"], "joint"),
+        ("symmetric", ["query_to_doc", "doc_to_query"], "per_direction"),
+        ("gte", ["query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc"], "joint"),
+    ],
+)
+def test_info_nce_is_that_of_sentence_transformers(form, directions, partition):
+    from sentence_transformers.losses import MultipleNegativesRankingLoss
+
+    queries, positives, _ = vectors()
+    theirs = MultipleNegativesRankingLoss(None, scale=20.0, directions=directions, partition_mode=partition)
+    expected = float(theirs.compute_loss_from_embeddings([queries, positives], None))
+    loss = Loss(form=form, temperature=0.05)
+    assert float(info_nce(queries, positives, positives[:0], loss)) == pytest.approx(expected, rel=1e-5)
 
 
 def test_similarities_are_float32_under_autocast():
@@ -90,6 +108,10 @@ def test_equal_texts_are_no_negatives():
     torch.stack(rows).mean().backward()
     torch.testing.assert_close(value, torch.stack(rows).mean())
     torch.testing.assert_close(leaf.grad, other.grad)
+    for masked in (True, False):  # as a step asks for it
+        loss = Loss("one_directional", 0.1, mask_equal_texts=masked)
+        found, gradient = loss_and_gradient(torch.cat([queries, positives]), B, loss, texts)
+        assert torch.allclose(found, value.detach()) == torch.allclose(gradient[:B], leaf.grad) == masked
 
 
 def test_retrieval_counts_ranks_and_lets_ties_lose():
@@ -184,16 +206,42 @@ def test_cached_chunks_give_the_gradient_of_one_graph(backbone_folder, name, pre
     assert_same_gradients(cached, gradients(module))
 
 
+def test_dropout_draws_anew_at_each_step_and_the_same_when_a_step_is_repeated(backbone_folder, monkeypatch):
+    """On any number of cores, of which each would draw its part's at its own time."""
+    batch, module = batch_of(chunk_tokens=150), module_for(backbone_folder, METHODS["lora"])
+
+    def loss(step):
+        return float(module.backward_through(replace(batch, step=step)))
+
+    assert loss(0) == loss(0) and len({loss(step) for step in range(4)}) == 4
+    first, threads = loss(0), torch.get_num_threads()
+    monkeypatch.setattr("embedscale.contrastive.PART_TOKENS", 40)
+    torch.set_num_threads(3)
+    try:
+        assert loss(0) == first
+    finally:
+        torch.set_num_threads(threads)
+    module.config = replace(module.config, training=Training(seed=1))
+    assert loss(0) != first
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_chunking_and_checkpointing_change_nothing(backbone_folder, name):
     method = METHODS[name] if name != "lora" else Method("lora", rank=4)
-    results = []
+    results, spent = [], []
     for chunk_tokens, checkpointing in itertools.product((None, 100), (False, True)):
-        module = module_for(backbone_folder, method, checkpointing=checkpointing)
-        results.append((module.backward_through(batch_of(chunk_tokens=chunk_tokens)), gradients(module)))
+        module, batch = (
+            module_for(backbone_folder, method, checkpointing=checkpointing),
+            batch_of(chunk_tokens=chunk_tokens),
+        )
+        results.append((module.backward_through(batch), gradients(module)))
+        module._account(batch)
+        spent.append(module.flop_exact)
     for value, found in results[1:]:
         torch.testing.assert_close(value, results[0][0])
         assert_same_gradients(found, results[0][1])
+    again = module.cost.forward * batch.tokens + module.cost.forward_attention * batch.squared_lengths
+    assert spent[2] - spent[0] == spent[3] - spent[1] == again, "GradCache's second forward pass is counted"
 
 
 @pytest.mark.parametrize("chunk_tokens", [None, 300])

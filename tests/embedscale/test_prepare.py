@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -435,6 +436,20 @@ def test_interrupted_it_does_not_wait_for_the_end_of_a_compressed_file(tmp_path,
     _, errors = process.communicate(timeout=60)
     assert process.returncode == INTERRUPTED and errors.decode() == "embedscale: interrupted\n"
     assert not list((tmp_path / "store" / "work").glob("*unit*"))
+
+
+def test_ctrl_c_while_the_workers_are_started_is_one_line(large):
+    words, store, _ = large
+    process = started(words, store, 0)
+    while not any("forkserver" in " ".join(child.cmdline()) for child in psutil.Process(process.pid).children()):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.002)
+    for _ in range(10):  # in the imports of the process that forks them
+        time.sleep(0.1)
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors.decode()) == (INTERRUPTED, "embedscale: interrupted\n")
 
 
 @pytest.mark.parametrize("stage", ["shuffling", "manifest"])

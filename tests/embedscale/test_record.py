@@ -28,7 +28,7 @@ def left_behind(path: Path, age: float = 0.0, **facts) -> None:
 def test_a_number_that_was_given_again_holds_no_lease(tmp_path, pid):
     """After a reboot, or in a container of the same name that was started again: there even this one's own number."""
     path = tmp_path / "lease.json"
-    left_behind(path, pid=pid, born="7", time="2026-01-01T00:00:00+00:00")
+    left_behind(path, pid=pid, born="-1", time="2026-01-01T00:00:00+00:00")
     assert lease_holder(path) is None
     lease = Lease(path)
     lease.take()

@@ -17,6 +17,7 @@ import pytest
 import torch
 from command import Command
 from safetensors.torch import load_file
+from transformers import AutoModel
 
 from embedscale import cli
 from embedscale.config import load
@@ -79,6 +80,56 @@ def test_spends_the_budget_to_the_pair_and_records_it(tmp_path, tiny_run, name):
     for key in ("data_digest", "seed", "versions", "code", "device", "evaluation", "train_loss", "recall_at_10"):
         assert record[key] is not None
     assert not directory.checkpoints.exists() and not directory.lease.exists()
+
+
+def test_a_run_is_the_plain_loop(tmp_path, tiny_run):
+    """Sequence by sequence through transformers, torch's AdamW, and formulas written out."""
+    words = ["training.weight_decay=0.3", "training.clip=20.0", "training.warmup_fraction=0.2", "loss.temperature=0.1"]
+    config, directory = run_of(tmp_path, tiny_run, *words, "training.final_fraction=0.1", "resources.log_every=1")
+    assert train(config) == DONE
+    rows = [row for row in directory.read_metrics() if "loss" in row]
+    store, plan = PairStore.open(config.data.store), json.loads(directory.plan.read_text())["plan"]
+    body = AutoModel.from_pretrained(config.backbone.name, dtype=torch.float32)
+    optimizer = torch.optim.AdamW(body.parameters(), weight_decay=0.3)
+    steps, norms = plan["steps"], []
+    warm = math.ceil(0.2 * steps)
+    for step in range(steps):
+        start = plan["first_pair"] + 16 * step
+        batch = store.batch(start, min(start + 16, plan["first_pair"] + plan["pairs"]))
+        texts = torch.from_numpy(batch.tokens).long().split(batch.lengths.tolist())
+        vectors = torch.cat([body(text[None]).last_hidden_state.mean(1) for text in texts])
+        vectors = vectors / vectors.norm(dim=1, keepdim=True)
+        scores = vectors[: batch.pairs] @ vectors[batch.pairs :].T / 0.1
+        loss = -(scores.log_softmax(0).diagonal() + scores.log_softmax(1).diagonal()).mean() / 2
+        assert rows[step]["loss"] == pytest.approx(loss.item(), rel=1e-3), step
+        optimizer.zero_grad()
+        loss.backward()
+        norms.append(float(torch.nn.utils.clip_grad_norm_(body.parameters(), 20.0)))
+        cosine = (1 + math.cos(math.pi * (step - warm) / (steps - warm))) / 2
+        optimizer.param_groups[0]["lr"] = 0.003 * ((step + 1) / warm if step < warm else 0.1 + 0.9 * cosine)
+        assert rows[step]["lr"] == pytest.approx(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+    assert min(norms) < 20 < max(norms), norms
+    trained = load_file(directory.model / "trainable.safetensors")
+    assert trained.keys() == dict(body.named_parameters()).keys()
+    timed = sum(row["tokens_per_second"] * row["seconds"] for row in rows)
+    assert timed == pytest.approx(plan["tokens"], rel=0.1)
+    for name, weight in body.named_parameters():
+        torch.testing.assert_close(trained[name], weight.detach(), rtol=0, atol=3e-4)  # a tenth of a step
+    found = []
+    for group in range(2):  # of 64 pairs, each among 31 negatives
+        batch = store.held_out_batch(32 * group, 32 * group + 32)
+        with torch.no_grad():
+            texts = torch.from_numpy(batch.tokens).long().split(batch.lengths.tolist())
+            vectors = torch.cat([body(text[None]).last_hidden_state.mean(1) for text in texts])
+        scores = torch.cosine_similarity(vectors[:32, None], vectors[None, 32:], dim=2)
+        logits = scores / config.evaluation.temperature
+        loss = -(logits.log_softmax(0).diagonal() + logits.log_softmax(1).diagonal()).mean() / 2
+        better = (scores >= scores.diagonal()[:, None]).sum(1)
+        found.append([loss.item(), (better <= 1).double().mean().item(), (better <= 10).double().mean().item()])
+    record = directory.read_record()
+    assert record["loss"] == pytest.approx(np.mean(found, 0)[0], rel=0.01)
+    assert [record["recall_at_1"], record["recall_at_10"]] == pytest.approx(np.mean(found, 0)[1:], abs=2.1 / 64)
 
 
 def test_a_finished_run_says_so_and_is_left_alone(tmp_path, tiny_run, capsys):
@@ -276,9 +327,10 @@ def test_a_run_whose_lease_is_taken_over_writes_nothing_more_and_stops(tmp_path,
 
 
 def test_a_truncated_checkpoint_falls_back_to_the_one_before(tmp_path, tiny_run, capsys):
-    config, whole = run_of(tmp_path / "a", tiny_run)
+    words = ["resources.checkpoint_minutes=0", "resources.log_every=1"]
+    config, whole = run_of(tmp_path / "a", tiny_run, *words)
     assert train(config) == DONE
-    config, directory = run_of(tmp_path / "b", tiny_run, "resources.checkpoint_minutes=0")
+    config, directory = run_of(tmp_path / "b", tiny_run, *words)
     assert train(config, StopAfter(9)) == INTERRUPTED
     older, newest = sorted(directory.checkpoints.iterdir())
     newest.write_bytes(newest.read_bytes()[:-2000])

@@ -4,6 +4,7 @@ import getpass
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -15,7 +16,7 @@ import pytest
 import yaml
 from command import Command
 
-from embedscale.record import RunDirectory
+from embedscale.record import RunDirectory, lease_holder
 from slurm.devcluster import INSTALL, DevCluster, missing
 
 
@@ -110,6 +111,12 @@ class Lab:
         end = datetime.now() + timedelta(seconds=seconds)
         self.slurm("scontrol", "update", f"JobId={job}", f"EndTime={end:%Y-%m-%dT%H:%M:%S}")
 
+    def hold(self, directory: RunDirectory) -> int:
+        """Suspend the process that is at a run: on no machine is it done before what is to be done to it."""
+        process = lease_holder(directory.lease)["pid"]
+        os.kill(process, signal.SIGSTOP)
+        return process
+
     def directories(self, name: str) -> list[RunDirectory]:
         return [RunDirectory(path) for path in sorted((self.folder / "runs" / name).glob("[!.]*"))]
 
@@ -142,7 +149,7 @@ def _lab(folder: Path, settings: list[str], cluster: DevCluster, server):
     """A lab that leaves an empty queue."""
     yield Lab(folder, settings, cluster, server)
     cluster.ask("scancel", f"--user={getpass.getuser()}")
-    wait_until(lambda: not cluster.ask("squeue", "--noheader"), 60)
+    wait_until(lambda: not cluster.ask("squeue", "--noheader"))
 
 
 @pytest.fixture

@@ -3,12 +3,15 @@
 import json
 import os
 import signal
+import time
 
 import psutil
 import pytest
 
 from embedscale.record import RunDirectory, read_json
-from slurm.local import ATTEMPTS, next_attempt, stalled
+from slurm.local import ATTEMPTS, POLL_SECONDS, _places, next_attempt, stalled
+
+two_cores = pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="two runs side by side take two cores")
 
 
 def checkpoints(directory: RunDirectory) -> bool:
@@ -21,6 +24,7 @@ def sweep_of(laptop, name, budget, seeds):
     return laptop.write(name, base=base, axes=axes, methods=[{"name": "lora", "rank": 4}], cluster={"max_gpus": 2})
 
 
+@two_cores
 @pytest.mark.slow
 def test_interrupted_and_killed_runs_go_on_to_the_same_bits(laptop, until, same):
     whole = sweep_of(laptop, "whole", 1.5e10, [0, 1])
@@ -28,9 +32,20 @@ def test_interrupted_and_killed_runs_go_on_to_the_same_bits(laptop, until, same)
     broken = sweep_of(laptop, "broken", 1.5e10, [0, 1])
 
     first = laptop.start("submit", broken, "--to", "here")
-    until(lambda: len([d for d in laptop.directories("broken") if checkpoints(d)]) == 2, 240)
+    held = {}
+
+    def both_held():
+        for directory in laptop.directories("broken"):
+            if checkpoints(directory) and directory.path not in held:
+                held[directory.path] = laptop.hold(directory)
+        return len(held) == 2
+
+    until(both_held)
     children = psutil.Process(first.pid).children()
     first.send_signal(signal.SIGINT)
+    time.sleep(2 * POLL_SECONDS)  # in which it is passed on
+    for pid in held.values():
+        os.kill(pid, signal.SIGCONT)
     output = first.communicate(timeout=240)[0]
     assert first.returncode == 75, output
     assert "2 interrupted" in output
@@ -44,7 +59,10 @@ def test_interrupted_and_killed_runs_go_on_to_the_same_bits(laptop, until, same)
     pid = until(lambda: directory.lease.exists() and json.loads(directory.lease.read_text())["pid"], 240)
     os.kill(pid, signal.SIGKILL)
     until(lambda: len(directory.read_attempts()) == 3, 240)
+    pid = laptop.hold(directory)
     assert "1 processes on this machine" in laptop.sweep("cancel", broken, "--yes")
+    time.sleep(2 * POLL_SECONDS)
+    os.kill(pid, signal.SIGCONT)
     output = second.communicate(timeout=240)[0]
     assert second.returncode == 75 and "stopped by SIGTERM" in output, output
     assert "died, and is tried again" in output
@@ -115,6 +133,7 @@ def test_a_run_that_stalls_or_cannot_begin_has_failed_and_says_why(laptop):
     assert reason.startswith("3 attempts without a new checkpoint") and reason.endswith("out of memory")
 
 
+@two_cores
 def test_runs_beside_each_other_share_the_memory(laptop):
     """A process holds a quarter to a half GB before its first step; the whole batch would take another whole one."""
     laptop.environment["SLURM_MEM_PER_NODE"] = "2100"
@@ -129,6 +148,19 @@ def test_runs_beside_each_other_share_the_memory(laptop):
     for each in laptop.directories("beside"):  # on cores of its own: its hours are not shared
         record = each.read_record()
         assert record["gpu_hours"] == pytest.approx(record["wall_seconds"] / 3600, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("devices", "threads", "most", "places"),
+    [(1, 1, 99, 8), (1, 4, 99, 2), (2, 2, 99, 2), (1, 16, 99, 1), (1, 1, 3, 3)],
+)
+def test_runs_side_by_side_share_the_cores_out(monkeypatch, devices, threads, most, places):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    found = _places([], 1, devices, threads, most)
+    assert [(len(each.processes), each.threads, each.beside) for each in found] == [(devices, threads, places)] * places
+    found = _places(["0", "2", "4", "5"], 1, devices, threads, 99)
+    gpus = [each.processes[0]["CUDA_VISIBLE_DEVICES"] for each in found]
+    assert gpus == (["0,2", "4,5"] if devices == 2 else ["0", "2", "4", "5"])
 
 
 def test_tasks_of_a_job_count_attempts_alike_whoever_comes_first(tmp_path):

@@ -3,6 +3,7 @@
 import json
 import shutil
 import signal
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -27,13 +28,14 @@ def preempt(lab, node="n1"):
 
 @pytest.mark.slow
 def test_a_run_of_two_tasks_is_preempted_and_resumes_with_both_ranks(lab, until, same):
-    file = {"base": EACH_STEP | {"resources.devices": 2}, "axes": {"budget": [2e10]}, "methods": ["full"]}
+    file = {"base": EACH_STEP | {"resources.devices": 2}, "axes": {"budget": [1e10]}, "methods": ["full"]}
     assert "1 done" in lab.sweep("submit", lab.write("together", **file), "--to", "here")
     sweep = lab.write("ranks", **file)
     lab.sweep("submit", sweep)
     (whole,) = lab.directories("together")
     directory = RunDirectory(lab.folder / "runs" / "ranks" / whole.path.name)
     until(lambda: has_progress(directory), 240, lambda: lab.log("ranks"))
+    lab.hold(directory)  # until the SIGCONT that SLURM sends with its SIGTERM
     preempt(lab, lab.slurm("squeue", "--noheader", "--states=RUNNING", "--format=%N"))
     until(directory.record.exists, 240, lambda: lab.log("ranks"), between=lab.hurry)
     assert [a["ended"] for a in directory.read_attempts()] == ["interrupted", "done"]
@@ -100,6 +102,19 @@ def test_scontrol_outlives_the_signal_of_the_requeue_that_it_asks_for(tmp_path, 
     assert not signal.pthread_sigmask(signal.SIG_BLOCK, ()), "a blocked signal would no longer stop the run"
 
 
+def test_a_node_with_too_little_memory_is_sick_and_kept_away_from_for_a_day(tmp_path):
+    orders = node.Orders({}, 3600, 60, True, 1, gpus=0, cpus=1, memory_gb=1e6, code={})
+    fault = node.self_test(orders)
+    assert fault.endswith("GB of memory are free of the 1e+06 GB that were promised")
+    for name, hours in {"n1": 1, "n2": 23, "n3": 25}.items():
+        node.note_sick(tmp_path, name, fault)
+        path = tmp_path / ".submissions" / "sick" / f"{name}.json"
+        noted = json.loads(path.read_text())
+        noted["time"] = (datetime.fromisoformat(noted["time"]) - timedelta(hours=hours)).isoformat()
+        path.write_text(json.dumps(noted))
+    assert node.sick_nodes(tmp_path) == {"n1": fault, "n2": fault}
+
+
 @pytest.mark.slow
 def test_a_sick_node_is_named_and_excluded_and_costs_no_attempt(lab, until):
     gate = lab.folder / "go"
@@ -114,7 +129,7 @@ def test_a_sick_node_is_named_and_excluded_and_costs_no_attempt(lab, until):
     bad = sick[0].stem
     assert json.loads(sick[0].read_text())["fault"] == "0 GPUs are visible of 1"
     job = until(lambda: lab.queued("sick", "PENDING"), 240)[0].split("|")[0]
-    until(lambda: f"ExcNodeList={bad}" in lab.slurm("scontrol", "show", "job", job), 60, lambda: lab.log("sick"))
+    until(lambda: f"ExcNodeList={bad}" in lab.slurm("scontrol", "show", "job", job), 240, lambda: lab.log("sick"))
     assert not any(directory.read_attempts() for directory in lab.directories("sick"))
 
     orders.write_text(json.dumps(promised))
@@ -123,11 +138,11 @@ def test_a_sick_node_is_named_and_excluded_and_costs_no_attempt(lab, until):
     other = {"n1": "n2", "n2": "n1"}[bad]
     assert f"runs on {other}" in lab.log("sick")
     assert [a["ended"] for a in directory.read_attempts()] == ["done"]
-    until(lambda: not lab.queued("sick"), 30)
+    until(lambda: not lab.queued("sick"))
     gate.unlink()
     more = lab.write("sick", axes={"budget": [1e9], "training.seed": [0, 1]}, methods=["full"], cluster=settings)
     assert f"kept away from: {bad} (0 GPUs are visible of 1)" in lab.sweep("submit", more)
     job = lab.queued("sick")[0].split("|")[0]
     assert f"ExcNodeList={bad}" in lab.slurm("scontrol", "show", "job", job)
     lab.sweep("cancel", more, "--yes")
-    until(lambda: not lab.queued("sick"), 240)
+    until(lambda: not lab.queued("sick"))

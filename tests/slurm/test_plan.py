@@ -96,10 +96,12 @@ def test_gpu_hours_follow_the_assumed_share_of_the_peak(tmp_path):
     assert one.gpu_hours == pytest.approx(1e18 / (1e14 * 0.5) / 3600, rel=0.03)
     assert one.seconds == pytest.approx(one.exact_flop / 5e13)
     assert one.requeues == 5  # 5.6 hours in jobs of one
-    cluster.write_text("peak_flop_per_second: 1e14\nclasses: [{name: any, utilisation: 0.5, hours: 1, gpus: 4}]")
-    (four,) = planned(tmp_path, text).estimates
-    assert four.gpu_hours == pytest.approx(one.gpu_hours)
-    assert four.requeues == 1
+    for gpus in ("gpus: 4", "gpus: 2, nodes: 2"):
+        shape = f"{{name: any, utilisation: 0.5, hours: 1, {gpus}}}"
+        cluster.write_text(f"peak_flop_per_second: 1e14\nclasses: [{shape}]")
+        (four,) = planned(tmp_path, text).estimates
+        assert four.gpu_hours == pytest.approx(one.gpu_hours)
+        assert four.requeues == 1
 
 
 def test_gradcache_pays_its_second_forward_pass(tmp_path):
@@ -160,9 +162,32 @@ def test_a_store_that_is_there_is_counted(tmp_path, tiny_run, save_decoder):
     assert "256 tokens, but few has 100 embeddings" in (
         planned(tmp_path, f"base: {base}\naxes: {{budget: 1e10}}", f"base.backbone.name={few}").estimates[0].obstacle
     )
+    assert not planned(tmp_path, f"base: {base}\naxes: {{budget: 1e15}}", "base.data.repeat=true").blocked
     assert "evaluation.pool" in (
         planned(tmp_path, f"base: {base}\naxes: {{budget: 1e10}}", "base.evaluation.pool=3200").estimates[0].obstacle
     )
+
+
+def test_the_disk_is_what_two_checkpoints_and_the_weights_take(tmp_path, tiny_run):
+    from embedscale.record import RunDirectory
+    from embedscale.stop import StopRequest
+    from embedscale.train import train
+
+    class AfterSteps(StopRequest):
+        looks = 0
+
+        @property
+        def requested(self):
+            self.looks += 1
+            return self.looks > 4
+
+    base = "{" + ", ".join(word.replace("=", ": ", 1) for word in tiny_run) + ", resources.checkpoint_minutes: 0}"
+    text = f"output: {tmp_path}\nbase: {base}\naxes: {{budget: 5e9}}"
+    (estimate,) = planned(tmp_path, text).estimates
+    assert train(estimate.run, AfterSteps()) == 75
+    files = [file.stat().st_size for file in RunDirectory(estimate.run.folder).checkpoints.iterdir()]
+    assert len(files) == 2
+    assert estimate.disk_bytes == pytest.approx(sum(files) * 7 / 6, rel=0.1)  # a third of a checkpoint is weights
 
 
 @pytest.mark.parametrize(

@@ -171,6 +171,14 @@ def test_hours_of_a_device_are_counted_once_for_all_that_share_it(sweep):
     assert (survey(sweep, {})[0].device_hours, survey(sweep, {})[0].wasted_hours) == (1.5, 0.25)
 
 
+def test_hours_of_an_attempt_that_did_not_tell_its_end_do_not_run_on(sweep):
+    run = directories(sweep)[0]
+    attempt(run, 0, None)
+    run.begin_attempt()
+    with leased(run):
+        assert survey(sweep, {})[0].device_hours < 1
+
+
 def test_the_queue_is_read_by_job_name_and_task(sweep, commands):
     first, second, third, *_ = sweep.by_id
     queue.note_submission(sweep.folder, "small-1", [[first], [second, third]])
@@ -189,6 +197,7 @@ def test_the_queue_is_read_by_job_name_and_task(sweep, commands):
     assert jobs is not None
     assert {run_id: job.id for run_id, job in jobs.items()} == {first: "101", second: "100", third: "100"}
     assert jobs[first].running and not jobs[second].running
+    assert (jobs[first].reason, jobs[second].reason) == (None, "Resources")
     assert [each.state for each in survey(sweep, jobs)[:4]] == ["queued", "queued", "queued", "missing"]
 
 
@@ -211,6 +220,8 @@ def test_accounting_explains_a_silent_end_where_there_is_any(sweep, commands):
     calls = commands(sacct="77|NODE_FAIL\n78|COMPLETED")
     assert explained(survey(sweep, {}))[0].reason == "ended without a word; accounting says NODE_FAIL"
     assert "--jobs=77" in calls.read_text()
+    commands(sacct="77|CANCELLED by 1000")
+    assert explained(survey(sweep, {}))[0].reason == "ended without a word; accounting says CANCELLED"
     commands(sacct=1)
     assert explained(survey(sweep, {}))[0].reason == "ended without a word"
 
@@ -329,9 +340,15 @@ def test_ten_thousand_directories_take_under_five_seconds(tmp_path, commands, ca
         (folder / "attempts" / "1" / "attempt.json").write_text(json.dumps(interrupted))
         if number % 2:
             (folder / "record.json").write_text(json.dumps(record))
-    # The promise, for the whole command, in processor time: a busy machine may take longer by the clock.
+    # The promise, for the whole command, in processor time: a busy machine may take longer by the clock. On a
+    # slower machine plain Python is slower too: here, what it takes to read the files.
+    before = time.process_time()
+    for name in ("attempts/1/attempt.json", "record.json"):
+        for path in large.folder.glob(f"*/{name}"):
+            json.loads(path.read_text())
+    plain = time.process_time() - before
     before = time.process_time()
     assert main(["sweep", "status", str(file)]) == 0
-    assert time.process_time() - before < 5
+    assert time.process_time() - before < max(5, 6 * plain)
     counts = [line.split() for line in capsys.readouterr().out.splitlines() if "5,000" in line]
     assert [row[1] for row in counts[:2]] == ["interrupted", "done"]

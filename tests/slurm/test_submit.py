@@ -4,18 +4,20 @@ import json
 import os
 import random
 import re
+import shutil
 import stat
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from embedscale.config import Resources, RunConfig, Training
 from embedscale.errors import UserError
+from slurm import grid, queue
 from slurm.cluster import Cluster, ResourceClass
-from slurm.plan import Estimate
-from slurm.submit import Array, arrange, throttles
+from slurm.plan import Estimate, plan_sweep
+from slurm.queue import Job
+from slurm.submit import Array, _held, arrange, reconcile, throttles
 
 SMALL = ResourceClass("small", gpus=1, cpus=4, hours=4)
 LARGE = ResourceClass("large", gpus=2, cpus=8, hours=24)
@@ -33,6 +35,9 @@ def test_six_hundred_runs_of_a_minute_are_ten_jobs():
     assert len({run_id for task in array.tasks for run_id in task}) == 600
     (side_by_side,) = arrange(estimates(600, 60.0), Cluster(bundle_minutes=60, side_by_side=5))
     assert len(side_by_side.tasks) == 2
+    brief = ResourceClass("brief", gpus=1, cpus=4, hours=0.5)
+    (within_the_limit,) = arrange(estimates(600, 60.0, brief), Cluster(bundle_minutes=60))
+    assert [len(task) for task in within_the_limit.tasks] == [24] * 25  # of 30 minutes, a fifth is spared
 
 
 def test_long_runs_and_runs_of_several_gpus_have_a_job_each():
@@ -94,6 +99,24 @@ def test_all_arrays_together_stay_within_the_throttle():
         throttles([Array(LARGE, 1, 8, [["run"]])], 4, [])
 
 
+def test_what_cannot_be_run_is_not_sent_out(tmp_path, capsys):
+    file = tmp_path / "some.yaml"
+    file.write_text(f"output: {tmp_path}\naxes: {{budget: [1e15, 1e9]}}\nbackbones: [EleutherAI/pythia-14m]")
+    sweep = grid.load(file)
+    assert [each.run.budget for each in reconcile(sweep, plan_sweep(sweep), {})] == [1e15]
+    assert "some: 2 runs: 1 cannot be run, 1 missing; 1 to submit" in capsys.readouterr().out
+
+
+def test_an_array_in_the_queue_holds_what_may_still_run_of_it(tmp_path):
+    queue.note_submission(tmp_path, "wide", [["a", "b"], ["c"], ["d"]], parallel=2, gpus=4)
+    queue.note_submission(tmp_path, "narrow", [["e"]], parallel=1, gpus=1)
+    tasks = [Job("8", "7", index, "wide", "PENDING", "", None) for index in range(3)]
+    other = Job("9", "9", None, "narrow", "RUNNING", "n1", None)
+    jobs = {"a": tasks[0], "b": tasks[0], "c": tasks[1], "d": tasks[2], "e": other}
+    assert sorted(_held(tmp_path, jobs)) == [("7", 8), ("9", 1)]
+    assert _held(tmp_path, {"d": tasks[2]}) == [("7", 4)]
+
+
 def programs(folder: Path, **scripts: str) -> dict[str, str]:
     """A PATH that begins with these shell scripts."""
     folder.mkdir()
@@ -142,6 +165,16 @@ def test_a_job_is_asked_for_without_a_trace_of_the_one_that_we_are_in(laptop, tm
     assert not any(each.stat().st_mode & stat.S_IXOTH for each in pickles)
 
 
+def test_an_array_for_which_nothing_is_left_waits_for_those_before_it(laptop, tmp_path):
+    count = f"n=$(ls {tmp_path} | grep -c said)"
+    sbatch = f'{count}; cp "$1" {tmp_path}/said.$n; echo "Submitted batch job 4$n"'
+    path = programs(tmp_path / "bin", sbatch=sbatch, squeue="", srun="", scontrol="echo 'MaxArraySize = 1'")
+    file = {"axes": {"budget": [1e9], "training.seed": [0, 1, 2]}, "methods": ["full"], "cluster": {"max_gpus": 2}}
+    assert "3 jobs in 3 arrays: 40, 41, 42" in laptop.sweep("submit", laptop.write("queue", **file), env=path)
+    scripts = [(tmp_path / f"said.{number}").read_text() for number in range(3)]
+    assert [re.findall(r"--dependency=(\S+)", script) for script in scripts] == [[], [], ["afterany:40"]]
+
+
 def test_without_a_queue_to_look_at_nothing_is_submitted(laptop, tmp_path):
     path = programs(tmp_path / "bin", sbatch="echo 'Submitted batch job 7'", srun="", squeue="exit 1")
     sweep = laptop.write("blind", axes={"budget": [1e9]}, methods=["full"])
@@ -183,7 +216,7 @@ def test_nothing_is_submitted_twice_and_cancelled_runs_go_out_again(lab, until):
         assert "submitted 6 runs" in output or "0 to submit" in output or "another submit" in output
     assert "6 queued; 0 to submit" in lab.sweep("submit", sweep)
     lab.sweep("cancel", sweep, "--yes")
-    until(lambda: not lab.queued("once"), 30)
+    until(lambda: not lab.queued("once"))
     assert "6 missing; 6 to submit" in lab.sweep("submit", sweep)
     assert len(lab.queued("once")) == 6
     lab.sweep("cancel", sweep, "--yes")
@@ -192,10 +225,10 @@ def test_nothing_is_submitted_twice_and_cancelled_runs_go_out_again(lab, until):
 def test_cancel_of_a_part_leaves_the_rest_in_the_queue(lab, until):
     sweep = sleepers(lab, "part", 6, max_gpus=2)
     lab.sweep("submit", sweep)
-    until(lambda: len(lab.queued("part", "RUNNING")) == 2, 60)
+    until(lambda: len(lab.queued("part", "RUNNING")) == 2)
     output = lab.sweep("cancel", sweep, "axes.training.seed=[4,5]", "--yes")
     assert "2 jobs with 2 runs" in output
-    until(lambda: len(lab.queued("part")) == 4, 30)
+    until(lambda: len(lab.queued("part")) == 4)
     assert "2 missing, 4 queued; 2 to submit" in lab.sweep("submit", sweep, "--max-gpu-hours", "0", code=2)
 
 
@@ -207,13 +240,16 @@ def test_2500_runs_in_arrays_of_1001_at_most_eight_at_once(wide_lab, until):
     noted = (json.loads(file.read_text()) for file in (lab.folder / "runs/many/.submissions").glob("many-*.json"))
     arrays = {each["job_id"]: len(each["tasks"]) for each in noted}
     assert sum(arrays.values()) == 2500 and len(arrays) == 3 and max(arrays.values()) <= 1001
-    begun, most, seen = time.monotonic(), 0, set()
-    while time.monotonic() - begun < 15:
-        running = [line.split("|")[0] for line in lab.queued("many", "RUNNING,COMPLETING")]
-        most, seen = max(most, len(running)), seen | set(running)
-        time.sleep(0.2)
-    assert most == 8 and len(seen) > 30
-    assert {task.split("_")[0] for task in seen} == set(arrays), "a part of the throttle for each array"
+    most, seen = 0, set()
+
+    def enough():
+        nonlocal most, seen
+        running = {line.split("|")[0] for line in lab.queued("many", "RUNNING,COMPLETING")}
+        most, seen = max(most, len(running)), seen | running
+        return most >= 8 and len(seen) > 30 and {task.split("_")[0] for task in seen} == set(arrays)
+
+    until(enough, what=lambda: f"{most} at once, {sorted(seen)}")  # each array has a part of the throttle
+    assert most == 8
 
 
 def test_submit_works_from_inside_a_job(lab, until):
@@ -235,7 +271,8 @@ def test_submit_works_from_inside_a_job(lab, until):
 
 @pytest.mark.slow
 def test_a_job_that_sbatch_lost_sight_of_is_found_by_its_name(lab, tmp_path, until):
-    text = '/usr/bin/sbatch "$@" > /dev/null; echo "sbatch: error: Socket timed out on send/recv operation" >&2; exit 1'
+    error = "sbatch: error: Socket timed out on send/recv operation"
+    text = f'{shutil.which("sbatch")} "$@" > /dev/null; echo "{error}" >&2; exit 1'
     sweep = lab.write("lost", axes={"budget": [1e9], "training.seed": [0, 1]}, methods=["full"])
     output = lab.sweep("submit", sweep, env=programs(tmp_path / "bin", sbatch=text))
     assert re.search(r"sbatch failed, but job \d+ is in the queue", output) and "submitted 2 runs" in output

@@ -16,6 +16,7 @@ from collections import defaultdict
 import pytest
 
 from embedscale.record import RunDirectory, lease_holder
+from slurm.local import POLL_SECONDS
 
 LONG_SECONDS = 8  # undisturbed, at the full speed
 METHODS = ["full", "bias", {"name": "freeze", "active_fraction": 0.5}, {"name": "lora", "rank": 4}]
@@ -152,10 +153,14 @@ def test_every_run_ends_with_the_bits_of_the_undisturbed_one(lab, until, same, r
     file["base"] = file["base"] | {"resources.checkpoint_minutes": 0.01}
     sweep = lab.write("sweep", axes=axes, cluster={"bundle_minutes": 0.05, "max_gpus": 4}, **file)
     script = Script(lab, "sweep", long, until)
-    laptop = lab.start("submit", sweep, "--to", "here")
-    begun = until(lambda: [d for d in lab.directories("sweep") if any(d.checkpoints.glob("step-*.pt"))], 60)
+    laptop = lab.start("submit", sweep, "base.resources.checkpoint_minutes=0", "--to", "here")
+    begun = until(lambda: [d for d in lab.directories("sweep") if any(d.checkpoints.glob("step-*.pt"))])
+    held = [lab.hold(directory) for directory in begun]
     laptop.send_signal(signal.SIGINT)
-    assert laptop.wait(60) == 75, laptop.stdout.read()
+    time.sleep(2 * POLL_SECONDS)  # in which it is passed on
+    for process in held:
+        go_on(process)
+    assert laptop.wait(240) == 75, laptop.stdout.read()
     for directory in begun:
         script.note(directory.path.name, "Ctrl-C on a laptop")
 
