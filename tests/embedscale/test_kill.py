@@ -36,18 +36,22 @@ def test_ten_kills_change_no_bit(server, tmp_path, tiny_run, name, number):
         process.start()
         return process, RunDirectory(load(None, run).folder)
 
-    def wait_for_its_attempt(process, directory):
-        before = len(directory.read_attempts())
-        while process.is_alive() and len(directory.read_attempts()) == before:
-            time.sleep(0.005)
+    def wait_for_steps(process, directory, steps):
+        """Until it has made so many; not for so long: no two runs on a busy machine are equally fast."""
+        attempts, made = len(directory.read_attempts()), -1
+        while process.is_alive() and made < steps:
+            time.sleep(0.002)
+            found = directory.read_attempts()
+            if len(found) > attempts:
+                newest = max((int(path.stem[5:]) for path in directory.checkpoints.glob("step-*.pt")), default=0)
+                made = newest - found[-1].get("from_step", newest)
 
-    started = time.monotonic()
-    process, whole = start("whole", 0)
-    wait_for_its_attempt(process, whole)
     begun = time.monotonic()
+    process, whole = start("whole", 0)
+    wait_for_steps(process, whole, 0)
+    starting = time.monotonic() - begun
     process.join()
     assert process.exitcode == DONE
-    starting, training = begun - started, time.monotonic() - begun
 
     rng, kills, resumed = random.Random(f"{name} {number}"), 0, 0
     for again in range(KILLS):  # a run that ended before it was killed often enough is followed by another
@@ -56,10 +60,10 @@ def test_ten_kills_change_no_bit(server, tmp_path, tiny_run, name, number):
             process, directory = start(f"killed-{again}", 2 * (kills % 2))
             if kills < KILLS:
                 if kills % 4:
-                    wait_for_its_attempt(process, directory)
-                    process.join(rng.uniform(0, 0.3) * training)
+                    wait_for_steps(process, directory, rng.randrange(4))
+                    process.join(rng.uniform(0, 0.02))
                 else:
-                    process.join(rng.uniform(0.03, 1) * starting)
+                    process.join(rng.uniform(0.03, 0.5) * starting)
                 if process.is_alive():
                     os.kill(process.pid, number)
                     kills += 1
