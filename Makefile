@@ -18,7 +18,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	grep -v '^#' constraints.txt | xargs -P 2 -n 31 $(PIP_INSTALL) --no-deps
 	$(PIP_INSTALL) --constraint constraints.txt --no-build-isolation --editable '.[test,mteb,loggers]'
-	$(BIN)/python -c "import gc; gc.disable(); import embedscale.train, mteb"
+	$(BIN)/python -c "import gc; gc.disable(); import embedscale.training.train, mteb"
 	touch $@
 
 SWEEP := configs/sweep/quickstart.yaml

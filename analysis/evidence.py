@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from analysis.laws import CHINCHILLA, Array, interval
+from analysis.fitting.laws import CHINCHILLA, Array, interval
 from embedscale.errors import UserError
-from embedscale.pythia import SUITE
+from embedscale.run.families import SUITE
 
 UNITS = {"flop": 1.0, "flops": 1.0, "": 1.0} | {
     f"{letter}{word}": 10.0 ** (3 * power) * seconds

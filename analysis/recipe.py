@@ -17,13 +17,13 @@ from typing import Any
 
 import numpy as np
 
-from analysis import fits_file
+from analysis import fits as fits_file
 from analysis.evidence import Evidence, Limit, parse_limit, same_budget
-from analysis.fits_file import BACKBONE, HYPERPARAMETERS
-from analysis.laws import Array, interval
-from embedscale.cost import METHODS, Method, cost_of, peak_learning_rate
+from analysis.fits import BACKBONE, HYPERPARAMETERS
+from analysis.fitting.laws import Array, interval
 from embedscale.errors import UserError
-from embedscale.pythia import Pythia, known, short_name
+from embedscale.run.cost import METHODS, Method, cost_of, peak_learning_rate
+from embedscale.run.families import Pythia, known, short_name
 
 TOLD = ("alpha", "dropout", "targets", "embedding", "blocks", "active_blocks")  # of a method, beside its label
 PAPER_PAIR_TOKENS = 14 + 64  # a query and its value, section 4.1
@@ -343,8 +343,8 @@ def configuration(folder: str, budget: str, config: str | None, words: Sequence[
     What the recipe does not say comes from CONFIG, or else from the run whose hyper-parameters it has, or where that is
     not at hand from the most similar one; `words` come last. Raises UserError where the backbone's folder is unknown.
     """
-    from embedscale.config import RunConfig, read_yaml, structured
-    from embedscale.record import RunDirectory
+    from embedscale.run.config import RunConfig, read_yaml, structured
+    from embedscale.run.directory import RunDirectory
 
     fits, runs = read(folder)
     best = recipe(fits, parse_limit(budget), runs).best

@@ -13,13 +13,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis import evidence, fits_file, recipe, study
-from analysis.fits_file import HYPERPARAMETERS
+from analysis import evidence, recipe, study
+from analysis import fits as fits_file
+from analysis.fits import HYPERPARAMETERS
 from analysis.runs import EXCLUDED
 from analysis.study import Study
 from analysis.summary import number, spread
 from embedscale.errors import UserError
-from embedscale.record import write_atomically
+from embedscale.files import write_atomically
 
 FILE = "report.html"
 FOLDER = "figures"
@@ -338,7 +339,7 @@ def command(args: Any) -> int:
     found = study.load(args.fits)
     if args.compare:
         found = replace(found, other=study.load(args.compare))
-    from analysis import figures  # matplotlib, once there is something to draw
+    from analysis.figures import catalogue as figures  # matplotlib, once there is something to draw
 
     _, runs = recipe.read(args.fits)
     folder = Path(args.out) if args.out else Path(args.fits) if Path(args.fits).is_dir() else Path(args.fits).parent

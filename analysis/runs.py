@@ -17,7 +17,7 @@ import pandas as pd
 from rich.progress import track
 
 from embedscale.errors import UserError
-from embedscale.record import RunDirectory
+from embedscale.run.directory import RunDirectory
 
 NUMBERS = {
     "params": "N, non-embedding parameters of the backbone",

@@ -14,13 +14,13 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from analysis import fit as fits_file
-from analysis import optima, solver
-from analysis.laws import CHINCHILLA, LAWS, Law, power_law
+from analysis.fitting import fit as fits_file
+from analysis.fitting import optima, solver
+from analysis.fitting.laws import CHINCHILLA, LAWS, Law, power_law
+from analysis.fitting.uncertainty import interval
 from analysis.runs import COLUMNS, flop_per_token, load_grid, parse_assignments
-from analysis.uncertainty import interval
 from embedscale.errors import UserError
-from embedscale.record import write_json
+from embedscale.files import write_json
 
 Array = NDArray[np.float64]
 NEEDED = ("method", "params", "budget")

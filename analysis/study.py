@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis import fit as fits_file
-from analysis import joint, optima, runs
+from analysis import runs
+from analysis.fitting import fit as fits_file
+from analysis.fitting import joint, optima
 from embedscale.errors import UserError
-from embedscale.record import RunDirectory, read_json
+from embedscale.files import read_json
+from embedscale.run.directory import RunDirectory
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from analysis.fits_file import miniature
+from analysis.fits import miniature
 
 
 def console() -> Console:

@@ -18,7 +18,7 @@ BROKEN = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EPIPE)
 
 
 def _config(args: argparse.Namespace):
-    from embedscale import config
+    from embedscale.run import config
 
     words, path = list(args.words), None
     if words and "=" not in words[0]:
@@ -34,13 +34,13 @@ def _with_config(verbs, name: str, run, text: str) -> argparse.ArgumentParser:
 
 
 def prepare(args: argparse.Namespace) -> int:
-    from embedscale.prepare import prepare
+    from embedscale.data.prepare import prepare
 
     return prepare(_config(args))
 
 
 def flops(args: argparse.Namespace) -> int:
-    from embedscale.plan import print_flops
+    from embedscale.training.plan import print_flops
 
     return print_flops(_config(args), args.budgets)
 
@@ -56,35 +56,35 @@ def train(args: argparse.Namespace) -> int:
         file = args.words.pop(0) if args.words and "=" not in args.words[0] else None
         config = configuration(args.fits or ".", args.recipe, file, args.words)
     with importing():
-        from embedscale.train import train
+        from embedscale.training.train import train
 
     return train(config)
 
 
 def calibrate(args: argparse.Namespace) -> int:
     with importing():
-        from embedscale.calibrate import calibrate
+        from embedscale.training.calibrate import calibrate
 
     return calibrate(_config(args), args.out, args.sizes, args.methods, args.seconds)
 
 
 def evaluate(args: argparse.Namespace) -> int:
     with importing():
-        from embedscale.evaluate import evaluate
+        from embedscale.serving.evaluate import evaluate
 
     return evaluate(args.run_folder, args.tasks)
 
 
 def export(args: argparse.Namespace) -> int:
     with importing():
-        from embedscale.export import export
+        from embedscale.serving.export import export
 
     return export(args.run_folder, args.folder)
 
 
 def encode(args: argparse.Namespace) -> int:
     with importing():
-        from embedscale.encode import encode
+        from embedscale.serving.encode import encode
 
     return encode(args.run_folder, args.texts, args.out, args.column, args.format)
 
@@ -136,7 +136,7 @@ def fit(args: argparse.Namespace) -> int:
         from analysis.simulate import command as simulate
 
         return simulate(args, _grid(args) if args.runs.endswith((".yaml", ".yml")) else None)
-    from analysis.fit import command
+    from analysis.fitting.fit import command
 
     return command(args)
 
@@ -157,7 +157,7 @@ def _grid(args: argparse.Namespace):
     """A sweep file's runs for the analysis, which knows neither configurations nor sweeps."""
     import pandas as pd
 
-    from embedscale.cost import cost_of
+    from embedscale.run.cost import cost_of
     from slurm import grid
     from slurm.cluster import shape_of
 

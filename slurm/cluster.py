@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from embedscale.config import bounded, read_yaml, structured
 from embedscale.errors import UserError
-from embedscale.pythia import BackboneShape, shape_by_name
+from embedscale.run.config import bounded, read_yaml, structured
+from embedscale.run.families import BackboneShape, shape_by_name
 
 
 @dataclass(frozen=True)

@@ -30,10 +30,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any, get_origin, get_type_hints
 
-from embedscale.config import Backbone, RunConfig, blaming, bounded, read_yaml, structured
-from embedscale.cost import Method
 from embedscale.errors import UserError
-from embedscale.pythia import short_name
+from embedscale.run.config import Backbone, RunConfig, blaming, bounded, read_yaml, structured
+from embedscale.run.cost import Method
+from embedscale.run.families import short_name
 from slurm import cluster as clusters
 from slurm.cluster import Cluster, ResourceClass
 

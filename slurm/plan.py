@@ -1,7 +1,7 @@
 """What a sweep will cost, before anything is submitted: steps, tokens, FLOP, disk, GPU-hours, and what cannot be run.
 
 Every figure is arithmetic on the grid: no SLURM, no torch, no weights. Tokens a pair are the store's mean, or the
-sweep file's assumption until the store is there; `embedscale.plan` counts them exactly when a run starts. Time is the
+sweep file's assumption until the store is there; `training.plan` counts them exactly when a run starts. Time is the
 exact FLOP over a measured speed (`calibrate`) or over an assumed share of the device's peak, which the table states.
 """
 
@@ -17,12 +17,13 @@ from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 
-from embedscale.config import RunConfig, bounded
-from embedscale.cost import Cost, cost_of, peak_learning_rate
+from embedscale.data.store import PairStore
 from embedscale.errors import DONE, UserError
-from embedscale.pairs import PairStore
-from embedscale.pythia import BackboneShape, known, short_name
-from embedscale.record import RunDirectory, read_json
+from embedscale.files import read_json
+from embedscale.run.config import RunConfig, bounded
+from embedscale.run.cost import Cost, cost_of, peak_learning_rate
+from embedscale.run.directory import RunDirectory
+from embedscale.run.families import BackboneShape, known, short_name
 from slurm import grid
 from slurm.cluster import ResourceClass, shape_of
 from slurm.grid import Sweep
@@ -224,7 +225,7 @@ def _learning_rate(run: RunConfig) -> float:
 
 
 def _check_data(run: RunConfig, shape: BackboneShape, data: Pairs) -> None:
-    """The refusals of `embedscale.plan` that need no counts."""
+    """The refusals of `embedscale.training.plan` that need no counts."""
     context, pool, devices = run.data.context, run.evaluation.pool, run.resources.devices * run.resources.nodes
     if context > shape.context:
         raise UserError(f"data.context: {context} tokens are longer than {shape.name}'s {shape.context}")

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from embedscale.data.prepare import prepare
 from embedscale.errors import DONE, UserError
-from embedscale.prepare import prepare
-from embedscale.tasks import HELD_OUT, load_data, names_of, task_of
+from embedscale.serving.tasks import HELD_OUT, load_data, names_of, task_of
 from slurm import grid
 from slurm.grid import Sweep
 from slurm.plan import size

@@ -5,14 +5,14 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from embedscale.config import RunConfig
 from embedscale.errors import DONE, FAILED, INTERRUPTED, UserError
-from embedscale.record import RunDirectory
-from embedscale.stop import StopRequest
-from embedscale.tasks import HELD_OUT, names_of, task_of
+from embedscale.run.config import RunConfig
+from embedscale.run.directory import RunDirectory
+from embedscale.run.stop import StopRequest
+from embedscale.serving.tasks import HELD_OUT, names_of, task_of
 from slurm.grid import Sweep
 from slurm.plan import Estimate, SweepPlan
-from slurm.queue import Job
+from slurm.scheduler.queue import Job
 
 TASK_SECONDS = 300.0  # assumed of a task, for sharing jobs
 
@@ -51,7 +51,7 @@ def to_score(sweep: Sweep, plan: SweepPlan, names: Sequence[str], jobs: Mapping[
 
 def score_all(runs: Sequence[RunConfig], names: Sequence[str], stop: StopRequest) -> dict[str, str]:
     """Score runs one after the other; a stopped one goes on at its first task without a score. Outcomes by run id."""
-    from embedscale.evaluate import evaluate
+    from embedscale.serving.evaluate import evaluate
 
     outcomes = dict.fromkeys((run.run_id for run in runs), "interrupted")
     for run in runs:

@@ -20,13 +20,15 @@ from typing import Any
 from rich.console import Console, Group
 from rich.table import Table
 
-from embedscale.config import bounded
 from embedscale.errors import DONE, UserError
-from embedscale.record import RunDirectory, lease_holder
-from slurm import grid, local, queue
+from embedscale.run.config import bounded
+from embedscale.run.directory import RunDirectory
+from embedscale.run.lease import lease_holder
+from slurm import grid
 from slurm.grid import Sweep
 from slurm.plan import Narrowed, SweepPlan, duration, plan_sweep
-from slurm.queue import Job
+from slurm.scheduler import local, queue
+from slurm.scheduler.queue import Job
 
 ENDED = ("failed", "diverged", "done")
 SILENT = "ended without a word"

@@ -21,14 +21,15 @@ from pathlib import Path
 from typing import Any
 
 from embedscale.errors import DONE, UserError
-from embedscale.record import Lease
-from slurm import grid, node, queue
+from embedscale.run.lease import Lease
+from slurm import grid
 from slurm.cluster import Cluster, ResourceClass
 from slurm.grid import Sweep
 from slurm.plan import Estimate, SweepPlan, plan_sweep, refuse_above
-from slurm.queue import Job
+from slurm.scheduler import node, queue
+from slurm.scheduler.queue import Job
+from slurm.scheduler.snapshot import snapshot
 from slurm.scoring import checked, to_score
-from slurm.snapshot import snapshot
 from slurm.status import survey
 
 MAX_ARRAY = 1001  # SLURM's default, where it cannot be asked
@@ -326,7 +327,7 @@ def _write_pickles(files: Path, job: str, tasks: Sequence[tuple[str, str, list[s
 
 def command(args: Any) -> int:
     """`embedscale sweep submit SWEEP.yaml [key=value …] [--to …] [--retry-failed] [--evaluate TASK …]`."""
-    from slurm import local
+    from slurm.scheduler import local
 
     scores = checked(args.evaluate or [])
     sweep = grid.load(args.sweep, args.words)

@@ -59,7 +59,9 @@ def server():
     context = multiprocessing.get_context("forkserver")
     multiprocessing.forkserver._forkserver._stop()  # one that `prepare` started in this process holds fewer modules
     # Installed modules only: the server does not see this folder, and would pass over one of it without a word.
-    context.set_forkserver_preload(["embedscale.train", "transformers.models.gpt_neox.modeling_gpt_neox", "peft"])
+    context.set_forkserver_preload(
+        ["embedscale.training.train", "transformers.models.gpt_neox.modeling_gpt_neox", "peft"]
+    )
     multiprocessing.forkserver.ensure_running()  # before `prepare` asks for less
     return context
 
@@ -79,8 +81,8 @@ def backbone_folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory, backbone_folder) -> list[str]:
     """The settings of a run of seconds: a prepared store of 3,000 pairs, and everything small. Add a budget."""
-    from embedscale.config import load
-    from embedscale.prepare import prepare
+    from embedscale.data.prepare import prepare
+    from embedscale.run.config import load
 
     folder = tmp_path_factory.mktemp("tiny")
     source = write_pairs(folder / "pairs.jsonl", 3000)

@@ -51,11 +51,11 @@ def step(method: str, *words: str, chunk: int | None = None, fit: bool = False) 
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    from embedscale import config as configs
-    from embedscale.calibrate import build, config_of, module_of, paper_lengths, paper_tokens
-    from embedscale.contrastive import Batch
-    from embedscale.encoder import pack
-    from embedscale.footprint import _Live, fitting_chunk
+    from embedscale.model.encoder import pack
+    from embedscale.run import config as configs
+    from embedscale.training.calibrate import build, config_of, module_of, paper_lengths, paper_tokens
+    from embedscale.training.memory import _Live, fitting_chunk
+    from embedscale.training.module import Batch
 
     class Calls(TorchDispatchMode):
         def __init__(self) -> None:

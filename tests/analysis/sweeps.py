@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from analysis import fit as fits_file
 from analysis import runs
-from analysis.laws import predict_chinchilla, predict_trainable_fraction
-from embedscale.cost import Method, cost_of
-from embedscale.pythia import SUITE
+from analysis.fitting import fit as fits_file
+from analysis.fitting.laws import predict_chinchilla, predict_trainable_fraction
+from embedscale.run.cost import Method, cost_of
+from embedscale.run.families import SUITE
 
 LAWS = {
     "full": np.array([0.1, 900.0, 90.0, 0.45, 0.25]),

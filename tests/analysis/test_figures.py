@@ -12,8 +12,12 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from sweeps import BUDGETS, fitted, miniature, paper_like
 
-from analysis import figures, figures_laws, figures_optima, figures_runs, style
 from analysis import study as studies
+from analysis.figures import catalogue as figures
+from analysis.figures import laws as figures_laws
+from analysis.figures import optima as figures_optima
+from analysis.figures import runs as figures_runs
+from analysis.figures import style
 from embedscale.cli import main
 from embedscale.errors import UserError
 

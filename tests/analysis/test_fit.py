@@ -10,14 +10,15 @@ import pandas as pd
 import pytest
 from sweeps import write_run
 
-from analysis import fit as fits_file
-from analysis import runs, uncertainty
-from analysis.laws import predict_chinchilla, predict_trainable_fraction
-from analysis.optima import Profile
+from analysis import runs
+from analysis.fitting import fit as fits_file
+from analysis.fitting import uncertainty
+from analysis.fitting.laws import predict_chinchilla, predict_trainable_fraction
+from analysis.fitting.optima import Profile
 from embedscale.cli import main
-from embedscale.cost import Method, cost_of
 from embedscale.errors import UserError
-from embedscale.pythia import SUITE
+from embedscale.run.cost import Method, cost_of
+from embedscale.run.families import SUITE
 
 SIZES = 1.2e6 * 4.0 ** np.arange(6)
 BUDGETS = 1.5e15 * 4.0 ** np.arange(5)

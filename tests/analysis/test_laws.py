@@ -6,9 +6,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis import laws, solver, uncertainty
-from analysis.laws import CHINCHILLA, TRAINABLE_FRACTION, Data
-from analysis.solver import fit_joint
+from analysis.fitting import laws, solver, uncertainty
+from analysis.fitting.laws import CHINCHILLA, TRAINABLE_FRACTION, Data
+from analysis.fitting.solver import fit_joint
 from embedscale.errors import UserError
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"

@@ -6,11 +6,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis import optima, uncertainty
-from analysis.laws import power_law, predict_chinchilla
-from analysis.optima import Profile
+from analysis.fitting import optima, uncertainty
+from analysis.fitting.laws import power_law, predict_chinchilla
+from analysis.fitting.optima import Profile
 from embedscale.errors import UserError
-from embedscale.pythia import SUITE
+from embedscale.run.families import SUITE
 
 PORIAN = Path(__file__).resolve().parents[3] / "shared" / "data" / "porian_isoflop"
 needs_porian = pytest.mark.skipif(not PORIAN.exists(), reason="Porian et al.'s sweeps are not on this machine")

@@ -10,14 +10,14 @@ import pandas as pd
 import pytest
 from sweeps import BACKBONES, BUDGETS, FLOP_AN_HOUR, LAWS, fitted, miniature, paper_like, write_run
 
-from analysis import fit as fits_file
 from analysis import recipe, runs
 from analysis.evidence import Limit, parse_limit
-from analysis.laws import predict_chinchilla
+from analysis.fitting import fit as fits_file
+from analysis.fitting.laws import predict_chinchilla
 from embedscale.cli import main
-from embedscale.cost import Method, cost_of
 from embedscale.errors import UserError
-from embedscale.pythia import SUITE
+from embedscale.run.cost import Method, cost_of
+from embedscale.run.families import SUITE
 
 
 def loss_of(method: str, backbone: str, budget: float, rank: int | None = None) -> float:

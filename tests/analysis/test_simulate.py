@@ -9,7 +9,7 @@ import pytest
 from analysis import simulate
 from embedscale.cli import main
 from embedscale.errors import UserError
-from embedscale.pythia import SUITE
+from embedscale.run.families import SUITE
 
 LAW = "E=0.3,A=900,B=900,alpha=0.45,beta=0.35"
 FRACTION_LAW = "E=0.3,a_d=2,b_d=800,a_s=60,b_s=1.5,c_s=800,alpha=0.45,beta=0.35"

@@ -4,11 +4,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis import uncertainty
-from analysis.laws import CHINCHILLA, TRAINABLE_FRACTION
-from analysis.optima import Profile
-from analysis.solver import fit_joint
-from analysis.uncertainty import interval, resampled
+from analysis.fitting import uncertainty
+from analysis.fitting.laws import CHINCHILLA, TRAINABLE_FRACTION
+from analysis.fitting.optima import Profile
+from analysis.fitting.solver import fit_joint
+from analysis.fitting.uncertainty import interval, resampled
 
 REPEATS = 200
 NOISE = 0.005

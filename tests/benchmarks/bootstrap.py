@@ -15,9 +15,9 @@ import numpy as np
 import pandas as pd
 from scipy.optimize import minimize
 
-from analysis.laws import CHINCHILLA
-from analysis.solver import fit_joint
-from analysis.uncertainty import resampled
+from analysis.fitting.laws import CHINCHILLA
+from analysis.fitting.solver import fit_joint
+from analysis.fitting.uncertainty import resampled
 
 DELTA = 1e-3
 

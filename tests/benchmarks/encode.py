@@ -26,13 +26,13 @@ from sentence_transformers import SentenceTransformer
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from turns import Contestant
 
-from embedscale import corpora
-from embedscale.calibrate import build
-from embedscale.config import load
-from embedscale.embedder import Embedder
-from embedscale.export import _write_model
-from embedscale.hardware import keep_freed_memory
-from embedscale.pythia import SUITE
+from embedscale.data import corpora
+from embedscale.model.hardware import keep_freed_memory
+from embedscale.run.config import load
+from embedscale.run.families import SUITE
+from embedscale.serving.embedder import Embedder
+from embedscale.serving.export import _write_model
+from embedscale.training.calibrate import build
 
 BATCHES = (8, 16, 32, 64)  # 32 is their default
 

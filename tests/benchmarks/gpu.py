@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from embedscale.pythia import SUITE
+from embedscale.run.families import SUITE
 
 # Size: pairs a batch, of which padded ones must fit too, beside two other contestants' weights.
 RATIOS = {"pythia-14m": 1024, "pythia-160m": 256, "pythia-410m": 128, "pythia-1b": 64}

@@ -23,7 +23,7 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
-from embedscale.pairs import PairStore
+from embedscale.data.store import PairStore
 
 
 def write_corpus(path: Path, pairs: int, words: np.ndarray, seed: int = 0) -> None:

@@ -32,18 +32,18 @@ from prepare import save_tokenizer, write_corpus
 from rich.console import Console
 from rich.table import Table
 
-from embedscale import callbacks, train
-from embedscale import config as configs
-from embedscale.calibrate import build, config_of
-from embedscale.config import Backbone, RunConfig
-from embedscale.cost import cost_of
+from embedscale.data.prepare import prepare
 from embedscale.errors import INTERRUPTED
-from embedscale.prepare import prepare
-from embedscale.pythia import SUITE
-from embedscale.record import RunDirectory
-from embedscale.stop import StopRequest
-from slurm.local import Place, import_everything, run_all
+from embedscale.run import config as configs
+from embedscale.run.config import Backbone, RunConfig
+from embedscale.run.cost import cost_of
+from embedscale.run.directory import RunDirectory
+from embedscale.run.families import SUITE
+from embedscale.run.stop import StopRequest
+from embedscale.training import callbacks, train
+from embedscale.training.calibrate import build, config_of
 from slurm.plan import CHECKPOINT_BYTES
+from slurm.scheduler.local import Place, import_everything, run_all
 
 PAIRS = 2  # a step: it is not the steps that are measured
 STEPS = 100  # planned: more than any of these runs is left to do
@@ -180,7 +180,13 @@ def turn(config: RunConfig, clock: Clock) -> Report:
 
 def import_seconds() -> float:
     """Of what the command imports, as it does, without the process's end."""
-    code = "from embedscale.imports import importing\nwith importing(): import embedscale.train\nprint(flush=True)"
+    code = "\n".join(
+        (
+            "from embedscale.imports import importing",
+            "with importing(): import embedscale.training.train",
+            "print(flush=True)",
+        )
+    )
     begun = time.perf_counter()
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as child:
         assert child.stdout is not None and child.stdout.read(1)

@@ -26,14 +26,14 @@ from torch.nn import functional
 from transformers import AutoModel
 from turns import Contestant
 
-from embedscale import config as configs
-from embedscale.calibrate import METHODS, build, config_of, module_of, paper_lengths, paper_tokens
-from embedscale.contrastive import Batch
-from embedscale.cost import Method, cost_of
-from embedscale.encoder import pack
-from embedscale.hardware import keep_freed_memory, matrix_product_peak
-from embedscale.loss import info_nce
-from embedscale.pythia import SUITE
+from embedscale.model.encoder import pack
+from embedscale.model.hardware import keep_freed_memory, matrix_product_peak
+from embedscale.run import config as configs
+from embedscale.run.cost import Method, cost_of
+from embedscale.run.families import SUITE
+from embedscale.training.calibrate import METHODS, build, config_of, module_of, paper_lengths, paper_tokens
+from embedscale.training.loss import info_nce
+from embedscale.training.module import Batch
 
 LEARNING_RATE = 1e-5
 BATCHES = 16  # different ones, so that few steps find what an earlier one of the same lengths set up

@@ -18,9 +18,9 @@ from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 from train import LEARNING_RATE, WARM, ours, padded, save_model
 
-from analysis.style import TWO, style
-from embedscale.calibrate import build
-from embedscale.pythia import SUITE
+from analysis.figures.style import TWO, style
+from embedscale.run.families import SUITE
+from embedscale.training.calibrate import build
 
 PAIRS = {"pythia-14m": 256, "pythia-70m": 64, "pythia-160m": 32, "pythia-410m": 8}
 PARTS = {  # what operations' names begin with

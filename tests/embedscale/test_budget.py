@@ -5,12 +5,12 @@ import math
 import numpy as np
 import pytest
 
-from embedscale.config import load
-from embedscale.cost import cost_of
+from embedscale.data.store import PairStore
 from embedscale.errors import UserError
-from embedscale.pairs import PairStore
-from embedscale.plan import TrainingPlan, plan_run
-from embedscale.pythia import shape_by_name
+from embedscale.run.config import load
+from embedscale.run.cost import cost_of
+from embedscale.run.families import shape_by_name
+from embedscale.training.plan import TrainingPlan, plan_run
 
 
 def planned(tiny_run, *words) -> TrainingPlan:

@@ -6,17 +6,18 @@ import numpy as np
 import pytest
 import torch
 
-from embedscale import cli, contrastive
-from embedscale.backbone import load_body
-from embedscale.calibrate import build, config_of, module_of, paper_lengths, paper_tokens
-from embedscale.config import load
-from embedscale.contrastive import Batch
-from embedscale.cost import Method, cost_of
-from embedscale.encoder import pack
+from embedscale import cli
 from embedscale.errors import UserError
-from embedscale.footprint import fitting_chunk
-from embedscale.hardware import keep_freed_memory, memory_in_use, peak_memory
-from embedscale.pythia import SUITE, shape_by_name
+from embedscale.model.backbone import load_body
+from embedscale.model.encoder import pack
+from embedscale.model.hardware import keep_freed_memory, memory_in_use, peak_memory
+from embedscale.run.config import load
+from embedscale.run.cost import Method, cost_of
+from embedscale.run.families import SUITE, shape_by_name
+from embedscale.training import module as contrastive
+from embedscale.training.calibrate import build, config_of, module_of, paper_lengths, paper_tokens
+from embedscale.training.memory import fitting_chunk
+from embedscale.training.module import Batch
 
 LIMIT = 1.5e9  # bytes
 
@@ -48,7 +49,7 @@ def test_rows_add_up_and_are_measured_once(backbone_folder, tmp_path, capsys):
 
 
 def test_what_does_not_fit_is_said_and_not_built(backbone_folder, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("embedscale.calibrate.load_body", None)
+    monkeypatch.setattr("embedscale.training.calibrate.load_body", None)
     out = tmp_path / "calibration.json"
     assert measured(backbone_folder, out, "resources.memory_gb=1e-4") == 0
     assert [row["method"] for row in json.loads(out.read_text())["too_large"]] == ["full", "lora-r2"]

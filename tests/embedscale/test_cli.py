@@ -13,9 +13,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from embedscale import cli, config, plan
+from embedscale import cli
 from embedscale.errors import FAILED, INTERRUPTED, WRONG
-from embedscale.record import write_atomically
+from embedscale.files import write_atomically
+from embedscale.run import config
+from embedscale.training import plan
 
 
 @pytest.mark.parametrize(

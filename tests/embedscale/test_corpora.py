@@ -12,10 +12,10 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from embedscale import corpora
-from embedscale.config import Source
-from embedscale.corpora import Pair, installed_files, read, units_of
+from embedscale.data import corpora
+from embedscale.data.corpora import Pair, installed_files, read, units_of
 from embedscale.errors import UserError
+from embedscale.run.config import Source
 
 
 @pytest.fixture(autouse=True)

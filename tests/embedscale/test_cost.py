@@ -7,11 +7,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModel, GPTNeoXConfig, GPTNeoXModel
 
-from embedscale.backbone import shape_of
-from embedscale.cost import Method, cost_of, peak_learning_rate
 from embedscale.errors import UserError
-from embedscale.methods import apply_method
-from embedscale.pythia import SUITE, known, neox_shape
+from embedscale.model.backbone import shape_of
+from embedscale.model.methods import apply_method
+from embedscale.run.cost import Method, cost_of, peak_learning_rate
+from embedscale.run.families import SUITE, known, neox_shape
 
 METHODS = {
     "full": Method("full"),

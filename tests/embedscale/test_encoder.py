@@ -11,13 +11,13 @@ from saved import save_backbone
 from torch.nn.functional import normalize
 from transformers import CONFIG_MAPPING, AutoModel, GPTNeoXConfig, LlamaConfig
 
-from embedscale.attention import _variable_length
-from embedscale.backbone import blocks_of, digest_of, load_body, shape_of, shape_without_weights
-from embedscale.config import Backbone
-from embedscale.cost import Method
-from embedscale.encoder import Encoder, embeddings_of, pack
 from embedscale.errors import UserError
-from embedscale.methods import apply_method, merge_adapters
+from embedscale.model.attention import _variable_length
+from embedscale.model.backbone import blocks_of, digest_of, load_body, shape_of, shape_without_weights
+from embedscale.model.encoder import Encoder, embeddings_of, pack
+from embedscale.model.methods import apply_method, merge_adapters
+from embedscale.run.config import Backbone
+from embedscale.run.cost import Method
 
 
 def sequences(count=40, longest=75, seed=0):

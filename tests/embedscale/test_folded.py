@@ -6,12 +6,12 @@ import torch
 from test_encoder import one_by_one, packed, sequences
 from transformers import AutoModel
 
-from embedscale.backbone import load_body
-from embedscale.config import Backbone
-from embedscale.cost import Method
-from embedscale.encoder import Encoder, pack
-from embedscale.folded import fold
-from embedscale.methods import apply_method
+from embedscale.model.backbone import load_body
+from embedscale.model.cpu.folded import fold
+from embedscale.model.encoder import Encoder, pack
+from embedscale.model.methods import apply_method
+from embedscale.run.config import Backbone
+from embedscale.run.cost import Method
 
 METHODS = [
     Method("full"),

@@ -10,16 +10,16 @@ import psutil
 import pytest
 from test_train import METHODS, comparable
 
-from embedscale.config import load
 from embedscale.errors import DONE, INTERRUPTED
-from embedscale.record import RunDirectory
+from embedscale.run.config import load
+from embedscale.run.directory import RunDirectory
 
 KILLS = 10
 
 
 def _train(words, tmpdir):
     os.environ["TMPDIR"] = tmpdir
-    from embedscale.train import train
+    from embedscale.training.train import train
 
     os._exit(train(load(None, words)))
 

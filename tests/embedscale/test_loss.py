@@ -13,16 +13,16 @@ import torch
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import cross_entropy, normalize
 
-from embedscale.backbone import load_body, shape_of
-from embedscale.config import Backbone, Loss, RunConfig, Training
-from embedscale.contrastive import Batch, Contrastive
-from embedscale.cost import Method, cost_of
-from embedscale.encoder import Encoder, cut_further, pack
-from embedscale.held_out import score
-from embedscale.loss import info_nce, loss_and_gradient
-from embedscale.methods import apply_method
-from embedscale.parallel import GradientSums
-from embedscale.plan import TrainingPlan
+from embedscale.model.backbone import load_body, shape_of
+from embedscale.model.encoder import Encoder, cut_further, pack
+from embedscale.model.methods import apply_method
+from embedscale.model.parallel import GradientSums
+from embedscale.run.config import Backbone, Loss, RunConfig, Training
+from embedscale.run.cost import Method, cost_of
+from embedscale.training.held_out import score
+from embedscale.training.loss import info_nce, loss_and_gradient
+from embedscale.training.module import Batch, Contrastive
+from embedscale.training.plan import TrainingPlan
 
 B, K = 6, 2
 
@@ -215,7 +215,7 @@ def test_dropout_draws_anew_at_each_step_and_the_same_when_a_step_is_repeated(ba
 
     assert loss(0) == loss(0) and len({loss(step) for step in range(4)}) == 4
     first, threads = loss(0), torch.get_num_threads()
-    monkeypatch.setattr("embedscale.contrastive.PART_TOKENS", 40)
+    monkeypatch.setattr("embedscale.training.module.PART_TOKENS", 40)
     torch.set_num_threads(3)
     try:
         assert loss(0) == first
@@ -253,7 +253,7 @@ def test_parts_on_several_cores_give_the_gradient_of_the_whole(backbone_folder, 
     try:
         for threads, part_tokens in ((1, 10**6), (3, 40), (3, 40), (1, 40)):
             torch.set_num_threads(threads)
-            monkeypatch.setattr("embedscale.contrastive.PART_TOKENS", part_tokens)
+            monkeypatch.setattr("embedscale.training.module.PART_TOKENS", part_tokens)
             module = module_for(backbone_folder, method)
             assert (len(module._parts(batch.chunks[0])) > 2) == (part_tokens == 40)
             results.append((module.backward_through(batch), gradients(module)))

@@ -16,20 +16,20 @@ from saved import save_byte_tokenizer, write_pairs
 from tokenizers import Tokenizer, processors
 from transformers import AutoModel, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 
-from embedscale import encode as encoding
 from embedscale.cli import main
-from embedscale.config import load
-from embedscale.embedder import Embedder
-from embedscale.encode import encode
+from embedscale.data.prepare import prepare
+from embedscale.data.store import PairStore
 from embedscale.errors import DONE, INTERRUPTED, UserError
-from embedscale.evaluate import adapter_of, evaluate, held_out_texts
-from embedscale.export import export
-from embedscale.pairs import PairStore
-from embedscale.prepare import prepare
-from embedscale.record import RunDirectory
-from embedscale.stop import StopRequest
-from embedscale.tasks import HELD_OUT, SUITES, load_data, task_of
-from embedscale.train import train
+from embedscale.run.config import load
+from embedscale.run.directory import RunDirectory
+from embedscale.run.stop import StopRequest
+from embedscale.serving import encode as encoding
+from embedscale.serving.embedder import Embedder
+from embedscale.serving.encode import encode
+from embedscale.serving.evaluate import adapter_of, evaluate, held_out_texts
+from embedscale.serving.export import export
+from embedscale.serving.tasks import HELD_OUT, SUITES, load_data, task_of
+from embedscale.training.train import train
 
 METHODS = {
     "full": [],
@@ -139,7 +139,7 @@ def test_transformers_alone_loads_an_exported_model(runs, exported):
 
 
 def test_an_export_that_embeds_otherwise_leaves_nothing(tmp_path, runs, monkeypatch):
-    monkeypatch.setattr("embedscale.export.POOLING_FLAGS", {"mean": "pooling_mode_cls_token"})
+    monkeypatch.setattr("embedscale.serving.export.POOLING_FLAGS", {"mean": "pooling_mode_cls_token"})
     assert export(str(runs["full"]), str(tmp_path / "out" / "model")) == 1
     assert list((tmp_path / "out").iterdir()) == []
 
@@ -148,7 +148,7 @@ def test_a_bf16_run_is_compared_in_float32(tmp_path, tiny_run, monkeypatch):
     """Of deep backbones, bf16's rounding alone was beyond what counts as similar; four blocks need a finer measure."""
     config = load(None, [*tiny_run, "budget=1e9", f"output={tmp_path / 'runs'}", "training.precision=bf16"])
     assert train(config) == DONE
-    monkeypatch.setattr("embedscale.export.SIMILAR", 1 - 1e-6)
+    monkeypatch.setattr("embedscale.serving.export.SIMILAR", 1 - 1e-6)
     assert export(str(config.folder), str(tmp_path / "model")) == DONE
 
 
@@ -260,7 +260,7 @@ def test_mteb_scores_the_run_and_its_export_equally(runs, exported, name, capsys
     splits = found[HELD_OUT]["scores"]
     recall = {k: np.mean([rows[0][f"recall_at_{k}"] for rows in splits.values()]) for k in (1, 10)}
     assert recall == pytest.approx({1: record["recall_at_1"], 10: record["recall_at_10"]})
-    from embedscale.evaluate import held_out_task
+    from embedscale.serving.evaluate import held_out_task
 
     other = SentenceTransformer(str(exported[name]), device="cpu")
     for task in [*small_tasks(), held_out_task(RunDirectory(runs[name]), record)]:
@@ -277,7 +277,7 @@ def test_an_evaluation_that_was_stopped_goes_on_with_the_next_task(runs, monkeyp
     run = runs["bias"]
     shutil.rmtree(run / "scores", ignore_errors=True)
     stop, done = StopRequest(), []
-    from embedscale import evaluate as module
+    from embedscale.serving import evaluate as module
 
     score = module._score
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from embedscale import cli
+from embedscale.data.store import PairStore
 from embedscale.errors import UserError
-from embedscale.pairs import PairStore
 
 WORDS = ["open", "read", "write", "parse", "token", "batch", "model", "train", "loss", "file", "path", "sort", "merge"]
 
@@ -165,5 +165,5 @@ def test_what_is_no_finished_store_is_refused(store, tmp_path):
 
 
 def test_neither_reading_nor_preparing_imports_torch():
-    code = "import sys, embedscale.pairs, embedscale.prepare; sys.exit('torch' in sys.modules)"
+    code = "import sys, embedscale.data.store, embedscale.data.prepare; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

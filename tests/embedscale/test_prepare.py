@@ -19,12 +19,14 @@ import pytest
 from saved import WORDS, save_byte_tokenizer
 from scipy import stats
 
-from embedscale import cli, corpora, prepare, record
-from embedscale.config import Source
+from embedscale import cli
+from embedscale.data import corpora, prepare
+from embedscale.data.store import PairStore
+from embedscale.data.tokens import CHARACTERS, tokenizer_digest
 from embedscale.errors import INTERRUPTED, WRONG, UserError
-from embedscale.pairs import PairStore
-from embedscale.record import Lease
-from embedscale.tokens import CHARACTERS, tokenizer_digest
+
+from embedscale.run.config import Source
+from embedscale.run.lease import Lease
 
 WORDS = WORDS.split()
 LONG_WORD = "internationalisation"  # one symbol of the tokenizer below

@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from embedscale.errors import UserError
-from embedscale.record import STALE_SECONDS, Lease, lease_holder, write_atomically
+from embedscale.files import write_atomically
+from embedscale.run.lease import STALE_SECONDS, Lease, lease_holder
 
 
 def left_behind(path: Path, age: float = 0.0, **facts) -> None:
@@ -51,7 +52,9 @@ def test_a_lease_of_older_code_is_held_while_its_process_lives_and_beats(tmp_pat
 
 def test_a_process_of_this_host_that_is_silent_but_lives_keeps_its_lease(tmp_path):
     path = tmp_path / "lease.json"
-    program = "import sys; from embedscale.record import Lease, Path; Lease(Path(sys.argv[1])).take(); input(print())"
+    program = (
+        "import sys; from embedscale.run.lease import Lease, Path; Lease(Path(sys.argv[1])).take(); input(print())"
+    )
     with subprocess.Popen([sys.executable, "-c", program, path], stdin=-1, stdout=-1) as process:
         process.stdout.readline()
         process.send_signal(signal.SIGSTOP)

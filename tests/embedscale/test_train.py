@@ -20,17 +20,18 @@ from safetensors.torch import load_file
 from transformers import AutoModel
 
 from embedscale import cli
-from embedscale.config import load
-from embedscale.contrastive import Batches
-from embedscale.cost import cost_of
+from embedscale.data.store import PairStore
 from embedscale.errors import DONE, FAILED, INTERRUPTED, WRONG
-from embedscale.pairs import PairStore
-from embedscale.plan import plan_run
-from embedscale.pythia import shape_by_name
-from embedscale.record import RunDirectory, read_json
-from embedscale.stop import StopRequest
-from embedscale.train import train
-from slurm.local import rank_environment
+from embedscale.files import read_json
+from embedscale.run.config import load
+from embedscale.run.cost import cost_of
+from embedscale.run.directory import RunDirectory
+from embedscale.run.families import shape_by_name
+from embedscale.run.stop import StopRequest
+from embedscale.training.module import Batches
+from embedscale.training.plan import plan_run
+from embedscale.training.train import train
+from slurm.scheduler.local import rank_environment
 
 METHODS = {
     "full": ["method.name=full"],
@@ -222,7 +223,7 @@ def test_an_evaluation_that_fails_at_the_end_loses_no_step(tmp_path, tiny_run, m
     assert train(config) == DONE
     config, directory = run_of(tmp_path / "b", tiny_run, "evaluation.at=[]")
     with monkeypatch.context() as patch:
-        patch.setattr("embedscale.callbacks.evaluate_held_out", lambda *_: 1 / 0)
+        patch.setattr("embedscale.training.callbacks.evaluate_held_out", lambda *_: 1 / 0)
         assert train(config) == FAILED
     assert train(config) == DONE
     assert directory.read_attempts()[-1]["from_step"] == whole.read_record()["steps"]

@@ -16,8 +16,9 @@ import pytest
 import yaml
 from command import Command
 
-from embedscale.record import RunDirectory, lease_holder
-from slurm.devcluster import INSTALL, DevCluster, missing
+from embedscale.run.directory import RunDirectory
+from embedscale.run.lease import lease_holder
+from slurm.scheduler.devcluster import INSTALL, DevCluster, missing
 
 
 def _cluster(**settings):

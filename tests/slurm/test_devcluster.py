@@ -5,8 +5,8 @@ import sys
 import tempfile
 import time
 
-from embedscale.record import process_alive
-from slurm.devcluster import DevCluster
+from embedscale.run.lease import process_alive
+from slurm.scheduler.devcluster import DevCluster
 
 
 def test_nodes_partitions_and_accounting_answer(cluster, until):
@@ -36,7 +36,7 @@ def test_down_ends_what_up_started_and_nothing_else(cluster):
         other.up()
         pids = [int(file.read_text().split()[0]) for file in other.folder.glob("*.process")]
         assert len(pids) == 3 and all(process_alive(pid) for pid in pids)
-        module = [sys.executable, "-m", "slurm.devcluster"]
+        module = [sys.executable, "-m", "slurm.scheduler.devcluster"]
         again = subprocess.run([*module, "up", folder], capture_output=True, text=True)
         assert again.returncode == 2 and "a cluster is up there" in again.stderr
         assert subprocess.run([*module, "status", folder], capture_output=True).returncode == 0

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from embedscale import config
-from embedscale.config import RunConfig
-from embedscale.cost import Method
 from embedscale.errors import UserError
+from embedscale.run import config
+from embedscale.run.config import RunConfig
+from embedscale.run.cost import Method
 from slurm import grid
 from slurm.cluster import Cluster, ResourceClass
 

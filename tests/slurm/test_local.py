@@ -8,8 +8,9 @@ import time
 import psutil
 import pytest
 
-from embedscale.record import RunDirectory, read_json
-from slurm.local import ATTEMPTS, POLL_SECONDS, _places, next_attempt, stalled
+from embedscale.files import read_json
+from embedscale.run.directory import RunDirectory
+from slurm.scheduler.local import ATTEMPTS, POLL_SECONDS, _places, next_attempt, stalled
 
 two_cores = pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="two runs side by side take two cores")
 

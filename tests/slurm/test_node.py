@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from embedscale.record import RunDirectory
-from slurm import node
+from embedscale.run.directory import RunDirectory
+from slurm.scheduler import node
 
 EACH_STEP = {"resources.checkpoint_minutes": 0, "resources.log_every": 1}
 

@@ -143,9 +143,9 @@ def test_measured_speeds_replace_the_assumption(tmp_path, capsys):
 
 def test_a_store_that_is_there_is_counted(tmp_path, tiny_run, save_decoder):
     """The figures of a prepared store, against the exact plan that training makes."""
-    from embedscale.config import load
-    from embedscale.pairs import PairStore
-    from embedscale.plan import plan_run
+    from embedscale.data.store import PairStore
+    from embedscale.run.config import load
+    from embedscale.training.plan import plan_run
     from slurm.cluster import shape_of
 
     config = load(None, [*tiny_run, "budget=1e10"])
@@ -169,9 +169,9 @@ def test_a_store_that_is_there_is_counted(tmp_path, tiny_run, save_decoder):
 
 
 def test_the_disk_is_what_two_checkpoints_and_the_weights_take(tmp_path, tiny_run):
-    from embedscale.record import RunDirectory
-    from embedscale.stop import StopRequest
-    from embedscale.train import train
+    from embedscale.run.directory import RunDirectory
+    from embedscale.run.stop import StopRequest
+    from embedscale.training.train import train
 
     class AfterSteps(StopRequest):
         looks = 0

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from embedscale.config import load
 from embedscale.errors import DONE
-from embedscale.stop import StopRequest
+from embedscale.run.config import load
+from embedscale.run.stop import StopRequest
 from slurm.scoring import score_all
 
 FILE = {"axes": {"budget": [1e9]}, "methods": ["full", "bias"]}
@@ -55,6 +55,6 @@ def test_a_run_whose_task_fails_leaves_the_others_their_scores(tmp_path, monkeyp
         scored.append(run)
         return DONE
 
-    monkeypatch.setattr("embedscale.evaluate.evaluate", evaluate)
+    monkeypatch.setattr("embedscale.serving.evaluate.evaluate", evaluate)
     assert list(score_all(runs, ["STS15"], StopRequest()).values()) == ["done", "failed", "done"]
     assert scored == [str(runs[0].folder), str(runs[2].folder)] and "of a task" in capsys.readouterr().err

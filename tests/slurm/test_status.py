@@ -14,9 +14,12 @@ from rich.console import Console
 
 from embedscale.cli import main
 from embedscale.errors import UserError
-from embedscale.record import RunDirectory, leased, now
-from slurm import grid, queue
+from embedscale.files import now
+from embedscale.run.directory import RunDirectory
+from embedscale.run.lease import leased
+from slurm import grid
 from slurm.plan import plan_sweep
+from slurm.scheduler import queue
 from slurm.status import STATES, explained, render, survey, wasted_hours, watch
 
 HOUR = timedelta(hours=1)

@@ -11,12 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from embedscale.config import Resources, RunConfig, Training
 from embedscale.errors import UserError
-from slurm import grid, queue
+from embedscale.run.config import Resources, RunConfig, Training
+from slurm import grid
 from slurm.cluster import Cluster, ResourceClass
 from slurm.plan import Estimate, plan_sweep
-from slurm.queue import Job
+from slurm.scheduler import queue
+from slurm.scheduler.queue import Job
 from slurm.submit import Array, _held, arrange, reconcile, throttles
 
 SMALL = ResourceClass("small", gpus=1, cpus=4, hours=4)

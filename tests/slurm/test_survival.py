@@ -15,8 +15,9 @@ from collections import defaultdict
 
 import pytest
 
-from embedscale.record import RunDirectory, lease_holder
-from slurm.local import POLL_SECONDS
+from embedscale.run.directory import RunDirectory
+from embedscale.run.lease import lease_holder
+from slurm.scheduler.local import POLL_SECONDS
 
 LONG_SECONDS = 8  # undisturbed, at the full speed
 METHODS = ["full", "bias", {"name": "freeze", "active_fraction": 0.5}, {"name": "lora", "rank": 4}]

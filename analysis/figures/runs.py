@@ -1,0 +1,126 @@
+"""Figures of the runs' own files: loss curves against FLOP spent, and MTEB scores (8 to 12, 15, 16)."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+
+from analysis.figures import style
+from analysis.figures.optima import choice_panels
+from analysis.figures.style import Drawn, NotDrawn
+from analysis.study import Study, by_number
+
+
+def curves(study: Study) -> Drawn:
+    """Loss against FLOP spent, of the best run of each method, size and budget."""
+    if study.curves.empty:
+        raise NotDrawn("the run directories, which hold the curves, are not at hand")
+    methods = [method for method in study.methods if (study.curves["method"] == method).any()]
+    figure, every = style.panels(len(methods), height=2.4, sharex=True, sharey=True)
+    for axes, method in zip(every, methods, strict=True):
+        own = study.curves[study.curves["method"] == method]
+        for _, rows in own.groupby("run"):
+            look = style.size_style(float(rows["params"].iloc[0]), study)
+            batch, held_out = rows.dropna(subset=["loss"]), rows.dropna(subset=["held_out_loss"])
+            axes.plot(batch["flops"], batch["loss"], color=look["color"], linewidth=0.4, alpha=0.6)
+            axes.plot(held_out["flops"], held_out["held_out_loss"], linewidth=0.9, **look | {"markersize": 3})
+        axes.set_title(style.label(method))
+    every[0].margins(0.03)
+    style.log_axis(every[0].xaxis)
+    style.log_axis(every[0].yaxis, "plain")
+    style.outer_labels(every, "FLOP spent", "contrastive loss (nats)")
+    style.legend_below(figure, style.size_handles(study, study.sizes), columns=6 if len(methods) > 1 else 3)
+    return Drawn(
+        figure,
+        study.curves,
+        "Loss against FLOP spent, of the best run of each size and budget: marks are the held-out loss, thin lines the "
+        "loss of the training batches.",
+    )
+
+
+def _scored(study: Study) -> pd.DataFrame:
+    """Runs with the mean score over the tasks that all scored runs have."""
+    if study.scores.empty:
+        raise NotDrawn("no run has scores; embedscale evaluate RUN writes them")
+    wide = study.scores.pivot_table(index="run", columns="task", values="score")
+    common = wide.dropna(axis=1)
+    if common.empty or not len(common.columns):
+        raise NotDrawn("the scored runs have no task in common")
+    found = study.table.merge(common.mean(axis=1).rename("score").reset_index(), on="run")
+    found.attrs["tasks"] = ", ".join(map(str, common.columns))
+    return found
+
+
+def score_frontier(study: Study) -> Drawn:
+    """Figure 12: the score of the run with the lowest loss, against the budget."""
+    runs = _scored(study)
+    best = runs.loc[runs.groupby(["method", "budget"])["loss"].idxmin()].sort_values("budget")
+    figure, (axes,) = style.panels(1, height=2.9)
+    for method in study.methods:
+        part = best[best["method"] == method]
+        axes.plot(part["budget"], part["score"], label=style.label(method), **style.method_style(method, study.methods))
+    style.log_axis(axes.xaxis)
+    axes.set(xlabel=style.BUDGET, ylabel="mean score")
+    style.legend_below(figure, axes.get_lines(), columns=2)
+    return Drawn(
+        figure,
+        best[["method", "budget", "params", "loss", "score", "run"]],
+        f"Score of the run with the lowest loss, for each method and budget. Mean over {runs.attrs['tasks']}.",
+    )
+
+
+def score_profiles(study: Study, methods: Sequence[str] = ()) -> Drawn:
+    """Figures 8, 10 and 15: score against size, a panel a method (of `methods`, or of all), a curve a budget."""
+    runs = _scored(study)
+    best = runs.loc[runs.groupby(["method", "budget", "params"])["loss"].idxmin()].sort_values("params")
+    methods = [each for each in methods or study.methods if (best["method"] == each).any()]
+    if not methods:
+        raise NotDrawn("none of its methods has scores")
+    best = best[best["method"].isin(methods)]
+    figure, every = style.panels(len(methods), height=2.4, sharex=True, sharey=True)
+    for axes, method in zip(every, methods, strict=True):
+        for budget, part in by_number(best[best["method"] == method], "budget"):
+            axes.plot(part["params"], part["score"], **style.budget_style(budget, study))
+        axes.set_title(style.label(method))
+    style.log_axis(every[0].xaxis, "sizes")
+    style.outer_labels(every, style.PARAMETERS, "mean score")
+    style.legend_below(figure, style.budget_handles(study, sorted(best["budget"].unique())), "budget (FLOP)", 4)
+    return Drawn(
+        figure,
+        best[["method", "budget", "params", "loss", "score", "run"]],
+        f"IsoFLOP profiles of the score of the run with the lowest loss of each size. Mean over {runs.attrs['tasks']}.",
+    )
+
+
+def score_by_choice(study: Study, method: str, column: str) -> Drawn:
+    """Figures 9 and 11: score against the share of active blocks, or the rank."""
+    scored = _scored(study)
+    rows = scored[scored["method"] == method]
+    if column not in rows or rows[column].nunique() < 2:
+        raise NotDrawn(f"{style.label(method)} has no scores at two values of {column}")
+    drawn = choice_panels(study, rows, column, "score")
+    return replace(drawn, caption=f"{drawn.caption} Mean over {scored.attrs['tasks']}.")
+
+
+def score_and_loss(study: Study) -> Drawn:
+    """Figure 16: score against loss, with Spearman's correlation."""
+    runs = _scored(study)
+    figure, (axes,) = style.panels(1, height=2.9)
+    for method in study.methods:
+        part = runs[runs["method"] == method]
+        look = style.method_style(method, study.methods) | {"linestyle": "none"}
+        axes.plot(part["loss"], part["score"], label=style.label(method), alpha=0.8, **look)
+    told = "too few runs for a correlation"
+    if len(runs) >= 4 and runs["score"].nunique() > 1:
+        correlation = float(np.corrcoef(runs["loss"].rank(), runs["score"].rank())[0, 1])
+        told = f"Spearman {correlation:.3f}, {len(runs)} runs"
+    axes.text(0.97, 0.97, told, transform=axes.transAxes, ha="right", va="top", fontsize=7)
+    style.log_axis(axes.xaxis, "plain")
+    axes.set(xlabel=style.LOSS, ylabel="mean score")
+    style.legend_below(figure, axes.get_lines(), columns=2)
+    return Drawn(
+        figure,
+        runs[["method", "budget", "params", "loss", "score", "run"]],
+        f"Score against held-out loss. Mean over {runs.attrs['tasks']}.",
+    )

@@ -1,0 +1,1 @@
+"""Optima, laws and their intervals, fitted to a table of runs."""

@@ -1,0 +1,1 @@
+"""From text pairs to a store of tokenised pairs."""

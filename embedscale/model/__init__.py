@@ -1,0 +1,1 @@
+"""A decoder as an encoder of texts: backbone, packing, attention, methods, parallel training."""

@@ -1,0 +1,1 @@
+"""Faster blocks for a CPU. Deleting this folder changes the speed, never a result."""

@@ -1,0 +1,1 @@
+"""What a run is: configuration, method, cost, record and directory. Nothing here imports torch."""

@@ -1,0 +1,125 @@
+"""A finished run as a model of texts: its weights loaded and checked, and texts in batches through its encoder."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from embedscale.data.store import as_numpy
+from embedscale.data.tokens import load_tokenizer, token_ids
+from embedscale.errors import UserError
+from embedscale.model.backbone import digest_of, load_body
+from embedscale.model.cpu.folded import fold
+from embedscale.model.encoder import Encoder, embeddings_of, pack
+from embedscale.model.methods import apply_method, merge_adapters
+from embedscale.run import config as configs
+from embedscale.run.config import RunConfig
+from embedscale.run.directory import RunDirectory
+
+TEXTS_AT_ONCE = 16384  # tokenised and sorted by length together
+# In one forward pass: on a CPU, what its layers pass on stays in a core's cache.
+FORWARD_TOKENS = {"cpu": 2048, "cuda": 32768}
+
+
+class Embedder:
+    """Texts → unit vectors, as the run's training cut, packed and pooled them."""
+
+    def __init__(
+        self,
+        body: nn.Module,
+        config: RunConfig,
+        record: dict[str, Any],
+        device: str | None = None,
+        precision: str | None = None,
+    ):
+        self.config, self.record = config, record
+        precision = precision or config.training.precision
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.encoder = Encoder(body, config.backbone.pooling, precision).to(self.device).eval()
+        self.encoder.folded = fold(body, precision)
+        name = config.data.tokenizer or config.backbone.name
+        self.tokenizer, digest = load_tokenizer(name, None if config.data.tokenizer else config.backbone.revision)
+        if (trained := record.get("tokenizer_digest", digest)) != digest:  # records of older code do not tell
+            raise UserError(f"data.tokenizer: {name!r} is {digest}, but the run was trained with {trained}")
+        self.width: int = record["width"]
+
+    @classmethod
+    def of_run(cls, run: str | Path, device: str | None = None, precision: str | None = None) -> "Embedder":
+        """The model of a run directory, LoRA merged in float32. `precision` is by default that of its training.
+
+        Raises UserError for a run that is not done and for weights that are not those of its record.
+        """
+        directory = RunDirectory(run)
+        record = finished(directory)
+        config = configs.load(directory.config)
+        body = load_body(config.backbone, config.training.seed)
+        _check(directory, "backbone_digest", record, digest_of(dict(body.named_parameters())))
+        torch.manual_seed(config.training.seed)
+        apply_method(body, config.method)
+        _load_weights(body, directory, record)
+        merge_adapters(body)
+        return cls(body.requires_grad_(False), config, record, device, precision)
+
+    def encode(self, texts: Sequence[str], progress: Callable[[int], object] = lambda texts: None) -> np.ndarray:
+        """float32 [texts, width], in the order given. A text without a token is the zero vector, similar to nothing.
+
+        `progress` is told how many texts each forward pass finished.
+        """
+        found = np.zeros((len(texts), self.width), np.float32)
+        for first in range(0, len(texts), TEXTS_AT_ONCE):
+            some = texts[first : first + TEXTS_AT_ONCE]
+            found[first : first + len(some)] = self._encode(some, progress)
+        return found
+
+    def _encode(self, texts: Sequence[str], progress: Callable[[int], object]) -> np.ndarray:
+        ids = token_ids(texts, self.tokenizer, self.config.data.context, np.int32)
+        lengths = np.diff(as_numpy(ids.offsets))
+        full = np.flatnonzero(lengths)
+        found = np.zeros((len(texts), self.width), np.float32)
+        progress(len(texts) - len(full))
+        if len(full):
+            if self.encoder.folded is not None:
+                self.encoder.folded.expect(len(ids.values))
+            chunks = pack(as_numpy(ids.values), lengths[full], FORWARD_TOKENS[self.device.type])
+            for chunk, embeddings in zip(chunks, embeddings_of(self.encoder, chunks), strict=True):
+                found[full[chunk.order.numpy()]] = embeddings.cpu().numpy()
+                progress(len(chunk.order))
+        return found
+
+
+def finished(directory: RunDirectory) -> dict[str, Any]:
+    """The record of a run that is done. Raises UserError for any other."""
+    record = directory.read_record()
+    if record is None:
+        state = "is not finished" if directory.path.is_dir() else "does not exist"
+        raise UserError(f"{directory.path}: this run {state}; expected the directory of a run that is done")
+    if record["status"] != "done":
+        raise UserError(f"{directory.path}: this run {record['status']}; expected one that is done")
+    return record
+
+
+def _load_weights(body: nn.Module, directory: RunDirectory, record: dict[str, Any]) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = directory.model / "trainable.safetensors"
+    try:
+        weights = load_file(path)
+    except (OSError, SafetensorError):
+        raise UserError(f"{path}: is missing or damaged; the run must be trained again") from None
+    _check(directory, "weights_digest", record, digest_of(weights))
+    trainable = {name: parameter for name, parameter in body.named_parameters() if parameter.requires_grad}
+    if trainable.keys() != weights.keys():
+        other = sorted(trainable.keys() ^ weights.keys())
+        raise UserError(f"{path}: its tensors are not those that the run's method trains ({other[0]} …)")
+    with torch.no_grad():
+        for name, parameter in trainable.items():
+            parameter.copy_(weights[name])
+
+
+def _check(directory: RunDirectory, field: str, record: dict[str, Any], found: str) -> None:
+    if record[field] != found:
+        raise UserError(f"{directory.record}: {field} is {record[field]}, but the weights found here give {found}")

@@ -1,0 +1,180 @@
+"""MTEB scores of a finished run (paper, section 4.4, figures 8 to 12, 15, 16): one task at a time, one file a task.
+
+A task's file under RUN/scores is its done-marker: an evaluation that is stopped begins again at the first task
+without one. Every score is stored with what changes scores: precision, context, prompts (none), versions.
+"""
+
+import time
+from collections.abc import Iterable, Sequence
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+
+from embedscale.data.store import PairBatch, PairStore
+from embedscale.errors import DONE, INTERRUPTED, UserError
+from embedscale.files import now, read_json, write_json
+from embedscale.model.hardware import keep_freed_memory
+from embedscale.run.directory import RunDirectory
+from embedscale.run.stop import StopRequest
+from embedscale.serving.embedder import Embedder, finished
+from embedscale.serving.tasks import HELD_OUT, load_data, mteb_package, names_of, task_of
+
+
+def evaluate(run: str, names: Sequence[str], tasks: Iterable[Any] = (), stop: StopRequest | None = None) -> int:
+    """Score a run on tasks by name, on whole suites, and on mteb `tasks` that the caller built.
+
+    Writes RUN/scores/TASK.json, and skips tasks that have one. Returns DONE or, after a stop request, INTERRUPTED.
+    Raises UserError for a run that is not done, a task that mteb does not know, and data that cannot be had.
+    """
+    directory = RunDirectory(run)
+    record = finished(directory)
+    mteb = mteb_package()
+    known = {task.metadata.name: task for task in tasks}
+    known |= {name: held_out_task(directory, record) if name == HELD_OUT else task_of(name) for name in names_of(names)}
+    if stop is None:
+        stop = StopRequest()
+        stop.on_signals()
+    missing = {name: task for name, task in known.items() if not directory.score(name).exists()}
+    if missing:
+        directory.scores.mkdir(exist_ok=True)
+        keep_freed_memory()
+        adapter = adapter_of(Embedder.of_run(run))
+    for number, (name, task) in enumerate(missing.items(), 1):
+        if stop.requested:
+            print(f"{record['run_id']}: interrupted ({stop.reason}) before {name}; run it again to go on")
+            return INTERRUPTED
+        print(f"{record['run_id']}: task {number} of {len(missing)}, {name}", flush=True)
+        write_json(directory.score(name), _score(mteb, adapter, task, record))
+    _show(record, {name: read_json(directory.score(name)) for name in known})
+    return DONE
+
+
+def _score(mteb: Any, adapter: Any, task: Any, record: dict[str, Any]) -> dict[str, Any]:
+    begun = time.monotonic()
+    load_data(task)
+    result = mteb.evaluate(adapter, task, cache=None, co2_tracker=False, show_progress_bar=False).task_results[0]
+    hyperparameters = record["hyperparameters"]
+    return {
+        "task": task.metadata.name,
+        "type": task.metadata.type,
+        "score": result.get_score(),
+        "main_score": task.metadata.main_score,
+        "scores": result.scores,
+        "run_id": record["run_id"],
+        "weights_digest": record["weights_digest"],
+        "dataset_revision": result.dataset_revision,
+        "mteb": version("mteb"),
+        "precision": hyperparameters["precision"],
+        "context": hyperparameters["context"],
+        "prompts": None,
+        "seconds": round(time.monotonic() - begun, 1),
+        "time": now(),
+    }
+
+
+def _show(record: dict[str, Any], scores: dict[str, dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("task", "kind", "score", "measure", "seconds", title=record["run_id"])
+    for name, found in scores.items():
+        table.add_row(name, found["type"], f"{found['score']:.4f}", found["main_score"], f"{found['seconds']}")
+    Console(highlight=False).print(table)
+
+
+def adapter_of(embedder: Embedder) -> Any:
+    """The run under mteb's contract of an encoder, version 2: named by its run, its revision the weights' digest."""
+    from mteb.models.abs_encoder import AbsEncoder
+    from mteb.models.model_meta import ModelMeta, ScoringFunction
+
+    record = embedder.record
+
+    class Adapter(AbsEncoder):
+        mteb_model_meta = ModelMeta(
+            loader=None,
+            name=f"embedscale/{record['run_id']}",
+            revision=record["weights_digest"],
+            release_date=None,
+            languages=None,
+            n_parameters=record["n_parameters"],
+            memory_usage_mb=None,
+            max_tokens=record["hyperparameters"]["context"],
+            embed_dim=embedder.width,
+            license=None,
+            open_weights=None,
+            public_training_code=None,
+            public_training_data=None,
+            framework=["PyTorch"],
+            similarity_fn_name=ScoringFunction.COSINE,
+            use_instructions=False,
+            training_datasets=None,
+        )
+
+        def encode(self, inputs: Any, **_: Any) -> np.ndarray:
+            """All texts at once, so that they are sorted by length over the whole task and not within 32."""
+            return embedder.encode([text for batch in inputs for text in batch["text"]])
+
+    return Adapter()
+
+
+def held_out_task(directory: RunDirectory, record: dict[str, Any]) -> Any:
+    """Retrieval over the held-out pairs that the run's recall was measured on: a split for each of its groups.
+
+    The texts are the stored tokens, decoded. Raises UserError where the store is gone or another one.
+    """
+    from datasets import Dataset
+    from mteb.abstasks.retrieval import AbsTaskRetrieval
+    from mteb.abstasks.task_metadata import TaskMetadata
+
+    from embedscale.run import config as configs
+
+    config = configs.load(directory.config)
+    store = PairStore.open(config.data.store)
+    if store.digest != record["data_digest"]:
+        raise UserError(f"data.store: {config.data.store} is {store.digest}; the run's was {record['data_digest']}")
+    size = record["evaluation"]["negatives"] + 1
+    groups = record["evaluation"]["pool"] // size
+    splits = [f"group-{number + 1}" for number in range(groups)]
+
+    class HeldOutRetrieval(AbsTaskRetrieval):
+        metadata = TaskMetadata(
+            name=HELD_OUT,
+            description="The positive of each held-out pair among those of its group.",
+            type="Retrieval",
+            category="t2t",
+            eval_splits=splits,
+            eval_langs=["eng-Latn"],
+            main_score="recall_at_10",
+            dataset={"path": record["data"], "revision": store.digest},
+        )
+
+        def load_data(self, *args: Any, **kwargs: Any) -> None:
+            self.dataset: Any = {"default": {}}
+            for number, split in enumerate(splits):
+                texts = held_out_texts(config, store.held_out_batch(number * size, (number + 1) * size))
+                queries, corpus = (
+                    Dataset.from_dict({"id": [f"{kind}{i}" for i in range(size)], "text": some})
+                    for kind, some in (("q", texts[:size]), ("d", texts[size:]))
+                )
+                self.dataset["default"][split] = {
+                    "queries": queries,
+                    "corpus": corpus,
+                    "relevant_docs": {f"q{i}": {f"d{i}": 1} for i in range(size)},
+                    "top_ranked": None,
+                }
+            self.data_loaded = True
+
+    return HeldOutRetrieval()
+
+
+def held_out_texts(config: Any, pairs: PairBatch) -> list[str]:
+    """Stored token sequences as texts: the queries, then the positives."""
+    from embedscale.data.tokens import load_tokenizer
+
+    name = config.data.tokenizer or config.backbone.name
+    tokenizer, _ = load_tokenizer(name, None if config.data.tokenizer else config.backbone.revision)
+    sequences = np.split(pairs.tokens, np.cumsum(pairs.lengths)[:-1])
+    texts = tokenizer.decode_batch([ids.tolist() for ids in sequences], skip_special_tokens=False)
+    # A text cut in the middle of a character ends with the sign for what cannot be read.
+    return [text.rstrip("\ufffd") if len(text) > 1 else text for text in texts]

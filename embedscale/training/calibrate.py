@@ -1,0 +1,310 @@
+"""What this hardware reaches: tokens and FLOP a second, share of a matrix product's, memory, for each size and method.
+
+Training steps of the real module under a real Trainer, on synthetic pairs with the paper's lengths (section 4.1) and
+random weights, which cost what real ones do. `sweep plan` and the time limits of submitted jobs use the file.
+"""
+
+import gc
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import lightning
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+from embedscale.errors import DONE, UserError
+from embedscale.files import now, read_json, write_json
+from embedscale.model.backbone import empty_body, load_body, shape_without_weights
+from embedscale.model.encoder import pack
+from embedscale.model.hardware import (
+    compile_seconds,
+    keep_freed_memory,
+    matrix_product_peak,
+    peak_memory,
+    reset_peak_memory,
+    training_device,
+)
+from embedscale.run.config import RunConfig, bounded
+from embedscale.run.cost import Method, cost_of
+from embedscale.run.families import SUITE, short_name
+from embedscale.training.memory import fitting_chunk
+from embedscale.training.module import Batch, Contrastive, assemble
+from embedscale.training.plan import TrainingPlan
+from embedscale.training.train import bare_trainer, begin_worker, quieten
+
+METHODS = ("full", "freeze-0.5", "bias", "lora-r32")
+MEANS = (14, 64)  # tokens of a query and of a positive (paper, section 4.1)
+SPREAD = 0.6  # of the lengths' logarithm
+WARM_STEPS = 2
+HOW = (
+    "Training steps (forward, loss, backward, AdamW) of embedscale's own module under lightning.Trainer, random "
+    "weights, synthetic pairs: query and positive lengths log-normal with means 14 and 64 after the cut at the "
+    "context, tokens as frequent as a text's words. After {warm} steps, about {seconds:g} s are measured. FLOP are "
+    "those of matrix products and attention, without what GradCache or checkpointing compute again; the peak is the "
+    "best of three products of large square matrices beside it."
+)
+
+
+def calibrate(config: RunConfig, out: str, sizes: Sequence[str], methods: Sequence[str], seconds: float) -> int:
+    """Measure each size and method that the file does not hold yet, and write it after each.
+
+    Raises UserError, before anything is measured, for an unknown size or method, one that does not fit the other, or a
+    file of other settings.
+    """
+    bounded("--seconds", seconds, 0, 1e6)
+    device = training_device()
+    configs = [config_of(config, size, method) for size in sizes for method in methods]
+    for each in configs:
+        cost_of(shape_without_weights(each.backbone), each.method)
+    path, facts = Path(out), _facts(config, device, seconds)
+    found = read_json(path) or facts | {"peak_flop_per_second": 0.0, "rows": [], "too_large": []}
+    for name, value in facts.items():
+        if name != "how" and found.get(name, False) != value:  # what an older file does not name was off
+            raise UserError(f"{path}: was measured with {name} {found.get(name)}, not {value}; name another file")
+    done = {(row["backbone"], row["method"]) for row in found["rows"] + found["too_large"]}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    console = Console(width=None if Console().is_terminal else 120)
+    quieten()
+    keep_freed_memory()
+    for each in configs:
+        backbone, method = short_name(each.backbone.name), each.method.label
+        if (backbone, method) in done:
+            continue
+        console.print(f"{now()} {backbone} {method} …", highlight=False)
+        peak = matrix_product_peak(device, config.training.precision, 8192 if device.type == "cuda" else 2048)
+        found["peak_flop_per_second"] = max(found["peak_flop_per_second"], peak)
+        try:
+            measured = measure(each, device, seconds, peak)
+        except torch.OutOfMemoryError:
+            measured = {}
+        gc.collect()  # module and Trainer hold each other
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        found["rows" if measured else "too_large"].append({"backbone": backbone, "method": method} | measured)
+        write_json(path, found)
+    console.print(_table(found))
+    return DONE
+
+
+def config_of(config: RunConfig, size: str, label: str) -> RunConfig:
+    name, _, amount = label.partition("-")
+    settings: dict[str, Any] = {}
+    try:
+        if name == "freeze":
+            settings["active_fraction"] = float(amount)
+        elif name == "lora":
+            settings["rank"] = int(amount.removeprefix("r"))
+    except ValueError:
+        raise UserError(f"--methods: {label!r} is unknown; such as: {', '.join(METHODS)}") from None
+    if size not in SUITE and not (Path(size) / "config.json").is_file():
+        raise UserError(f"--sizes: {size!r} is neither of the suite ({', '.join(SUITE)}) nor a folder with a model")
+    backbone = replace(config.backbone, name=size, weights="random")
+    return replace(config, backbone=backbone, method=Method(name, **settings))
+
+
+def _facts(config: RunConfig, device: torch.device, seconds: float) -> dict[str, Any]:
+    cuda = device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(device) if cuda else f"CPU, {torch.get_num_threads()} threads",
+        "precision": config.training.precision,
+        "batch_size": config.training.batch_size,
+        "context": config.data.context,
+        "activation_checkpointing": config.resources.activation_checkpointing,
+        "compile": config.resources.compile,
+        "torch": version("torch"),
+        "how": HOW.format(warm=WARM_STEPS, seconds=seconds),
+    }
+
+
+def measure(config: RunConfig, device: torch.device, seconds: float, peak: float) -> dict[str, Any]:
+    """One row: the speed with the largest chunk of tokens that the memory takes, halved where it is still too large.
+
+    Empty where not even one sequence fits, found without building what is too large by its weights and moments alone.
+    """
+    size = config.backbone.name
+    with torch.device("meta"):
+        shapes = module_of(build(size) if size in SUITE else empty_body(config.backbone), config)
+    weights, trained = (sum(x.nbytes for x in found) for found in (shapes.parameters(), shapes.trainable.values()))
+    if weights + 3 * trained > shapes.memory:
+        return {}
+    torch.compiler.reset()  # all sizes' blocks share their code, which is compiled anew only so many times
+    compiled = compile_seconds()
+    if size in SUITE:
+        with device:  # the numbers are drawn where they are needed
+            body = build(size)
+    else:
+        body = load_body(config.backbone, config.training.seed)
+    lengths = [paper_lengths(config, seed) for seed in range(4)]
+    module = module_of(body, config).to(device)
+    chunk = config.resources.chunk_tokens or fitting_chunk(module) or max(int(each.sum()) for each in lengths)
+    while True:
+        reset_peak_memory(device)
+        try:
+            steps, took, tokens, flop = _timed(module, config, lengths, chunk, seconds)
+        except torch.OutOfMemoryError:
+            return {}
+        if not module.halvings:
+            break
+        # Cut anew in each step, which costs; cut by the loader, as a run is that was told so, it is measured again.
+        chunk //= 2**module.halvings
+        module.halvings = 0
+    return {
+        "tokens_per_second": round(tokens / took, 1),
+        "pairs_per_second": round(steps * config.training.batch_size / took, 2),
+        "flop_per_second": round(flop / took),
+        "share_of_peak": round(flop / took / peak, 4),
+        "memory_gb": round(peak_memory(device) / 1e9, 2),
+        "chunk_tokens": chunk,
+        "steps": steps,
+        "seconds": round(took, 4),
+        "compile_seconds": round(compile_seconds() - compiled, 1),
+    }
+
+
+def build(size: str, vocabulary: int | None = None) -> nn.Module:
+    """A Pythia body of random float32 weights, from the table alone."""
+    from transformers import AutoModel, GPTNeoXConfig
+
+    row = SUITE[size]
+    config = GPTNeoXConfig(
+        vocab_size=vocabulary or row.vocabulary,
+        hidden_size=row.width,
+        num_hidden_layers=row.blocks,
+        num_attention_heads=row.heads,
+        intermediate_size=4 * row.width,
+        max_position_embeddings=row.shape.context,
+    )
+    body: nn.Module = AutoModel.from_config(config, dtype=torch.float32)
+    return body
+
+
+def paper_lengths(config: RunConfig, seed: int) -> np.ndarray:
+    """int64 [2 B]: token counts of a batch's queries, then of its positives, with the paper's means."""
+    rng = np.random.default_rng(seed)
+    context, found = config.data.context, []
+    for mean in MEANS:
+        noise = np.exp(SPREAD * rng.standard_normal(config.training.batch_size))
+        low, high = 0.0, 100.0 * context
+        for _ in range(60):  # the scale at which the cut lengths have the mean
+            scale = (low + high) / 2
+            cut = np.clip(np.rint(scale * noise), 1, context)
+            low, high = (scale, high) if cut.mean() < min(mean, context) else (low, scale)
+        found.append(cut.astype(np.int64))
+    return np.concatenate(found)
+
+
+def paper_tokens(number: int, vocabulary: int, seed: int) -> np.ndarray:
+    """int32 [number]: tokens as frequent as words of a text are (Zipf–Mandelbrot), the rarer the higher."""
+    frequencies = 1 / (np.arange(vocabulary) + 2.7)
+    drawn = np.random.default_rng(seed).choice(vocabulary, number, p=frequencies / frequencies.sum())
+    return drawn.astype(np.int32)
+
+
+def module_of(body: nn.Module, config: RunConfig) -> Contrastive:
+    """The module of a run without an end, for steps that are measured."""
+    size = config.training.batch_size
+    return assemble(body, config, TrainingPlan(1e30, 0, 0, 0, 2 * size, 2, size, 0, 1, 1e-5, 1, 1.0, "", "", []))
+
+
+class _Synthetic(Dataset[Batch]):
+    """The same few batches, again and again."""
+
+    def __init__(self, config: RunConfig, lengths: Sequence[np.ndarray], vocabulary: int, chunk: int):
+        self.config, self.lengths, self.vocabulary, self.chunk = config, lengths, vocabulary, chunk
+
+    def __getitem__(self, step: int) -> Batch:
+        lengths = self.lengths[step % len(self.lengths)]
+        tokens = paper_tokens(int(lengths.sum()), self.vocabulary, step)
+        return Batch(
+            step=step,
+            pairs=self.config.training.batch_size,
+            chunks=pack(tokens, lengths, self.chunk),
+            texts=torch.arange(len(lengths)),
+            tokens=int(lengths.sum()),
+            squared_lengths=int((lengths**2).sum()),
+        )
+
+    def __len__(self) -> int:
+        return 10**6
+
+
+class _Clock(lightning.Callback):
+    """Stops the run after `seconds`, counted from the end of the first steps; reads the clock only then."""
+
+    def __init__(self, seconds: float):
+        self.seconds, self.steps = seconds, 10**6
+
+    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if module.step == WARM_STEPS - 1:
+            self.warm = self._now(module)
+        elif module.step == WARM_STEPS:
+            self.begun = self._now(module)
+            self.steps = max(3, min(1000, math.ceil(self.seconds / (self.begun - self.warm))))
+        elif module.step == WARM_STEPS + self.steps:
+            self.took = self._now(module) - self.begun
+            trainer.should_stop = True
+
+    def _now(self, module: Any) -> float:
+        if module.device.type == "cuda":
+            torch.cuda.synchronize(module.device)
+        return time.perf_counter()
+
+
+def _timed(
+    module: Contrastive, config: RunConfig, lengths: Sequence[np.ndarray], chunk: int, seconds: float
+) -> tuple[int, float, int, int]:
+    """Measured steps, their seconds, tokens and FLOP."""
+    clock = _Clock(seconds)
+    trainer = bare_trainer(devices=1, callbacks=[clock], logger=False)
+    module.step = module.tokens = module.flop_exact = 0
+    module.encoder.train()
+    vocabulary = module.encoder.body.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    batches = _Synthetic(config, lengths, vocabulary, chunk)
+    workers = config.resources.workers
+    loader = DataLoader(
+        batches,
+        batch_size=None,
+        num_workers=workers,
+        worker_init_fn=begin_worker,
+        multiprocessing_context="fork" if workers else None,
+        pin_memory=torch.cuda.is_available(),
+    )
+    trainer.fit(module, loader)
+    measured = [lengths[step % len(lengths)] for step in range(WARM_STEPS, WARM_STEPS + clock.steps)]
+    tokens, squares = sum(int(each.sum()) for each in measured), sum(int((each**2).sum()) for each in measured)
+    once = replace(module.cost, recompute=0, recompute_attention=0)
+    return clock.steps, clock.took, tokens, once.exact(tokens, squares)
+
+
+def _table(found: dict[str, Any]) -> Table:
+    peak = found["peak_flop_per_second"]
+    table = Table(
+        "backbone", "method", "tokens/s", "pairs/s", "FLOP/s", "of peak", "memory, GB", "chunk, tokens",
+        title=f"{found['device']}, {found['precision']}, batches of {found['batch_size']} pairs; a matrix product "
+        f"reaches {peak:.3g} FLOP/s",
+    )  # fmt: skip
+    for column in table.columns[2:]:
+        column.justify = "right"
+    for row in found["rows"]:
+        table.add_row(
+            row["backbone"],
+            row["method"],
+            f"{row['tokens_per_second']:,.0f}",
+            f"{row['pairs_per_second']:,.1f}",
+            f"{row['flop_per_second']:.3g}",
+            f"{row['share_of_peak']:.0%}",
+            f"{row['memory_gb']:.2f}",
+            f"{row['chunk_tokens']:,}",
+        )
+    for row in found["too_large"]:
+        table.add_row(row["backbone"], row["method"], "does not fit")
+    return table

@@ -1,0 +1,155 @@
+"""How many tokens a chunk may have for a step to stay within its memory: found before a GPU is touched."""
+
+import weakref
+from contextlib import nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from embedscale.errors import UserError
+from embedscale.model.backbone import blocks_of
+from embedscale.model.encoder import Encoder, Packed, pack
+from embedscale.model.hardware import memory_in_use, training_device
+from embedscale.training.module import Contrastive
+
+# What a chunk takes at most: on a CPU over what its graph keeps, for the rest of a block's work and for the gaps that
+# chunks of other lengths leave in the heap; on a GPU over its peak, for such gaps and what kernels take for themselves.
+MARGIN = {"cpu": 2.5, "cuda": 1.15}
+GRANULE = 512  # bytes: what a GPU's allocator deals out is a multiple
+
+
+def fitting_chunk(module: Contrastive) -> int | None:
+    """The most tokens of a chunk with which a step stays within the memory that it may take, whatever the lengths.
+
+    None where the largest possible batch fits whole. Call it before the first step; a GPU is not touched.
+    Raises UserError where `resources.memory_gb` does not even suffice for the longest sequence.
+    """
+    config, device = module.config, training_device()
+    given = config.resources.memory_gb
+    pairs, context = config.training.batch_size, config.data.context
+    trained, world = sum(p.numel() for p in module.trainable.values()), module.plan.world_size
+    weights = sum(p.numel() for p in module.parameters())
+    numbers = 6 * pairs**2  # the loss's matrices
+    if module.device.type != device.type:
+        numbers += weights
+    if not config.resources.shard:
+        numbers += 3 * trained  # gradients and AdamW's two moments
+    else:
+        # A part of weights, gradients and moments; what is gathered: two blocks, one of them ahead, and what lies
+        # outside of the blocks; a block's gradients, and those outside, on their way. From a forward pass to its
+        # backward pass, bf16 keeps its copies of weights.
+        blocks = blocks_of(module.encoder.body)
+        inside = sum(p.numel() for p in blocks.parameters())
+        copied = config.training.precision == "bf16" and not config.resources.activation_checkpointing
+        numbers += (weights + 3 * trained) // world
+        numbers += 3 * inside // len(blocks) + 2 * (weights - inside) + copied * weights // 2
+        numbers -= weights  # not whole on its device any more, or never
+    in_use = memory_in_use(device)
+    module.encoder.train()  # in which checkpointing and dropout work
+    foldable = device.type == "cpu" and not config.resources.shard  # as it will be on its device
+    with module.encoder.folding() if foldable else nullcontext() as folded:
+        if folded is not None:  # what the blocks are folded to, and its gradients, on each core
+            embedding = 0 if module._embedding is None else module._embedding.weight.numel()
+            numbers += (1 + torch.get_num_threads()) * (trained - embedding)
+        few = 8 if device.type == "cpu" else 64
+        small, large = (_taken(module.encoder, n, context, device) for n in (few, 2 * few))
+    a_token = (large - small) / (few * context)
+    fixed = in_use + 4 * numbers
+    if not config.resources.shard:
+        fixed += max(0, 2 * small - large)  # what does not depend on the tokens, such as copies of weights in bf16
+    a_token *= MARGIN[device.type]
+    most = int((module.memory - fixed) / a_token)
+    if most >= pairs * (2 + config.loss.hard_negatives) * context // world:
+        return None
+    if most < context and given is not None:
+        least = (fixed + context * a_token) / 1e9
+        raise UserError(f"resources.memory_gb: is {given:g}; this run needs at least {least:.2f}")
+    return max(most, context)
+
+
+def _taken(encoder: Encoder, sequences: int, length: int, device: torch.device) -> int:
+    """Bytes that a chunk of so many sequences takes: on a CPU, where they are tried, what its graph keeps."""
+    vocabulary = len(encoder.body.get_input_embeddings().weight)  # type: ignore[operator]
+    (chunk,) = pack(np.arange(sequences * length) % vocabulary, np.full(sequences, length))
+    return kept_bytes(encoder, chunk) if device.type == "cpu" else peak_bytes(encoder, chunk, device)
+
+
+def kept_bytes(encoder: Encoder, chunk: Packed) -> int:
+    """What autograd keeps of one forward pass, parameters not included."""
+    own = {parameter.untyped_storage().data_ptr() for parameter in encoder.parameters()}
+    kept: dict[int, int] = {}
+
+    def note(x: Tensor) -> Tensor:
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        encoder(chunk)
+    return sum(size for place, size in kept.items() if place not in own)
+
+
+def peak_bytes(encoder: Encoder, chunk: Packed, device: torch.device) -> int:
+    """The most that one forward and backward pass take on `device`, beside parameters and gradients.
+
+    Tensors are fake: they have shapes and lifetimes, and no memory; no kernel runs.
+    """
+    with FakeTensorMode(), _Live() as live, torch.compiler.set_stance("force_eager"):
+
+        def fake(x: Tensor) -> Tensor:
+            made = torch.empty(x.shape, dtype=x.dtype, device=device, requires_grad=x.requires_grad)
+            if x.requires_grad:
+                made.grad = torch.empty_like(made)  # the pass adds to what is there
+            return made
+
+        both = _ForwardAndBackward(encoder)
+        states = {name: fake(x) for name, x in (*both.named_parameters(), *both.named_buffers())}
+        packed = chunk.mapped(fake)
+        before = live.peak = live.now
+        torch.func.functional_call(both, states, (packed,))
+    return live.peak - before
+
+
+class _ForwardAndBackward(nn.Module):
+    """In one call, for checkpointed blocks to meet the same parameters again."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, packed: Packed) -> None:
+        output = self.encoder(packed)
+        output.backward(torch.empty_like(output))
+
+
+class _Live(TorchDispatchMode):
+    """The bytes of the tensors that live, and the most that they have been."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        for x in tree_leaves(found):
+            if isinstance(x, Tensor):
+                self._note(x.untyped_storage())
+        return found
+
+    def _note(self, storage: torch.UntypedStorage) -> None:
+        place, size = storage._cdata, -(-storage.nbytes() // GRANULE) * GRANULE
+        if place in self._known:
+            return
+        self._known.add(place)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._forget, place, size)
+
+    def _forget(self, place: int, size: int) -> None:
+        self._known.discard(place)
+        self.now -= size

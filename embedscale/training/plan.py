@@ -1,0 +1,239 @@
+"""The plan of a run, exact before its first step: pairs, steps and tokens that the budget buys, without torch."""
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from embedscale.data.store import PairStore
+from embedscale.errors import DONE, UserError
+from embedscale.run.config import RunConfig, bounded
+from embedscale.run.cost import Cost, cost_of, peak_learning_rate
+from embedscale.run.families import BackboneShape, known, shape_by_name
+
+# Tokens: the paper's mean query and value (section 4.1), where no store says better.
+PAPER_PAIR = 14 + 64
+PAPER_SQUARES = (14**2 + 64**2) / PAPER_PAIR**2  # of a pair's lengths, as a share of its squared length
+
+MOST_TOKENS = 2**53  # that pairs and steps are counted exactly for
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """What a run will do. `budget_flop` − one pair's cost < `spent_flop` ≤ `budget_flop` (world-size pairs' cost)."""
+
+    budget_flop: float
+    spent_flop: int
+    flop_per_token: int
+    tokens: int
+    pairs: int
+    steps: int
+    batch_size: int  # of every step but the last, which the budget cuts
+    first_pair: int  # where in the store's order this seed begins
+    world_size: int
+    learning_rate: float  # peak
+    warmup_steps: int
+    final_fraction: float
+    data_digest: str
+    evaluation_digest: str  # of the pool, the negatives and the temperature, on this store
+    evaluate_after: list[int]  # steps
+
+    def pairs_of(self, step: int) -> tuple[int, int]:
+        """The stored pairs [start, stop) of step 0 ≤ `step` < `steps`; they wrap around the store's end."""
+        start = step * self.batch_size
+        stop = min(start + self.batch_size, self.pairs)
+        return self.first_pair + start, self.first_pair + stop
+
+    def learning_rate_at(self, step: int) -> float:
+        """Linear warm-up, then cosine to `final_fraction` of the peak where the budget ends (section 4.1)."""
+        if step < self.warmup_steps:
+            return self.learning_rate * (step + 1) / self.warmup_steps
+        done = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
+        cosine = (1 + math.cos(math.pi * done)) / 2
+        return self.learning_rate * (self.final_fraction + (1 - self.final_fraction) * cosine)
+
+    @property
+    def averaged_steps(self) -> range:
+        """The last twentieth of the full batches, whose mean is the paper's training loss."""
+        full = self.steps if self.pairs == self.steps * self.batch_size else max(1, self.steps - 1)
+        return range(full - max(1, round(0.05 * full)), full)
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def learning_rate_of(config: RunConfig) -> float:
+    """The configured peak, or the paper's rule. Raises UserError where the rule knows no value."""
+    if config.training.learning_rate is not None:
+        return config.training.learning_rate
+    row = known(config.backbone.name)
+    rate = peak_learning_rate(row.pretraining_learning_rate if row else None, config.method)
+    if rate is None:
+        raise UserError(
+            f"training.learning_rate: nothing is given, and the paper's rule for {config.method.name!r} needs the "
+            f"pre-training rate, which is known for the Pythia suite alone, not for {config.backbone.name!r}"
+        )
+    return rate
+
+
+def plan_run(config: RunConfig, shape: BackboneShape, store: PairStore) -> TrainingPlan:
+    """Count what the budget buys from the store's true token counts.
+
+    Raises UserError for a budget below one pair (one pair a GPU) or beyond one epoch, for a context that the
+    backbone or the store does not have, for tokens that the backbone does not have, and for a held-out pool that the
+    store cannot fill.
+    """
+    if config.data.context > shape.context:
+        raise UserError(
+            f"data.context: {config.data.context} is longer than {shape.name}'s; allowed: at most {shape.context}"
+        )
+    if store.context != config.data.context:
+        raise UserError(
+            f"data.context: {config.data.context}, but {config.data.store} was prepared with {store.context}; "
+            "prepare another store or set the same context"
+        )
+    if store.vocabulary > shape.vocabulary:
+        raise UserError(
+            f"data.tokenizer: {config.data.store} was made with one of {store.vocabulary} tokens, but {shape.name} has "
+            f"{shape.vocabulary} embeddings; allowed: at most that many"
+        )
+    if store.negatives < config.loss.hard_negatives:
+        raise UserError(
+            f"loss.hard_negatives: {config.loss.hard_negatives}, but {config.data.store} holds {store.negatives} a pair"
+        )
+    if store.held_out < config.evaluation.pool:
+        raise UserError(
+            f"evaluation.pool: {config.evaluation.pool} held-out pairs are asked for, but {config.data.store} "
+            f"holds {store.held_out}"
+        )
+    cost = cost_of(shape, config.method)
+    world = config.resources.devices * config.resources.nodes
+    if config.training.batch_size % world:
+        raise UserError(f"training.batch_size: {config.training.batch_size} does not divide by {world} GPUs")
+    first = int.from_bytes(hashlib.sha256(f"{store.digest} {config.training.seed}".encode()).digest()[:8]) % store.pairs
+    pairs, tokens = _bought(config, cost, store.token_counts(config.loss.hard_negatives), first, world)
+    steps = math.ceil(pairs / config.training.batch_size)
+    evaluation = config.evaluation
+    fixed = f"{store.digest} {evaluation.pool} {evaluation.negatives} {evaluation.temperature!r}"
+    return TrainingPlan(
+        budget_flop=config.budget,
+        spent_flop=tokens * cost.flop_per_token,
+        flop_per_token=cost.flop_per_token,
+        tokens=tokens,
+        pairs=pairs,
+        steps=steps,
+        batch_size=config.training.batch_size,
+        first_pair=first,
+        world_size=world,
+        learning_rate=learning_rate_of(config),
+        warmup_steps=math.ceil(config.training.warmup_fraction * steps),
+        final_fraction=config.training.final_fraction,
+        data_digest=store.digest,
+        evaluation_digest=hashlib.sha256(fixed.encode()).hexdigest()[:16],
+        evaluate_after=sorted({math.ceil(f * steps) for f in evaluation.at if 0 < f < 1} | {steps}),
+    )
+
+
+def _bought(config: RunConfig, cost: Cost, counts: np.ndarray, first: int, world: int) -> tuple[int, int]:
+    """Pairs and tokens that the budget pays for, in the store's order from pair `first` on."""
+    affordable = cost.tokens_of(config.budget)
+    running = np.cumsum(np.roll(counts, -first), dtype=np.int64)
+    epoch = int(running[-1])
+    if affordable > epoch and not config.data.repeat:
+        most = float(epoch * cost.flop_per_token)
+        raise UserError(
+            f"budget: {config.budget:g} FLOP buy {affordable:,} tokens, more than one epoch of {config.data.store} "
+            f"({epoch:,} tokens, {most:.4g} FLOP); allowed: at most that, or data.repeat=true"
+        )
+    if affordable > MOST_TOKENS:
+        raise UserError(f"budget: {config.budget:g} FLOP buy {affordable:.3g} tokens; allowed: up to {MOST_TOKENS:.3g}")
+    epochs, rest = divmod(affordable, epoch)
+    partial = int(np.searchsorted(running, rest, side="right"))
+    pairs = epochs * len(counts) + partial
+    tokens = epochs * epoch + (int(running[partial - 1]) if partial else 0)
+    while pairs % world:
+        pairs -= 1
+        tokens -= int(counts[(first + pairs) % len(counts)])
+    if pairs < 1:
+        _refuse_too_small(config.budget, int(running[world - 1]) * cost.flop_per_token, world)
+    return pairs, tokens
+
+
+def _refuse_too_small(budget: float, least: int, world: int) -> None:
+    what = "one pair costs" if world == 1 else f"one pair for each of {world} GPUs costs"
+    raise UserError(f"budget: {budget:g} FLOP is too small; {what} {least:,} FLOP here")
+
+
+def parse_budget(text: str) -> float:
+    """A number of FLOP, above zero."""
+    try:
+        value = float(text)
+    except ValueError:
+        raise UserError(f"--budgets: {text!r} is no number of FLOP") from None
+    bounded("--budgets", value, 0, above=True)
+    return value
+
+
+def print_flops(config: RunConfig, budgets: Sequence[str] | None) -> int:
+    """Print both cost conventions, and what each budget buys, without loading weights."""
+    from rich.console import Console
+    from rich.table import Table
+
+    shape = shape_by_name(config.backbone.name)
+    if shape is None:
+        from embedscale.model.backbone import shape_without_weights  # imports torch
+
+        shape = shape_without_weights(config.backbone)
+    cost = cost_of(shape, config.method)
+    again = cost_of(shape, config.method, activation_checkpointing=True)
+    try:
+        store: PairStore | None = PairStore.open(config.data.store)
+    except UserError:
+        store = None
+    console = Console(width=None if Console().is_terminal else 120)
+    table = Table(title=f"{shape.name}, {config.method.label}: the cost of a token", show_header=True)
+    table.add_column("convention")
+    for name in ("forward", "backward", "updates", "sum"):
+        table.add_column(f"{name}, FLOP", justify="right")
+    paper = [2 * cost.n_forward, 2 * cost.n_backward, 2 * cost.n_updated]
+    table.add_row("paper: 2 (N_F + N_B + N_U)", *(f"{x:,}" for x in (*paper, sum(paper))))
+    both = f"{cost.forward + cost.backward:,}"
+    table.add_row("exact: matrix products", f"{cost.forward:,}", f"{cost.backward:,}", "", both)
+    table.add_row(
+        f"  attention, sequences of {config.data.context}",
+        f"{cost.forward_attention * config.data.context:,}",
+        f"{cost.backward_attention * config.data.context:,}",
+        "",
+        f"{(cost.forward_attention + cost.backward_attention) * config.data.context:,}",
+    )
+    table.add_row("  activation checkpointing adds", f"{again.recompute:,}", "", "", f"{again.recompute:,}")
+    console.print(table)
+    console.print(
+        f"N = {cost.n_parameters:,} non-embedding parameters; N_F = {cost.n_forward:,}, N_B = {cost.n_backward:,}, "
+        f"N_U = {cost.n_updated:,}"
+    )
+    bought = Table(title="what a budget buys")
+    for name in ("budget, FLOP", "tokens", "pairs", "steps", "exact FLOP, about"):
+        bought.add_column(name, justify="right")
+    for budget in map(parse_budget, budgets) if budgets else [config.budget]:
+        if store:
+            plan = plan_run(replace(config, budget=budget), shape, store)
+            tokens, pairs, steps = plan.tokens, plan.pairs, plan.steps
+            mean = float(np.mean(store.token_counts(config.loss.hard_negatives)))
+        else:
+            mean = float(PAPER_PAIR)
+            tokens = cost.tokens_of(budget)
+            pairs = int(tokens / mean)
+            if pairs < 1:
+                _refuse_too_small(budget, round(mean) * cost.flop_per_token, 1)
+            steps = math.ceil(pairs / config.training.batch_size)
+        squared = int(tokens * mean * PAPER_SQUARES)
+        row = (f"{budget:.4g}", f"{tokens:,}", f"{pairs:,}", f"{steps:,}", f"{cost.exact(tokens, squared):.4g}")
+        bought.add_row(*row)
+    console.print(bought)
+    source = f"counted in {config.data.store}" if store else f"estimated at {PAPER_PAIR} tokens a pair (no store yet)"
+    console.print(f"Pairs and steps are {source}; batches of {config.training.batch_size} pairs.")
+    return DONE

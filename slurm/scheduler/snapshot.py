@@ -1,0 +1,53 @@
+"""The code that a submission's jobs run: a copy, so that what is edited afterwards does not reach what is queued."""
+
+import hashlib
+import shutil
+import subprocess
+import uuid
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from embedscale.files import now, write_json
+
+PACKAGES = ("embedscale", "slurm")
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def snapshot(folder: Path) -> tuple[Path, dict[str, Any]]:
+    """Copy the packages into folder/DIGEST, unless that is there, with commit and difference beside them.
+
+    Returns the copy, to be put on PYTHONPATH, and its facts: digest, commit, dirty, time. A copy that was cut short
+    never bears the name.
+    """
+    files = sorted(file for name in PACKAGES for file in (ROOT / name).rglob("*.py"))
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(f"{file.relative_to(ROOT)}\0{file.stat().st_size}\0".encode() + file.read_bytes())
+    target = folder / digest.hexdigest()[:12]
+    commit, difference = _git("rev-parse", "HEAD"), _git("diff", "HEAD", "--", *PACKAGES)
+    facts = {"digest": target.name, "commit": commit.strip(), "dirty": bool(difference), "time": now()}
+    if target.exists():
+        return target.absolute(), facts
+    staged = folder / f".{target.name}.{uuid.uuid4().hex[:8]}.partial"
+    try:
+        for file in files:
+            copy = staged / file.relative_to(ROOT)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, copy)
+        write_json(staged / "code.json", facts)
+        (staged / "difference.patch").write_text(difference)
+        with suppress(OSError):  # another submission was first with the same content
+            staged.rename(target)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+    return target.absolute(), facts
+
+
+def _git(*words: str) -> str:
+    """What git says of the checkout that the code runs from; empty where there is none."""
+    try:
+        done = subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout if done.returncode == 0 else ""
