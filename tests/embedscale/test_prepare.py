@@ -24,7 +24,7 @@ from embedscale.data import corpora, prepare
 from embedscale.data.store import PairStore
 from embedscale.data.tokens import CHARACTERS, tokenizer_digest
 from embedscale.errors import INTERRUPTED, WRONG, UserError
-
+from embedscale.run import lease as leases
 from embedscale.run.config import Source
 from embedscale.run.lease import Lease
 
@@ -533,7 +533,7 @@ def test_nothing_is_removed_under_a_process_that_has_just_come(tmp_path, monkeyp
 
 
 def test_a_process_whose_store_is_taken_over_ends(tmp_path, monkeypatch, bytes_tokenizer):
-    monkeypatch.setattr(record, "HEARTBEAT_SECONDS", 0.01)
+    monkeypatch.setattr(leases, "HEARTBEAT_SECONDS", 0.01)
     lease = tmp_path / "store" / "work" / "lease.json"
 
     def taken_over(work, units, stop):
