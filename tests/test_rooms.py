@@ -1,0 +1,161 @@
+"""The rooms of the code: which may import which, how large a file may be, and who knows the names of a run's files.
+
+`ROOMS` is the picture of the architecture. Its order is bottom to top: a room may import from the rooms that its line
+names, and from no other. Imports inside functions count too. Nothing is run: the arrows are read from the syntax tree.
+"""
+
+import ast
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+# What a room consists of (modules or folders; the longest name that fits wins), and the rooms that it may import.
+ROOMS: dict[str, tuple[list[str], list[str]]] = {
+    "ground": (["embedscale.errors", "embedscale.files", "embedscale.imports", "embedscale.progress"], []),
+    "run": (["embedscale.run"], ["ground"]),
+    "data": (["embedscale.data"], ["ground", "run"]),
+    "model": (["embedscale.model"], ["ground", "run"]),  # tokens come as arrays: no store and no tokenizer here
+    "training": (["embedscale.training"], ["ground", "run", "data", "model"]),
+    "serving": (["embedscale.serving"], ["ground", "run", "data", "model", "training"]),
+    "sweep": (["slurm"], ["ground", "run", "data", "model", "training", "serving"]),
+    # Figures and laws need no torch: of `embedscale`, the analysis knows what a run is and nothing above.
+    "table": (["analysis.runs", "analysis.columns", "analysis.fits"], ["ground", "run"]),
+    "fitting": (["analysis.fitting"], ["ground", "run", "table"]),
+    "study": (["analysis.study", "analysis.evidence"], ["ground", "run", "table", "fitting"]),
+    "figures": (["analysis.figures"], ["ground", "run", "table", "fitting", "study"]),
+    "analysis": (["analysis"], ["ground", "run", "table", "fitting", "study", "figures"]),
+}
+# Above all rooms: the command line, and the package's own door, which imports a public name when it is asked for it.
+TOP = ["embedscale.cli", "embedscale"]
+
+LONGEST_FILE = 450  # lines
+LARGEST_FOLDER = 12  # modules beside __init__.py
+
+RUN_FILES = {
+    "attempt.json",
+    "lease.json",
+    "metrics.jsonl",
+    "plan.json",
+    "record.json",
+    "traceback.txt",
+    "trainable.safetensors",
+}
+RUN_DIRECTORY = "embedscale.run.directory"
+
+# Known exceptions. Whoever mends one deletes its line; a new one is not added but avoided.
+TOLERATED_ARROWS: set[str] = {
+    "analysis.fitting.fit -> analysis.summary",
+}
+TOLERATED_FILES: set[str] = {
+    "analysis/fitting/fit.py",
+    "embedscale/data/prepare.py",
+    "embedscale/training/train.py",
+    "tests/analysis/test_recipe.py",
+    "tests/embedscale/test_models.py",
+    "tests/embedscale/test_prepare.py",
+    "tests/embedscale/test_train.py",
+}
+TOLERATED_NAMES: set[str] = {
+    "embedscale.data.prepare: lease.json",
+    "embedscale.serving.embedder: trainable.safetensors",
+    "embedscale.training.train: trainable.safetensors",
+}
+
+
+def modules() -> dict[str, Path]:
+    """Every module of the three packages by its dotted name."""
+    found = {}
+    for package in ("embedscale", "slurm", "analysis"):
+        for path in (ROOT / package).rglob("*.py"):
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+MODULES = modules()
+TREES = {name: ast.parse(path.read_text()) for name, path in MODULES.items()}
+
+
+def imports_of(module: str) -> Iterator[str]:
+    """Modules of this repository that a module imports, at the top or in a function, each as often as it does."""
+    for node in ast.walk(TREES[module]):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name in MODULES)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module} imports {node.module} relatively; write the whole name"
+            for alias in node.names:
+                submodule = f"{node.module}.{alias.name}"
+                if submodule in MODULES:
+                    yield submodule
+                elif node.module in MODULES and (node.module, alias.name) != ("embedscale", "__version__"):
+                    yield node.module or ""
+
+
+def room_of(module: str) -> str | None:
+    """The room of a module, or None above all rooms."""
+    if module in TOP:
+        return None
+    names = {part: room for room, (parts, _) in ROOMS.items() for part in parts}
+    while module not in names:
+        module, _, _ = module.rpartition(".")
+        assert module, "a module outside of all rooms"
+    return names[module]
+
+
+def test_every_import_goes_down():
+    upward = set()
+    for module in MODULES:
+        room = room_of(module)
+        if room is None:
+            continue
+        for imported in imports_of(module):
+            there = room_of(imported)
+            if there != room and there not in ROOMS[room][1]:
+                upward.add(f"{module} -> {imported}")
+    assert upward - TOLERATED_ARROWS == set()
+
+
+def test_the_picture_of_the_rooms_has_no_circle():
+    order = list(ROOMS)
+    for room, (_, below) in ROOMS.items():
+        assert all(order.index(other) < order.index(room) for other in below), room
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    arrows = {module: set(imports_of(module)) - {module} for module in MODULES if module != "embedscale"}
+    try:
+        list(TopologicalSorter(arrows).static_order())
+    except CycleError as error:
+        pytest.fail(f"a circle of imports: {' -> '.join(reversed(error.args[1]))}")
+
+
+def test_every_module_of_a_room_is_in_the_picture():
+    parts = {part for parts, _ in ROOMS.values() for part in parts} - {"embedscale.progress", "analysis.columns"}
+    assert parts <= MODULES.keys()
+
+
+def test_no_file_is_long():
+    files = [path for folder in ("embedscale", "slurm", "analysis", "tests") for path in (ROOT / folder).rglob("*.py")]
+    long = {str(p.relative_to(ROOT)) for p in files if len(p.read_text().splitlines()) > LONGEST_FILE}
+    assert long - TOLERATED_FILES == set()
+
+
+def test_no_folder_is_full():
+    folders = {path.parent for path in MODULES.values()}
+    modules = {folder: [path for path in folder.glob("*.py") if path.name != "__init__.py"] for folder in folders}
+    assert {folder for folder, paths in modules.items() if len(paths) > LARGEST_FOLDER} == set()
+
+
+def test_one_module_knows_the_names_of_a_runs_files():
+    spelled = {
+        f"{module}: {name}"
+        for module, tree in TREES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+        if (name := node.value.rsplit("/", 1)[-1]) in RUN_FILES and module != RUN_DIRECTORY
+    }
+    assert spelled - TOLERATED_NAMES == set()
