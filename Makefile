@@ -8,7 +8,7 @@ export TOKENIZERS_PARALLELISM ?= false
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 export PYTHONDONTWRITEBYTECODE =
 
-.PHONY: install quickstart test lint format clean
+.PHONY: install quickstart test lint format docs notebook clean
 
 install: $(VENV)/installed
 
@@ -16,7 +16,7 @@ install: $(VENV)/installed
 # the resolver adds what the machine's own build of torch asks for: CUDA's libraries where it is built with them.
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	grep -v '^#' constraints.txt | xargs -P 2 -n 31 $(PIP_INSTALL) --no-deps
+	sed '/^# documentation/,$$d' constraints.txt | xargs -P 2 -n 31 $(PIP_INSTALL) --no-deps
 	$(PIP_INSTALL) --constraint constraints.txt --no-build-isolation --editable '.[test,mteb,loggers]'
 	$(BIN)/python -c "import gc; gc.disable(); import embedscale.training.train, mteb"
 	touch $@
@@ -41,6 +41,23 @@ $(OLDEST)/installed: $(VENV)/installed
 test: install $(OLDEST)/installed
 	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
+# Sphinx and its extensions lie in a folder of their own: `make test` stays as fast, and the quickstart's corpus, the
+# Python files of the environment, stays the same.
+DOCS := $(VENV)/docs
+SPHINX := PYTHONPATH=$(DOCS) $(BIN)/python -m
+$(DOCS)/installed: $(VENV)/installed
+	sed '1,/^# documentation/d' constraints.txt | xargs $(PIP_INSTALL) --no-deps --target $(DOCS)
+	touch $@
+
+# A broken link, anchor or name fails the build.
+docs: $(DOCS)/installed
+	$(SPHINX) sphinx --fail-on-warning --keep-going --quiet -d build/doctrees docs build/site
+	$(BIN)/python docs/check_site.py build/site
+
+notebook: $(DOCS)/installed
+	$(SPHINX) jupyter_client.kernelspecapp list > /dev/null
+	$(SPHINX) nbclient --inplace docs/notebooks/tour.ipynb
+
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -51,4 +68,4 @@ format: install
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) runs stores
+	rm -rf $(VENV) build runs stores
