@@ -17,6 +17,7 @@ from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 
+from embedscale.data.manifest import is_finished
 from embedscale.data.store import PairStore
 from embedscale.errors import DONE, UserError
 from embedscale.files import read_json
@@ -127,7 +128,7 @@ def _pairs_of(sweep: Sweep, folder: str, hard_negatives: int) -> Pairs:
     except UserError:
         return Pairs(sweep.expected_pairs, sweep.expected_tokens_per_pair, counted=False)
     if not hard_negatives:
-        mean = store.manifest["tokens"]["training"] / store.pairs
+        mean = store.manifest.tokens.training / store.pairs
     elif hard_negatives <= store.negatives:
         mean = float(store.token_counts(hard_negatives).mean())
     else:
@@ -380,7 +381,7 @@ def _footnotes(plan: SweepPlan, unit: str) -> Iterable[str]:
             "evaluation and start-up not counted; `embedscale calibrate` measures it."
         )
     stores = {each.run.data.store for each in plan.estimates}
-    missing = sorted(store for store in stores if not (Path(store) / "manifest.json").exists())
+    missing = sorted(store for store in stores if not is_finished(store))
     if missing:
         yield (
             f"Steps: {sweep.expected_tokens_per_pair:g} tokens a pair are assumed, for there is no store yet at "

@@ -52,11 +52,9 @@ TOLERATED_ARROWS: set[str] = {
 }
 TOLERATED_FILES: set[str] = {
     "analysis/fitting/fit.py",
-    "embedscale/data/prepare.py",
     "embedscale/training/train.py",
     "tests/analysis/test_recipe.py",
     "tests/embedscale/test_models.py",
-    "tests/embedscale/test_prepare.py",
     "tests/embedscale/test_train.py",
 }
 TOLERATED_NAMES: set[str] = {

@@ -1,18 +1,16 @@
-"""Where text pairs come from: JSON lines, Parquet, Hugging Face datasets, and the Python installed on any machine.
+"""Where text pairs come from: JSON lines, Parquet, Hugging Face datasets, and the installed Python packages.
 
-A source is cut into units that can be read apart: byte ranges of JSON lines, row groups of Parquet, shards of a
-dataset, groups of Python files. Each worker reads its own units, and an interrupted `prepare` repeats only some.
-A row that is no pair is counted by reason, never an error; what cannot be read at all is a `UserError`.
+A source is divided into units that can be read independently: byte ranges of JSON lines, row groups of Parquet, shards
+of a dataset, groups of Python files. Each worker reads its own units, and an interrupted `prepare` repeats only the
+units that were not finished. A row that is not a pair is counted by reason and skipped; a source that cannot be read is
+a `UserError`. The price: a compressed file is one unit, because it cannot be read from the middle.
 """
 
-import ast
 import glob
 import gzip
 import json
 import math
-import sysconfig
 import textwrap
-import warnings
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -21,114 +19,126 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from embedscale.data.installed_python import documented_functions, installed_files
+from embedscale.data.pair import Pair
 from embedscale.errors import UserError
 from embedscale.run.config import Source
 
-UNIT_BYTES = 8 * 2**20
-MOST_UNITS = 2048  # of what of a source can be cut anywhere: a larger corpus has larger units
-SHARD_BYTES = 256 * 2**20  # of a dataset that does not say how large it is
-READ_ROWS = 1024  # at a time, of a table
-PYTHON_FILES = 200  # a unit
+SHARD_BYTES = 256 * 2**20  # assumed size of a shard, if a dataset does not tell its size
+READ_ROWS = 1024  # rows of a table read at a time
+PYTHON_FILES = 200  # files in a unit of installed Python
+PYTHON_UNIT_BYTES = 2**20  # text of such a unit: docstrings and code are a small part of the files
 
 
 @dataclass(frozen=True)
-class Pair:
-    query: str
-    positive: str
-    negatives: tuple[str, ...] = ()
+class UnitSize:
+    """How large the units of a source are. This changes memory and speed, not the store."""
+
+    least_bytes: int = 8 * 2**20
+    most_units: int = 2048  # in one source; a larger source gets larger units
+
+    def bytes_of(self, corpus: int) -> int:
+        """Return the bytes of a unit, for a corpus of so many bytes."""
+        return max(self.least_bytes, math.ceil(corpus / self.most_units))
+
+
+UNIT_SIZE = UnitSize()
 
 
 @dataclass(frozen=True)
 class Unit:
-    """A part of a source. What `start` and `stop` count depends on the source's kind."""
+    """A part of a source. `start` and `stop` count bytes, row groups, shards or files, by the source's kind."""
 
-    source: int  # its number in data.sources
+    source: int  # index in data.sources
     path: str
     start: int
     stop: int
-    size: int  # bytes, about
+    size: int  # bytes of text, estimated
 
 
 class Unreadable(UserError):
-    """A file or a dataset that may be whole, or within reach, when it is read again."""
+    """A file or dataset that could not be read now, but may be readable at the next call, such as on a file server."""
 
 
-def units_of(number: int, source: Source) -> list[Unit]:
-    """All units of a source, in a fixed order. Raises UserError where there is nothing to read."""
+def units_of(number: int, source: Source, size: UnitSize = UNIT_SIZE) -> list[Unit]:
+    """Divide a source into units, in a fixed order. `number` is its index in data.sources.
+
+    Raises UserError if there is nothing to read.
+    """
     if source.kind == "installed-python":
         files = len(installed_files())
-        # Docstring and code are a small part of what is read.
-        return [
-            Unit(number, "", first, min(first + PYTHON_FILES, files), 2**20) for first in range(0, files, PYTHON_FILES)
-        ]
+        starts = range(0, files, PYTHON_FILES)
+        return [Unit(number, "", first, min(first + PYTHON_FILES, files), PYTHON_UNIT_BYTES) for first in starts]
     if source.kind == "dataset":
-        rows, size = _dataset(source)
+        rows, total = _dataset(source, size)
         shards = rows.num_shards
-        return [Unit(number, source.path, shard, shard + 1, size // shards) for shard in range(shards)]
+        return [Unit(number, source.path, shard, shard + 1, total // shards) for shard in range(shards)]
     files_of_source = [(path, path.stat().st_size) for path in _files(source)]
-    step = _unit_bytes(sum(size for _, size in files_of_source))
+    step = size.bytes_of(sum(bytes_of_file for _, bytes_of_file in files_of_source))
     units = []
-    for path, size in files_of_source:
+    for path, length in files_of_source:
         if source.kind == "parquet":
             groups = _parquet(path).num_row_groups
-            each = math.ceil(groups * step / size)  # some writers make a group of every thousand rows
+            each = math.ceil(groups * step / length)  # some writers make a group of every thousand rows
             units += [
-                Unit(number, str(path), first, min(first + each, groups), size * min(each, groups - first) // groups)
+                Unit(number, str(path), first, min(first + each, groups), length * min(each, groups - first) // groups)
                 for first in range(0, groups, each)
             ]
         elif path.suffix == ".gz":
-            units.append(Unit(number, str(path), 0, 0, 4 * size))
+            units.append(Unit(number, str(path), 0, 0, 4 * length))
         else:
             units += [
-                Unit(number, str(path), first, min(first + step, size), min(step, size - first))
-                for first in range(0, size, step)
+                Unit(number, str(path), first, min(first + step, length), min(step, length - first))
+                for first in range(0, length, step)
             ]
     return units
 
 
-def _unit_bytes(corpus: int) -> int:
-    return max(UNIT_BYTES, math.ceil(corpus / MOST_UNITS))
+def read(unit: Unit, source: Source, counts: Counter[str], size: UnitSize = UNIT_SIZE) -> Iterator[Pair]:
+    """Yield the pairs of a unit. `size` must be the value that `units_of` was called with.
 
-
-def read(unit: Unit, source: Source, counts: Counter[str]) -> Iterator[Pair]:
-    """The pairs of a unit; `counts` learns how many rows were read, and of those that are no pair, by reason.
-
-    Raises UserError for a missing column and Unreadable for a file that is cut off, forbidden or of another format.
+    `counts` is updated: "read" for each row, and "empty", "malformed" or "not_utf8" for each row that is not a pair.
+    Raises UserError for a missing column, and Unreadable for a file that is truncated, forbidden or of another format.
     """
     import pyarrow
 
     if source.kind == "installed-python":
         for path in installed_files()[unit.start : unit.stop]:
-            yield from _functions(path, counts)
+            yield from documented_functions(path, counts)
         return
     broken: tuple[type[Exception], ...] = (OSError, EOFError, zlib.error, pyarrow.ArrowException)
-    if source.kind == "dataset":  # a class for each reader, and for each failure of a network
+    if source.kind == "dataset":  # each reader of `datasets`, and each network failure, has a class of its own
         broken = (Exception,)
     try:
-        for row in _rows(unit, source, counts):
+        for row in _rows(unit, source, counts, size):
             pair = _pair(row, source, counts)
             if pair is not None:
                 yield pair
     except UserError:
         raise
     except broken as error:
-        reason = textwrap.shorten(str(error), 300) or type(error).__name__
-        raise Unreadable(f"{unit.path}: cannot be read ({reason})") from None
+        raise Unreadable(f"{unit.path}: cannot be read ({_reason(error)})") from None
+
+
+def _reason(error: Exception) -> str:
+    return textwrap.shorten(str(error), 300) or type(error).__name__
 
 
 def _files(source: Source) -> list[Path]:
     path = Path(source.path)
     endings = {"jsonl": (".jsonl", ".jsonl.gz"), "parquet": (".parquet",)}[source.kind]
-    named = [path] if path.exists() else map(Path, glob.glob(source.path, recursive=True))  # noqa: PTH207, absolute too
+    # Not Path.glob, which refuses absolute patterns.
+    named = [path] if path.exists() else map(Path, glob.glob(source.path, recursive=True))  # noqa: PTH207
     found = {file for each in named for file in (_below(each, endings) if each.is_dir() else [each])}
+    if not found and path.is_dir():
+        raise UserError(f"data.sources.path: {path} holds no file named *{' or *'.join(endings)}")
     if not found:
-        holds = f"{path} holds no file named *{' or *'.join(endings)}"
-        raise UserError(f"data.sources.path: {holds if path.is_dir() else f'there is no file {path}'}")
+        raise UserError(f"data.sources.path: there is no file {path}")
     return sorted(found)
 
 
 def _below(folder: Path, endings: tuple[str, ...]) -> list[Path]:
-    """Unlike Path.rglob, this looks into folders that are links."""
+    """List the files below a folder. Unlike Path.rglob, this follows links to folders."""
     names = glob.glob(f"{glob.escape(str(folder))}/**", recursive=True)  # noqa: PTH207
     return [path for path in map(Path, names) if path.name.endswith(endings) and not path.is_dir()]
 
@@ -140,14 +150,15 @@ def _parquet(path: Path) -> Any:
     try:
         return parquet.ParquetFile(path)
     except (OSError, pyarrow.ArrowException):
-        raise Unreadable(f"{path}: is no Parquet file that can be read") from None
+        raise Unreadable(f"{path}: not a readable Parquet file") from None
 
 
 @cache
-def _dataset(source: Source) -> tuple[Any, int]:
-    """A streamed dataset and its bytes, about: a folder by `save_to_disk`, a folder of data files, or a hub name.
+def _dataset(source: Source, size: UnitSize) -> tuple[Any, int]:
+    """Open a dataset for streaming. Returns it and its estimated bytes.
 
-    Streaming neither copies the corpus into a cache nor waits for all of it; its shards are what workers share.
+    The path is a folder by `save_to_disk`, a folder of data files, or a hub name. Streaming starts at once and copies
+    nothing into a cache; the workers divide the shards among themselves.
     """
     import datasets
 
@@ -164,16 +175,17 @@ def _dataset(source: Source) -> tuple[Any, int]:
                     f"data.sources.split: {source.split!r} is not in {source.path}; allowed: {', '.join(loaded)}"
                 )
             loaded = loaded[source.split]
-        size = loaded.data.nbytes
-        return loaded.to_iterable_dataset(num_shards=max(1, min(size // _unit_bytes(size), len(loaded)))), size
+        total = loaded.data.nbytes
+        shards = max(1, min(total // size.bytes_of(total), len(loaded)))
+        return loaded.to_iterable_dataset(num_shards=shards), total
     except UserError:
         raise
-    except Exception as error:  # as above; IndexError where there is no row
-        reason = textwrap.shorten(str(error), 300) or type(error).__name__
+    except Exception as error:  # many classes, as in `read`; IndexError if there is no row
+        reason = _reason(error)
         raise Unreadable(f"data.sources.path: the dataset {source.path!r} cannot be loaded ({reason})") from None
 
 
-def _rows(unit: Unit, source: Source, counts: Counter[str]) -> Iterator[dict[str, Any]]:
+def _rows(unit: Unit, source: Source, counts: Counter[str], size: UnitSize) -> Iterator[dict[str, Any]]:
     columns = [name for name in (source.query, source.positive, source.negative) if name]
     if source.kind == "jsonl":
         yield from _json_rows(unit, columns, counts)
@@ -181,14 +193,14 @@ def _rows(unit: Unit, source: Source, counts: Counter[str]) -> Iterator[dict[str
     tables: Iterable[Any]
     if source.kind == "parquet":
         file = _parquet(Path(unit.path))
-        _refuse_missing(columns, file.schema_arrow.names, unit.path)
+        _require(columns, file.schema_arrow.names, unit.path)
         tables = file.iter_batches(READ_ROWS, row_groups=range(unit.start, unit.stop), columns=columns)
     else:
-        rows, _ = _dataset(source)
+        rows, _ = _dataset(source, size)
         shard = rows.shard(num_shards=rows.num_shards, index=unit.start)
         tables = shard.with_format("arrow").iter(batch_size=READ_ROWS)
     for table in tables:
-        _refuse_missing(columns, table.schema.names, unit.path)
+        _require(columns, table.schema.names, unit.path)
         values = [_values(table.column(name)) for name in columns]
         for row in zip(*values, strict=True):
             counts["read"] += 1
@@ -209,14 +221,14 @@ def _json_rows(unit: Unit, columns: list[str], counts: Counter[str]) -> Iterator
             if not isinstance(row, dict):
                 counts["malformed"] += 1
                 continue
-            if first:  # the file's first row stands for its columns; a later row without one is an empty pair
-                _refuse_missing(columns, list(row), unit.path)
+            if first:  # only the first row of a file must have all columns; later rows without one count as empty
+                _require(columns, list(row), unit.path)
                 first = False
             yield row
 
 
 def _lines(unit: Unit) -> Iterator[bytes]:
-    """The lines that begin inside the unit's byte range."""
+    """Yield the non-empty lines that begin inside the unit's byte range."""
     if unit.path.endswith(".gz"):
         with gzip.open(unit.path) as compressed:
             yield from (line for line in compressed if line.strip())
@@ -224,7 +236,7 @@ def _lines(unit: Unit) -> Iterator[bytes]:
     with Path(unit.path).open("rb") as file:
         if unit.start:
             file.seek(unit.start - 1)
-            file.readline()  # the rest of a line that the unit before reads whole
+            file.readline()  # the end of a line that belongs to the previous unit
         while file.tell() < unit.stop:
             line = file.readline()
             if line.strip():
@@ -232,7 +244,7 @@ def _lines(unit: Unit) -> Iterator[bytes]:
 
 
 def _values(column: Any) -> list[Any]:
-    """Python values of an Arrow column; text that is no UTF-8 stays bytes."""
+    """Convert an Arrow column to Python values; text that is not UTF-8 becomes bytes."""
     import pyarrow
 
     try:
@@ -243,7 +255,7 @@ def _values(column: Any) -> list[Any]:
         return column.cast(pyarrow.large_list(raw) if is_list else raw).to_pylist()
 
 
-def _refuse_missing(wanted: list[str], present: list[str], path: str) -> None:
+def _require(wanted: list[str], present: list[str], path: str) -> None:
     for name in wanted:
         if name not in present:
             raise UserError(f"{path}: there is no column {name!r}; it has: {', '.join(present)}")
@@ -262,7 +274,7 @@ def _pair(row: dict[str, Any], source: Source, counts: Counter[str]) -> Pair | N
     try:
         decoded = [text.decode() if isinstance(text, bytes) else text for text in texts]
         for text in decoded:
-            text.encode()  # a lone surrogate, which JSON can spell, is no text either
+            text.encode()  # fails for a lone surrogate, which JSON can contain
     except (UnicodeDecodeError, UnicodeEncodeError):
         counts["not_utf8"] += 1
         return None
@@ -273,55 +285,3 @@ def _texts(value: Any) -> list[Any]:
     if value is None:
         return []
     return [item for item in value if item is not None] if isinstance(value, list) else [value]
-
-
-@cache
-def installed_files() -> list[Path]:
-    """Python source of the standard library and the installed packages, in the order of their names.
-
-    Without tests: a third of what lies there, and next to no documented function.
-    """
-    files = []
-    for folder in ("stdlib", "purelib", "platlib"):
-        root = Path(sysconfig.get_path(folder))
-        inside = (path.relative_to(root) for path in root.rglob("*.py"))
-        apart = {"tests", "test"} | ({"site-packages"} if folder == "stdlib" else set())
-        found = [path for path in inside if not apart & set(path.parts)]
-        files += [root / path for path in sorted(found, key=str)]
-    return list(dict.fromkeys(files))
-
-
-def _functions(path: Path, counts: Counter[str]) -> Iterator[Pair]:
-    """(first paragraph of the docstring, the function without it), for each documented function of a file."""
-    try:
-        text = path.read_text("utf-8")
-        if '"""' not in text and "'''" not in text:
-            return
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            tree = ast.parse(text)
-    except UnicodeDecodeError:
-        counts.update(read=1, not_utf8=1)
-        return
-    except (OSError, SyntaxError, ValueError, RecursionError, MemoryError):
-        counts.update(read=1, malformed=1)
-        return
-    lines = text.split("\n")
-    for node in _statements(tree):
-        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or len(node.body) < 2:
-            continue
-        docstring = ast.get_docstring(node)
-        if not docstring:
-            continue
-        counts["read"] += 1
-        first = node.body[0]
-        code = lines[node.lineno - 1 : first.lineno - 1] + lines[first.end_lineno or 0 : node.end_lineno]
-        yield Pair(" ".join(docstring.split("\n\n")[0].split()), textwrap.dedent("\n".join(code)).strip())
-
-
-def _statements(node: Any) -> Iterator[Any]:
-    """Every statement below a node, in the order of the text. `ast.walk` would visit every expression as well."""
-    for block in ("body", "handlers", "orelse", "finalbody"):
-        for child in getattr(node, block, ()):
-            yield child
-            yield from _statements(child)

@@ -1,11 +1,10 @@
 """`PairStore`: tokenised pairs on disk, shuffled once, read in order.
 
-A store is a folder of Arrow files, each a part of the pairs in the order of a content hash, and a manifest, which is
-written last. A batch is a few slices of memory-mapped arrays: consecutive pairs, so that a shared file system sees
-sequential reads. Neither torch nor a tokenizer is needed to read one.
+A store is a folder of Arrow files and a manifest. Each file holds a part of the pairs, in the order of a content hash.
+A batch is a few slices of memory-mapped arrays: consecutive pairs, so a shared file system sees sequential reads.
+Reading a store needs neither torch nor a tokenizer. The price: every epoch sees the pairs in the same order.
 """
 
-import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,16 +12,15 @@ from typing import Any
 
 import numpy as np
 
+from embedscale.data.manifest import Manifest
 from embedscale.errors import UserError
-
-FORMAT = 1
 
 
 @dataclass
 class PairBatch:
-    """B pairs with k hard negatives each: S = B·(2 + k) sequences of T tokens in all.
+    """B pairs with k hard negatives each: S = B·(2 + k) sequences, T tokens in all.
 
-    Sequences lie in this order: queries, positives, then the negatives of the first pair, of the second, …
+    The order of the sequences: all queries, all positives, then the negatives of the first pair, of the second, …
     """
 
     tokens: np.ndarray  # int32 [T]
@@ -32,24 +30,30 @@ class PairBatch:
 
 
 def as_numpy(column: Any) -> np.ndarray:
-    """The memory of an Arrow column without nulls. pyarrow's `to_numpy` would import pandas, half of a run's start."""
+    """Return the memory of an Arrow column without nulls, not copied.
+
+    pyarrow's own `to_numpy` imports pandas, which would double the start-up time of a run.
+    """
     return np.from_dlpack(column.combine_chunks() if hasattr(column, "combine_chunks") else column)
 
 
 @dataclass
 class Part:
-    """The columns of one Arrow file, as views of the mapped memory."""
+    """The columns of one Arrow file, as views of the mapped memory. n is the number of pairs."""
 
-    query: tuple[np.ndarray, np.ndarray]  # offsets [n + 1] and tokens
+    query: tuple[np.ndarray, np.ndarray]  # offsets [n + 1], tokens
     positive: tuple[np.ndarray, np.ndarray]
-    negatives: tuple[np.ndarray, np.ndarray, np.ndarray]  # offsets [n + 1] into sequences, their offsets, tokens
-    query_text: np.ndarray  # uint64 [n]
-    positive_text: np.ndarray
-    negative_text: np.ndarray  # uint64, a sequence
+    negatives: tuple[np.ndarray, np.ndarray, np.ndarray]  # offsets [n + 1] of sequences, offsets of tokens, tokens
+    query_text: np.ndarray  # uint64 [n], content hashes
+    positive_text: np.ndarray  # uint64 [n]
+    negative_text: np.ndarray  # uint64, one for each negative
 
     @classmethod
     def open(cls, path: Path, pairs: int) -> "Part":
-        """Raises UserError for a file that does not hold so many pairs: half of a store may have been copied."""
+        """Map a file of `pairs` pairs. Raises UserError if it is damaged or holds another number of pairs.
+
+        The number is checked because a store may have been copied in part.
+        """
         import pyarrow
 
         try:
@@ -81,7 +85,7 @@ class Part:
         )
 
     def counts(self, hard_negatives: int) -> np.ndarray:
-        """Tokens of each pair with its first `hard_negatives` negatives, int32 [n]."""
+        """Return the tokens of each pair with its first `hard_negatives` negatives, int32 [n]."""
         total = np.diff(self.query[0]) + np.diff(self.positive[0])
         if hard_negatives:
             outer, inner, _ = self.negatives
@@ -89,7 +93,10 @@ class Part:
         return total.astype(np.int32)
 
     def read(self, start: int, stop: int, hard_negatives: int) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """Tokens, lengths and texts of the queries, the positives and the negatives of pairs start..stop."""
+        """Return (tokens, lengths, text hashes) of the queries, of the positives and of the negatives.
+
+        The pairs are start..stop of this file; without hard negatives, there is no third item.
+        """
         found = []
         for (offsets, tokens), text in ((self.query, self.query_text), (self.positive, self.positive_text)):
             bounds = offsets[start : stop + 1]
@@ -104,34 +111,28 @@ class Part:
 
 
 class PairStore:
-    """A prepared corpus: `pairs` for training in a shuffled order, `held_out` ones in an order of their own."""
+    """A prepared corpus: `pairs` pairs for training in shuffled order, `held_out` pairs in an order of their own."""
 
-    def __init__(self, folder: str | Path, manifest: dict[str, Any]):
+    def __init__(self, folder: str | Path, manifest: Manifest):
         self.folder, self.manifest = Path(folder), manifest
-        self.digest: str = manifest["digest"]
-        self.context: int = manifest["settings"]["context"]
-        self.tokenizer_digest: str = manifest["tokenizer"]["digest"]
-        self.vocabulary: int = manifest["vocabulary"]  # rows that an embedding table needs
-        self.negatives: int = manifest["negatives"]  # every pair has at least so many
-        self.pairs: int = manifest["pairs"]
-        self.held_out: int = manifest["held_out"]
+        self.digest = manifest.digest
+        self.context = manifest.context
+        self.tokenizer_digest = manifest.tokenizer.digest
+        self.vocabulary = manifest.vocabulary  # rows that an embedding table needs
+        self.negatives = manifest.negatives  # every pair has at least this many
+        self.pairs = manifest.pairs
+        self.held_out = manifest.held_out
 
     @classmethod
     def open(cls, folder: str | Path) -> "PairStore":
-        """Raises UserError for a folder that is no finished store, when it is opened or a damaged part is read."""
-        try:
-            manifest = json.loads((Path(folder) / "manifest.json").read_text())
-        except FileNotFoundError:
-            state = "is not finished" if Path(folder).exists() else "does not exist"
-            raise UserError(f"data.store: {folder} {state}; run `embedscale prepare` with this configuration") from None
-        except (OSError, ValueError):
-            raise UserError(f"data.store: {folder}/manifest.json cannot be read") from None
-        if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-            raise UserError(f"data.store: {folder} is no store of format {FORMAT}; prepare it again")
-        return cls(folder, manifest)
+        """Open a finished store. Raises UserError for any other folder.
+
+        Damaged files are found later, when they are first read: that raises UserError too.
+        """
+        return cls(folder, Manifest.read_from(Path(folder)))
 
     def __getstate__(self) -> dict[str, Any]:
-        """A loader worker maps the files itself."""
+        """Send only the manifest to a loader worker, which maps the files itself."""
         return {"folder": self.folder, "manifest": self.manifest}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -139,19 +140,19 @@ class PairStore:
 
     @cached_property
     def _training(self) -> "_Parts":
-        return _Parts(self.folder / "train", self.manifest["parts"]["train"])
+        return _Parts(self.folder / "train", self.manifest.parts.train)
 
     @cached_property
     def _held_out(self) -> "_Parts":
-        return _Parts(self.folder / "held_out", self.manifest["parts"]["held_out"])
+        return _Parts(self.folder / "held_out", self.manifest.parts.held_out)
 
     def token_counts(self, hard_negatives: int = 0) -> np.ndarray:
-        """Real tokens of every training pair in stored order, int32 [pairs]."""
+        """Return the number of tokens of every training pair in stored order, int32 [pairs]."""
         parts = [part.counts(hard_negatives) for part in self._training.all()]
         return np.concatenate(parts) if parts else np.empty(0, np.int32)
 
     def batch(self, start: int, stop: int, hard_negatives: int = 0) -> PairBatch:
-        """The stored training pairs start..stop; beyond the last comes the first again."""
+        """Return the training pairs start..stop in stored order; after the last pair comes the first again."""
         found = []
         while start < stop:
             first = start % self.pairs
@@ -161,12 +162,12 @@ class PairStore:
         return _batch(found)
 
     def held_out_batch(self, start: int, stop: int) -> PairBatch:
-        """The held-out pairs start..stop of all `held_out`."""
+        """Return the held-out pairs start..stop, with 0 <= start < stop <= held_out."""
         return _batch(self._held_out.read(start, stop, 0))
 
 
 class _Parts:
-    """Consecutive Arrow files, each mapped when it is first read."""
+    """Consecutive Arrow files of the given sizes (pairs), each mapped when it is first read."""
 
     def __init__(self, folder: Path, sizes: list[int]):
         self.folder, self.sizes = folder, sizes
@@ -194,6 +195,7 @@ class _Parts:
 
 
 def part_file(folder: Path, number: int) -> Path:
+    """Return the path of a store's file by its number."""
     return folder / f"{number:05d}.arrow"
 
 

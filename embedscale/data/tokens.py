@@ -1,7 +1,8 @@
-"""Texts into token ids: the tokenizer of a store, and its pairs as columns of Arrow.
+"""Texts into token ids: a store's tokenizer, and pairs as Arrow columns.
 
-A fast tokenizer is used as it lies in `tokenizer.json`, without transformers around it: no special token is added, and
-no setting of a class in between can change the ids. Texts are hashed whole, before they are cut.
+`tokenizer.json` is loaded by the tokenizers library directly, without transformers around it. So no special token is
+added, and no setting of a tokenizer class can change the ids. The price: only fast tokenizers work. Texts are hashed
+whole, before they are cut.
 """
 
 import hashlib
@@ -13,15 +14,15 @@ from typing import Any
 
 import numpy as np
 
-from embedscale.data.corpora import Pair
+from embedscale.data.pair import Pair
 from embedscale.data.store import as_numpy
 from embedscale.errors import UserError
 
-SPARE_TOKENS = 16  # beyond the context, so that cutting a long text early does not change the tokens that are kept
+SPARE_TOKENS = 16  # tokens beyond the context, so that cutting a long text early does not change the tokens kept
 TEXTS_AT_ONCE = 1024
-CHARACTERS = 8  # a token, at first; of a text that turns out to need more, so many times as much is read
+CHARACTERS = 8  # characters read per wanted token; multiplied by this again while the text is too short
 
-# Letters, case, accents, digits, runs of white space, code and scripts on which tokenizers are known to differ.
+# Text on which tokenizers differ: case, accents, digits, white space, code and several scripts.
 PROBE = (
     "The café's 12,345 naïve TESTS:\n\n\tdef f(x):\n        return x**2  # don't "
     "straße 北京 東京 한국 مرحبا Здравствуй 🙂 \u00a0ﬁ"
@@ -30,21 +31,21 @@ PROBE = (
 
 @lru_cache
 def load_tokenizer(name: str, revision: str | None = None) -> tuple[Any, str]:
-    """The tokenizer of a hub name or folder, and a digest of its behaviour: the vocabulary and a probe's ids.
+    """Load the tokenizer of a hub name or folder. Returns it and a digest of its behaviour.
 
-    The file's text is no part of the digest: the same tokenizer saved by another release reads differently.
-    Raises UserError where there is no `tokenizer.json`.
+    The digest covers the vocabulary and the ids of `PROBE`. It does not cover the file's text, because different
+    releases save the same tokenizer differently. Raises UserError if there is no readable `tokenizer.json`.
     """
     from tokenizers import Tokenizer
 
     file = Path(name) / "tokenizer.json" if Path(name).is_dir() else _from_hub(name, revision)
     if not file.is_file():
-        raise UserError(f"data.tokenizer: {name} holds no tokenizer.json; a fast tokenizer is needed")
+        raise UserError(f"data.tokenizer: {name} holds no tokenizer.json; only fast tokenizers can be used")
     try:
         tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises plain Exception
         reason = str(error).splitlines()[0]
-        raise UserError(f"data.tokenizer: {file} is no tokenizer that can be read ({reason})") from None
+        raise UserError(f"data.tokenizer: {file} is not a readable tokenizer ({reason})") from None
     tokenizer.no_padding()
     tokenizer.no_truncation()
     ids = tokenizer.encode(PROBE, add_special_tokens=False).ids
@@ -57,44 +58,43 @@ def _from_hub(name: str, revision: str | None) -> Path:
 
     try:
         return Path(hf_hub_download(name, "tokenizer.json", revision=revision))
-    except Exception as error:  # the hub's client has a class of its own for each way of not finding a file
+    except Exception as error:  # the hub's client raises many unrelated classes
         reason = str(error).splitlines()[0]
         raise UserError(
-            f"data.tokenizer: {name!r} is neither a local folder nor a model that the hub or its local cache has "
-            f"({reason})"
+            f"data.tokenizer: {name!r} is neither a local folder nor a model of the hub or its local cache ({reason})"
         ) from None
 
 
 def tokenizer_digest(name: str, revision: str | None = None) -> str:
-    """What two tokenizers of equal behaviour share. Raises UserError as `load_tokenizer` does."""
+    """Return the digest of a tokenizer's behaviour. Raises UserError as `load_tokenizer` does."""
     return load_tokenizer(name, revision)[1]
 
 
 def vocabulary(tokenizer: Any) -> int:
-    """Rows that an embedding table needs: the largest id and one. Ids need not be dense."""
+    """Return the rows that an embedding table needs: the largest id plus one, as ids may have gaps."""
     return 1 + max(tokenizer.get_vocab().values())
 
 
 def text_hashes(texts: Iterable[str]) -> np.ndarray:
-    """uint64, uniform, the same everywhere."""
+    """Hash each text to a uniform 64-bit number, uint64 [texts]; equal on every machine."""
     joined = b"".join(hashlib.blake2b(text.encode(), digest_size=8).digest() for text in texts)
     return np.frombuffer(joined, dtype="<u8")
 
 
 def mixed(x: np.ndarray) -> np.ndarray:
-    """A second, independent hash of 64-bit hashes (the finaliser of SplitMix64)."""
+    """Hash 64-bit hashes again, independently of the first hash (the finaliser of SplitMix64)."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
 
 
 def pair_hashes(queries: np.ndarray, positives: np.ndarray) -> np.ndarray:
-    """uint64 of each pair from those of its texts; their order is the shuffle of a store."""
+    """Combine the text hashes of each pair, uint64 [pairs]. A store's shuffled order is the order of these hashes."""
     return mixed(queries ^ mixed(positives))
 
 
 def schema(token: Any, **more: Any) -> Any:
-    """The columns of a store's files, with token ids of NumPy type `token`."""
+    """Return the Arrow schema of a store's files, with token ids of NumPy type `token`, and `more` columns behind."""
     import pyarrow
 
     tokens, text = pyarrow.list_(pyarrow.from_numpy_dtype(token)), pyarrow.uint64()
@@ -110,9 +110,10 @@ def schema(token: Any, **more: Any) -> Any:
 
 
 def tokenised(pairs: list[Pair], tokenizer: Any, context: int, token: Any) -> dict[str, Any]:
-    """The columns of `schema` for the pairs whose query and positive have tokens, in order.
+    """Tokenise pairs into the columns of `schema`, in order.
 
-    Texts are cut at `context` tokens; negatives without a token are left out.
+    Texts are cut at `context` tokens. Pairs whose query or positive has no token are left out, and so are negatives
+    without a token.
     """
     import pyarrow
 
@@ -136,7 +137,10 @@ def tokenised(pairs: list[Pair], tokenizer: Any, context: int, token: Any) -> di
 
 
 def token_ids(texts: Sequence[str], tokenizer: Any, context: int, token: Any) -> Any:
-    """The first `context` ids of each text, as a pyarrow.ListArray. Of a long text only the beginning is tokenised."""
+    """Return the first `context` ids of each text, as a pyarrow.ListArray of NumPy type `token`.
+
+    Only the beginning of a long text is tokenised: enough characters for `context` and SPARE_TOKENS more tokens.
+    """
     import pyarrow
 
     room = context + SPARE_TOKENS
@@ -147,7 +151,7 @@ def token_ids(texts: Sequence[str], tokenizer: Any, context: int, token: Any) ->
         return [encoding.ids for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
     flat, lengths = [np.empty(0, token)], [0]
-    # A few texts at a time: as Python's integers, ids take twenty times the room.
+    # Few texts at a time: as Python integers, ids take twenty times the memory.
     for start in range(0, len(texts), TEXTS_AT_ONCE):
         some = [text if text and not text.isspace() else "" for text in texts[start : start + TEXTS_AT_ONCE]]
         cut = first

@@ -22,8 +22,8 @@ from lightning.pytorch.strategies import DDPStrategy
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 
-from embedscale.data.prepare import tokenizer_digest
 from embedscale.data.store import PairStore
+from embedscale.data.tokens import tokenizer_digest
 from embedscale.errors import DONE, FAILED, INTERRUPTED, UserError
 from embedscale.files import read_json, write_atomically, write_json
 from embedscale.model.backbone import digest_of, load_body, shape_of, shape_without_weights
@@ -80,7 +80,7 @@ def train(config: RunConfig, stop: StopRequest | None = None, sharing: int = 1, 
     revision = None if config.data.tokenizer else config.backbone.revision
     if tokenizer_digest(tokenizer, revision) != store.tokenizer_digest:
         raise UserError(
-            f"data.store: {config.data.store} was made with tokenizer {store.manifest['tokenizer']['name']!r}; "
+            f"data.store: {config.data.store} was made with tokenizer {store.manifest.tokenizer.name!r}; "
             f"{tokenizer!r} gives other tokens"
         )
     plan = plan_run(config, shape, store)

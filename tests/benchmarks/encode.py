@@ -26,7 +26,7 @@ from sentence_transformers import SentenceTransformer
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from turns import Contestant
 
-from embedscale.data import corpora
+from embedscale.data.installed_python import documented_functions, installed_files
 from embedscale.model.hardware import keep_freed_memory
 from embedscale.run.config import load
 from embedscale.run.families import SUITE
@@ -39,9 +39,9 @@ BATCHES = (8, 16, 32, 64)  # 32 is their default
 
 def texts_of_this_machine(number: int) -> list[str]:
     """Alternately a docstring and a function, each once."""
-    files = corpora.installed_files()
+    files = installed_files()
     step = max(1, len(files) // 4000)
-    pairs = (pair for path in files[::step] for pair in corpora._functions(path, Counter()))
+    pairs = (pair for path in files[::step] for pair in documented_functions(path, Counter()))
     texts = dict.fromkeys(text for pair in pairs for text in (pair.query.strip(), pair.positive.strip()) if text)
     return list(itertools.islice(texts, number))
 

@@ -6,27 +6,23 @@ import gzip
 import json
 import sysconfig
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from embedscale.data import corpora
-from embedscale.data.corpora import Pair, installed_files, read, units_of
+from embedscale.data.corpora import UNIT_SIZE, UnitSize, read, units_of
+from embedscale.data.installed_python import documented_functions, installed_files
+from embedscale.data.pair import Pair
 from embedscale.errors import UserError
 from embedscale.run.config import Source
 
 
-@pytest.fixture(autouse=True)
-def _forget():
-    """Two tests may write different files of one name."""
-    corpora._dataset.cache_clear()
-
-
-def everything(**settings) -> tuple[list[Pair], Counter]:
+def everything(size: UnitSize = UNIT_SIZE, **settings) -> tuple[list[Pair], Counter]:
     source, counts = Source(**settings), Counter()
-    pairs = [pair for unit in units_of(0, source) for pair in read(unit, source, counts)]
+    pairs = [pair for unit in units_of(0, source, size) for pair in read(unit, source, counts, size)]
     return pairs, counts
 
 
@@ -48,19 +44,17 @@ def write_jsonl(path: Path, rows: list[dict], ending: str = "\n") -> Path:
 
 @pytest.mark.parametrize("unit", [1, 7, 64, 65, 1000, 10**9])
 @pytest.mark.parametrize("ending", ["\n", "\r\n", "\n\n"])
-def test_every_line_is_read_once_wherever_units_are_cut(tmp_path, monkeypatch, unit, ending):
-    monkeypatch.setattr(corpora, "UNIT_BYTES", unit)
+def test_every_line_is_read_once_wherever_units_are_cut(tmp_path, unit, ending):
     path = write_jsonl(tmp_path / "pairs.jsonl", rows(40), ending)
     path.write_bytes(path.read_bytes().rstrip())  # the last line has no end
-    pairs, counts = everything(path=str(path), negative="neg")
+    pairs, counts = everything(UnitSize(unit), path=str(path), negative="neg")
     assert pairs == as_pairs(rows(40))
     assert counts == {"read": 40}
 
 
-def test_a_large_corpus_has_larger_units_not_more(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpora, "UNIT_BYTES", 1)
+def test_a_large_corpus_has_larger_units_not_more(tmp_path):
     path = write_jsonl(tmp_path / "pairs.jsonl", rows(1000))
-    assert len(units_of(0, Source(path=str(path)))) <= corpora.MOST_UNITS
+    assert len(units_of(0, Source(path=str(path)), UnitSize(1))) <= UNIT_SIZE.most_units
 
 
 def test_a_file_a_folder_and_a_glob_are_the_same_corpus(tmp_path):
@@ -112,21 +106,20 @@ def test_parquet_with_plain_and_with_list_columns(tmp_path, large):
 
 
 @pytest.mark.parametrize(("share", "units"), [(0, 8), (0.2, 4), (0.45, 2), (9, 1)])
-def test_small_row_groups_are_read_together_and_each_once(tmp_path, monkeypatch, share, units):
+def test_small_row_groups_are_read_together_and_each_once(tmp_path, share, units):
     path = tmp_path / "pairs.parquet"
     parquet.write_table(pa.table(plain_columns(22)), path, row_group_size=3)
-    monkeypatch.setattr(corpora, "UNIT_BYTES", int(share * path.stat().st_size))
+    size = UnitSize(int(share * path.stat().st_size))
     settings = {"kind": "parquet", "query": "question", "positive": "answer", "path": str(path)}
-    assert len(units_of(0, Source(**settings))) == units
-    assert everything(**settings) == ([Pair(f"q{i}", f"a{i}") for i in range(22)], {"read": 22})
-    monkeypatch.setattr(corpora, "MOST_UNITS", 2)
-    assert len(units_of(0, Source(**settings))) <= 2
+    assert len(units_of(0, Source(**settings), size)) == units
+    assert everything(size, **settings) == ([Pair(f"q{i}", f"a{i}") for i in range(22)], {"read": 22})
+    assert len(units_of(0, Source(**settings), replace(size, most_units=2))) <= 2
 
 
-def test_hugging_face_datasets_saved_and_in_the_hubs_form(tmp_path, monkeypatch):
+def test_hugging_face_datasets_saved_and_in_the_hubs_form(tmp_path):
     import datasets
 
-    monkeypatch.setattr(corpora, "UNIT_BYTES", 200)  # several shards
+    size = UnitSize(200)  # several shards
     whole = datasets.Dataset.from_dict(plain_columns(50))
     columns = {"kind": "dataset", "query": "question", "positive": "answer"}
     expected = [Pair(f"q{i}", f"a{i}") for i in range(50)]
@@ -135,11 +128,11 @@ def test_hugging_face_datasets_saved_and_in_the_hubs_form(tmp_path, monkeypatch)
     (tmp_path / "hub").mkdir()
     for part in range(2):
         whole.shard(2, part).to_parquet(str(tmp_path / "hub" / f"train-0000{part}-of-00002.parquet"))
-    assert len(units_of(0, Source(path=str(tmp_path / "saved"), **columns))) > 2
-    assert len(units_of(0, Source(path=str(tmp_path / "hub"), **columns))) == 2
-    assert everything(path=str(tmp_path / "saved"), **columns) == (expected, {"read": 50})
-    assert everything(path=str(tmp_path / "splits"), split="test", **columns) == (expected, {"read": 50})
-    assert everything(path=str(tmp_path / "hub"), **columns) == (expected, {"read": 50})
+    assert len(units_of(0, Source(path=str(tmp_path / "saved"), **columns), size)) > 2
+    assert len(units_of(0, Source(path=str(tmp_path / "hub"), **columns), size)) == 2
+    assert everything(size, path=str(tmp_path / "saved"), **columns) == (expected, {"read": 50})
+    assert everything(size, path=str(tmp_path / "splits"), split="test", **columns) == (expected, {"read": 50})
+    assert everything(size, path=str(tmp_path / "hub"), **columns) == (expected, {"read": 50})
 
 
 ODD_ROWS = [
@@ -206,7 +199,7 @@ def test_what_cannot_be_read_is_named(tmp_path):
         ("jsonl", "good.jsonl", {"negative": "hard"}, "no column 'hard'"),
         ("jsonl", "cut.jsonl.gz", {}, r"cut\.jsonl\.gz: cannot be read"),
         ("jsonl", "other.jsonl.gz", {}, r"other\.jsonl\.gz: cannot be read"),
-        ("parquet", "text.parquet", {}, "no Parquet file"),
+        ("parquet", "text.parquet", {}, "not a readable Parquet file"),
         ("parquet", "plain.parquet", {"query": "question"}, "no column 'pos'; it has: question, answer, id"),
         ("dataset", "saved", {"query": "question"}, "no column 'pos'; it has: question, answer, id"),
         ("dataset", "splits", {}, "'train' is not in .*allowed: a"),
@@ -257,14 +250,14 @@ def short(): "Too short."; return 1
 '''
 
 
-def python_pairs(monkeypatch, files: list[Path]) -> tuple[list[Pair], Counter]:
-    monkeypatch.setattr(corpora, "installed_files", lambda: files)
-    return everything(kind="installed-python")
+def python_pairs(files: list[Path]) -> tuple[list[Pair], Counter]:
+    counts = Counter()
+    return [pair for file in files for pair in documented_functions(file, counts)], counts
 
 
-def test_functions_become_pairs_of_docstring_and_code_without_it(tmp_path, monkeypatch):
+def test_functions_become_pairs_of_docstring_and_code_without_it(tmp_path):
     (tmp_path / "module.py").write_text(MODULE)
-    pairs, counts = python_pairs(monkeypatch, [tmp_path / "module.py"])
+    pairs, counts = python_pairs([tmp_path / "module.py"])
     assert [pair for pair in pairs if pair.positive] == [
         Pair(
             "The size, in bytes.",
@@ -280,7 +273,7 @@ def test_functions_become_pairs_of_docstring_and_code_without_it(tmp_path, monke
     assert counts == {"read": 4}  # the one-line function has no code left, and will be dropped as empty
 
 
-def test_odd_files_are_counted(tmp_path, monkeypatch):
+def test_odd_files_are_counted(tmp_path):
     good = 'def f(x):\n    """Say so."""\n    return x\n'
     contents = {
         "latin.py": ('# """\n' + good + "# \xe9\n").encode("latin-1"),
@@ -293,12 +286,12 @@ def test_odd_files_are_counted(tmp_path, monkeypatch):
     for name, content in contents.items():
         (tmp_path / name).write_bytes(content)
     files = [tmp_path / name for name in contents] + [tmp_path / "gone.py"]
-    pairs, counts = python_pairs(monkeypatch, files)
+    pairs, counts = python_pairs(files)
     assert pairs == [Pair("Say so.", "def f(x):\n    return x")]
     assert counts == {"read": 6, "not_utf8": 1, "malformed": 4}
 
 
-def test_the_code_of_a_pair_is_the_function_without_its_docstring_for_the_standard_library(monkeypatch):
+def test_the_code_of_a_pair_is_the_function_without_its_docstring_for_the_standard_library():
     """Parsed again, the text of each pair is the function that the file holds, less its docstring."""
     folder = Path(sysconfig.get_path("stdlib"))
     files = [folder / name for name in ("argparse.py", "statistics.py", "asyncio/tasks.py", "ast.py", "inspect.py")]
@@ -310,7 +303,7 @@ def test_the_code_of_a_pair_is_the_function_without_its_docstring_for_the_standa
                 node.body, node.decorator_list = node.body[1:], []
                 if node.body:
                     expected[first, ast.dump(node)] += 1
-    pairs, _ = python_pairs(monkeypatch, files)
+    pairs, _ = python_pairs(files)
     assert Counter((pair.query, ast.dump(ast.parse(pair.positive).body[0])) for pair in pairs) == expected
     assert expected.total() > 150
 

@@ -90,7 +90,7 @@ def test_every_pair_is_read_once_and_then_comes_the_first_again(store, texts, to
 
 
 def test_slices_join_to_the_whole_across_the_files_of_a_store(store):
-    assert sum(size > 0 for size in store.manifest["parts"]["train"]) > 1
+    assert sum(size > 0 for size in store.manifest.parts.train) > 1
     whole = sequences(store.batch(0, store.pairs))
     for size in (1, 64, 100):
         queries, positives = [], []
@@ -108,7 +108,7 @@ def test_token_counts_are_those_of_the_batches(store, hard_negatives):
     one_by_one = [len(store.batch(i, i + 1, hard_negatives).tokens) for i in range(store.pairs)]
     assert counts.tolist() == one_by_one
     if not hard_negatives:
-        assert counts.sum() == store.manifest["tokens"]["training"]
+        assert counts.sum() == store.manifest.tokens.training
 
 
 def test_texts_are_equal_where_their_hashes_are(store, tokenizer):
@@ -148,11 +148,11 @@ def test_what_is_no_finished_store_is_refused(store, tmp_path):
     shutil.rmtree(copy / "train")
     with pytest.raises(UserError, match="missing or damaged"):
         PairStore.open(copy).token_counts()
-    (copy / "manifest.json").write_text(json.dumps(store.manifest | {"format": 0}))
-    with pytest.raises(UserError, match="no store of format 1"):
+    (copy / "manifest.json").write_text(json.dumps(store.manifest.to_json() | {"format": 0}))
+    with pytest.raises(UserError, match="is not a store of format 1"):
         PairStore.open(copy)
     (copy / "manifest.json").write_text("[]")
-    with pytest.raises(UserError, match="no store"):
+    with pytest.raises(UserError, match="not a store"):
         PairStore.open(copy)
     (copy / "manifest.json").write_text('{"format": ')
     with pytest.raises(UserError, match="cannot be read"):

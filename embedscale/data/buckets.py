@@ -1,0 +1,249 @@
+"""The two passes of `prepare` over the pairs, in bounded memory, as functions that workers run.
+
+`spill` tokenises one unit and writes its pairs into buckets by the first bits of a hash of their texts. `gather` reads
+one bucket of all units: equal pairs are now side by side and one of them stays; the order of the hash is the shuffled
+order, uniform and equal on every machine; a hash of the query alone selects the held-out pairs. Each function writes
+its result to disk, and returns that result if it is there already. The price: while a store is made, it takes
+twice its final disk space.
+"""
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from embedscale.data.corpora import Unit, UnitSize, read
+from embedscale.data.pair import Pair
+from embedscale.data.store import as_numpy, part_file
+from embedscale.data.tokens import load_tokenizer, mixed, pair_hashes, schema, tokenised
+from embedscale.data.workers import parent_leaves
+from embedscale.files import read_json, write_atomically, write_json
+from embedscale.run.config import Data
+
+BUCKET_BYTES = 16 * 2**20  # source text in a bucket, about
+MOST_BUCKETS = 1024
+SPILL_PAIRS = 16384  # pairs tokenised together
+SPILL_CHARACTERS = 16 * 2**20  # and their most characters
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a worker needs to know about the store being made."""
+
+    folder: Path
+    data: Data
+    tokenizer: tuple[str, str | None]  # name and revision
+    token: Any  # NumPy type of a token id
+    units: int
+    buckets: int  # a power of two
+    unit_size: UnitSize
+
+    def unit_file(self, number: int, ending: str) -> Path:
+        """Return the path of a unit's tokenised pairs ("arrow") or its counts ("json")."""
+        return self.folder / "work" / f"unit-{number:06d}.{ending}"
+
+    def bucket_file(self, number: int) -> Path:
+        """Return the path of a finished bucket's `Bucket`."""
+        return self.folder / "work" / f"bucket-{number:05d}.json"
+
+
+@dataclass(frozen=True)
+class PartFacts:
+    """What one file of the store holds. Lengths and sums are in tokens."""
+
+    pairs: int
+    digest: str
+    query_tokens: int
+    positive_tokens: int
+    longest_query: int
+    longest_positive: int
+    negatives: int | None  # every pair has at least this many; None without pairs
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """What became of one bucket: its two files, and the pairs of each source that were dropped."""
+
+    duplicate: list[int]  # repeated pairs, by source
+    left_out: list[int]  # pairs beyond a source's share in the mixture, by source
+    train: PartFacts
+    held_out: PartFacts
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> "Bucket":
+        """Build it from the value of its file."""
+        train, held_out = PartFacts(**value["train"]), PartFacts(**value["held_out"])
+        return cls(value["duplicate"], value["left_out"], train, held_out)
+
+
+def buckets_for(text_bytes: int, bucket_bytes: int = BUCKET_BYTES) -> int:
+    """Return the number of buckets for a corpus of so many bytes: a power of two, at least 2."""
+    return 1 << min(max(text_bytes // bucket_bytes, 1).bit_length(), MOST_BUCKETS.bit_length() - 1)
+
+
+def spill(item: tuple[int, Unit], work: Work) -> Counter[str]:
+    """Tokenise the pairs of a unit into one file, and count its rows.
+
+    The file is a series of record batches: one for each bucket, and again for every SPILL_PAIRS pairs.
+    """
+    import pyarrow
+
+    number, unit = item
+    done = read_json(work.unit_file(number, "json"))
+    if done is not None:
+        return Counter(done)
+    counts: Counter[str] = Counter()
+    tokenizer, _ = load_tokenizer(*work.tokenizer)
+    columns_of_file = _spilled_schema(work)
+
+    def write(file: Any) -> None:
+        pairs_of_unit = read(unit, work.data.sources[unit.source], counts, work.unit_size)
+        with pyarrow.ipc.new_file(file, columns_of_file) as writer:
+            for pairs in _portions(pairs_of_unit):
+                if parent_leaves():  # a compressed file is one unit, which may take hours more
+                    raise KeyboardInterrupt
+                columns = tokenised(pairs, tokenizer, work.data.context, work.token)
+                hashes = pair_hashes(columns["query_text"], columns["positive_text"])
+                counts["empty"] += len(pairs) - len(hashes)
+                columns |= {"pair": hashes, "source": np.full(len(hashes), unit.source, np.uint16)}
+                for batch in _divided(pyarrow.record_batch(columns, schema=columns_of_file), hashes, work.buckets):
+                    writer.write_batch(batch)
+
+    write_atomically(work.unit_file(number, "arrow"), write)
+    write_json(work.unit_file(number, "json"), dict(counts))
+    return counts
+
+
+def distinct(bucket: int, work: Work) -> list[int]:
+    """Count the distinct pairs of a bucket by source."""
+    table, rows, _ = _spilled(bucket, work, ["pair", "source"])
+    return np.bincount(as_numpy(table.column("source"))[rows], minlength=len(work.data.sources)).tolist()
+
+
+def gather(bucket: int, work: Work, shares: list[float]) -> Bucket:
+    """Write one bucket of all units as the store's files: distinct pairs in the order of their hash.
+
+    `shares` is the part of each source's distinct pairs to keep.
+    """
+    import pyarrow
+
+    done = read_json(work.bucket_file(bucket))
+    if done is not None:
+        return Bucket.from_json(done)
+    columns = schema(work.token)
+    table, rows, repeated = _spilled(bucket, work, [*columns.names, "pair", "source"])
+    pair, source = as_numpy(table.column("pair")), as_numpy(table.column("source"))
+    # A second hash chooses, so that the chosen pairs are spread evenly over the order of the first hash.
+    chosen = _below(mixed(pair[rows]), np.array(shares)[source[rows]])
+    dropped = [np.bincount(source[some], minlength=len(shares)).tolist() for some in (repeated, rows[~chosen])]
+    rows = rows[chosen]
+    held_out = _below(as_numpy(table.column("query_text"))[rows], work.data.held_out)
+    parts = []
+    for name, part in (("train", rows[~held_out]), ("held_out", rows[held_out])):
+        batches = table.select(columns.names).take(pyarrow.array(part)).combine_chunks().to_batches()
+        batch = batches[0] if batches else pyarrow.RecordBatch.from_pylist([], schema=columns)
+        write_atomically(part_file(work.folder / name, bucket), partial(_write_batch, batch=batch))
+        parts.append(_facts(batch, pair[part]))
+    found = Bucket(*dropped, *parts)
+    write_json(work.bucket_file(bucket), asdict(found))
+    return found
+
+
+def _spilled_schema(work: Work) -> Any:
+    import pyarrow
+
+    return schema(work.token, pair=pyarrow.uint64(), source=pyarrow.uint16())
+
+
+def _portions(pairs: Iterator[Pair]) -> Iterator[list[Pair]]:
+    portion: list[Pair] = []
+    characters = 0
+    for pair in pairs:
+        portion.append(pair)
+        characters += len(pair.query) + len(pair.positive) + sum(map(len, pair.negatives))
+        if len(portion) == SPILL_PAIRS or characters >= SPILL_CHARACTERS:
+            yield portion
+            portion, characters = [], 0
+    if portion:
+        yield portion
+
+
+def _divided(batch: Any, hashes: np.ndarray, buckets: int) -> Iterator[Any]:
+    """Yield the rows of each bucket in turn. A pair's bucket is the first bits of its hash."""
+    import pyarrow
+
+    order = np.argsort(hashes, kind="stable")
+    bounds = np.arange(1, buckets, dtype=np.uint64) << np.uint64(64 - (buckets.bit_length() - 1))
+    ends = [0, *np.searchsorted(hashes[order], bounds).tolist(), len(hashes)]
+    batch = batch.take(pyarrow.array(order))
+    for start, end in pairwise(ends):
+        yield batch.slice(start, end - start)
+
+
+def _spilled(bucket: int, work: Work, columns: list[str]) -> tuple[Any, np.ndarray, np.ndarray]:
+    """Read a bucket. Returns its table, the rows of its distinct pairs in hash order, and the repeated rows.
+
+    Of equal pairs, the first in the order of the sources counts as the distinct one.
+    """
+    import pyarrow
+
+    batches = []
+    for number in range(work.units):
+        # Not mapped: a process may map 65,530 files, and a corpus may have more units.
+        with pyarrow.OSFile(str(work.unit_file(number, "arrow"))) as file:
+            reader = pyarrow.ipc.open_file(file)
+            batches += [reader.get_batch(i) for i in range(bucket, reader.num_record_batches, work.buckets)]
+    table = pyarrow.Table.from_batches(batches, schema=_spilled_schema(work)).select(columns)
+    pair = as_numpy(table.column("pair"))
+    order = np.argsort(pair, kind="stable")
+    repeated = np.zeros(len(order), bool)
+    repeated[1:] = pair[order][1:] == pair[order][:-1]
+    return table, order[~repeated], order[repeated]
+
+
+def _below(hashes: np.ndarray, share: Any) -> np.ndarray:
+    """Select this share of uniform 64-bit hashes: True for them, and for all hashes if the share is 1."""
+    return (hashes >> np.uint64(11)) / 2.0**53 < share
+
+
+def _write_batch(file: Any, batch: Any) -> None:
+    import pyarrow
+
+    with pyarrow.ipc.new_file(file, batch.schema) as writer:
+        writer.write_batch(batch)
+
+
+def _facts(batch: Any, hashes: np.ndarray) -> PartFacts:
+    # The digest joins digests of the smallest possible buckets, so that it does not depend on the number of buckets.
+    smallest = hashes >> np.uint64(64 - (MOST_BUCKETS.bit_length() - 1))
+    bounds = [0, *(np.flatnonzero(np.diff(smallest)) + 1).tolist(), len(batch)]
+    digests = [_digest(batch.slice(start, end - start)) for start, end in pairwise(bounds) if start < end]
+    lengths = {name: np.diff(as_numpy(batch.column(name).offsets)) for name in ("query", "positive", "negatives")}
+    n = len(batch)
+    return PartFacts(
+        pairs=n,
+        digest="".join(digests),
+        query_tokens=int(lengths["query"].sum()),
+        positive_tokens=int(lengths["positive"].sum()),
+        longest_query=int(lengths["query"].max()) if n else 0,
+        longest_positive=int(lengths["positive"].max()) if n else 0,
+        negatives=int(lengths["negatives"].min()) if n else None,
+    )
+
+
+def _digest(batch: Any) -> str:
+    sha = hashlib.sha256()
+    for name in ("query", "positive", "negatives"):
+        column = batch.column(name)
+        sha.update(np.diff(as_numpy(column.offsets)).tobytes())
+        if name == "negatives":
+            column = column.flatten()
+            sha.update(np.diff(as_numpy(column.offsets)).tobytes())
+        sha.update(as_numpy(column.flatten()).tobytes())
+    return sha.hexdigest()
