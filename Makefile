@@ -46,6 +46,7 @@ test: install $(OLDEST)/installed
 DOCS := $(VENV)/docs
 SPHINX := PYTHONPATH=$(DOCS) $(BIN)/python -m
 $(DOCS)/installed: $(VENV)/installed
+	rm -rf $(DOCS)
 	sed '1,/^# documentation/d' constraints.txt | xargs $(PIP_INSTALL) --no-deps --target $(DOCS)
 	touch $@
 
