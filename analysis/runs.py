@@ -8,7 +8,7 @@ field rather than averaged over. `where` selects among such runs, and what it le
 import os
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from rich.progress import track
 
 from embedscale.errors import UserError
 from embedscale.run.directory import RunDirectory
+from embedscale.run.record import Damaged, RunRecord
 
 NUMBERS = {
     "params": "N, non-embedding parameters of the backbone",
@@ -164,7 +165,7 @@ def parse_assignments(option: str, text: str | None, allowed: Mapping[str, str] 
 def _directories(folder: Path, depth: int = 3) -> Iterator[RunDirectory]:
     """Run directories in `folder`, itself included, in order of their paths; a run holds no further runs."""
     directory = RunDirectory(folder)
-    if directory.record.exists() or directory.config.exists() or directory.attempts.exists():
+    if directory.begun():
         yield directory
     elif depth:
         with os.scandir(folder) as entries:
@@ -179,11 +180,10 @@ def _from_directories(folder: Path) -> tuple[pd.DataFrame, list[dict[str, Any]]]
         raise UserError(f"{folder}: holds no run; expected run directories, each with a record.json when it is done")
 
     def read(directory: RunDirectory) -> dict[str, Any]:
-        try:
-            record = directory.read_record()
-            return {"status": "unfinished"} if record is None else _from_record(record)
-        except (UserError, KeyError, TypeError, AttributeError) as error:
-            return {"status": "unreadable", "detail": f"record.json: {error!r}"}
+        record = directory.read_record()
+        if isinstance(record, Damaged):
+            return {"status": "unreadable", "detail": f"{record.path.name}: {record.why}"}
+        return {"status": "unfinished"} if record is None else _from_record(record)
 
     rows, excluded = [], []
     # Threads, for thousands of small files on a shared file system are a matter of waiting.
@@ -202,24 +202,21 @@ def _from_directories(folder: Path) -> tuple[pd.DataFrame, list[dict[str, Any]]]
     return pd.DataFrame(rows, columns=None if rows else ["run"]), excluded
 
 
-def _from_record(record: dict[str, Any]) -> dict[str, Any]:
-    hyperparameters = dict(record.get("hyperparameters") or {})
-    hyperparameters["loss_function"] = hyperparameters.pop("loss", None)
+def _from_record(record: RunRecord) -> dict[str, Any]:
+    hyperparameters = asdict(record.hyperparameters)
+    hyperparameters["loss_function"] = hyperparameters.pop("loss")
     row = {
         **{key: value for key, value in hyperparameters.items() if key in COLUMNS},
-        **{key: value for key, value in record.items() if key in COLUMNS and key not in ("blocks", "device")},
-        **{f"evaluation.{key}": value for key, value in (record.get("evaluation") or {}).items()},
-        "run": record["run_id"],
-        "status": record["status"],
-        "method": record["method"],
-        "params": record["n_parameters"],
-        "budget": record["budget_flop"],
-        "device": (record.get("device") or {}).get("name"),
+        **{key: value for key, value in vars(record).items() if key in COLUMNS and key not in ("blocks", "device")},
+        **{f"evaluation.{key}": value for key, value in asdict(record.evaluation).items()},
+        "run": record.run_id,
+        "params": record.n_parameters,
+        "budget": record.budget_flop,
+        "device": record.device.name,
+        "targets": " ".join(record.hyperparameters.targets),
     }
-    if isinstance(row.get("targets"), list):
-        row["targets"] = " ".join(row["targets"])
-    if row["status"] == "diverged":
-        row["detail"] = f"at step {record.get('diverged_at_step', 'unknown')}"
+    if record.status == "diverged":
+        row["detail"] = f"at step {record.diverged_at_step or 'unknown'}"
     return {key: value for key, value in row.items() if key in COLUMNS or key == "detail"}
 
 

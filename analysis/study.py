@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from analysis.fitting import joint, optima
 from embedscale.errors import UserError
 from embedscale.files import read_json
 from embedscale.run.directory import RunDirectory
+from embedscale.run.record import RunRecord
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,8 @@ class Study:
     """An experiment after `embedscale fit`.
 
     `table` has a row a run (`runs.Runs`); `curves` a row a logged step of the best runs: `run`, `method`, `params`,
-    `budget`, `flops`, `loss` (of the batch), `held_out_loss`; `scores` a row a run and task: `run`, `task`, `score`.
+    `budget`, `spent_flop`, `train_loss` (of the batch), `loss` (held-out); `scores` a row a run and task: `run`,
+    `task`, `score`.
     The last two are empty where the run directories are not at hand. `code` are the commits that the runs name.
     `other` is a second sweep, whose runs may not be compared with these but may be predicted (figure 23).
     """
@@ -119,21 +121,21 @@ def _curves(table: pd.DataFrame, directories: Mapping[str, RunDirectory]) -> pd.
     for run, directory in directories.items():
         own = {str(name): facts.at[run, name] for name in facts}
         metrics = directory.read_metrics()
-        last = max((row["step"] for row in metrics), default=0)
+        last = max((row.step for row in metrics), default=0)
         for row in metrics:
             # The last batch is cut to the budget: its loss, among fewer negatives, is none to compare.
-            loss = row.get("loss") if row["step"] < last else None
-            if loss is not None or "held_out_loss" in row:
-                value = {"flops": row.get("flops", np.nan), "step": row["step"]}
-                rows.append(own | {"run": run} | value | {"loss": loss, "held_out_loss": row.get("held_out_loss")})
+            train_loss = row.train_loss if row.step < last else None
+            if train_loss is not None or row.loss is not None:
+                values = {"spent_flop": row.spent_flop, "step": row.step, "train_loss": train_loss, "loss": row.loss}
+                rows.append(own | {"run": run} | values)
     found = pd.DataFrame(rows)
-    return found.astype({"loss": float, "held_out_loss": float, "flops": float}) if rows else found
+    return found.astype({"train_loss": float, "loss": float, "spent_flop": float}) if rows else found
 
 
 def _scores(directories: Mapping[str, RunDirectory]) -> pd.DataFrame:
     rows = []
     for run, directory in directories.items():
-        for path in sorted(directory.scores.glob("*.json")):
+        for path in directory.score_paths():
             found = read_json(path) or {}
             if isinstance(found.get("score"), int | float):
                 rows.append({"run": run, "task": path.stem, "score": float(found["score"])})
@@ -143,7 +145,7 @@ def _scores(directories: Mapping[str, RunDirectory]) -> pd.DataFrame:
 def _code(directories: Mapping[str, RunDirectory]) -> tuple[str, ...]:
     commits = set()
     for directory in directories.values():
-        record = directory.read_record() or {}
-        if code := record.get("code"):
-            commits.add(json.dumps({key: code[key] for key in ("version", "commit", "dirty") if key in code}))
+        record = directory.read_record()
+        if isinstance(record, RunRecord):
+            commits.add(json.dumps(asdict(record.code)))
     return tuple(sorted(commits))

@@ -8,6 +8,7 @@ from dataclasses import replace
 from embedscale.errors import DONE, FAILED, INTERRUPTED, UserError
 from embedscale.run.config import RunConfig
 from embedscale.run.directory import RunDirectory
+from embedscale.run.record import sound
 from embedscale.run.stop import StopRequest
 from embedscale.serving.tasks import HELD_OUT, names_of, task_of
 from slurm.grid import Sweep
@@ -32,9 +33,9 @@ def to_score(sweep: Sweep, plan: SweepPlan, names: Sequence[str], jobs: Mapping[
     chosen = []
     for run_id, run in sweep.by_id.items():
         directory = RunDirectory(sweep.folder / run_id)
-        record = directory.read_record()
+        record = sound(directory.read_record())
         missing = [name for name in names if not directory.score(name).exists()]
-        if record is None or record["status"] != "done":
+        if record is None or record.status != "done":
             counts["not done"] += 1
         elif not missing:
             counts["scored"] += 1

@@ -12,7 +12,6 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from datetime import datetime
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from embedscale.errors import DONE, UserError
 from embedscale.run.config import bounded
 from embedscale.run.directory import RunDirectory
 from embedscale.run.lease import lease_holder
+from embedscale.run.record import AttemptRecord, sound
 from slurm import grid
 from slurm.grid import Sweep
 from slurm.plan import Narrowed, SweepPlan, duration, plan_sweep
@@ -95,20 +95,20 @@ def _unstarted(run_id: str, budget: float, job: Job | None) -> RunStatus:
 
 def status_of(directory: RunDirectory, run_id: str, budget: float, devices: int, job: Job | None) -> RunStatus:
     """One run's status. Raises UserError where a file of the run is damaged."""
-    record = directory.read_record()
+    record = sound(directory.read_record())
     if record is not None:
-        attempts = record["attempts"]
+        attempts = record.attempts
         return RunStatus(
             run_id,
-            record["status"],
+            record.status,
             attempts=len(attempts),
-            device_hours=record["gpu_hours"],
+            device_hours=record.gpu_hours,
             wasted_hours=wasted_hours(attempts) * devices,
-            spent_flop=record["spent_flop"],
-            budget_flop=record["budget_flop"],
-            reason=attempts[-1].get("reason") if attempts and record["status"] != "done" else None,
+            spent_flop=record.spent_flop,
+            budget_flop=record.budget_flop,
+            reason=attempts[-1].reason if attempts and record.status != "done" else None,
         )
-    attempts = directory.read_attempts()
+    attempts = sound(directory.read_attempts())
     holder = lease_holder(directory.lease)
     hours = sum(_hours(attempt, now=holder is not None and attempt is attempts[-1]) for attempt in attempts) * devices
     common: dict[str, Any] = {
@@ -132,7 +132,7 @@ def status_of(directory: RunDirectory, run_id: str, budget: float, devices: int,
     last = attempts[-1]
     # A job that has seen the run fail is done with it, and works on at the others of its bundle; one that begins will
     # try it again.
-    if last.get("ended") == "failed" and (job is None or (job.running and job.id == last.get("job_id"))):
+    if last.ended == "failed" and (job is None or (job.running and job.id == last.job_id)):
         state = "failed"
     else:
         state = "interrupted" if job is None else "preempted"
@@ -140,26 +140,23 @@ def status_of(directory: RunDirectory, run_id: str, budget: float, devices: int,
         run_id,
         state,
         **common,
-        spent_flop=last.get("to_flop") or last.get("from_flop") or 0,
-        host=last.get("host"),
-        job_id=job.id if job else last.get("job_id"),
-        reason=last.get("reason") or (SILENT if last.get("ended") in (None, "killed") else None),
+        spent_flop=last.to_flop or last.from_flop or 0,
+        host=last.host,
+        job_id=job.id if job else last.job_id,
+        reason=last.reason or (SILENT if last.ended in (None, "killed") else None),
     )
 
 
-def _hours(attempt: Mapping[str, Any], now: bool = False) -> float:
+def _hours(attempt: AttemptRecord, now: bool = False) -> float:
     """Hours that an attempt took of a device, shared out as in a record's `gpu_hours`; of one that is still open, until
     now; zero where its end is not known.
     """
-    end = attempt.get("end")
-    if end is None and not now:
+    if attempt.end is None and not now:
         return 0.0
-    begin = datetime.fromisoformat(attempt["start"]).timestamp()
-    seconds = max(0.0, (datetime.fromisoformat(end).timestamp() if end else time.time()) - begin)
-    return seconds / 3600 / attempt.get("sharing", 1)
+    return max(0.0, attempt.seconds) / 3600 / attempt.sharing
 
 
-def wasted_hours(attempts: Sequence[Mapping[str, Any]]) -> float:
+def wasted_hours(attempts: Sequence[AttemptRecord]) -> float:
     """Hours of work that a later attempt had to repeat, because no checkpoint held it.
 
     An attempt's share kept is what its successor began with over what it had reached. One that was killed did not say
@@ -168,16 +165,16 @@ def wasted_hours(attempts: Sequence[Mapping[str, Any]]) -> float:
     """
     flop = seconds = 0.0
     for attempt in attempts:
-        if attempt.get("to_flop") is not None and attempt.get("from_flop") is not None:
-            flop += attempt["to_flop"] - attempt["from_flop"]
+        if attempt.to_flop is not None and attempt.from_flop is not None:
+            flop += attempt.to_flop - attempt.from_flop
             seconds += _hours(attempt)
     wasted = 0.0
     for attempt, successor in zip_longest(attempts, attempts[1:]):
-        hours, began, reached = _hours(attempt), attempt.get("from_flop") or 0, attempt.get("to_flop")
+        hours, began, reached = _hours(attempt), attempt.from_flop or 0, attempt.to_flop
         if successor is None:
-            wasted += hours if attempt.get("ended") == "failed" else 0.0
+            wasted += hours if attempt.ended == "failed" else 0.0
             continue
-        kept = (successor.get("from_flop") or 0) - began
+        kept = (successor.from_flop or 0) - began
         if reached is not None and reached > began:
             wasted += hours * (1 - min(1.0, kept / (reached - began)))
         elif kept <= 0:

@@ -22,9 +22,9 @@ def curves(study: Study) -> Drawn:
         own = study.curves[study.curves["method"] == method]
         for _, rows in own.groupby("run"):
             look = style.size_style(float(rows["params"].iloc[0]), study)
-            batch, held_out = rows.dropna(subset=["loss"]), rows.dropna(subset=["held_out_loss"])
-            axes.plot(batch["flops"], batch["loss"], color=look["color"], linewidth=0.4, alpha=0.6)
-            axes.plot(held_out["flops"], held_out["held_out_loss"], linewidth=0.9, **look | {"markersize": 3})
+            batch, held_out = rows.dropna(subset=["train_loss"]), rows.dropna(subset=["loss"])
+            axes.plot(batch["spent_flop"], batch["train_loss"], color=look["color"], linewidth=0.4, alpha=0.6)
+            axes.plot(held_out["spent_flop"], held_out["loss"], linewidth=0.9, **look | {"markersize": 3})
         axes.set_title(style.label(method))
     every[0].margins(0.03)
     style.log_axis(every[0].xaxis)

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +17,7 @@ from embedscale.model.methods import apply_method, merge_adapters
 from embedscale.run import config as configs
 from embedscale.run.config import RunConfig
 from embedscale.run.directory import RunDirectory
+from embedscale.run.record import RunRecord, sound
 
 TEXTS_AT_ONCE = 16384  # tokenised and sorted by length together
 # In one forward pass: on a CPU, what its layers pass on stays in a core's cache.
@@ -31,7 +31,7 @@ class Embedder:
         self,
         body: nn.Module,
         config: RunConfig,
-        record: dict[str, Any],
+        record: RunRecord,
         device: str | None = None,
         precision: str | None = None,
     ):
@@ -42,9 +42,11 @@ class Embedder:
         self.encoder.folded = fold(body, precision)
         name = config.data.tokenizer or config.backbone.name
         self.tokenizer, digest = load_tokenizer(name, None if config.data.tokenizer else config.backbone.revision)
-        if (trained := record.get("tokenizer_digest", digest)) != digest:  # records of older code do not tell
-            raise UserError(f"data.tokenizer: {name!r} is {digest}, but the run was trained with {trained}")
-        self.width: int = record["width"]
+        if record.tokenizer_digest not in (None, digest):  # records of older code do not tell
+            raise UserError(
+                f"data.tokenizer: {name!r} is {digest}, but the run was trained with {record.tokenizer_digest}"
+            )
+        self.width = record.width
 
     @classmethod
     def of_run(cls, run: str | Path, device: str | None = None, precision: str | None = None) -> "Embedder":
@@ -56,7 +58,7 @@ class Embedder:
         record = finished(directory)
         config = configs.load(directory.config)
         body = load_body(config.backbone, config.training.seed)
-        _check(directory, "backbone_digest", record, digest_of(dict(body.named_parameters())))
+        _check(directory, "backbone_digest", record.backbone_digest, digest_of(dict(body.named_parameters())))
         torch.manual_seed(config.training.seed)
         apply_method(body, config.method)
         _load_weights(body, directory, record)
@@ -90,27 +92,27 @@ class Embedder:
         return found
 
 
-def finished(directory: RunDirectory) -> dict[str, Any]:
+def finished(directory: RunDirectory) -> RunRecord:
     """The record of a run that is done. Raises UserError for any other."""
-    record = directory.read_record()
+    record = sound(directory.read_record())
     if record is None:
         state = "is not finished" if directory.path.is_dir() else "does not exist"
         raise UserError(f"{directory.path}: this run {state}; expected the directory of a run that is done")
-    if record["status"] != "done":
-        raise UserError(f"{directory.path}: this run {record['status']}; expected one that is done")
+    if record.status != "done":
+        raise UserError(f"{directory.path}: this run {record.status}; expected one that is done")
     return record
 
 
-def _load_weights(body: nn.Module, directory: RunDirectory, record: dict[str, Any]) -> None:
+def _load_weights(body: nn.Module, directory: RunDirectory, record: RunRecord) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    path = directory.model / "trainable.safetensors"
+    path = directory.weights
     try:
         weights = load_file(path)
     except (OSError, SafetensorError):
         raise UserError(f"{path}: is missing or damaged; the run must be trained again") from None
-    _check(directory, "weights_digest", record, digest_of(weights))
+    _check(directory, "weights_digest", record.weights_digest, digest_of(weights))
     trainable = {name: parameter for name, parameter in body.named_parameters() if parameter.requires_grad}
     if trainable.keys() != weights.keys():
         other = sorted(trainable.keys() ^ weights.keys())
@@ -120,6 +122,6 @@ def _load_weights(body: nn.Module, directory: RunDirectory, record: dict[str, An
             parameter.copy_(weights[name])
 
 
-def _check(directory: RunDirectory, field: str, record: dict[str, Any], found: str) -> None:
-    if record[field] != found:
-        raise UserError(f"{directory.record}: {field} is {record[field]}, but the weights found here give {found}")
+def _check(directory: RunDirectory, field: str, recorded: str, found: str) -> None:
+    if recorded != found:
+        raise UserError(f"{directory.record}: {field} is {recorded}, but the weights found here give {found}")

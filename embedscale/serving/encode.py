@@ -32,8 +32,8 @@ def encode(run: str, source: str, out: str, column: str = "text", form: str = "n
     number, digest = _survey(path, column)
     embedder = Embedder.of_run(run)
     facts = {
-        "run_id": embedder.record["run_id"],
-        "weights_digest": embedder.record["weights_digest"],
+        "run_id": embedder.record.run_id,
+        "weights_digest": embedder.record.weights_digest,
         "precision": embedder.config.training.precision,
         "texts": number,
         "texts_digest": digest,

@@ -16,6 +16,7 @@ from embedscale.errors import DONE, INTERRUPTED, UserError
 from embedscale.files import now, read_json, write_json
 from embedscale.model.hardware import keep_freed_memory
 from embedscale.run.directory import RunDirectory
+from embedscale.run.record import RunRecord
 from embedscale.run.stop import StopRequest
 from embedscale.serving.embedder import Embedder, finished
 from embedscale.serving.tasks import HELD_OUT, load_data, mteb_package, names_of, task_of
@@ -42,42 +43,42 @@ def evaluate(run: str, names: Sequence[str], tasks: Iterable[Any] = (), stop: St
         adapter = adapter_of(Embedder.of_run(run))
     for number, (name, task) in enumerate(missing.items(), 1):
         if stop.requested:
-            print(f"{record['run_id']}: interrupted ({stop.reason}) before {name}; run it again to go on")
+            print(f"{record.run_id}: interrupted ({stop.reason}) before {name}; run it again to go on")
             return INTERRUPTED
-        print(f"{record['run_id']}: task {number} of {len(missing)}, {name}", flush=True)
+        print(f"{record.run_id}: task {number} of {len(missing)}, {name}", flush=True)
         write_json(directory.score(name), _score(mteb, adapter, task, record))
     _show(record, {name: read_json(directory.score(name)) for name in known})
     return DONE
 
 
-def _score(mteb: Any, adapter: Any, task: Any, record: dict[str, Any]) -> dict[str, Any]:
+def _score(mteb: Any, adapter: Any, task: Any, record: RunRecord) -> dict[str, Any]:
     begun = time.monotonic()
     load_data(task)
     result = mteb.evaluate(adapter, task, cache=None, co2_tracker=False, show_progress_bar=False).task_results[0]
-    hyperparameters = record["hyperparameters"]
+    hyperparameters = record.hyperparameters
     return {
         "task": task.metadata.name,
         "type": task.metadata.type,
         "score": result.get_score(),
         "main_score": task.metadata.main_score,
         "scores": result.scores,
-        "run_id": record["run_id"],
-        "weights_digest": record["weights_digest"],
+        "run_id": record.run_id,
+        "weights_digest": record.weights_digest,
         "dataset_revision": result.dataset_revision,
         "mteb": version("mteb"),
-        "precision": hyperparameters["precision"],
-        "context": hyperparameters["context"],
+        "precision": hyperparameters.precision,
+        "context": hyperparameters.context,
         "prompts": None,
         "seconds": round(time.monotonic() - begun, 1),
         "time": now(),
     }
 
 
-def _show(record: dict[str, Any], scores: dict[str, dict[str, Any]]) -> None:
+def _show(record: RunRecord, scores: dict[str, dict[str, Any]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("task", "kind", "score", "measure", "seconds", title=record["run_id"])
+    table = Table("task", "kind", "score", "measure", "seconds", title=record.run_id)
     for name, found in scores.items():
         table.add_row(name, found["type"], f"{found['score']:.4f}", found["main_score"], f"{found['seconds']}")
     Console(highlight=False).print(table)
@@ -93,13 +94,13 @@ def adapter_of(embedder: Embedder) -> Any:
     class Adapter(AbsEncoder):
         mteb_model_meta = ModelMeta(
             loader=None,
-            name=f"embedscale/{record['run_id']}",
-            revision=record["weights_digest"],
+            name=f"embedscale/{record.run_id}",
+            revision=record.weights_digest,
             release_date=None,
             languages=None,
-            n_parameters=record["n_parameters"],
+            n_parameters=record.n_parameters,
             memory_usage_mb=None,
-            max_tokens=record["hyperparameters"]["context"],
+            max_tokens=record.hyperparameters.context,
             embed_dim=embedder.width,
             license=None,
             open_weights=None,
@@ -118,7 +119,7 @@ def adapter_of(embedder: Embedder) -> Any:
     return Adapter()
 
 
-def held_out_task(directory: RunDirectory, record: dict[str, Any]) -> Any:
+def held_out_task(directory: RunDirectory, record: RunRecord) -> Any:
     """Retrieval over the held-out pairs that the run's recall was measured on: a split for each of its groups.
 
     The texts are the stored tokens, decoded. Raises UserError where the store is gone or another one.
@@ -131,10 +132,10 @@ def held_out_task(directory: RunDirectory, record: dict[str, Any]) -> Any:
 
     config = configs.load(directory.config)
     store = PairStore.open(config.data.store)
-    if store.digest != record["data_digest"]:
-        raise UserError(f"data.store: {config.data.store} is {store.digest}; the run's was {record['data_digest']}")
-    size = record["evaluation"]["negatives"] + 1
-    groups = record["evaluation"]["pool"] // size
+    if store.digest != record.data_digest:
+        raise UserError(f"data.store: {config.data.store} is {store.digest}; the run's was {record.data_digest}")
+    size = record.evaluation.negatives + 1
+    groups = record.evaluation.pool // size
     splits = [f"group-{number + 1}" for number in range(groups)]
 
     class HeldOutRetrieval(AbsTaskRetrieval):
@@ -146,7 +147,7 @@ def held_out_task(directory: RunDirectory, record: dict[str, Any]) -> Any:
             eval_splits=splits,
             eval_langs=["eng-Latn"],
             main_score="recall_at_10",
-            dataset={"path": record["data"], "revision": store.digest},
+            dataset={"path": record.data, "revision": store.digest},
         )
 
         def load_data(self, *args: Any, **kwargs: Any) -> None:

@@ -183,29 +183,27 @@ def _compare(embedder: Embedder, model: Path, scratch: Path) -> float | str:
 def model_card(embedder: Embedder, directory: RunDirectory, name: str, likeness: float) -> str:
     """README.md: how to use the model, and what made it."""
     record, config = embedder.record, embedder.config
-    settings = record["hyperparameters"]
-    scores = [read_json(path) for path in sorted(directory.scores.glob("*.json"))]
+    settings = record.hyperparameters
+    scores = [read_json(path) for path in directory.score_paths()]
     rows = {
-        "backbone": f"{record['backbone']} ({record['backbone_weights']}, digest {record['backbone_digest']})",
-        "method": settings["method_label"],
-        "parameters outside the embedding": f"{record['n_parameters']:,}",
-        "budget": f"{record['spent_flop']:,} of {record['budget_flop']:,} FLOP, C = 2 (N_F + N_B + N_U) D",
-        "data": f"{record['data']} (digest {record['data_digest']}), {record['pairs']:,} pairs, "
-        f"{record['tokens']:,} tokens, cut at {settings['context']}",
-        "batch, steps": f"{settings['batch_size']} pairs, {record['steps']:,} steps",
-        "peak learning rate": f"{settings['learning_rate']:g}",
-        "loss": f"{settings['loss']} InfoNCE, temperature {settings['temperature']:g}",
-        "precision": settings["precision"],
-        "GPU-hours": f"{record['gpu_hours']} on {record['device']['name']}",
-        "run": f"{record['run_id']}, weights {record['weights_digest']}, seed {record['seed']}",
+        "backbone": f"{record.backbone} ({record.backbone_weights}, digest {record.backbone_digest})",
+        "method": settings.method_label,
+        "parameters outside the embedding": f"{record.n_parameters:,}",
+        "budget": f"{record.spent_flop:,} of {record.budget_flop:,} FLOP, C = 2 (N_F + N_B + N_U) D",
+        "data": f"{record.data} (digest {record.data_digest}), {record.pairs:,} pairs, "
+        f"{record.tokens:,} tokens, cut at {settings.context}",
+        "batch, steps": f"{settings.batch_size} pairs, {record.steps:,} steps",
+        "peak learning rate": f"{settings.learning_rate:g}",
+        "loss": f"{settings.loss} InfoNCE, temperature {settings.temperature:g}",
+        "precision": settings.precision,
+        "GPU-hours": f"{record.gpu_hours} on {record.device.name}",
+        "run": f"{record.run_id}, weights {record.weights_digest}, seed {record.seed}",
     }
-    evaluation = record["evaluation"]
+    evaluation = record.evaluation
     measured = {
-        f"held-out loss (among {evaluation['negatives'] + 1}, temperature {evaluation['temperature']:g})": record[
-            "loss"
-        ],
-        f"recall@1 among {evaluation['negatives'] + 1}": record["recall_at_1"],
-        "recall@10": record["recall_at_10"],
+        f"held-out loss (among {evaluation.negatives + 1}, temperature {evaluation.temperature:g})": record.loss,
+        f"recall@1 among {evaluation.negatives + 1}": record.recall_at_1,
+        "recall@10": record.recall_at_10,
         **{f"MTEB {score['task']} ({score['main_score']})": score["score"] for score in scores},
     }
     front = ["library_name: sentence-transformers", "pipeline_tag: sentence-similarity"]
@@ -221,7 +219,7 @@ def model_card(embedder: Embedder, directory: RunDirectory, name: str, likeness:
             "---",
             f"# {name}",
             "",
-            f"Text embeddings of {embedder.width} numbers from {record['backbone']}, fine-tuned with embedscale.",
+            f"Text embeddings of {embedder.width} numbers from {record.backbone}, fine-tuned with embedscale.",
             "",
             "```python",
             "from sentence_transformers import SentenceTransformer",

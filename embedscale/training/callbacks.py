@@ -17,6 +17,7 @@ from embedscale.model.hardware import compile_seconds, matrix_product_peak
 from embedscale.model.parallel import world_size
 from embedscale.run.directory import RunDirectory
 from embedscale.run.lease import Lease
+from embedscale.run.record import Metric
 from embedscale.run.stop import StopRequest
 from embedscale.training.held_out import evaluate_held_out
 from embedscale.training.module import Batch, Contrastive
@@ -56,8 +57,8 @@ class Log(lightning.Callback):
         self.write(
             trainer,
             module,
-            loss=float(module.loss),
-            lr=module.plan.learning_rate_at(batch.step),
+            train_loss=float(module.loss),
+            learning_rate=module.plan.learning_rate_at(batch.step),
             tokens_per_second=round((module.tokens - self._tokens) / seconds, 1),
             seconds=round(seconds, 4),
         )
@@ -66,10 +67,10 @@ class Log(lightning.Callback):
     def write(self, trainer: Any, module: Contrastive, **values: Any) -> None:
         if self.lease is None or not self.lease.held():
             return
-        place = {"step": module.step, "attempt": self.attempt, "tokens": module.tokens, "flops": module.flop}
-        self.directory.append_metrics(place | values)
+        row = Metric(module.step, self.attempt, module.tokens, module.flop, **values)
+        self.directory.append_metric(row)
         for logger in trainer.loggers:
-            logger.log_metrics({"tokens": module.tokens, "flops": module.flop} | values, step=module.step)
+            logger.log_metrics({"tokens": row.tokens, "spent_flop": row.spent_flop} | values, step=row.step)
 
 
 def refuse_divergence(module: Contrastive) -> None:
@@ -94,7 +95,7 @@ class HeldOut(lightning.Callback):
 
     def catch_up(self, trainer: Any, module: Contrastive) -> None:
         """Evaluate if this step's row is due and missing. Raises Stopped where a stop is requested meanwhile."""
-        done = {row["step"] for row in self.writer.directory.read_metrics() if "held_out_loss" in row}
+        done = {row.step for row in self.writer.directory.read_metrics() if row.loss is not None}
         if module.step in module.plan.evaluate_after and module.step not in done:
             self.evaluate(trainer, module)
             if self.last is None:
@@ -104,7 +105,7 @@ class HeldOut(lightning.Callback):
         refuse_divergence(module)
         self.last = evaluate_held_out(module.encoder, self.store, module.config.evaluation, self.stop)
         if self.last is not None:
-            if not math.isfinite(self.last["held_out_loss"]):  # the last step's weights have no later loss to tell
+            if not math.isfinite(self.last["loss"]):  # the last step's weights have no later loss to tell
                 raise Diverged(module.step)
             self.writer.write(trainer, module, **self.last)
 
@@ -162,9 +163,9 @@ class Checkpoints(lightning.Callback):
     def save(self, step: int, state: dict[str, Any]) -> None:
         self.directory.secure_metrics()
         self.directory.checkpoints.mkdir(exist_ok=True)
-        path = self.directory.checkpoints / f"step-{step:09d}.pt"
+        path = self.directory.checkpoint(step)
         write_atomically(path, lambda file: torch.save(state | {"run_id": self.run_id}, file))
-        for old in sorted(self.directory.checkpoints.glob("step-*.pt"))[:-KEPT]:
+        for old in self.directory.checkpoint_paths()[:-KEPT]:
             old.unlink()
 
 
@@ -184,7 +185,7 @@ def newest_checkpoint(directory: RunDirectory, run_id: str, mapped: bool = False
 
     `mapped`, all processes of a node read one copy of it in memory, but no checksum is looked at.
     """
-    for path in sorted(directory.checkpoints.glob("step-*.pt"), reverse=True):
+    for path in reversed(directory.checkpoint_paths()):
         try:
             state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
             if state["run_id"] == run_id:
@@ -281,7 +282,7 @@ class Show(lightning.Callback):
             "seconds_left": round(left, 1),
         }
         loss = f"{float(module.loss):.4f}"
-        held_out = f"{self.held_out.last['held_out_loss']:.4f}" if self.held_out.last else "–"
+        held_out = f"{self.held_out.last['loss']:.4f}" if self.held_out.last else "–"
         speed = f"{rate:,.0f} tokens/s, {share:.0%} of peak"
         if self.console.is_terminal:
             self.bar.update(self.task, completed=module.flop, loss=loss, held_out=held_out, speed=speed)

@@ -62,4 +62,4 @@ def evaluate_held_out(
         results = results.to(device)
         torch.distributed.all_reduce(results)
     loss, first, tenth = results.mean(0).tolist()
-    return {"held_out_loss": loss, "recall_at_1": first, "recall_at_10": tenth}
+    return {"loss": loss, "recall_at_1": first, "recall_at_10": tenth}

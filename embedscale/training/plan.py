@@ -4,7 +4,6 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
 
 import numpy as np
 
@@ -13,6 +12,7 @@ from embedscale.errors import DONE, UserError
 from embedscale.run.config import RunConfig, bounded
 from embedscale.run.cost import Cost, cost_of, peak_learning_rate
 from embedscale.run.families import BackboneShape, known, shape_by_name
+from embedscale.values import Count, Value
 
 # Tokens: the paper's mean query and value (section 4.1), where no store says better.
 PAPER_PAIR = 14 + 64
@@ -61,8 +61,41 @@ class TrainingPlan:
         full = self.steps if self.pairs == self.steps * self.batch_size else max(1, self.steps - 1)
         return range(full - max(1, round(0.05 * full)), full)
 
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self)
+
+@dataclass(frozen=True)
+class PlanFile(Value):
+    """plan.json: what a run will do, and what a resumed run must find unchanged."""
+
+    backbone_digest: str
+    """Digest of the backbone's weights before training."""
+    n_forward: Count
+    """N_F: parameters that the forward pass uses (paper, section 3.5)."""
+    n_backward: Count
+    """N_B: parameters that the backward pass goes through (paper, section 3.5)."""
+    n_updated: Count
+    """N_U: parameters that train (paper, section 3.5)."""
+    n_parameters: Count
+    """N: non-embedding parameters of the backbone, without adapters."""
+    blocks: Count
+    """Blocks of the backbone."""
+    width: Count
+    """Width of the backbone."""
+    trainable: list[str]
+    """Names of the tensors that train, in order."""
+    plan: TrainingPlan
+    """What the budget buys."""
+    tokenizer_digest: str | None = None
+    """Digest of the tokenizer; null in files of early code."""
+    chunk_tokens: Count | None = None
+    """Most tokens in one forward pass; null where the whole batch fits."""
+
+    def difference(self, other: "PlanFile") -> str | None:
+        """Return the first fact that a resumed run must keep and that differs from `other`, with both values."""
+        mine, others = (asdict(each) | asdict(each.plan) for each in (self, other))
+        for name, value in mine.items():
+            if name not in ("plan", "chunk_tokens", "evaluate_after") and value is not None and others[name] != value:
+                return f"this run began with {name} {value}; now it is {others[name]}"
+        return None
 
 
 def learning_rate_of(config: RunConfig) -> float:

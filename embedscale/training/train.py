@@ -9,8 +9,7 @@ import subprocess
 import sys
 import traceback
 import warnings
-from dataclasses import asdict
-from datetime import datetime
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from torch.utils.data import DataLoader
 from embedscale.data.store import PairStore
 from embedscale.data.tokens import tokenizer_digest
 from embedscale.errors import DONE, FAILED, INTERRUPTED, UserError
-from embedscale.files import read_json, write_atomically, write_json
+from embedscale.files import write_atomically, write_json
 from embedscale.model.backbone import digest_of, load_body, shape_of, shape_without_weights
 from embedscale.model.hardware import keep_freed_memory, training_device
 from embedscale.run import config as configs
@@ -33,6 +32,7 @@ from embedscale.run.config import RunConfig
 from embedscale.run.directory import Attempt, RunDirectory
 from embedscale.run.families import short_name
 from embedscale.run.lease import Lease, leased
+from embedscale.run.record import CodeVersion, Device, EvaluationRecord, Hyperparameters, Metric, RunRecord, sound
 from embedscale.run.stop import STOP_SIGNALS, StopRequest, end_with_parent
 from embedscale.training.callbacks import (
     Budget,
@@ -48,7 +48,7 @@ from embedscale.training.callbacks import (
 )
 from embedscale.training.memory import fitting_chunk
 from embedscale.training.module import Batches, Contrastive, assemble
-from embedscale.training.plan import TrainingPlan, plan_run
+from embedscale.training.plan import PlanFile, TrainingPlan, plan_run
 
 # Lightning sets it too, but the first product on a GPU, which reads it, may come before: `calibrate` measures the peak.
 os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
@@ -69,10 +69,10 @@ def train(config: RunConfig, stop: StopRequest | None = None, sharing: int = 1, 
         stop = StopRequest()
         stop.on_signals()
     directory = RunDirectory(config.folder)
-    record = directory.read_record()
+    record = sound(directory.read_record())
     if record is not None:
-        _say_outcome(directory)
-        return DONE if record["status"] == "done" else FAILED
+        _say_outcome(directory, record)
+        return DONE if record.status == "done" else FAILED
     _refuse_another_config(directory, config)
     shape = shape_without_weights(config.backbone)  # a mistyped backbone is no tokenizer's fault
     store = PairStore.open(config.data.store)
@@ -87,37 +87,34 @@ def train(config: RunConfig, stop: StopRequest | None = None, sharing: int = 1, 
     store.held_out_batch(0, config.evaluation.pool)  # damaged, it must not be found out after the training
     quieten()
     keep_freed_memory()
-    module, facts = _build(config, plan)
-    facts["tokenizer_digest"] = store.tokenizer_digest
-    _refuse_another_plan(directory, facts | {"plan": plan.as_json()})
+    module, facts = _build(config, plan, store)
+    _refuse_another_plan(directory, facts)
     module.sharing = sharing * beside
     chunk = _chunk_tokens(config, directory, module)
     if _rank() > 0:
-        attempt = Attempt(directory.attempts, {"number": 0})
+        attempt = directory.attempt(0)
         return _fit(config, directory, store, module, chunk, facts, stop, attempt, None)
     with leased(directory, lambda: stop.request("another process has taken this run over")) as lease:
-        if directory.read_record() is not None:  # another process ended it since the first look
+        if directory.record.exists():  # another process ended it since the first look
             return train(config, stop, sharing, beside)
         write_atomically(directory.config, lambda file: file.write(configs.to_yaml(config).encode()))
-        write_json(directory.plan, facts | {"chunk_tokens": chunk, "plan": plan.as_json()})
+        write_json(directory.plan, replace(facts, chunk_tokens=chunk).to_json())
         directory.clear_up(lease.left_behind)
         attempt = directory.begin_attempt(sharing=sharing)
         return _fit(config, directory, store, module, chunk, facts, stop, attempt, lease)
 
 
-def _say_outcome(directory: RunDirectory) -> None:
-    record = directory.read_record() or {}
-    print(f"{record['run_id']} is {record['status']}: held-out loss {record['loss']}, record {directory.record}")
+def _say_outcome(directory: RunDirectory, record: RunRecord) -> None:
+    print(f"{record.run_id} is {record.status}: held-out loss {record.loss}, record {directory.record}")
 
 
 def _chunk_tokens(config: RunConfig, directory: RunDirectory, module: Contrastive) -> int | None:
     """As configured; or as this run was begun with, so that it rounds as it did; or what the memory takes."""
     if config.resources.chunk_tokens is not None:
         return config.resources.chunk_tokens
-    begun = read_json(directory.plan) if any(directory.checkpoints.glob("step-*.pt")) else None
+    begun = sound(PlanFile.read(directory.plan)) if directory.checkpoint_paths() else None
     if begun is not None:
-        found: int | None = begun.get("chunk_tokens")
-        return found
+        return begun.chunk_tokens
     return fitting_chunk(module)
 
 
@@ -134,7 +131,7 @@ def quieten() -> None:
     warnings.filterwarnings("ignore", module="lightning")
 
 
-def _build(config: RunConfig, plan: TrainingPlan) -> tuple[Contrastive, dict[str, Any]]:
+def _build(config: RunConfig, plan: TrainingPlan, store: PairStore) -> tuple[Contrastive, PlanFile]:
     """The module at its first step, and the facts that a resumed run must meet again."""
     body = load_body(config.backbone, config.training.seed)
     shape = shape_of(body, config.backbone.name)
@@ -145,16 +142,18 @@ def _build(config: RunConfig, plan: TrainingPlan) -> tuple[Contrastive, dict[str
             f"backbone.name: {config.backbone.name!r} has other layers than the Pythia of its name: a token costs "
             f"{module.cost.flop_per_token:,} FLOP, not {plan.flop_per_token:,}; allowed: a local folder of it"
         )
-    return module, {
-        "backbone_digest": digest,
-        "n_forward": module.cost.n_forward,
-        "n_backward": module.cost.n_backward,
-        "n_updated": module.cost.n_updated,
-        "n_parameters": module.cost.n_parameters,
-        "blocks": shape.blocks,
-        "width": shape.width,
-        "trainable": list(module.trainable),
-    }
+    return module, PlanFile(
+        backbone_digest=digest,
+        n_forward=module.cost.n_forward,
+        n_backward=module.cost.n_backward,
+        n_updated=module.cost.n_updated,
+        n_parameters=module.cost.n_parameters,
+        blocks=shape.blocks,
+        width=shape.width,
+        trainable=list(module.trainable),
+        plan=plan,
+        tokenizer_digest=store.tokenizer_digest,
+    )
 
 
 def _refuse_another_config(directory: RunDirectory, config: RunConfig) -> None:
@@ -167,15 +166,11 @@ def _refuse_another_config(directory: RunDirectory, config: RunConfig) -> None:
             raise UserError(f"{directory.path}: is the directory of another run: {part} is {found[part]} there")
 
 
-def _refuse_another_plan(directory: RunDirectory, facts: dict[str, Any]) -> None:
+def _refuse_another_plan(directory: RunDirectory, facts: PlanFile) -> None:
     """A run goes on only with the data, the weights and the number of processes that it began with."""
-    before = read_json(directory.plan)
-    if before is None or not any(directory.checkpoints.glob("step-*.pt")):
-        return
-    for name, value in (before | before["plan"]).items():
-        now = (facts | facts["plan"]).get(name)
-        if name not in ("plan", "chunk_tokens", "evaluate_after") and now != value:
-            raise UserError(f"{directory.path}: this run began with {name} {value}; now it is {now}")
+    before = sound(PlanFile.read(directory.plan)) if directory.checkpoint_paths() else None
+    if before is not None and (found := before.difference(facts)):
+        raise UserError(f"{directory.path}: {found}")
 
 
 def bare_trainer(**options: Any) -> lightning.Trainer:
@@ -207,7 +202,7 @@ def _fit(
     store: PairStore,
     module: Contrastive,
     chunk_tokens: int | None,
-    facts: dict[str, Any],
+    facts: PlanFile,
     stop: StopRequest,
     attempt: Attempt,
     lease: Lease | None,
@@ -219,7 +214,7 @@ def _fit(
     if lease is not None:
         directory.truncate_metrics(module.step)
         attempt.write(from_step=module.step, from_flop=module.flop)
-    log = Log(directory, lease, attempt.facts["number"], config.resources.log_every)
+    log = Log(directory, lease, attempt.record.number, config.resources.log_every)
     held_out = HeldOut(store, log, stop)
     checkpoints = Checkpoints(directory, lease, config.run_id, config.resources.checkpoint_minutes, stop)
     callbacks: list[lightning.Callback] = [
@@ -248,8 +243,7 @@ def _fit(
         if module.step < module.plan.steps or not evaluated or not lease.held():
             return interrupted(stop.reason)
         attempt.end("done", to_step=module.step, to_flop=module.flop)
-        _record(config, directory, module, weights, facts, "done")
-        _say_outcome(directory)
+        _say_outcome(directory, _record(config, directory, module, weights, facts, None))
         return DONE
     except Stopped:
         return interrupted(stop.reason)
@@ -257,9 +251,8 @@ def _fit(
         weights = module.weights()
         if lease is not None:
             attempt.end("diverged", reason=str(error), to_step=error.step, to_flop=module.flop)
-            facts |= {"diverged_at_step": error.step}
             if lease.held():
-                _record(config, directory, module, weights, facts, "diverged")
+                _record(config, directory, module, weights, facts, error.step)
             print(f"{config.run_id}: diverged, {error}", file=sys.stderr)
         return FAILED
     except (KeyboardInterrupt, SystemExit) as error:  # the latter is what Lightning makes of the former
@@ -340,7 +333,7 @@ def _loggers(config: RunConfig, directory: RunDirectory) -> list[Any]:
     if "tensorboard" in config.resources.loggers:
         from lightning.pytorch.loggers import TensorBoardLogger
 
-        found.append(TensorBoardLogger(directory.path, name="tensorboard", version=""))
+        found.append(TensorBoardLogger(directory.path, name=directory.tensorboard.name, version=""))
     if "wandb" in config.resources.loggers:
         from lightning.pytorch.loggers import WandbLogger
 
@@ -349,8 +342,8 @@ def _loggers(config: RunConfig, directory: RunDirectory) -> list[Any]:
     return found
 
 
-def _last_evaluation(directory: RunDirectory, module: Contrastive) -> dict[str, Any] | None:
-    rows = [r for r in directory.read_metrics() if "held_out_loss" in r and r["step"] == module.plan.steps]
+def _last_evaluation(directory: RunDirectory, module: Contrastive) -> Metric | None:
+    rows = [row for row in directory.read_metrics() if row.loss is not None and row.step == module.plan.steps]
     return rows[-1] if rows else None
 
 
@@ -359,9 +352,9 @@ def _record(
     directory: RunDirectory,
     module: Contrastive,
     weights: dict[str, torch.Tensor],
-    facts: dict[str, Any],
-    status: str,
-) -> None:
+    facts: PlanFile,
+    diverged_at_step: int | None,
+) -> RunRecord:
     """Write the final weights and, last of all, the record; then the checkpoints have served.
 
     `gpu_hours` are hours of devices, each counted once: an attempt's are divided by the number of runs that its device
@@ -369,86 +362,89 @@ def _record(
     """
     plan, evaluation, method = module.plan, config.evaluation, config.method
     weights = {name: weight.cpu().contiguous() for name, weight in weights.items()}
-    final = _last_evaluation(directory, module) if status == "done" else None
-    attempts = directory.read_attempts()
-    wall = sum(_seconds(attempt) for attempt in attempts)
-    of_a_device = sum(_seconds(attempt) / attempt.get("sharing", 1) for attempt in attempts)
-    if status == "done":
+    done = diverged_at_step is None
+    final = _last_evaluation(directory, module) if done else None
+    attempts = sound(directory.read_attempts())
+    wall = sum(attempt.seconds for attempt in attempts)
+    of_a_device = sum(attempt.seconds / attempt.sharing for attempt in attempts)
+    if done:
         directory.model.mkdir(exist_ok=True)
-        write_atomically(directory.model / "trainable.safetensors", lambda file: save_file(weights, file.name))
+        write_atomically(directory.weights, lambda file: save_file(weights, file.name))
     training = asdict(config.training)
     del training["seed"]
+    training["learning_rate"] = plan.learning_rate
     if method.name == "freeze":
-        trainable_fraction = len(method.training_blocks(facts["blocks"])) / facts["blocks"]
+        trainable_fraction = len(method.training_blocks(facts.blocks)) / facts.blocks
     else:
-        trainable_fraction = facts["n_updated"] / facts["n_parameters"]
-    record = {
-        "format": 1,
-        "status": status,
-        "run_id": config.run_id,
-        "backbone": short_name(config.backbone.name),
-        "backbone_weights": config.backbone.weights,
-        "backbone_revision": config.backbone.revision,
-        **{key: value for key, value in facts.items() if key != "trainable"},
-        "method": method.name,
-        "hyperparameters": {
+        trainable_fraction = facts.n_updated / facts.n_parameters
+    record = RunRecord(
+        format=1,
+        status="done" if done else "diverged",
+        run_id=config.run_id,
+        backbone=short_name(config.backbone.name),
+        backbone_weights=config.backbone.weights,
+        backbone_revision=config.backbone.revision,
+        backbone_digest=facts.backbone_digest,
+        n_forward=facts.n_forward,
+        n_backward=facts.n_backward,
+        n_updated=facts.n_updated,
+        n_parameters=facts.n_parameters,
+        blocks=facts.blocks,
+        width=facts.width,
+        tokenizer_digest=facts.tokenizer_digest,
+        method=method.name,
+        hyperparameters=Hyperparameters(
             **training,
-            "learning_rate": plan.learning_rate,
-            "context": config.data.context,
-            "temperature": config.loss.temperature,
-            "loss": config.loss.form,
-            "hard_negatives": config.loss.hard_negatives,
-            "mask_equal_texts": config.loss.mask_equal_texts,
-            "pooling": config.backbone.pooling,
+            context=config.data.context,
+            temperature=config.loss.temperature,
+            loss=config.loss.form,
+            hard_negatives=config.loss.hard_negatives,
+            mask_equal_texts=config.loss.mask_equal_texts,
+            pooling=config.backbone.pooling,
             **{key: value for key, value in asdict(method).items() if key != "name"},
-            "method_label": method.label,
-        },
-        "trainable_fraction": trainable_fraction,
-        "trainable_tensors": len(facts["trainable"]),
-        "seed": config.training.seed,
-        "data": short_name(config.data.store),
-        "data_digest": plan.data_digest,
-        "budget_flop": plan.budget_flop,
-        "spent_flop": module.flop,
-        "flop_per_token": plan.flop_per_token,
-        "spent_flop_exact": module.flop_exact,
-        "tokens": module.tokens,
-        "pairs": min(module.step * plan.batch_size, plan.pairs),
-        "steps": module.step,
-        "loss": final["held_out_loss"] if final else None,
-        "train_loss": float(module.averaged) / len(plan.averaged_steps) if final else None,
-        "recall_at_1": final["recall_at_1"] if final else None,
-        "recall_at_10": final["recall_at_10"] if final else None,
-        "evaluation": {
-            "pool": evaluation.pool,
-            "negatives": evaluation.negatives,
-            "temperature": evaluation.temperature,
-            "digest": plan.evaluation_digest,
-        },
-        "weights_digest": digest_of(weights),
-        "wall_seconds": round(wall, 1),
-        "gpu_hours": round(of_a_device * plan.world_size / 3600, 5),
-        "device": _device(training_device(), plan.world_size),
-        "attempts": attempts,
-        "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
-        "code": code_version(),
-    }
+            method_label=method.label,
+        ),
+        trainable_fraction=trainable_fraction,
+        trainable_tensors=len(facts.trainable),
+        seed=config.training.seed,
+        data=short_name(config.data.store),
+        data_digest=plan.data_digest,
+        budget_flop=plan.budget_flop,
+        spent_flop=module.flop,
+        flop_per_token=plan.flop_per_token,
+        spent_flop_exact=module.flop_exact,
+        tokens=module.tokens,
+        pairs=min(module.step * plan.batch_size, plan.pairs),
+        steps=module.step,
+        loss=final.loss if final else None,
+        train_loss=float(module.averaged) / len(plan.averaged_steps) if final else None,
+        recall_at_1=final.recall_at_1 if final else None,
+        recall_at_10=final.recall_at_10 if final else None,
+        evaluation=EvaluationRecord(
+            evaluation.pool, evaluation.negatives, evaluation.temperature, plan.evaluation_digest
+        ),
+        weights_digest=digest_of(weights),
+        wall_seconds=round(wall, 1),
+        gpu_hours=round(of_a_device * plan.world_size / 3600, 5),
+        device=_device(training_device(), plan.world_size),
+        attempts=attempts,
+        versions={name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
+        code=code_version(),
+        diverged_at_step=diverged_at_step,
+    )
     directory.secure_metrics()
-    write_json(directory.record, record)
+    directory.write_record(record)
     shutil.rmtree(directory.checkpoints, ignore_errors=True)
+    return record
 
 
-def _seconds(attempt: dict[str, Any]) -> float:
-    return (datetime.fromisoformat(attempt["end"]) - datetime.fromisoformat(attempt["start"])).total_seconds()
-
-
-def _device(device: torch.device, count: int) -> dict[str, Any]:
+def _device(device: torch.device, count: int) -> Device:
     known = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
     name = known or platform.machine()
-    return {"name": name, "count": count, "type": device.type, "threads": torch.get_num_threads()}
+    return Device(name, count, device.type, torch.get_num_threads())
 
 
-def code_version() -> dict[str, Any]:
+def code_version() -> CodeVersion:
     """The package's version and, where it runs from a checkout, its commit."""
     folder = Path(__file__).parent
 
@@ -460,4 +456,4 @@ def code_version() -> dict[str, Any]:
         return done.stdout.strip() if done.returncode == 0 else None
 
     status = git("status", "--porcelain", "--untracked-files=no")
-    return {"version": version("embedscale"), "commit": git("rev-parse", "HEAD"), "dirty": bool(status)}
+    return CodeVersion(version("embedscale"), git("rev-parse", "HEAD"), bool(status))

@@ -26,8 +26,9 @@ from embedscale.errors import DONE, FAILED, INTERRUPTED, UserError
 from embedscale.files import now, read_json, write_json
 from embedscale.imports import importing
 from embedscale.run.config import RunConfig
-from embedscale.run.directory import Attempt, RunDirectory
+from embedscale.run.directory import RunDirectory
 from embedscale.run.lease import STALE_SECONDS, lease_holder, leased, process_alive, start_time
+from embedscale.run.record import sound
 from embedscale.run.stop import StopRequest
 from slurm.grid import Sweep
 from slurm.scheduler import queue
@@ -106,8 +107,8 @@ def import_everything() -> None:
 def _ended_before(run: RunConfig, stop: StopRequest) -> str | None:
     """The run's outcome where it is not to be started, else None."""
     directory = RunDirectory(run.folder)
-    if (record := directory.read_record()) is not None:
-        return "done" if record["status"] == "done" else "failed"
+    if (record := sound(directory.read_record())) is not None:
+        return "done" if record.status == "done" else "failed"
     if int(os.environ.get("RANK", 0)) > 0:
         return None  # the first process decides
     # After the loss of a node SLURM starts the job again before the lost process's lease has aged.
@@ -118,7 +119,7 @@ def _ended_before(run: RunConfig, stop: StopRequest) -> str | None:
             return "elsewhere"
         time.sleep(1)
     if stalled(directory):
-        reasons = [attempt["reason"] for attempt in directory.read_attempts() if attempt.get("reason")]
+        reasons = [attempt.reason for attempt in sound(directory.read_attempts()) if attempt.reason]
         why = f"; the last to say why: {reasons[-1]}" if reasons else ""
         note_failure(directory, f"{ATTEMPTS} attempts without a new checkpoint{why}")
         return "failed"
@@ -130,11 +131,13 @@ def stalled(directory: RunDirectory) -> bool:
 
     Those that a Ctrl-C or `cancel` ended on this machine do not count: they say nothing of the run.
     """
-    attempts = [a for a in directory.read_attempts() if a.get("ended") != "interrupted" or a.get("job_id")]
-    since = max((i + 1 for i, attempt in enumerate(attempts) if attempt.get("ended") == "failed"), default=0)
+    attempts = [a for a in sound(directory.read_attempts()) if a.ended != "interrupted" or a.job_id]
+    since = max((i + 1 for i, attempt in enumerate(attempts) if attempt.ended == "failed"), default=0)
     recent = attempts[since:][-ATTEMPTS:]
-    newest = max((int(path.stem.split("-")[1]) for path in directory.checkpoints.glob("step-*.pt")), default=0)
-    return len(recent) == ATTEMPTS and newest <= recent[0].get("from_step", newest)
+    if len(recent) < ATTEMPTS:
+        return False
+    begun = recent[0].from_step
+    return begun is None or (directory.newest_step or 0) <= begun
 
 
 def note_failure(directory: RunDirectory, reason: str) -> None:
@@ -151,7 +154,7 @@ def _start(run: RunConfig, place: Place) -> _Running:
     context = multiprocessing.get_context("fork")
     processes: list[BaseProcess] = []
     for environment in place.processes:
-        log = _log(directory, number, int((os.environ | environment).get("RANK", 0)))
+        log = directory.log(number, int((os.environ | environment).get("RANK", 0)))
         processes.append(context.Process(target=_child, args=(run, dict(environment), place, log)))
     for process in processes:
         process.start()
@@ -161,13 +164,9 @@ def _start(run: RunConfig, place: Place) -> _Running:
 
 def next_attempt(directory: RunDirectory, task: int) -> int:
     """The number of the attempt that a job's task takes part in, which the first task may have begun already."""
-    number = 1 + max((attempt["number"] for attempt in directory.read_attempts()), default=0)
-    begun = task > 0 and number > 1 and not _log(directory, number - 1, task).exists()
+    number = 1 + max((attempt.number for attempt in sound(directory.read_attempts())), default=0)
+    begun = task > 0 and number > 1 and not directory.log(number - 1, task).exists()
     return number - begun
-
-
-def _log(directory: RunDirectory, attempt: int, rank: int) -> Path:
-    return directory.attempts / (f"{attempt}.rank{rank}.log" if rank else f"{attempt}.log")
 
 
 def _child(run: RunConfig, environment: dict[str, str], place: Place, log: Path) -> None:
@@ -231,19 +230,16 @@ def _outcome(each: _Running, stop: StopRequest) -> str | None:
     directory = RunDirectory(each.run.folder)
     if code == INTERRUPTED and stop.requested:
         # The child knows only that this parent asked it, not why.
-        for facts in directory.read_attempts()[-1:]:
-            if facts.get("pid") == each.processes[0].pid and facts.get("ended") == "interrupted":
-                Attempt(directory.attempts / str(facts["number"]), facts).write(reason=stop.reason)
+        for last in sound(directory.read_attempts())[-1:]:
+            if last.pid == each.processes[0].pid and last.ended == "interrupted":
+                directory.reopen(last).write(reason=stop.reason)
         return "interrupted"
     if code in OUTCOMES and code != INTERRUPTED:
         return OUTCOMES[code]
     if lost and lease_holder(directory.lease) is None:
         # Written here, for the dead cannot; one that died before it began its attempt has used up one all the same.
         why = f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit status {code}"
-        ended = [
-            Attempt(directory.attempts / str(f["number"]), f) for f in directory.read_attempts() if "ended" not in f
-        ]
-        for attempt in ended or [directory.begin_attempt()]:
+        for attempt in directory.open_attempts() or [directory.begin_attempt()]:
             attempt.write(end=now(), ended="killed", reason=why)
     return "interrupted" if stop.requested else None
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from records import record
 
 from analysis import runs
 from analysis.fitting import fit as fits_file
@@ -81,33 +82,31 @@ def write_run(folder: Path, budget: float, size: int, method: str, loss: float, 
     rows = []
     for share in (0.1, 0.25, 0.5, 0.75, 1.0):
         value = loss * share**-0.2
-        rows.append({"step": int(100 * share), "flops": share * budget, "loss": value * 1.02})
-        rows.append({"step": int(100 * share), "flops": share * budget, "held_out_loss": value})
+        place = {"step": int(100 * share), "spent_flop": int(share * budget)}
+        rows.append(place | {"train_loss": value * 1.02})
+        rows.append(place | {"loss": value})
     (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    record = {
-        "status": "done",
-        "run_id": path.name,
-        "backbone": Path(backbone).name,
-        "method": method,
-        "hyperparameters": {"batch_size": 128, "learning_rate": 0.003, "context": 75, "loss": "symmetric"} | settings,
-        "trainable_fraction": {"full": 1.0, "lora": 0.1, "bias": 0.02, "freeze": 0.5}[method],
-        "seed": seed,
-        "data_digest": "d1",
-        "budget_flop": budget,
-        "spent_flop": budget * 0.999,
-        "spent_flop_exact": budget * 1.1,
-        "flop_per_token": per_token,
-        "n_parameters": size,
-        "tokens": tokens,
-        "pairs": tokens / 120,
-        "steps": int(np.ceil(tokens / 120 / 128)),
-        "loss": loss,
-        "evaluation": {"pool": 2048, "negatives": 127, "temperature": 0.05, "digest": "e1"},
-        "gpu_hours": budget / 1e13,
-        "device": {"name": "cpu"},
-        "code": {"version": "0.1.0", "commit": "abc", "dirty": False},
-    }
-    (path / "record.json").write_text(json.dumps(record))
+    found = record(
+        run_id=path.name,
+        backbone=Path(backbone).name,
+        method=method,
+        hyperparameters={"batch_size": 128, "learning_rate": 0.003} | settings,
+        trainable_fraction={"full": 1.0, "lora": 0.1, "bias": 0.02, "freeze": 0.5}[method],
+        seed=seed,
+        data_digest="d1",
+        budget_flop=budget,
+        spent_flop=int(budget * 0.999),
+        spent_flop_exact=int(budget * 1.1),
+        flop_per_token=int(per_token),
+        n_parameters=size,
+        tokens=tokens,
+        pairs=tokens // 120,
+        steps=int(np.ceil(tokens / 120 / 128)),
+        loss=loss,
+        evaluation={"pool": 2048, "negatives": 127, "temperature": 0.05, "digest": "e1"},
+        gpu_hours=budget / 1e13,
+    )
+    (path / "record.json").write_text(json.dumps(found))
     return path
 
 

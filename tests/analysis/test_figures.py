@@ -31,9 +31,11 @@ def study(paper_folder, tmp_path_factory) -> studies.Study:
     other = studies.load(fitted(other, tmp_path_factory.mktemp("other")))
     best = found.points["full"]
     scores = found.table[["run"]].assign(task="STS15", score=0.8 - 0.1 * np.log(found.table["loss"]))
-    curves = best[["run", "method", "params", "budget"]].assign(flops=best["budget"], loss=best["loss"])
-    curves = pd.concat([curves.assign(flops=curves["flops"] * f, loss=curves["loss"] / f**0.1) for f in (0.2, 1)])
-    return replace(found, other=other, scores=scores, curves=curves.assign(held_out_loss=curves["loss"]))
+    curves = best[["run", "method", "params", "budget"]].assign(spent_flop=best["budget"], loss=best["loss"])
+    curves = pd.concat(
+        [curves.assign(spent_flop=curves["spent_flop"] * f, loss=curves["loss"] / f**0.1) for f in (0.2, 1)]
+    )
+    return replace(found, other=other, scores=scores, curves=curves.assign(train_loss=curves["loss"]))
 
 
 @pytest.fixture(scope="module")
@@ -215,7 +217,7 @@ def test_run_directories_bring_curves_and_scores(tmp_path, capsys):
     assert main(["fit", str(folder), "--bootstrap", "100"]) == 0
     study = studies.load(folder)
     assert set(study.curves["run"]) == set(study.table["run"])
-    assert study.curves["held_out_loss"].notna().sum() == 5 * len(study.table)
+    assert study.curves["loss"].notna().sum() == 5 * len(study.table)
     assert len(study.scores) == len(study.table)
     with style.style():
         rows = figures_runs.score_and_loss(study).rows

@@ -5,43 +5,25 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
+import records
 
 from analysis import runs
 from embedscale.errors import UserError
 
 
 def record(run_id: str = "a", **changes) -> dict:
-    """A record.json as `embedscale train` writes it, cut to what the analysis reads."""
-    whole = {
-        "format": 1,
-        "status": "done",
-        "run_id": run_id,
-        "backbone": "pythia-14m",
-        "backbone_weights": "pretrained",
-        "method": "lora",
-        "hyperparameters": {
-            "learning_rate": 1e-3,
-            "rank": 8,
-            "targets": ["dense", "query_key_value"],
-            "loss": "infonce",
-            "batch_size": 1024,
-            "context": 75,
-            "temperature": 0.025,
-            "blocks": "last",
-        },
-        "trainable_fraction": 0.1,
-        "seed": 0,
-        "data_digest": "d",
-        "budget_flop": 1.5e15,
-        "flop_per_token": 5_000_000,
-        "n_parameters": 1_189_888,
-        "blocks": 6,
-        "tokens": 300_000_000,
-        "loss": 2.5,
-        "evaluation": {"pool": 1000, "negatives": 127, "temperature": 0.025, "digest": "e"},
-        "device": {"name": "A100", "count": 1, "type": "cuda"},
+    """A record.json of a LoRA run."""
+    settings = {
+        "learning_rate": 1e-3,
+        "rank": 8,
+        "targets": ["dense", "query_key_value"],
+        "loss": "infonce",
+        "method_label": "lora-r8",
     }
-    return whole | changes
+    evaluation = {"pool": 1000, "negatives": 127}
+    mine = {"run_id": run_id, "method": "lora", "trainable_fraction": 0.1, "flop_per_token": 5_000_000}
+    mine |= {"hyperparameters": settings, "evaluation": evaluation, "tokens": 300_000_000}
+    return records.record(**mine | changes)
 
 
 def save(folder, content: dict | str | None, name: str | None = None):

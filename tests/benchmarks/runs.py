@@ -91,10 +91,10 @@ def by_command(config: RunConfig, stop: signal.Signals) -> tuple[float, dict[str
     """
     directory, file = RunDirectory(config.folder), Path(config.output).with_suffix(".yaml")
     file.write_text(configs.to_yaml(config))
-    before = max((row["step"] for row in directory.read_metrics()), default=0)
+    before = max((row.step for row in directory.read_metrics()), default=0)
     begun = time.perf_counter()
     child = subprocess.Popen([sys.executable, "-m", "embedscale.cli", "train", str(file)], stdout=subprocess.DEVNULL)
-    while not (rows := [row for row in directory.read_metrics() if row["step"] > before]):
+    while not (rows := [row for row in directory.read_metrics() if row.step > before]):
         assert child.poll() is None, f"embedscale train ended with {child.returncode}"
         time.sleep(POLL_SECONDS)
     seconds = time.perf_counter() - begun
@@ -112,7 +112,7 @@ class Beyond(StopRequest):
 
     @property
     def requested(self) -> bool:
-        if any(row["step"] >= self.step for row in self.directory.read_metrics()):
+        if any(row.step >= self.step for row in self.directory.read_metrics()):
             self.request(f"step {self.step} is done")
         return self.reason is not None
 
@@ -152,9 +152,9 @@ def turn(config: RunConfig, clock: Clock) -> Report:
     directory = RunDirectory(whole.folder)
     begun = time.perf_counter()
     with redirect_stdout(io.StringIO()):
-        run_all([whole], [Place(threads=torch.get_num_threads())], Beyond(directory, row["step"]))
+        run_all([whole], [Place(threads=torch.get_num_threads())], Beyond(directory, row.step))
     did = {name: times[0] for name, times in clock.read().items()}
-    rows = {each["step"]: each for each in directory.read_metrics()}
+    rows = {each.step: each for each in directory.read_metrics()}
 
     size = next(directory.checkpoints.iterdir()).stat().st_size
     loading = time.perf_counter()
@@ -164,13 +164,13 @@ def turn(config: RunConfig, clock: Clock) -> Report:
     shutil.rmtree(config.output)
     return {
         "fresh": fresh,
-        "started": fresh - first["seconds"],
+        "started": fresh - first.seconds,
         "backbone": did["load_body"][1] - did["load_body"][0],
-        "forked": did["write"][1] - begun - rows[1]["seconds"],
+        "forked": did["write"][1] - begun - rows[1].seconds,
         "resumed": again,
-        "step": row["step"],
-        "loss": row["loss"],
-        "equal": row["loss"] == rows[row["step"]]["loss"],
+        "step": row.step,
+        "loss": row.train_loss,
+        "equal": row.train_loss == rows[row.step].train_loss,
         "trained": sum(weight.numel() for weight in state["weights"].values()),
         "bytes": size,
         "write": did["save"][1] - did["save"][0],

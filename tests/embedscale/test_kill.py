@@ -44,7 +44,7 @@ def test_ten_kills_change_no_bit(server, tmp_path, tiny_run, name, number):
             found = directory.read_attempts()
             if len(found) > attempts:
                 newest = max((int(path.stem[5:]) for path in directory.checkpoints.glob("step-*.pt")), default=0)
-                made = newest - found[-1].get("from_step", newest)
+                made = newest - (newest if found[-1].from_step is None else found[-1].from_step)
 
     begun = time.monotonic()
     process, whole = start("whole", 0)
@@ -71,7 +71,7 @@ def test_ten_kills_change_no_bit(server, tmp_path, tiny_run, name, number):
             code = process.exitcode
             assert code in (DONE, INTERRUPTED, -number)
         assert comparable(directory) == comparable(whole)
-        resumed += sum(attempt.get("from_step", 0) > 0 for attempt in directory.read_attempts())
+        resumed += sum((attempt.from_step or 0) > 0 for attempt in directory.read_attempts())
         if kills == KILLS:
             break
     assert kills == KILLS and resumed > 0

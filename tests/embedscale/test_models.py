@@ -121,7 +121,7 @@ def recalls(embeddings: np.ndarray) -> list[float]:
 def recorded_recalls(run: Path) -> list[float]:
     record = RunDirectory(run).read_record()
     assert (record["evaluation"]["pool"], record["evaluation"]["negatives"]) == (64, 31)
-    return [record["recall_at_1"], record["recall_at_10"]]
+    return [record.recall_at_1, record.recall_at_10]
 
 
 def test_transformers_alone_loads_an_exported_model(runs, exported):
@@ -135,7 +135,7 @@ def test_transformers_alone_loads_an_exported_model(runs, exported):
     found = torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
     np.testing.assert_allclose(found.numpy(), Embedder.of_run(runs["lora"]).encode(TEXTS), atol=1e-5)
     card = (exported["lora"] / "README.md").read_text()
-    assert "lora" in card and RunDirectory(runs["lora"]).read_record()["run_id"] in card
+    assert "lora" in card and RunDirectory(runs["lora"]).read_record().run_id in card
 
 
 def test_an_export_that_embeds_otherwise_leaves_nothing(tmp_path, runs, monkeypatch):
@@ -259,7 +259,7 @@ def test_mteb_scores_the_run_and_its_export_equally(runs, exported, name, capsys
     record = RunDirectory(runs[name]).read_record()
     splits = found[HELD_OUT]["scores"]
     recall = {k: np.mean([rows[0][f"recall_at_{k}"] for rows in splits.values()]) for k in (1, 10)}
-    assert recall == pytest.approx({1: record["recall_at_1"], 10: record["recall_at_10"]})
+    assert recall == pytest.approx({1: record.recall_at_1, 10: record.recall_at_10})
     from embedscale.serving.evaluate import held_out_task
 
     other = SentenceTransformer(str(exported[name]), device="cpu")

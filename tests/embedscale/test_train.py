@@ -52,8 +52,8 @@ def test_spends_the_budget_to_the_pair_and_records_it(tmp_path, tiny_run, name):
     config, directory = run_of(tmp_path, tiny_run, "backbone.revision=step1000", *METHODS[name])
     assert train(config) == DONE
     record = directory.read_record()
-    assert record["status"] == "done" and record["run_id"] == config.run_id and record["method"] == name
-    assert record["backbone_revision"] == "step1000"
+    assert record.status == "done" and record.run_id == config.run_id and record.method == name
+    assert record.backbone_revision == "step1000"
 
     # Recounted from the batches themselves, pair by pair.
     store, plan = PairStore.open(config.data.store), json.loads(directory.plan.read_text())["plan"]
@@ -66,20 +66,20 @@ def test_spends_the_budget_to_the_pair_and_records_it(tmp_path, tiny_run, name):
     following = len(store.batch(plan["first_pair"] + plan["pairs"], plan["first_pair"] + plan["pairs"] + 1).tokens)
     cost = cost_of(shape_by_name(config.backbone.name), config.method)
     price = cost.flop_per_token
-    assert record["tokens"] == tokens and record["spent_flop"] == tokens * price
-    assert config.budget - following * price < record["spent_flop"] <= config.budget
-    assert record["flop_per_token"] == price == 2 * (record["n_forward"] + record["n_backward"] + record["n_updated"])
-    assert record["spent_flop_exact"] > 0.9 * record["spent_flop"]
-    assert record["pairs"] == plan["pairs"] and record["steps"] == plan["steps"]
+    assert record.tokens == tokens and record.spent_flop == tokens * price
+    assert config.budget - following * price < record.spent_flop <= config.budget
+    assert record.flop_per_token == price == 2 * (record.n_forward + record.n_backward + record.n_updated)
+    assert record.spent_flop_exact > 0.9 * record.spent_flop
+    assert record.pairs == plan["pairs"] and record.steps == plan["steps"]
 
     rows = directory.read_metrics()
-    evaluations = [row for row in rows if "held_out_loss" in row]
-    assert [row["step"] for row in evaluations] == sorted({math.ceil(f * plan["steps"]) for f in (0.25, 0.5, 0.75, 1)})
-    assert evaluations[-1]["held_out_loss"] == record["loss"] < math.log(32)
-    assert rows[-1]["flops"] == record["spent_flop"]
-    assert record["attempts"][0]["ended"] == "done"
+    evaluations = [row for row in rows if row.loss is not None]
+    assert [row.step for row in evaluations] == sorted({math.ceil(f * plan["steps"]) for f in (0.25, 0.5, 0.75, 1)})
+    assert evaluations[-1].loss == record.loss < math.log(32)
+    assert rows[-1].spent_flop == record.spent_flop
+    assert record.attempts[0].ended == "done"
     for key in ("data_digest", "seed", "versions", "code", "device", "evaluation", "train_loss", "recall_at_10"):
-        assert record[key] is not None
+        assert getattr(record, key) is not None
     assert not directory.checkpoints.exists() and not directory.lease.exists()
 
 
@@ -88,7 +88,7 @@ def test_a_run_is_the_plain_loop(tmp_path, tiny_run):
     words = ["training.weight_decay=0.3", "training.clip=20.0", "training.warmup_fraction=0.2", "loss.temperature=0.1"]
     config, directory = run_of(tmp_path, tiny_run, *words, "training.final_fraction=0.1", "resources.log_every=1")
     assert train(config) == DONE
-    rows = [row for row in directory.read_metrics() if "loss" in row]
+    rows = [row for row in directory.read_metrics() if row.train_loss is not None]
     store, plan = PairStore.open(config.data.store), json.loads(directory.plan.read_text())["plan"]
     body = AutoModel.from_pretrained(config.backbone.name, dtype=torch.float32)
     begun = {name: weight.detach().clone() for name, weight in body.named_parameters()}
@@ -103,18 +103,18 @@ def test_a_run_is_the_plain_loop(tmp_path, tiny_run):
         vectors = vectors / vectors.norm(dim=1, keepdim=True)
         scores = vectors[: batch.pairs] @ vectors[batch.pairs :].T / 0.1
         loss = -(scores.log_softmax(0).diagonal() + scores.log_softmax(1).diagonal()).mean() / 2
-        assert rows[step]["loss"] == pytest.approx(loss.item(), rel=1e-3), step
+        assert rows[step].train_loss == pytest.approx(loss.item(), rel=1e-3), step
         optimizer.zero_grad()
         loss.backward()
         norms.append(float(torch.nn.utils.clip_grad_norm_(body.parameters(), 20.0)))
         cosine = (1 + math.cos(math.pi * (step - warm) / (steps - warm))) / 2
         optimizer.param_groups[0]["lr"] = 0.003 * ((step + 1) / warm if step < warm else 0.1 + 0.9 * cosine)
-        assert rows[step]["lr"] == pytest.approx(optimizer.param_groups[0]["lr"])
+        assert rows[step].learning_rate == pytest.approx(optimizer.param_groups[0]["lr"])
         optimizer.step()
     assert min(norms) < 20 < max(norms), norms
     trained = load_file(directory.model / "trainable.safetensors")
     assert trained.keys() == dict(body.named_parameters()).keys()
-    timed = sum(row["tokens_per_second"] * row["seconds"] for row in rows)
+    timed = sum(row.tokens_per_second * row.seconds for row in rows)
     assert timed == pytest.approx(plan["tokens"], rel=0.1)
     for name, weight in body.named_parameters():
         if not name.endswith("query_key_value.bias"):  # a key's changes no attention: Adam goes by its rounding
@@ -131,8 +131,8 @@ def test_a_run_is_the_plain_loop(tmp_path, tiny_run):
         better = (scores >= scores.diagonal()[:, None]).sum(1)
         found.append([loss.item(), (better <= 1).double().mean().item(), (better <= 10).double().mean().item()])
     record = directory.read_record()
-    assert record["loss"] == pytest.approx(np.mean(found, 0)[0], rel=0.01)
-    assert [record["recall_at_1"], record["recall_at_10"]] == pytest.approx(np.mean(found, 0)[1:], abs=2.1 / 64)
+    assert record.loss == pytest.approx(np.mean(found, 0)[0], rel=0.01)
+    assert [record.recall_at_1, record.recall_at_10] == pytest.approx(np.mean(found, 0)[1:], abs=2.1 / 64)
 
 
 def test_a_finished_run_says_so_and_is_left_alone(tmp_path, tiny_run, capsys):
@@ -147,18 +147,18 @@ def test_a_finished_run_says_so_and_is_left_alone(tmp_path, tiny_run, capsys):
 def test_loss_falls_and_retrieval_rises(tmp_path, tiny_run):
     config, directory = run_of(tmp_path, tiny_run, "budget=2.5e10", "data.repeat=true", "evaluation.at=[0.02,0.5]")
     assert train(config) == DONE
-    first, *_, last = (row for row in directory.read_metrics() if "held_out_loss" in row)
-    assert last["held_out_loss"] < 0.6 * first["held_out_loss"]
-    assert last["recall_at_1"] > first["recall_at_1"] + 0.2
-    assert last["recall_at_10"] > first["recall_at_10"]
-    assert directory.read_record()["train_loss"] < 0.5 * math.log(16)
+    first, *_, last = (row for row in directory.read_metrics() if row.loss is not None)
+    assert last.loss < 0.6 * first.loss
+    assert last.recall_at_1 > first.recall_at_1 + 0.2
+    assert last.recall_at_10 > first.recall_at_10
+    assert directory.read_record().train_loss < 0.5 * math.log(16)
 
 
 def comparable(directory: RunDirectory):
     """All that two runs of one config must have in common, times and attempts aside."""
     times = {"attempt", "tokens_per_second", "seconds"}
-    metrics = [{k: v for k, v in row.items() if k not in times} for row in directory.read_metrics()]
-    record = directory.read_record()
+    metrics = [{k: v for k, v in row.to_json().items() if k not in times} for row in directory.read_metrics()]
+    record = directory.read_record().to_json()
     for key in ("attempts", "wall_seconds", "gpu_hours", "code"):  # the commit may move while tests run
         record.pop(key)
     return metrics, record, (directory.model / "trainable.safetensors").read_bytes()
@@ -189,7 +189,7 @@ def test_stopped_at_every_step_and_resumed_is_bit_for_bit_the_same(tmp_path, tin
         codes.append(train(config, StopAfter(2 + len(codes) % 3)))
     assert set(codes) == {INTERRUPTED, DONE} and len(codes) > 5
     assert comparable(directory) == comparable(whole)
-    ended = [attempt["ended"] for attempt in directory.read_record()["attempts"]]
+    ended = [attempt.ended for attempt in directory.read_record().attempts]
     assert ended == ["interrupted"] * (len(codes) - 1) + ["done"]
 
 
@@ -197,14 +197,14 @@ def test_a_stop_during_the_last_evaluation_leaves_only_that_to_do(tmp_path, tiny
     config, whole = run_of(tmp_path / "a", tiny_run)
     assert train(config) == DONE
     config, directory = run_of(tmp_path / "b", tiny_run)
-    steps = whole.read_record()["steps"]
+    steps = whole.read_record().steps
     too_few, too_many = 0, 4 * steps  # looks at the flag, some in each step and some in the evaluation
     while True:
         looks = (too_few + too_many) // 2
         shutil.rmtree(directory.path, ignore_errors=True)
         if train(config, StopAfter(looks)) == DONE:
             too_many = looks
-        elif directory.read_attempts()[-1]["to_step"] < steps:
+        elif directory.read_attempts()[-1].to_step < steps:
             too_few = looks
         else:
             break
@@ -214,7 +214,7 @@ def test_a_stop_during_the_last_evaluation_leaves_only_that_to_do(tmp_path, tiny
     assert f"{config.run_id}: interrupted (test) at step {steps}" in capsys.readouterr().out
     assert train(config) == DONE
     assert f"{config.run_id} is done: held-out loss" in capsys.readouterr().out
-    assert directory.read_attempts()[-1]["from_step"] == steps
+    assert directory.read_attempts()[-1].from_step == steps
     assert comparable(directory) == comparable(whole)
 
 
@@ -226,7 +226,7 @@ def test_an_evaluation_that_fails_at_the_end_loses_no_step(tmp_path, tiny_run, m
         patch.setattr("embedscale.training.callbacks.evaluate_held_out", lambda *_: 1 / 0)
         assert train(config) == FAILED
     assert train(config) == DONE
-    assert directory.read_attempts()[-1]["from_step"] == whole.read_record()["steps"]
+    assert directory.read_attempts()[-1].from_step == whole.read_record().steps
     assert comparable(directory) == comparable(whole)
 
 
@@ -248,7 +248,7 @@ def test_a_second_ctrl_c_ends_a_run_at_once_and_says_so(tmp_path, tiny_run, caps
     config, directory = run_of(tmp_path, tiny_run)
     assert train(config, Impatient()) == INTERRUPTED
     assert f"{config.run_id}: interrupted (SIGINT) at step" in capsys.readouterr().out
-    assert directory.read_attempts()[-1]["reason"] == "SIGINT"
+    assert directory.read_attempts()[-1].reason == "SIGINT"
 
 
 @pytest.mark.parametrize("damage", ["missing", "truncated"])
@@ -274,7 +274,7 @@ def test_hours_of_a_device_are_shared_out_attempt_by_attempt(tmp_path, tiny_run)
     (directory.attempts / "1" / "attempt.json").write_text(json.dumps(first | {"start": start.isoformat()}))
     assert train(config, beside=2) == DONE  # on cores of its own
     record = directory.read_record()
-    assert [attempt["sharing"] for attempt in record["attempts"]] == [4, 1]
+    assert [attempt.sharing for attempt in record.attempts] == [4, 1]
     assert record["wall_seconds"] >= 7200
     assert record["gpu_hours"] == pytest.approx((record["wall_seconds"] - 7200) / 3600 + 0.5, abs=0.01)
 
@@ -323,7 +323,7 @@ def test_a_run_whose_lease_is_taken_over_writes_nothing_more_and_stops(tmp_path,
     assert train(config, stop) == INTERRUPTED
     assert everything(directory) == stop.then
     (attempt,) = directory.read_attempts()
-    assert (attempt["ended"], attempt["reason"]) == ("interrupted", "another process has taken this run over")
+    assert (attempt.ended, attempt.reason) == ("interrupted", "another process has taken this run over")
     directory.lease.unlink()
     assert train(config) == DONE
     assert comparable(directory) == comparable(whole)
@@ -339,7 +339,7 @@ def test_a_truncated_checkpoint_falls_back_to_the_one_before(tmp_path, tiny_run,
     newest.write_bytes(newest.read_bytes()[:-2000])
     assert train(config) == DONE
     assert f"{newest} is damaged" in capsys.readouterr().err
-    assert directory.read_attempts()[-1]["from_step"] == int(older.stem.split("-")[1])
+    assert directory.read_attempts()[-1].from_step == int(older.stem.split("-")[1])
     assert comparable(directory) == comparable(whole)
 
 
@@ -367,7 +367,7 @@ def test_metrics_are_on_the_disk_before_the_checkpoint_that_they_lead_to(tmp_pat
     def note(number):
         fsync(number)
         if Path(f"/proc/self/fd/{number}").readlink() == directory.metrics:
-            secured.append(max(row["step"] for row in directory.read_metrics()))
+            secured.append(max(row.step for row in directory.read_metrics()))
 
     def check(state, file):
         assert secured[-1] == state["step"]
@@ -383,10 +383,10 @@ def test_a_loss_that_turns_nan_is_recorded_as_diverged(tmp_path, tiny_run, capsy
     config, directory = run_of(tmp_path, tiny_run, "training.learning_rate=1e30", "resources.log_every=1")
     assert train(config) == FAILED
     record = directory.read_record()
-    assert record["status"] == "diverged" and record["loss"] is None
+    assert record.status == "diverged" and record.loss is None
     rows = directory.read_metrics()
-    assert record["diverged_at_step"] == len(rows) + 1
-    assert all(np.isfinite(row["loss"]) for row in rows if "loss" in row)
+    assert record.diverged_at_step == len(rows) + 1
+    assert all(np.isfinite(row.train_loss) for row in rows if row.train_loss is not None)
     assert "diverged" in capsys.readouterr().err
     assert train(config) == FAILED and directory.read_record() == record
 
@@ -396,9 +396,9 @@ def test_a_last_step_that_ruins_the_weights_is_recorded_as_diverged(tmp_path, ti
     config, directory = run_of(tmp_path, tiny_run, "budget=2e8", "training.learning_rate=1e30")
     assert train(config) == FAILED
     record = directory.read_record()
-    assert (record["status"], record["loss"], record["recall_at_1"]) == ("diverged", None, None)
-    assert record["steps"] == record["diverged_at_step"] == 1
-    assert [row["step"] for row in directory.read_metrics() if np.isfinite(row["loss"])] == [1]
+    assert (record.status, record.loss, record.recall_at_1) == ("diverged", None, None)
+    assert record.steps == record.diverged_at_step == 1
+    assert [row.step for row in directory.read_metrics() if np.isfinite(row.train_loss)] == [1]
 
 
 def test_the_seed_decides_the_run(tmp_path, tiny_run):
@@ -406,7 +406,7 @@ def test_the_seed_decides_the_run(tmp_path, tiny_run):
     for seed in (0, 1):
         config, directory = run_of(tmp_path, tiny_run, f"training.seed={seed}")
         assert train(config) == DONE
-        losses.append(directory.read_record()["loss"])
+        losses.append(directory.read_record().loss)
     assert losses[0] != losses[1]
 
 
@@ -415,7 +415,7 @@ def test_bf16_and_hard_negatives_and_loggers(tmp_path, tiny_run):
     config, directory = run_of(tmp_path, tiny_run, *words, "resources.loggers=[tensorboard,wandb]")
     assert train(config) == DONE
     assert list(directory.path.glob("tensorboard/**/events*")) and list(directory.path.glob("wandb/offline-run-*"))
-    assert directory.read_record()["spent_flop"] <= config.budget
+    assert directory.read_record().spent_flop <= config.budget
 
 
 def command(config_words, **environment):
@@ -496,7 +496,7 @@ def test_two_processes_train_as_one_and_resume(server, tmp_path, tiny_run, copie
     assert first.returncode == INTERRUPTED
     assert on_two_ranks(server, words).path == directory.path
     two = directory.read_record()
-    assert [a["ended"] for a in two["attempts"]] == ["interrupted", "done"]
+    assert [a.ended for a in two.attempts] == ["interrupted", "done"]
     if how:
         whole = on_two_ranks(server, [*tiny_run, *TOGETHER, *how, f"output={tmp_path / 'whole'}"])
         assert comparable(directory) == comparable(whole)
@@ -504,17 +504,17 @@ def test_two_processes_train_as_one_and_resume(server, tmp_path, tiny_run, copie
         assert shards.keys() == plain.keys()
         for name, weight in plain.items():
             torch.testing.assert_close(shards[name], weight, rtol=0, atol=3e-4)  # a tenth of a step
-        assert two["loss"] == pytest.approx(copies.read_record()["loss"], rel=1e-3)
+        assert two.loss == pytest.approx(copies.read_record().loss, rel=1e-3)
         return
     assert comparable(directory) == comparable(copies)
     words = [*tiny_run, *ALONE, f"output={tmp_path / 'one'}"]
     alone = RunDirectory(load(None, words).folder)
     assert train(load(None, words)) == DONE
     one = alone.read_record()
-    assert two["spent_flop"] <= one["spent_flop"] <= 1e10 and two["device"]["count"] == 2
-    assert two["pairs"] == one["pairs"] - one["pairs"] % 2
-    assert two["loss"] == pytest.approx(one["loss"], rel=0.02)
-    rows = [{r["step"]: r["loss"] for r in d.read_metrics() if "loss" in r} for d in (alone, directory)]
+    assert two.spent_flop <= one.spent_flop <= 1e10 and two.device.count == 2
+    assert two.pairs == one.pairs - one.pairs % 2
+    assert two.loss == pytest.approx(one.loss, rel=0.02)
+    rows = [{r.step: r.train_loss for r in d.read_metrics() if r.train_loss is not None} for d in (alone, directory)]
     assert rows[1][10] == pytest.approx(rows[0][10], rel=1e-3)
 
 

@@ -139,8 +139,8 @@ def wait_until(happened, seconds: float = 240, what=lambda: "", between=lambda: 
 def comparable(directory: RunDirectory):
     """All that two runs of one config must have in common: times, attempts and the code's place aside."""
     times = {"attempt", "tokens_per_second", "seconds"}
-    metrics = [{k: v for k, v in row.items() if k not in times} for row in directory.read_metrics()]
-    record = directory.read_record()
+    metrics = [{k: v for k, v in row.to_json().items() if k not in times} for row in directory.read_metrics()]
+    record = directory.read_record().to_json()
     for key in ("attempts", "wall_seconds", "gpu_hours", "code"):
         record.pop(key)
     return metrics, record

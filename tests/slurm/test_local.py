@@ -68,13 +68,13 @@ def test_interrupted_and_killed_runs_go_on_to_the_same_bits(laptop, until, same)
     assert second.returncode == 75 and "stopped by SIGTERM" in output, output
     assert "died, and is tried again" in output
     assert "2 done" in laptop.sweep("submit", broken, "--to", "here")
-    assert [a["ended"] for a in directory.read_attempts()] == [
+    assert [a.ended for a in directory.read_attempts()] == [
         "interrupted",
         "killed",
         "interrupted",
         "done",
     ]
-    reasons = [a.get("reason") for a in directory.read_attempts()]
+    reasons = [a.reason for a in directory.read_attempts()]
     assert reasons == ["SIGINT", "killed by SIGKILL", "SIGTERM", None]
     for directory in laptop.directories("broken"):
         assert same(directory) == same(RunDirectory(laptop.folder / "runs" / "whole" / directory.path.name))
@@ -124,13 +124,13 @@ def test_a_run_that_stalls_or_cannot_begin_has_failed_and_says_why(laptop):
     assert "1 failed" in output
     (directory,) = laptop.directories("nostore")
     (only,) = directory.read_attempts()
-    assert only["ended"] == "failed" and str(laptop.folder / "store") in only["reason"]
+    assert only.ended == "failed" and str(laptop.folder / "store") in only.reason
     assert "1 failed; 0 to submit" in laptop.sweep("submit", broken, "--to", "here")
     assert "1 failed; 1 to submit" in laptop.sweep("submit", broken, "--to", "this-process", "--retry-failed", code=1)
     for _ in range(ATTEMPTS):
         attempt(directory, "killed", from_step=0, reason="out of memory")
     laptop.sweep("submit", broken, "--to", "here", code=1)
-    reason = directory.read_attempts()[-1]["reason"]
+    reason = directory.read_attempts()[-1].reason
     assert reason.startswith("3 attempts without a new checkpoint") and reason.endswith("out of memory")
 
 

@@ -18,7 +18,7 @@ def has_progress(directory: RunDirectory, attempts: int = 1) -> bool:
     """Whether the run is at its attempt of that number, and has a checkpoint that is newer than its beginning."""
     begun = directory.read_attempts()
     newest = max((int(path.stem.split("-")[1]) for path in directory.checkpoints.glob("step-*.pt")), default=0)
-    return len(begun) == attempts and newest > begun[-1].get("from_step", newest)
+    return len(begun) == attempts and newest > (newest if begun[-1].from_step is None else begun[-1].from_step)
 
 
 def preempt(lab, node="n1"):
@@ -38,13 +38,13 @@ def test_a_run_of_two_tasks_is_preempted_and_resumes_with_both_ranks(lab, until,
     lab.hold(directory)  # until the SIGCONT that SLURM sends with its SIGTERM
     preempt(lab, lab.slurm("squeue", "--noheader", "--states=RUNNING", "--format=%N"))
     until(directory.record.exists, 240, lambda: lab.log("ranks"), between=lab.hurry)
-    assert [a["ended"] for a in directory.read_attempts()] == ["interrupted", "done"]
-    assert directory.read_attempts()[0]["reason"] == "SIGTERM"
+    assert [a.ended for a in directory.read_attempts()] == ["interrupted", "done"]
+    assert directory.read_attempts()[0].reason == "SIGTERM"
     assert same(directory) == same(whole)
     assert {f"{n}{rank}.log" for n in (1, 2) for rank in ("", ".rank1")} <= {
         p.name for p in directory.attempts.iterdir()
     }
-    assert directory.read_record()["device"]["count"] == 2
+    assert directory.read_record().device.count == 2
     until(lambda: not lab.queued("ranks"), 240)
 
 
@@ -78,19 +78,19 @@ def test_without_scontrol_and_accounting_a_job_waits_for_its_requeue_and_ends_re
     lab.limit(lab.queued("bare")[0].split("|")[0], 40)
     until(lambda: not lab.queued("bare"), 240, lambda: lab.log("bare"))
     stopped, timed_out = directory.read_attempts()
-    assert (stopped["ended"], stopped["reason"]) == ("interrupted", "SIGTERM")
-    assert (timed_out["ended"], timed_out["reason"]) == ("interrupted", "SIGUSR2")
-    assert timed_out["from_step"] == stopped["to_step"] < timed_out["to_step"]
+    assert (stopped.ended, stopped.reason) == ("interrupted", "SIGTERM")
+    assert (timed_out.ended, timed_out.reason) == ("interrupted", "SIGUSR2")
+    assert timed_out.from_step == stopped.to_step < timed_out.to_step
     for settings in ({}, queue_alone):
         assert "interrupted" in lab.sweep("status", sweep, env=settings)
 
     sweep = lab.write("bare", **file)
     assert "1 interrupted; 1 to submit" in lab.sweep("submit", sweep)
     until(lambda: has_progress(directory, 3), 240, lambda: lab.log("bare"))
-    assert directory.read_attempts()[2]["from_step"] == timed_out["to_step"]
+    assert directory.read_attempts()[2].from_step == timed_out.to_step
     lab.sweep("cancel", sweep, "--yes")
     until(lambda: not lab.queued("bare"), 240)
-    assert directory.read_attempts()[2]["ended"] == "interrupted", "a cancelled job has saved, and is not requeued"
+    assert directory.read_attempts()[2].ended == "interrupted", "a cancelled job has saved, and is not requeued"
 
 
 def test_scontrol_outlives_the_signal_of_the_requeue_that_it_asks_for(tmp_path, monkeypatch):
@@ -137,7 +137,7 @@ def test_a_sick_node_is_named_and_excluded_and_costs_no_attempt(lab, until):
     until(directory.record.exists, 240, lambda: lab.log("sick"))
     other = {"n1": "n2", "n2": "n1"}[bad]
     assert f"runs on {other}" in lab.log("sick")
-    assert [a["ended"] for a in directory.read_attempts()] == ["done"]
+    assert [a.ended for a in directory.read_attempts()] == ["done"]
     until(lambda: not lab.queued("sick"))
     gate.unlink()
     more = lab.write("sick", axes={"budget": [1e9], "training.seed": [0, 1]}, methods=["full"], cluster=settings)

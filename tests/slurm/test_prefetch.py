@@ -77,5 +77,5 @@ def test_after_prefetch_a_run_asks_no_hub(laptop, hub, tmp_path, save_decoder):
     from_folder = laptop.write("folder", base=base | {"backbone.name": str(local)}, axes={"budget": [2e10]})
     assert "1 done" in laptop.sweep("submit", from_folder, "--to", "here")
     (other,) = laptop.directories("folder")
-    assert run.read_record()["weights_digest"] == other.read_record()["weights_digest"]
+    assert run.read_record().weights_digest == other.read_record().weights_digest
     assert not hub.asked

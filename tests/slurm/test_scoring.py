@@ -30,8 +30,8 @@ def test_scoring_jobs_score_what_is_done_and_no_run_twice(lab, until):
     for directory in lab.directories("scored"):
         record = directory.read_record()
         score = json.loads(directory.score("HeldOutRetrieval").read_text())
-        assert score["weights_digest"] == record["weights_digest"]
-        assert found[directory.path.name] == pytest.approx(record["recall_at_10"], abs=0.02)
+        assert score["weights_digest"] == record.weights_digest
+        assert found[directory.path.name] == pytest.approx(record.recall_at_10, abs=0.02)
         directory.score("HeldOutRetrieval").unlink()
     # The same on this machine, after one score was lost.
     assert "2 to score" in lab.sweep("submit", sweep, "--evaluate", "held-out", "--to", "here")

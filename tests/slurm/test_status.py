@@ -6,10 +6,12 @@ import json
 import os
 import socket
 import time
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from records import record
 from rich.console import Console
 
 from embedscale.cli import main
@@ -17,6 +19,7 @@ from embedscale.errors import UserError
 from embedscale.files import now
 from embedscale.run.directory import RunDirectory
 from embedscale.run.lease import leased
+from embedscale.run.record import AttemptRecord, RunRecord
 from slurm import grid
 from slurm.plan import plan_sweep
 from slurm.scheduler import queue
@@ -54,16 +57,15 @@ def sweep(tmp_path):
 
 def attempt(directory: RunDirectory, start: float, hours: float | None, **facts) -> None:
     begun = directory.begin_attempt()
-    begun.facts["start"] = (BEGIN + start * HOUR).isoformat()
     end = {} if hours is None else {"end": (BEGIN + (start + hours) * HOUR).isoformat()}
-    begun.write(**end, **facts)
+    begun.write(start=(BEGIN + start * HOUR).isoformat(), **end, **facts)
 
 
 def finish(directory: RunDirectory, status: str = "done", **facts) -> None:
     attempts = directory.read_attempts()
-    record = {"status": status, "attempts": attempts, "gpu_hours": 2.0, "spent_flop": 999, "budget_flop": 1000.0}
+    known = {"gpu_hours": 2.0, "spent_flop": 999, "budget_flop": 1000.0} | facts
     directory.path.mkdir(parents=True, exist_ok=True)
-    directory.record.write_text(json.dumps(record | facts))
+    directory.write_record(replace(RunRecord.from_json(record()), status=status, attempts=attempts, **known))
 
 
 def directories(sweep) -> list[RunDirectory]:
@@ -150,7 +152,7 @@ def test_wasted_hours_are_those_that_had_to_be_done_again(attempts, wasted):
     for number, (hours, began, reached, ended) in enumerate(attempts):
         start = BEGIN + number * 10 * HOUR
         row = {"start": start.isoformat(), "end": (start + hours * HOUR).isoformat(), "ended": ended}
-        rows.append(row | {"from_flop": began} | ({} if reached is None else {"to_flop": reached}))
+        rows.append(AttemptRecord(number, **row, from_flop=began, to_flop=reached))
     assert wasted_hours(rows) == pytest.approx(wasted)
 
 
@@ -335,14 +337,13 @@ def test_ten_thousand_directories_take_under_five_seconds(tmp_path, commands, ca
     large = grid.load(file)
     interrupted = {"number": 1, "start": BEGIN.isoformat(), "end": (BEGIN + HOUR).isoformat(), "ended": "interrupted"}
     interrupted |= {"host": "n1", "from_flop": 0, "to_flop": 500, "reason": "SIGTERM"}
-    record = {"status": "done", "attempts": [interrupted] * 3, "gpu_hours": 1, "spent_flop": 9, "budget_flop": 9}
-    record |= {"versions": {str(n): "1.2.3" for n in range(200)}}  # as long as a real one
+    done = record(attempts=[interrupted] * 3, versions={str(n): "1.2.3" for n in range(100)})
     for number, run_id in enumerate(large.by_id):
         folder = large.folder / run_id
         (folder / "attempts" / "1").mkdir(parents=True)
         (folder / "attempts" / "1" / "attempt.json").write_text(json.dumps(interrupted))
         if number % 2:
-            (folder / "record.json").write_text(json.dumps(record))
+            (folder / "record.json").write_text(json.dumps(done))
     # The promise, for the whole command, in processor time: a busy machine may take longer by the clock. On a
     # slower machine plain Python is slower too: here, what it takes to read the files.
     before = time.process_time()

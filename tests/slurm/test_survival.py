@@ -70,7 +70,7 @@ class Script:
         for job, node, directory in self.running():
             run, attempts, holder = directory.path.name, directory.read_attempts(), lease_holder(directory.lease)
             newest = max((int(p.stem[5:]) for p in directory.checkpoints.glob("step-*.pt")), default=0)
-            if holder and attempts and newest > attempts[-1].get("from_step", newest):
+            if holder and attempts and newest > (newest if attempts[-1].from_step is None else attempts[-1].from_step):
                 found.append((job, node, run))
                 if run in self.long and run not in self.limited and self.still.get(run) != holder["pid"]:
                     os.kill(holder["pid"], signal.SIGSTOP)
@@ -92,7 +92,7 @@ class Script:
     def running_attempt(self, run):
         directory = RunDirectory(self.lab.folder / "runs" / self.name / run)
         attempts = directory.read_attempts()
-        return attempts[-1]["number"] if attempts and lease_holder(directory.lease) else None
+        return attempts[-1].number if attempts and lease_holder(directory.lease) else None
 
     def note(self, run, deed):
         self.deeds[run].append(f"{deed} ({time.monotonic() - self.begun:.0f} s)")
@@ -187,12 +187,12 @@ def test_every_run_ends_with_the_bits_of_the_undisturbed_one(lab, until, same, r
     for directory in lab.directories("sweep"):
         metrics, record = same(directory)
         assert (metrics, record) == whole[directory.path.name]
-        steps = [row["step"] for row in metrics if "loss" in row]
+        steps = [row["step"] for row in metrics if "train_loss" in row]
         assert steps == list(range(1, record["steps"] + 1)), "a step is missing or counted twice"
-        assert metrics[-1]["flops"] == record["spent_flop"]
-    attempts = [attempt for directory in lab.directories("sweep") for attempt in directory.read_record()["attempts"]]
-    assert {"SIGINT", "SIGTERM", "SIGUSR2"} <= {attempt.get("reason") for attempt in attempts}
-    assert {"interrupted", "killed", "done"} == {attempt["ended"] for attempt in attempts}
+        assert metrics[-1]["spent_flop"] == record["spent_flop"]
+    attempts = [attempt for directory in lab.directories("sweep") for attempt in directory.read_record().attempts]
+    assert {"SIGINT", "SIGTERM", "SIGUSR2"} <= {attempt.reason for attempt in attempts}
+    assert {"interrupted", "killed", "done"} == {attempt.ended for attempt in attempts}
     assert set.union(*script.nodes.values()) == {"n1", "n2"}
 
 
@@ -207,9 +207,9 @@ def longer_budget(lab):
     speeds = []
     for directory in lab.directories("alone"):
         record = directory.read_record()
-        if record["method"] == "full":
-            tokens = [row["tokens_per_second"] for row in directory.read_metrics() if "tokens_per_second" in row]
-            speeds.append(max(tokens) * record["flop_per_token"])
+        if record.method == "full":
+            tokens = [row.tokens_per_second for row in directory.read_metrics() if row.tokens_per_second is not None]
+            speeds.append(max(tokens) * record.flop_per_token)
     return max(2e10, float(f"{LONG_SECONDS * max(speeds):.0e}"))
 
 
@@ -217,7 +217,7 @@ def table_of_deeds(lab, script):
     lines = [f"\n{'run':40} {'nodes':7} {'attempts and how they ended':64} done to it"]
     for directory in lab.directories("sweep"):
         run, attempts = directory.path.name, directory.read_attempts()
-        ended = [f"{each['ended']} ({each['reason']})" if each.get("reason") else each["ended"] for each in attempts]
+        ended = [f"{each.ended} ({each.reason})" if each.reason else each.ended for each in attempts]
         deeds, nodes = ", ".join(script.deeds[run]) or "–", ", ".join(sorted(script.nodes[run]))
         lines.append(f"{run:40} {nodes:7} {f'{len(ended)}: ' + ', '.join(ended):64} {deeds}")
     return "\n".join([*lines, f"{time.monotonic() - script.begun:.0f} s in all"])
