@@ -1,4 +1,8 @@
-"""The command line: each verb a few lines that import what they need when they are called."""
+"""The command line: what each verb takes, and which function it calls.
+
+This is the only module that may import from all three packages. A verb's function is imported when the verb is used, so
+that `--help` loads nothing. A `UserError` becomes one line and an exit status, never a traceback.
+"""
 
 import argparse
 import atexit
@@ -8,153 +12,80 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from typing import Any
 
 from embedscale.errors import FAILED, INTERRUPTED, WRONG, UserError
-from embedscale.imports import importing
+from embedscale.imports import load
 
+# Errors of the system that no other command would have avoided: disk full, quota, disk failure, reader gone.
 BROKEN = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EPIPE)
 
-
-def _config(args: argparse.Namespace):
-    from embedscale.run import config
-
-    words, path = list(args.words), None
-    if words and "=" not in words[0]:
-        path = words.pop(0)
-    return config.load(path, words)
+Verb = Callable[[argparse.Namespace], int]
 
 
-def _with_config(verbs, name: str, run, text: str) -> argparse.ArgumentParser:
-    verb = verbs.add_parser(name, help=text, description=text)
-    verb.add_argument("words", nargs="*", metavar="[CONFIG] key=value", help="a YAML file, then settings over it")
-    verb.set_defaults(run=run)
-    return verb
+def verb_at(place: str) -> Verb:
+    """Return a verb that imports "package.module:function" when it is used, and calls it with the arguments."""
+    return lambda args: load(place)(args)
 
 
 def prepare(args: argparse.Namespace) -> int:
-    from embedscale.data.prepare import prepare
-
-    return prepare(_config(args))
+    return load("embedscale.data.prepare:prepare")(_config(args))
 
 
 def flops(args: argparse.Namespace) -> int:
-    from embedscale.training.plan import print_flops
-
-    return print_flops(_config(args), args.budgets)
+    return load("embedscale.training.plan:print_flops")(_config(args), args.budgets)
 
 
 def train(args: argparse.Namespace) -> int:
     if args.recipe is None:
         if args.fits is not None:
-            raise UserError("--fits: says where --recipe looks; give --recipe BUDGET too")
+            raise UserError("--fits: tells --recipe where to look; give --recipe BUDGET too")
         config = _config(args)
     else:
-        from analysis.recipe import configuration
-
-        file = args.words.pop(0) if args.words and "=" not in args.words[0] else None
-        config = configuration(args.fits or ".", args.recipe, file, args.words)
-    with importing():
-        from embedscale.training.train import train
-
-    return train(config)
+        file, words = _file_and_words(args)
+        config = load("analysis.recipe:configuration")(args.fits or ".", args.recipe, file, words)
+    return load("embedscale.training.train:train")(config)
 
 
 def calibrate(args: argparse.Namespace) -> int:
-    with importing():
-        from embedscale.training.calibrate import calibrate
-
-    return calibrate(_config(args), args.out, args.sizes, args.methods, args.seconds)
+    run = load("embedscale.training.calibrate:calibrate")
+    return run(_config(args), args.out, args.sizes, args.methods, args.seconds)
 
 
 def evaluate(args: argparse.Namespace) -> int:
-    with importing():
-        from embedscale.serving.evaluate import evaluate
-
-    return evaluate(args.run_folder, args.tasks)
+    return load("embedscale.serving.evaluate:evaluate")(args.run_folder, args.tasks)
 
 
 def export(args: argparse.Namespace) -> int:
-    with importing():
-        from embedscale.serving.export import export
-
-    return export(args.run_folder, args.folder)
+    return load("embedscale.serving.export:export")(args.run_folder, args.folder)
 
 
 def encode(args: argparse.Namespace) -> int:
-    with importing():
-        from embedscale.serving.encode import encode
-
-    return encode(args.run_folder, args.texts, args.out, args.column, args.format)
-
-
-def sweep_plan(args: argparse.Namespace) -> int:
-    from slurm.plan import command
-
-    return command(args)
-
-
-def sweep_prefetch(args: argparse.Namespace) -> int:
-    from slurm.prefetch import command
-
-    return command(args)
-
-
-def sweep_submit(args: argparse.Namespace) -> int:
-    from slurm.submit import command
-
-    return command(args)
-
-
-def sweep_status(args: argparse.Namespace) -> int:
-    from slurm.status import command
-
-    return command(args)
-
-
-def sweep_watch(args: argparse.Namespace) -> int:
-    from slurm.status import watch
-
-    return watch(args)
-
-
-def sweep_cancel(args: argparse.Namespace) -> int:
-    from slurm.status import cancel
-
-    return cancel(args)
-
-
-def doctor(args: argparse.Namespace) -> int:
-    from slurm.doctor import command
-
-    return command(args)
+    run = load("embedscale.serving.encode:encode")
+    return run(args.run_folder, args.texts, args.out, args.column, args.format)
 
 
 def fit(args: argparse.Namespace) -> int:
-    if args.simulate is not None:
-        from analysis.simulate import command as simulate
-
-        return simulate(args, _grid(args) if args.runs.endswith((".yaml", ".yml")) else None)
-    from analysis.fitting.fit import command
-
-    return command(args)
+    if args.simulate is None:
+        return load("analysis.fitting.fit:command")(args)
+    grid = _grid(args.runs) if args.runs.endswith((".yaml", ".yml")) else None
+    return load("analysis.simulate:command")(args, grid)
 
 
-def report(args: argparse.Namespace) -> int:
-    from analysis.report import command
-
-    return command(args)
-
-
-def recipe(args: argparse.Namespace) -> int:
-    from analysis.recipe import command
-
-    return command(args)
+def _file_and_words(args: argparse.Namespace) -> tuple[str | None, list[str]]:
+    """Split a verb's words into the configuration file, if there is one, and the settings."""
+    words = list(args.words)
+    return (words.pop(0), words) if words and "=" not in words[0] else (None, words)
 
 
-def _grid(args: argparse.Namespace):
-    """A sweep file's runs for the analysis, which knows neither configurations nor sweeps."""
+def _config(args: argparse.Namespace) -> Any:
+    return load("embedscale.run.config:load")(*_file_and_words(args))
+
+
+def _grid(file: str) -> Any:
+    """Return the runs of a sweep file as a table for the analysis, which knows neither settings nor sweeps."""
     import pandas as pd
 
     from embedscale.run.cost import cost_of
@@ -162,7 +93,7 @@ def _grid(args: argparse.Namespace):
     from slurm.cluster import shape_of
 
     rows, refused = [], 0
-    for run in grid.load(args.runs).runs:
+    for run in grid.load(file).runs:
         shape = shape_of(run.backbone.name)
         try:
             cost = cost_of(shape, run.method)
@@ -178,138 +109,192 @@ def _grid(args: argparse.Namespace):
             | {"rank": run.method.rank, "learning_rate": run.training.learning_rate, "seed": run.training.seed}
         )
     if refused:
-        print(f"left out: {refused} runs whose method does not fit their backbone; embedscale sweep plan says which")
+        print(f"left out: {refused} runs whose method does not fit their backbone; `embedscale sweep plan` lists them")
     return pd.DataFrame(rows).astype({"rank": float, "learning_rate": float})
 
 
-def _sweep_verbs(verbs) -> None:
-    text = "many runs from one YAML file"
-    actions = verbs.add_parser("sweep", help=text, description=text).add_subparsers(metavar="ACTION", required=True)
-
-    def action(name: str, run, text: str) -> argparse.ArgumentParser:
-        verb = actions.add_parser(name, help=text, description=text)
-        verb.add_argument("sweep", metavar="SWEEP", help="a YAML file, such as configs/sweep/paper.yaml")
-        verb.add_argument("words", nargs="*", metavar="key=value", help="settings over the file: axes.budget=[1e15]")
-        verb.set_defaults(run=run)
-        return verb
-
-    plan = action("plan", sweep_plan, "what the sweep costs, and what of it cannot be run")
-    plan.add_argument("--each", action="store_true", help="a row for each run")
-    plan.add_argument("--max-gpu-hours", type=float, metavar="H", help="refuse a sweep estimated to need more")
-    fetch = action("prefetch", sweep_prefetch, "models, tokenizers and pairs, fetched for nodes without a network")
-    fetch.add_argument("--evaluate", nargs="+", metavar="TASK", help="the data of these mteb tasks or suites too")
-    submit = action("submit", sweep_submit, "send out the runs that are missing or interrupted, and return")
-    submit.add_argument("--to", choices=["slurm", "here", "this-process"], help="default slurm, or here without it")
-    submit.add_argument("--retry-failed", action="store_true", help="failed runs too")
-    submit.add_argument("--max-gpu-hours", type=float, metavar="H", help="refuse if what would go out needs more")
-    submit.add_argument(
-        "--evaluate", nargs="+", metavar="TASK", help="score the runs that are done: mteb's tasks, held-out, paper, …"
-    )
-    action("status", sweep_status, "where every run stands")
-    watch = action("watch", sweep_watch, "the status, refreshed until all is done or Ctrl-C")
-    watch.add_argument("--every", type=float, default=10.0, metavar="SECONDS", help="default 10")
-    cancel = action("cancel", sweep_cancel, "end the sweep's jobs, and its processes here; asks first")
-    cancel.add_argument("--yes", action="store_true", help="do not ask")
-
-
-def _model_verbs(verbs) -> None:
-    def action(name: str, run, text: str) -> argparse.ArgumentParser:
-        verb = verbs.add_parser(name, help=text, description=text)
-        verb.add_argument("run_folder", metavar="RUN", help="the directory of a run that is done")
-        verb.set_defaults(run=run)
-        return verb
-
-    scored = action("evaluate", evaluate, "MTEB scores of a run: RUN/scores, a file a task")
-    suites = "mteb's, or a suite: held-out (default), paper, published-code"
-    scored.add_argument("--tasks", nargs="+", default=["held-out"], metavar="NAME", help=suites)
-    exported = action("export", export, "a run as a sentence-transformers model")
-    exported.add_argument("folder", metavar="FOLDER", help="a new one")
-    encoded = action("encode", encode, "texts into embeddings; run again, it goes on")
-    encoded.add_argument("texts", metavar="TEXTS", help="a .txt (a text a line), .jsonl or .parquet file")
-    encoded.add_argument("out", metavar="OUT", help="a folder for 00000.npy, 00001.npy, …")
-    encoded.add_argument("--column", default="text", metavar="NAME", help="of .jsonl and .parquet; default text")
-    encoded.add_argument("--format", default="npy", metavar="KIND", help="npy (default) or arrow")
-
-
-def _fit_verb(verbs) -> None:
-    text = "runs into optima, laws and intervals: fits.json"
-    verb = verbs.add_parser("fit", help=text, description=text)
+def _with_config(verbs: Any, name: str, run: Verb, text: str) -> argparse.ArgumentParser:
+    verb = verbs.add_parser(name, help=text, description=text)
     verb.add_argument(
-        "runs", metavar="RUNS", help="a folder of runs, a .csv, .parquet or .jsonl file; with --simulate a sweep"
+        "words", nargs="*", metavar="[CONFIG] key=value", help="a YAML file, then settings that override it"
     )
-    verb.add_argument("--columns", metavar="OURS=THEIRS,…", help="params=N,tokens=D,budget=C,loss=loss")
-    verb.add_argument("--where", action="append", metavar="NAME=VALUE", help="keep only these runs; may be repeated")
-    verb.add_argument("--out", metavar="FOLDER", help="of fits.json; default RUNS, or here for a file")
-    verb.add_argument(
-        "--residual", default="huber", metavar="KIND", help="of joint laws: huber (default), lad, log or raw"
-    )
-    verb.add_argument("--delta", type=float, default=1e-3, help="Huber's, on ln L; default 1e-3")
-    text = "parabola (default), law, or akima, whose loss is too low and too sure on dense grids"
-    verb.add_argument("--optimum", default="parabola", metavar="KIND", help=text)
-    verb.add_argument("--window", type=float, default=4.0, metavar="FACTOR", help="of N in the parabola; default 4")
-    verb.add_argument("--noise", type=float, metavar="SD", help="standard deviation of ln L; default from replicates")
-    verb.add_argument("--bootstrap", type=int, default=1000, metavar="DRAWS", help="default 1000")
-    verb.add_argument("--seed", type=int, default=0, help="of the draws; default 0")
-    verb.add_argument("--simulate", metavar="LAW", help="E=…,A=…,B=…,alpha=…,beta=… or a fits.json: try a grid on it")
-    verb.set_defaults(run=fit)
+    verb.set_defaults(run=run)
+    return verb
 
 
-def _report_verbs(verbs) -> None:
-    text = "what to train for a budget, by the fits"
-    verb = verbs.add_parser("recipe", help=text, description=text)
-    verb.add_argument("fits", metavar="FITS", help="the folder that fit wrote into, or its fits.json")
-    verb._negative_number_matcher = re.compile(r"-\d")  # -1e17 is a budget out of range, and no option
-    verb.add_argument("budget", metavar="BUDGET", nargs="*", help="1e17, 100 PFLOP, 2 PFLOP-days, 24 GPU-hours")
-    verb.add_argument("--tokens", metavar="D", help="at most so much data; with no budget, for this much")
-    verb.add_argument("--json", action="store_true", help="print it as JSON")
-    verb.set_defaults(run=recipe)
-    text = "one page with the recipe, every figure, the laws and what was left out: report.html"
-    verb = verbs.add_parser("report", help=text, description=text)
-    verb.add_argument("fits", metavar="FITS", help="the folder that fit wrote into")
-    verb.add_argument("--out", metavar="FOLDER", help="of report.html and figures; default FITS")
-    verb.add_argument("--budget", action="append", metavar="BUDGET", help="a recipe for it first; may be repeated")
-    verb.add_argument("--compare", metavar="FITS", help="of another batch size or context, for figure 23")
-    verb.set_defaults(run=report)
-
-
-def _doctor_verb(verbs) -> None:
-    text = "is this machine, installation and cluster fit to run"
-    verb = verbs.add_parser("doctor", help=text, description=text)
-    verb.add_argument("--cluster", metavar="FILE", help="the cluster file to check, such as configs/cluster/a100.yaml")
-    verb.add_argument("--sweep", metavar="FILE", help="a sweep file, for its cluster, its backbones and its folder")
-    verb.add_argument("--folder", default="runs", help="where runs are to lie; default runs")
-    verb.add_argument("--on-node", action="store_true", help="also ask a node of each resource class, by srun")
-    verb.set_defaults(run=doctor)
-
-
-def parser() -> argparse.ArgumentParser:
-    from embedscale import __version__
-
-    top = argparse.ArgumentParser(prog="embedscale", description="Compute-optimal recipes for text-embedding models.")
-    top.add_argument("--version", action="version", version=f"embedscale {__version__}")
-    verbs = top.add_subparsers(title="verbs", metavar="VERB", required=True)
-    _with_config(verbs, "prepare", prepare, "text pairs into a PairStore")
-    costs = _with_config(verbs, "flops", flops, "what a run costs, before anything is loaded")
-    costs.add_argument("--budgets", nargs="+", metavar="FLOP", help="several budgets; default the configuration's")
-    trained = _with_config(verbs, "train", train, "one run; run again, it resumes or says that it is done")
+def _run_verbs(verbs: Any) -> None:
+    _with_config(verbs, "prepare", prepare, "tokenise text pairs into a store; run it again to continue")
+    costs = _with_config(verbs, "flops", flops, "show what a run costs, without loading a model")
+    costs.add_argument("--budgets", nargs="+", metavar="FLOP", help="budgets to show (default: that of the settings)")
+    trained = _with_config(verbs, "train", train, "train one run; run it again to resume it")
     trained.add_argument(
-        "--recipe", metavar="BUDGET", help="what the fits advise for this budget: 1e17, '24 GPU-hours'"
+        "--recipe", metavar="BUDGET", help="train what the fits recommend for this budget: 1e17, '24 GPU-hours'"
     )
-    trained.add_argument("--fits", metavar="FITS", help="of --recipe: the folder that fit wrote into; default here")
-    measured = _with_config(verbs, "calibrate", calibrate, "what this hardware reaches for each size and method")
+    trained.add_argument(
+        "--fits",
+        metavar="FITS",
+        help="folder written by `embedscale fit`; used with --recipe (default: current folder)",
+    )
+    measured = _with_config(verbs, "calibrate", calibrate, "measure how fast this hardware trains each size and method")
     measured.add_argument(
         "--sizes",
         nargs="+",
         default=["pythia-14m"],
         metavar="SIZE",
-        help="of the Pythia suite, or folders; default pythia-14m",
+        help="sizes of the Pythia suite, or folders of models (default: pythia-14m)",
     )
     usual = ["full", "freeze-0.5", "bias", "lora-r32"]
-    measured.add_argument("--methods", nargs="+", default=usual, metavar="METHOD", help=f"default {' '.join(usual)}")
-    measured.add_argument("--seconds", type=float, default=10.0, metavar="S", help="to measure each for; default 10")
     measured.add_argument(
-        "--out", default="calibration.json", metavar="FILE", help="default calibration.json; run again, it goes on"
+        "--methods", nargs="+", default=usual, metavar="METHOD", help=f"methods to measure (default: {' '.join(usual)})"
     )
+    measured.add_argument(
+        "--seconds", type=float, default=10.0, metavar="S", help="time to measure each of them (default: 10)"
+    )
+    measured.add_argument(
+        "--out",
+        default="calibration.json",
+        metavar="FILE",
+        help="file to write; an existing one is continued (default: calibration.json)",
+    )
+
+
+def _model_verbs(verbs: Any) -> None:
+    def action(name: str, run: Verb, text: str) -> argparse.ArgumentParser:
+        verb = verbs.add_parser(name, help=text, description=text)
+        verb.add_argument("run_folder", metavar="RUN", help="directory of a finished run")
+        verb.set_defaults(run=run)
+        return verb
+
+    scored = action("evaluate", evaluate, "score a finished run with MTEB: one file per task in RUN/scores")
+    suites = "MTEB tasks, or the suites held-out, paper, published-code (default: held-out)"
+    scored.add_argument("--tasks", nargs="+", default=["held-out"], metavar="NAME", help=suites)
+    exported = action("export", export, "export a finished run as a sentence-transformers model")
+    exported.add_argument("folder", metavar="FOLDER", help="folder to write; it must be new or empty")
+    encoded = action("encode", encode, "embed the texts of a file; run it again to continue")
+    encoded.add_argument("texts", metavar="TEXTS", help="a .txt file (one text per line), a .jsonl or .parquet file")
+    encoded.add_argument("out", metavar="OUT", help="folder to write: 00000.npy, 00001.npy, …")
+    encoded.add_argument(
+        "--column", default="text", metavar="NAME", help="column of a .jsonl or .parquet file (default: text)"
+    )
+    encoded.add_argument("--format", default="npy", metavar="KIND", help="npy or arrow (default: npy)")
+
+
+def _sweep_verbs(verbs: Any) -> None:
+    text = "plan, run and watch many runs from one YAML file"
+    actions = verbs.add_parser("sweep", help=text, description=text).add_subparsers(metavar="ACTION", required=True)
+
+    def action(name: str, place: str, text: str) -> argparse.ArgumentParser:
+        verb = actions.add_parser(name, help=text, description=text)
+        verb.add_argument("sweep", metavar="SWEEP", help="a YAML file, such as configs/sweep/paper.yaml")
+        verb.add_argument(
+            "words", nargs="*", metavar="key=value", help="settings that override the file: axes.budget=[1e15]"
+        )
+        verb.set_defaults(run=verb_at(place))
+        return verb
+
+    plan = action("plan", "slurm.plan:command", "show what the sweep costs, and which runs are impossible")
+    plan.add_argument("--each", action="store_true", help="show a row for each run")
+    plan.add_argument("--max-gpu-hours", type=float, metavar="H", help="refuse a sweep that needs more by the estimate")
+    fetch = action(
+        "prefetch", "slurm.prefetch:command", "download models, tokenizers and pairs, for nodes without a network"
+    )
+    fetch.add_argument("--evaluate", nargs="+", metavar="TASK", help="also the data of these MTEB tasks or suites")
+    submit = action("submit", "slurm.submit:command", "start the runs that are missing or interrupted, and return")
+    submit.add_argument(
+        "--to", choices=["slurm", "here", "this-process"], help="where to run (default: slurm, or here without SLURM)"
+    )
+    submit.add_argument("--retry-failed", action="store_true", help="also start failed runs again")
+    submit.add_argument("--max-gpu-hours", type=float, metavar="H", help="refuse if the started runs need more")
+    submit.add_argument(
+        "--evaluate", nargs="+", metavar="TASK", help="score finished runs: MTEB tasks, or held-out, paper, …"
+    )
+    action("status", "slurm.status:command", "show the state of every run")
+    watch = action("watch", "slurm.status:watch", "show the status repeatedly until all runs are done or Ctrl-C")
+    watch.add_argument("--every", type=float, default=10.0, metavar="SECONDS", help="time between looks (default: 10)")
+    cancel = action("cancel", "slurm.status:cancel", "end the sweep's jobs and its processes on this machine")
+    cancel.add_argument("--yes", action="store_true", help="do not ask first")
+
+
+def _fit_verb(verbs: Any) -> None:
+    text = "fit optima, scaling laws and intervals to finished runs; writes fits.json"
+    verb = verbs.add_parser("fit", help=text, description=text)
+    verb.add_argument(
+        "runs",
+        metavar="RUNS",
+        help="folder of runs, or a .csv, .parquet or .jsonl table; with --simulate a sweep file",
+    )
+    verb.add_argument(
+        "--columns", metavar="OURS=THEIRS,…", help="names of a table's columns: params=N,tokens=D,budget=C,loss=loss"
+    )
+    verb.add_argument("--where", action="append", metavar="NAME=VALUE", help="use only these runs; may be repeated")
+    verb.add_argument(
+        "--out", metavar="FOLDER", help="folder for fits.json (default: RUNS, or the current folder for a table)"
+    )
+    verb.add_argument(
+        "--residual",
+        default="huber",
+        metavar="KIND",
+        help="loss function for fitting joint laws: huber, lad, log or raw (default: huber)",
+    )
+    verb.add_argument("--delta", type=float, default=1e-3, help="Huber's delta, in ln L (default: 1e-3)")
+    text = "parabola, law, or akima (on dense grids it underestimates the loss and its interval) (default: parabola)"
+    verb.add_argument("--optimum", default="parabola", metavar="KIND", help=text)
+    verb.add_argument(
+        "--window", type=float, default=4.0, metavar="FACTOR", help="range of N around the optimum (default: 4)"
+    )
+    verb.add_argument(
+        "--noise", type=float, metavar="SD", help="standard deviation of ln L (default: measured on repeated runs)"
+    )
+    verb.add_argument("--bootstrap", type=int, default=1000, metavar="DRAWS", help="bootstrap draws (default: 1000)")
+    verb.add_argument("--seed", type=int, default=0, help="seed of the draws (default: 0)")
+    verb.add_argument(
+        "--simulate",
+        metavar="LAW",
+        help="test a grid on a known law: E=…,A=…,B=…,alpha=…,beta=… or a fits.json",
+    )
+    verb.set_defaults(run=fit)
+
+
+def _report_verbs(verbs: Any) -> None:
+    text = "recommend what to train for a budget, using the fitted laws"
+    verb = verbs.add_parser("recipe", help=text, description=text)
+    verb.add_argument("fits", metavar="FITS", help="folder written by `embedscale fit`, or its fits.json")
+    # argparse would take a budget such as -1e17 for an option; this lets our own range check refuse it.
+    verb._negative_number_matcher = re.compile(r"-\d")
+    verb.add_argument(
+        "budget", metavar="BUDGET", nargs="*", help="such as 1e17, 100 PFLOP, 2 PFLOP-days or 24 GPU-hours"
+    )
+    verb.add_argument("--tokens", metavar="D", help="limit of the data; without a budget, the data to be used")
+    verb.add_argument("--json", action="store_true", help="print JSON")
+    verb.set_defaults(run=verb_at("analysis.recipe:command"))
+    text = "write one page with the recipe, all figures, the laws and the runs left out: report.html"
+    verb = verbs.add_parser("report", help=text, description=text)
+    verb.add_argument("fits", metavar="FITS", help="folder written by `embedscale fit`")
+    verb.add_argument("--out", metavar="FOLDER", help="folder for report.html and the figures (default: FITS)")
+    verb.add_argument("--budget", action="append", metavar="BUDGET", help="begin with its recipe; may be repeated")
+    verb.add_argument("--compare", metavar="FITS", help="fits of another batch size or context, for figure 23")
+    verb.set_defaults(run=verb_at("analysis.report:command"))
+
+
+def _doctor_verb(verbs: Any) -> None:
+    text = "check this machine, the installation and the cluster"
+    verb = verbs.add_parser("doctor", help=text, description=text)
+    verb.add_argument("--cluster", metavar="FILE", help="cluster file to check, such as configs/cluster/a100.yaml")
+    verb.add_argument("--sweep", metavar="FILE", help="sweep file whose cluster, backbones and folder to check")
+    verb.add_argument("--folder", default="runs", help="folder where runs will be written (default: runs)")
+    verb.add_argument("--on-node", action="store_true", help="also check a node of each resource class, through srun")
+    verb.set_defaults(run=verb_at("slurm.doctor:command"))
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of all verbs. `run` of the parsed arguments is the verb's function."""
+    from embedscale import __version__
+
+    text = "Compute-optimal recipes for turning language models into text-embedding models."
+    top = argparse.ArgumentParser(prog="embedscale", description=text)
+    top.add_argument("--version", action="version", version=f"embedscale {__version__}")
+    verbs = top.add_subparsers(title="verbs", metavar="VERB", required=True)
+    _run_verbs(verbs)
     _model_verbs(verbs)
     _sweep_verbs(verbs)
     _fit_verb(verbs)
@@ -318,67 +303,70 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command's arguments; settings may stand anywhere, which argparse allows of no list of words."""
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse a command. Settings may stand anywhere in it, which argparse alone does not allow for a list of words."""
     top = parser()
-    args, behind = top.parse_known_args(argv)
-    if [word for word in behind if word.startswith("-") or not hasattr(args, "words")]:
-        top.error(f"unrecognized arguments: {' '.join(behind)}")
+    args, rest = top.parse_known_args(argv)
+    if [word for word in rest if word.startswith("-") or not hasattr(args, "words")]:
+        top.error(f"unrecognized arguments: {' '.join(rest)}")
     if hasattr(args, "words"):
         for name, values in vars(args).items():
-            if name != "words" and isinstance(values, list):  # of an option that takes several: it took them too
-                behind += [value for value in values if "=" in value]
+            if name != "words" and isinstance(values, list):  # an option with several values took settings too
+                rest += [value for value in values if "=" in value]
                 setattr(args, name, [value for value in values if "=" not in value])
-        args.words += behind
+        args.words += rest
     return args
 
 
 class _Interrupted(KeyboardInterrupt):
-    """A signal's. Python's own changes the status of `python -m` where it went through `exec`, as in a dataclass."""
+    """Raised by a signal.
+
+    Not KeyboardInterrupt itself: if one passes through `exec`, as in the definition of a dataclass, Python changes the
+    exit status of `python -m`.
+    """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a verb; 0 done, 1 the work failed, 2 the command was wrong, 75 interrupted and resumable."""
-    # SIGPIPE stays ignored, as Python has it: by default it would end a run whose logger's socket is closed.
-    # A terminal that lacks a character is no error.
+    """Run a command. Returns its exit status: 0 done, 1 failed, 2 wrong command, 75 interrupted and resumable."""
+    # SIGPIPE stays ignored, as Python sets it: otherwise a logger's closed socket would end a run.
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")
-    asked: list[int] = []
+        sys.stdout.reconfigure(errors="replace")  # a terminal may not have every character
+    signals: list[int] = []
 
     def interrupt(number: int, frame: object) -> None:
-        asked.append(number)
+        signals.append(number)
         raise _Interrupted
 
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, interrupt)  # until a verb sees to them itself
-        # While Python ends it takes handlers away, and a late signal would change the exit status.
+        signal.signal(number, interrupt)  # until a verb installs its own handlers
+        # At its end Python removes handlers, and a late signal would then change the exit status.
         atexit.register(signal.signal, number, signal.SIG_IGN)
     try:
-        args = _parsed(argv)
+        args = parse(argv)
         code = int(args.run(args))
-        with suppress(BrokenPipeError):  # `| head` is no error, a full disk is
+        with suppress(BrokenPipeError):  # `| head` is not an error; a full disk is
             print(end="", flush=True)
         return code
     except (KeyboardInterrupt, Exception) as error:
-        # OmegaConf, interrupted, may raise an error of its own.
-        if asked or isinstance(error, KeyboardInterrupt):
-            signal.signal(signal.SIGINT, lambda number, frame: None)  # an impatient user's next one
-            said, code = "interrupted", INTERRUPTED
+        # Any error may follow a signal: OmegaConf, for one, raises an error of its own when it is interrupted.
+        if signals or isinstance(error, KeyboardInterrupt):
+            signal.signal(signal.SIGINT, lambda number, frame: None)  # the user may press Ctrl-C again
+            message, code = "interrupted", INTERRUPTED
         elif isinstance(error, UserError):
-            said, code = str(error), WRONG
+            message, code = str(error), WRONG
         elif isinstance(error, ModuleNotFoundError):
-            said, code = f"the package {error.name!r} is missing", FAILED
-        elif isinstance(error, OSError) and error.errno is not None:  # without one it is a library's own
-            said = f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror)
+            message, code = f"the package {error.name!r} is missing", FAILED
+        elif isinstance(error, OSError) and error.errno is not None:  # without a number, a library raised it
+            message = f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror)
             code = FAILED if error.errno in BROKEN else WRONG
         else:
             raise
-        print(f"embedscale: {said}", file=sys.stderr)
+        print(f"embedscale: {message}", file=sys.stderr)
         return code
     finally:
         try:
             print(end="", flush=True)
-        except OSError:  # all is said: Python would complain once more when it ends
+        except OSError:  # already reported; without this, Python would report it again at its end
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

@@ -31,7 +31,7 @@ from embedscale.training import plan
     ],
 )
 def test_settings_stand_before_and_behind_options(words, settings, option):
-    args = cli._parsed(words.split())
+    args = cli.parse(words.split())
     assert args.words == settings and getattr(args, option[0]) == option[1]
 
 
@@ -156,8 +156,9 @@ def test_what_is_wrong_in_the_file_is(tmp_path, capsys):
 
 def a_verb_that(tmp_path, do: str, words: str = "", **options):
     """`python -m` of a command whose verb does it."""
-    program = f"import atexit, os, signal, socket, sys\nfrom embedscale import cli, plan\n\ndef do(*_):\n    {do}\n"
-    (tmp_path / "program.py").write_text(f"{program}\n{words}\nplan.print_flops = do\nsys.exit(cli.main(['flops']))\n")
+    imports = "import atexit, os, signal, socket, sys\nfrom embedscale import cli\nfrom embedscale.training import plan"
+    program = f"{imports}\n\ndef do(*_):\n    {do}\n\n{words}\nplan.print_flops = do\nsys.exit(cli.main(['flops']))\n"
+    (tmp_path / "program.py").write_text(program)
     return subprocess.run(
         [sys.executable, "-m", "program"], cwd=tmp_path, stderr=subprocess.PIPE, text=True, timeout=60, **options
     )
