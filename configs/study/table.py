@@ -1,0 +1,59 @@
+"""Write the study's finished runs as two small tables, from which everything is fitted and drawn again.
+
+    python configs/study/table.py runs/study docs/study
+
+runs.csv has a row a run with all columns that `embedscale fit` reads; columns without a value, and paths of this
+machine, are left out. curves.csv has up to twelve training losses of each run, and its held-out losses. Rows are in
+the order of the run ids, so that adding runs changes no other line.
+"""
+
+import argparse
+from pathlib import Path
+
+import pandas as pd
+
+from analysis import runs
+from embedscale.run.directory import RunDirectory
+
+POINTS = 12  # of a training curve, evenly in steps
+
+
+def curve(directory: RunDirectory) -> pd.DataFrame:
+    """Return a thinned curve: run, spent_flop, train_loss (a step's batch) and loss (held out), nats.
+
+    The last step's training loss is left out: its batch is cut to the budget, so it has fewer negatives.
+    """
+    rows = directory.read_metrics()
+    last = max(row.step for row in rows)
+    train = [row for row in rows if row.train_loss is not None and row.step < last]
+    every = max(1, -(-len(train) // POINTS))
+    kept = [*train[::-1][::every][::-1], *(row for row in rows if row.loss is not None)]
+    return pd.DataFrame(
+        {
+            "run": directory.path.name,
+            "spent_flop": row.spent_flop,
+            "train_loss": None if row.train_loss is None else round(row.train_loss, 4),
+            "loss": None if row.loss is None else round(row.loss, 6),
+        }
+        for row in sorted(kept, key=lambda row: (row.spent_flop, row.loss is not None))
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("runs", type=Path, help="a folder of run directories")
+    parser.add_argument("out", type=Path, help="the folder of runs.csv and curves.csv")
+    args = parser.parse_args()
+    table = runs.load(args.runs).table.sort_values("run")
+    curves = pd.concat([curve(RunDirectory(path)) for path in table["path"]])
+    args.out.mkdir(parents=True, exist_ok=True)
+    kept = table.drop(columns="path").dropna(axis="columns", how="all")
+    whole = [name for name in kept.select_dtypes(float) if (kept[name].dropna() % 1 == 0).all()]
+    kept = kept.astype(dict.fromkeys(whole, "Int64"))
+    kept.to_csv(args.out / "runs.csv", index=False)
+    curves.to_csv(args.out / "curves.csv", index=False)
+    print(f"{args.out}: {len(table)} runs, {len(curves)} points of curves")
+
+
+if __name__ == "__main__":
+    main()
