@@ -100,12 +100,9 @@ def _grid(file: str) -> Any:
         except UserError:
             refused += 1
             continue
-        share = cost.n_updated / cost.n_parameters
-        if run.method.name == "freeze":
-            share = len(run.method.training_blocks(shape.blocks)) / shape.blocks
         rows.append(
             {"run": run.run_id, "method": run.method.name, "params": cost.n_parameters, "budget": run.budget}
-            | {"flop_per_token": cost.flop_per_token, "trainable_fraction": 1.0 if run.method.name == "full" else share}
+            | {"flop_per_token": cost.flop_per_token, "trainable_fraction": cost.trainable_fraction}
             | {"rank": run.method.rank, "learning_rate": run.training.learning_rate, "seed": run.training.seed}
         )
     if refused:

@@ -11,7 +11,8 @@ from typing import Any
 
 from embedscale.errors import UserError
 from embedscale.run.config import bounded, read_yaml, structured
-from embedscale.run.families import BackboneShape, shape_by_name
+from embedscale.run.families import shape_by_name
+from embedscale.run.shape import BackboneShape
 
 
 @dataclass(frozen=True)

@@ -32,8 +32,8 @@ from typing import Any, get_origin, get_type_hints
 
 from embedscale.errors import UserError
 from embedscale.run.config import Backbone, RunConfig, blaming, bounded, read_yaml, structured
-from embedscale.run.cost import Method
 from embedscale.run.families import short_name
+from embedscale.run.method import METHODS, Method
 from slurm import cluster as clusters
 from slurm.cluster import Cluster, ResourceClass
 
@@ -152,10 +152,10 @@ def _grid(file: SweepFile) -> Iterator[tuple[str, Row, Row]]:
     for i, method in enumerate(methods):
         only = _condition(f"methods[{i}].only", method.pop("only", {}))
         # The paper's rule (section 4.1) looks at the backbone for full and freezing alone.
-        own_rate = method.get("method.name") in ("lora", "bias")
+        kind = METHODS.get(str(method.get("method.name", Method().name)))
         for outer in _expanded(axes):
             for backbone in itertools.chain.from_iterable(map(_expanded, backbones)):
-                if own_rate:
+                if kind is not None and not kind.rate_of_backbone:
                     backbone.pop("training.learning_rate", None)
                 for inner in _expanded(method):
                     yield "", outer | backbone | inner, only

@@ -22,9 +22,10 @@ from embedscale.data.store import PairStore
 from embedscale.errors import DONE, UserError
 from embedscale.files import read_json
 from embedscale.run.config import RunConfig, bounded
-from embedscale.run.cost import Cost, cost_of, peak_learning_rate
+from embedscale.run.cost import Cost, cost_of
 from embedscale.run.directory import RunDirectory
-from embedscale.run.families import BackboneShape, known, short_name
+from embedscale.run.families import known, short_name
+from embedscale.run.shape import BackboneShape
 from slurm import grid
 from slurm.cluster import ResourceClass, shape_of
 from slurm.grid import Sweep
@@ -217,7 +218,7 @@ def _learning_rate(run: RunConfig) -> float:
     if run.training.learning_rate is not None:
         return run.training.learning_rate
     row = known(run.backbone.name)
-    rate = peak_learning_rate(row.pretraining_learning_rate if row else None, run.method)
+    rate = run.method.peak_learning_rate(row.pretraining_learning_rate if row else None)
     if rate is None:
         raise UserError(
             f"training.learning_rate: the paper's rule knows none for {short_name(run.backbone.name)}; state it"
@@ -244,11 +245,7 @@ def _check_data(run: RunConfig, shape: BackboneShape, data: Pairs) -> None:
 
 def _disk(run: RunConfig, shape: BackboneShape, cost: Cost, steps: int) -> int:
     """Two checkpoints at most (the newest is complete before the one before goes), the final weights, the metrics."""
-    trained = cost.n_updated
-    if run.method.name == "full":
-        trained += shape.vocabulary * shape.width
-    if run.method.embedding:
-        trained += (run.method.rank or 0) * (shape.vocabulary + shape.width)
+    trained = cost.n_updated + run.method.embedding_parameters(shape)
     metrics = METRICS_ROW_BYTES * (steps // run.resources.log_every + 1)
     return trained * (2 * CHECKPOINT_BYTES + WEIGHT_BYTES) + metrics
 
@@ -261,7 +258,6 @@ def analysis_rows(path: str | Path) -> Any:
     for each in plan_sweep(grid.load(path)).runnable:
         run, shape = each.run, shape_of(each.run.backbone.name)
         cost = cost_of(shape, run.method)
-        freezes = run.method.name == "freeze"
         rows.append(
             {
                 "run": each.run_id,
@@ -271,9 +267,7 @@ def analysis_rows(path: str | Path) -> Any:
                 "budget": run.budget,
                 "tokens": each.tokens,
                 "flop_per_token": cost.flop_per_token,
-                "trainable_fraction": len(run.method.training_blocks(shape.blocks)) / shape.blocks
-                if freezes
-                else cost.n_updated / cost.n_parameters,
+                "trainable_fraction": cost.trainable_fraction,
                 "rank": run.method.rank,
                 "learning_rate": each.learning_rate,
                 "batch_size": run.training.batch_size,

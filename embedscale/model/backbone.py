@@ -11,7 +11,8 @@ from torch import nn
 from embedscale.errors import UserError
 from embedscale.model.attention import attend_packed, refuse_other_attention
 from embedscale.run.config import Backbone
-from embedscale.run.families import BackboneShape, Linear, shape_by_name, short_name
+from embedscale.run.families import shape_by_name, short_name
+from embedscale.run.shape import BackboneShape, Linear
 
 # What a dense layer does, by the names that decoders give it.
 ROLES = {

@@ -1,9 +1,15 @@
-"""The four fine-tuning methods: which of a backbone's parameters train (paper, section 4.1, appendix H)."""
+"""Fine-tuning methods on a torch module: which of its parameters train (paper, section 4.1, appendix H).
+
+`embedscale.run.method` says what a method costs and which blocks and layers it touches; each function here makes a body
+train so. `APPLY` names them.
+"""
+
+from collections.abc import Callable
 
 from torch import nn
 
 from embedscale.model.backbone import blocks_of
-from embedscale.run.cost import Method
+from embedscale.run.method import Method
 
 
 def apply_method(body: nn.Module, method: Method) -> list[str]:
@@ -12,24 +18,32 @@ def apply_method(body: nn.Module, method: Method) -> list[str]:
     Everything else gets `requires_grad=False`, so that frozen blocks below the first trainable tensor run without
     autograd: they keep no activations and cost nothing in the backward pass.
     """
-    if method.name == "lora":
-        _insert_adapters(body, method)
-    elif method.name == "bias":
-        for name, parameter in body.named_parameters():
-            parameter.requires_grad = name.endswith("bias")
-    elif method.name == "freeze":
-        blocks = blocks_of(body)
-        training = method.training_blocks(len(blocks))
-        # The token embedding stays frozen even with every block active, as in the paper; what follows the last
-        # block trains with it, and with it alone.
-        body.requires_grad_(method.blocks == "last")
-        body.get_input_embeddings().requires_grad_(False)  # type: ignore[operator]
-        for number, block in enumerate(blocks):
-            block.requires_grad_(number in training)
+    APPLY[method.name](body, method)
     return [name for name, parameter in body.named_parameters() if parameter.requires_grad]
 
 
-def _insert_adapters(body: nn.Module, method: Method) -> None:
+def _train_all(body: nn.Module, method: Method) -> None:
+    body.requires_grad_(True)
+
+
+def _train_biases(body: nn.Module, method: Method) -> None:
+    for name, parameter in body.named_parameters():
+        parameter.requires_grad = name.endswith("bias")
+
+
+def _train_blocks(body: nn.Module, method: Method) -> None:
+    """Train some blocks. The token embedding stays frozen even with every block active, as in the paper."""
+    blocks = blocks_of(body)
+    training = method.training_blocks(len(blocks))
+    # The last normalisation trains with the last block, and only with it.
+    body.requires_grad_(method.blocks == "last")
+    body.get_input_embeddings().requires_grad_(False)  # type: ignore[operator]
+    for number, block in enumerate(blocks):
+        block.requires_grad_(number in training)
+
+
+def _train_adapters(body: nn.Module, method: Method) -> None:
+    """Insert LoRA adapters, which train alone."""
     from peft import LoraConfig
     from peft.tuners.lora import LoraModel
 
@@ -51,8 +65,16 @@ def _insert_adapters(body: nn.Module, method: Method) -> None:
     )
 
 
+APPLY: dict[str, Callable[[nn.Module, Method], None]] = {
+    "full": _train_all,
+    "freeze": _train_blocks,
+    "bias": _train_biases,
+    "lora": _train_adapters,
+}
+
+
 def merge_adapters(body: nn.Module) -> None:
-    """Fold LoRA's adapters into the float32 weights and take them out; nothing to do for other methods."""
+    """Add the adapters to the float32 weights and remove the adapters. Bodies without adapters are not changed."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     for path, module in list(body.named_modules()):

@@ -20,8 +20,8 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from yaml import YAMLError
 
 from embedscale.errors import UserError
-from embedscale.run.cost import Method
 from embedscale.run.families import short_name
+from embedscale.run.method import Method
 
 SOURCES = ("jsonl", "parquet", "dataset", "installed-python")
 WEIGHTS = ("pretrained", "random")

@@ -34,8 +34,9 @@ from embedscale.model.hardware import (
     training_device,
 )
 from embedscale.run.config import RunConfig, bounded
-from embedscale.run.cost import Method, cost_of
+from embedscale.run.cost import cost_of
 from embedscale.run.families import SUITE, short_name
+from embedscale.run.method import method_of_label
 from embedscale.training.memory import fitting_chunk
 from embedscale.training.module import Batch, Contrastive, assemble
 from embedscale.training.plan import TrainingPlan
@@ -96,19 +97,14 @@ def calibrate(config: RunConfig, out: str, sizes: Sequence[str], methods: Sequen
 
 
 def config_of(config: RunConfig, size: str, label: str) -> RunConfig:
-    name, _, amount = label.partition("-")
-    settings: dict[str, Any] = {}
     try:
-        if name == "freeze":
-            settings["active_fraction"] = float(amount)
-        elif name == "lora":
-            settings["rank"] = int(amount.removeprefix("r"))
-    except ValueError:
-        raise UserError(f"--methods: {label!r} is unknown; such as: {', '.join(METHODS)}") from None
+        method = method_of_label(label)
+    except UserError as error:
+        raise UserError(f"--methods: {error}") from None
     if size not in SUITE and not (Path(size) / "config.json").is_file():
         raise UserError(f"--sizes: {size!r} is neither of the suite ({', '.join(SUITE)}) nor a folder with a model")
     backbone = replace(config.backbone, name=size, weights="random")
-    return replace(config, backbone=backbone, method=Method(name, **settings))
+    return replace(config, backbone=backbone, method=method)
 
 
 def _facts(config: RunConfig, device: torch.device, seconds: float) -> dict[str, Any]:

@@ -10,8 +10,9 @@ import numpy as np
 from embedscale.data.store import PairStore
 from embedscale.errors import DONE, UserError
 from embedscale.run.config import RunConfig, bounded
-from embedscale.run.cost import Cost, cost_of, peak_learning_rate
-from embedscale.run.families import BackboneShape, known, shape_by_name
+from embedscale.run.cost import Cost, cost_of
+from embedscale.run.families import known, shape_by_name
+from embedscale.run.shape import BackboneShape
 from embedscale.values import Count, Value
 
 # Tokens: the paper's mean query and value (section 4.1), where no store says better.
@@ -103,7 +104,7 @@ def learning_rate_of(config: RunConfig) -> float:
     if config.training.learning_rate is not None:
         return config.training.learning_rate
     row = known(config.backbone.name)
-    rate = peak_learning_rate(row.pretraining_learning_rate if row else None, config.method)
+    rate = config.method.peak_learning_rate(row.pretraining_learning_rate if row else None)
     if rate is None:
         raise UserError(
             f"training.learning_rate: nothing is given, and the paper's rule for {config.method.name!r} needs the "

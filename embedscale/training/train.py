@@ -373,10 +373,6 @@ def _record(
     training = asdict(config.training)
     del training["seed"]
     training["learning_rate"] = plan.learning_rate
-    if method.name == "freeze":
-        trainable_fraction = len(method.training_blocks(facts.blocks)) / facts.blocks
-    else:
-        trainable_fraction = facts.n_updated / facts.n_parameters
     record = RunRecord(
         format=1,
         status="done" if done else "diverged",
@@ -404,7 +400,7 @@ def _record(
             **{key: value for key, value in asdict(method).items() if key != "name"},
             method_label=method.label,
         ),
-        trainable_fraction=trainable_fraction,
+        trainable_fraction=module.cost.trainable_fraction,
         trainable_tensors=len(facts.trainable),
         seed=config.training.seed,
         data=short_name(config.data.store),

@@ -10,8 +10,9 @@ from records import record
 from analysis import runs
 from analysis.fitting import fit as fits_file
 from analysis.fitting.laws import predict_chinchilla, predict_trainable_fraction
-from embedscale.run.cost import Method, cost_of
+from embedscale.run.cost import cost_of
 from embedscale.run.families import SUITE
+from embedscale.run.method import Method
 
 LAWS = {
     "full": np.array([0.1, 900.0, 90.0, 0.45, 0.25]),

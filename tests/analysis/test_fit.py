@@ -17,8 +17,9 @@ from analysis.fitting.laws import predict_chinchilla, predict_trainable_fraction
 from analysis.fitting.optima import Profile
 from embedscale.cli import main
 from embedscale.errors import UserError
-from embedscale.run.cost import Method, cost_of
+from embedscale.run.cost import cost_of
 from embedscale.run.families import SUITE
+from embedscale.run.method import Method
 
 SIZES = 1.2e6 * 4.0 ** np.arange(6)
 BUDGETS = 1.5e15 * 4.0 ** np.arange(5)

@@ -16,8 +16,9 @@ from analysis.fitting import fit as fits_file
 from analysis.fitting.laws import predict_chinchilla
 from embedscale.cli import main
 from embedscale.errors import UserError
-from embedscale.run.cost import Method, cost_of
+from embedscale.run.cost import cost_of
 from embedscale.run.families import SUITE
+from embedscale.run.method import Method
 
 
 def loss_of(method: str, backbone: str, budget: float, rank: int | None = None) -> float:

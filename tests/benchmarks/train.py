@@ -29,8 +29,9 @@ from turns import Contestant
 from embedscale.model.encoder import pack
 from embedscale.model.hardware import keep_freed_memory, matrix_product_peak
 from embedscale.run import config as configs
-from embedscale.run.cost import Method, cost_of
+from embedscale.run.cost import cost_of
 from embedscale.run.families import SUITE
+from embedscale.run.method import Method
 from embedscale.training.calibrate import METHODS, build, config_of, module_of, paper_lengths, paper_tokens
 from embedscale.training.loss import info_nce
 from embedscale.training.module import Batch

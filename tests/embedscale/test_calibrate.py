@@ -12,8 +12,9 @@ from embedscale.model.backbone import load_body
 from embedscale.model.encoder import pack
 from embedscale.model.hardware import keep_freed_memory, memory_in_use, peak_memory
 from embedscale.run.config import load
-from embedscale.run.cost import Method, cost_of
+from embedscale.run.cost import cost_of
 from embedscale.run.families import SUITE, shape_by_name
+from embedscale.run.method import Method
 from embedscale.training import module as contrastive
 from embedscale.training.calibrate import build, config_of, module_of, paper_lengths, paper_tokens
 from embedscale.training.memory import fitting_chunk
@@ -64,7 +65,7 @@ def test_other_settings_and_unknown_names_are_refused(backbone_folder, tmp_path,
     assert cli.main(["calibrate", "--sizes", "pythia-15m", "--out", str(out)]) == 2
     assert "--sizes: 'pythia-15m' is neither of the suite (pythia-14m," in capsys.readouterr().err
     assert cli.main(["calibrate", "--methods", "lora", "--out", str(out)]) == 2
-    assert "--methods: 'lora' is unknown; such as: full, freeze-0.5, bias, lora-r32" in capsys.readouterr().err
+    assert "--methods: 'lora' is not a method; such as: full, freeze-0.5, bias, lora-r32" in capsys.readouterr().err
     out = tmp_path / "another.json"
     for words, message in (
         (["--methods", "full", "freeze-0.3"], "method.active_fraction: 0.3 of 6 blocks is no whole number"),

@@ -10,8 +10,10 @@ from transformers import AutoModel, GPTNeoXConfig, GPTNeoXModel
 from embedscale.errors import UserError
 from embedscale.model.backbone import shape_of
 from embedscale.model.methods import apply_method
-from embedscale.run.cost import Method, cost_of, peak_learning_rate
-from embedscale.run.families import SUITE, known, neox_shape
+from embedscale.run.cost import cost_of
+from embedscale.run.families import SUITE, known
+from embedscale.run.method import Method
+from embedscale.run.shape import neox_shape
 
 METHODS = {
     "full": Method("full"),
@@ -166,11 +168,11 @@ def test_the_exact_cost_is_exact_for_grouped_queries_and_gated_layers_too():
         ({"name": "lora"}, "method.rank: lora needs a rank"),
         ({"name": "lora", "rank": 0}, "method.rank: 0 is out of range"),
         ({"name": "lora", "rank": 4000}, "method.rank: 4000 is out of range"),
-        ({"name": "lora", "rank": 8, "targets": ["nothing"]}, "method.targets: 'nothing' is no dense layer"),
+        ({"name": "lora", "rank": 8, "targets": ["nothing"]}, "method.targets: 'nothing' is not a dense layer"),
         ({"name": "lora", "rank": 8, "alpha": 0.0}, "method.alpha: 0.0 is out of range; allowed: above 0"),
         ({"name": "lora", "rank": 8, "dropout": 1.0}, "method.dropout: 1.0 is out of range"),
         ({"name": "freeze"}, "freeze needs one of"),
-        ({"name": "freeze", "active_fraction": 0.3}, "method.active_fraction: 0.3 of 6 blocks is no whole number"),
+        ({"name": "freeze", "active_fraction": 0.3}, "method.active_fraction: 0.3 of 6 blocks is not a whole number"),
         ({"name": "freeze", "active_fraction": 1.5}, "method.active_fraction: 1.5 is out of range"),
         ({"name": "freeze", "active_blocks": 7}, "method.active_blocks: 7 is out of range"),
         ({"name": "freeze", "active_blocks": 6, "blocks": "one"}, "method.active_blocks: block 6 does not exist"),
@@ -183,8 +185,7 @@ def test_bad_methods_are_named(settings, message):
 
 
 def test_the_papers_learning_rates():
-    assert peak_learning_rate(
-        known("EleutherAI/pythia-160m-deduped").pretraining_learning_rate, Method()
-    ) == pytest.approx(6e-5)
-    assert peak_learning_rate(None, Method("lora", rank=8)) == peak_learning_rate(1e-4, Method("bias")) == 1e-3
-    assert peak_learning_rate(None, Method()) is None
+    pythia = known("EleutherAI/pythia-160m-deduped").pretraining_learning_rate
+    assert Method().peak_learning_rate(pythia) == pytest.approx(6e-5)
+    assert Method("lora", rank=8).peak_learning_rate(None) == Method("bias").peak_learning_rate(1e-4) == 1e-3
+    assert Method().peak_learning_rate(None) is None

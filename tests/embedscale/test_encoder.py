@@ -17,7 +17,7 @@ from embedscale.model.backbone import blocks_of, digest_of, load_body, shape_of,
 from embedscale.model.encoder import Encoder, embeddings_of, pack
 from embedscale.model.methods import apply_method, merge_adapters
 from embedscale.run.config import Backbone
-from embedscale.run.cost import Method
+from embedscale.run.method import Method
 
 
 def sequences(count=40, longest=75, seed=0):

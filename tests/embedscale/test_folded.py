@@ -11,7 +11,7 @@ from embedscale.model.cpu.folded import fold
 from embedscale.model.encoder import Encoder, pack
 from embedscale.model.methods import apply_method
 from embedscale.run.config import Backbone
-from embedscale.run.cost import Method
+from embedscale.run.method import Method
 
 METHODS = [
     Method("full"),

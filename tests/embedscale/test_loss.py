@@ -18,7 +18,8 @@ from embedscale.model.encoder import Encoder, cut_further, pack
 from embedscale.model.methods import apply_method
 from embedscale.model.parallel import GradientSums
 from embedscale.run.config import Backbone, Loss, RunConfig, Training
-from embedscale.run.cost import Method, cost_of
+from embedscale.run.cost import cost_of
+from embedscale.run.method import Method
 from embedscale.training.held_out import score
 from embedscale.training.loss import info_nce, loss_and_gradient
 from embedscale.training.module import Batch, Contrastive

@@ -9,7 +9,7 @@ import pytest
 from embedscale.errors import UserError
 from embedscale.run import config
 from embedscale.run.config import RunConfig
-from embedscale.run.cost import Method
+from embedscale.run.method import Method
 from slurm import grid
 from slurm.cluster import Cluster, ResourceClass
 
