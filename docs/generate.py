@@ -6,11 +6,11 @@ from dataclasses import MISSING, Field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from embedscale.run.config import RunConfig
+from embedscale.run.config import RunConfig, Source
 from slurm.cluster import Cluster, ResourceClass
 from slurm.grid import SweepFile
 
-ROW = re.compile(r"^    (\w+): [^#]*#\s*(.*)$", re.MULTILINE)
+ROW = re.compile(r"^    (\w+): [^#\n]*#\s*(.*)$", re.MULTILINE)
 
 
 def write_all(folder: Path) -> None:
@@ -26,6 +26,12 @@ def write_all(folder: Path) -> None:
         (folder / name).write_text(text, encoding="utf-8")
 
 
+def schemas() -> list[type]:
+    """Every dataclass whose fields a user may set."""
+    sections = [hint for hint in get_type_hints(RunConfig).values() if is_dataclass(hint)]
+    return [RunConfig, *sections, Source, SweepFile, Cluster, ResourceClass]
+
+
 def run_settings() -> str:
     """All settings of a run: the top level, then a table a section."""
     hints = get_type_hints(RunConfig)
@@ -35,8 +41,6 @@ def run_settings() -> str:
             section = hints[each.name]
             parts += [f"### {each.name}\n", f"{inspect.getdoc(section)}\n", table(section, f"{each.name}.")]
             if each.name == "data":
-                from embedscale.run.config import Source
-
                 parts += ["Each entry of `data.sources`:\n", table(Source)]
     return "\n".join(parts)
 

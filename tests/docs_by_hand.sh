@@ -1,0 +1,37 @@
+#!/usr/bin/env bash
+# The commands of README and docs that tests/test_docs.py does not run, each group with the reason.
+# From the folder of a fresh clone, on Debian as root: bash tests/docs_by_hand.sh
+set -euxo pipefail
+
+# Minutes of work, and what other checks run anyway (.ci/run runs the last three).
+make quickstart
+. .venv/bin/activate
+make install
+make lint
+make docs
+make test
+
+# A real SLURM, which only one test session at a time brings up (tests/slurm drives the same commands).
+apt-get install -y --no-install-recommends munge slurmctld slurmd slurm-client slurmdbd mariadb-server
+python -m slurm.scheduler.devcluster up /tmp/dev
+export SLURM_CONF=/tmp/dev/slurm.conf
+embedscale doctor --cluster configs/cluster/a100.yaml || true # says what this machine lacks, so its status is 1
+embedscale doctor --sweep configs/sweep/paper.yaml --on-node || true
+embedscale sweep submit configs/sweep/quickstart.yaml
+sbatch --partition=high --nodes=2 --exclusive --wrap "sleep 20"
+timeout 60 embedscale sweep watch configs/sweep/quickstart.yaml --every 30 || true
+embedscale sweep submit configs/sweep/quickstart.yaml --evaluate held-out
+echo y | embedscale sweep cancel configs/sweep/quickstart.yaml
+python -m slurm.scheduler.devcluster down /tmp/dev
+
+# Needs what this machine lacks: modules, conda, a GPU, a container, an account. Listed, not run.
+: << 'LISTED'
+module load python/3.12
+git clone REPOSITORY embedscale
+cd embedscale
+conda create --name embedscale python=3.12
+make install PYTHON=$HOME/.conda/envs/embedscale/bin/python
+srun --gpus=1 --cpus-per-task=8 embedscale calibrate training.precision=bf16 --sizes pythia-70m pythia-410m
+wandb sync runs/SWEEP/*/wandb/offline-run-*
+sbatch --gpus=8 --cpus-per-task=64 --wrap "apptainer exec --nv embedscale.sif embedscale sweep submit SWEEP.yaml --to here"
+LISTED

@@ -1,0 +1,95 @@
+"""The documentation tells the truth: its commands run, its links lead somewhere, its notebook works.
+
+Every line of every `sh` block of the README and of docs/ is run, page by page, in a folder that looks like a clone with
+a finished quickstart. A line that several pages share runs once. docs_by_hand.sh lists what takes minutes or needs a
+cluster, with the reason. A block with a caption is written to the file that the caption names.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT / "docs"), str(ROOT / "tests" / "analysis")]
+import check_site  # noqa: E402
+from sweeps import miniature  # noqa: E402
+
+FENCE = re.compile(r"^```(\{code-block\} )?(\w+)\n(?::caption: (\S+)\n)?(.*?)^```$", re.MULTILINE | re.DOTALL)
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+BY_HAND = ROOT / "tests" / "docs_by_hand.sh"
+RAN = {"embedscale prepare configs/quickstart.yaml", "embedscale fit runs/quickstart"}  # first by the fixture
+
+
+def commands(text: str) -> list[str]:
+    """The command lines of a page, and lines that write the files that captions name."""
+    found = []
+    for _, language, caption, body in FENCE.findall(text):
+        if caption:
+            found.append(f"cat > {caption} << 'END OF FILE'\n{body}END OF FILE")
+        elif language == "sh":
+            found += [line for line in body.splitlines() if line]
+    return found
+
+
+def left_to_a_person() -> set[str]:
+    """The commands of docs_by_hand.sh as the pages spell them."""
+    lines = [line for line in BY_HAND.read_text().splitlines() if line and not line.startswith(("#", "set ", ": <<"))]
+    return {re.sub(r"^(echo y \| |timeout \d+ )| \|\| true.*$", "", line) for line in lines}
+
+
+def run(words: list[str], folder: Path, **variables: str) -> str:
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "COLUMNS": "100"}
+    done = subprocess.run(
+        words, cwd=folder, env=environment | variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory) -> Path:
+    """A folder like a clone: the configurations, the quickstart's store and a folder of finished runs."""
+    folder = tmp_path_factory.mktemp("clone")
+    shutil.copytree(ROOT / "configs", folder / "configs")
+    miniature(folder / "runs" / "quickstart")
+    for line in RAN:
+        run(line.split(), folder)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "page", [p for p in PAGES if commands(p.read_text())], ids=lambda path: str(path.relative_to(ROOT))
+)
+def test_the_commands_of_a_page_run(page, clone):
+    script = [line for line in commands(page.read_text()) if line not in left_to_a_person() | RAN]
+    run(["bash", "-ex", "-c", "\n".join(script)], clone, SLURM_CONF="/nowhere")
+    RAN.update(line for line in script if line.startswith("embedscale ") and "$" not in line)
+
+
+def test_what_is_left_to_a_person_stands_in_some_page():
+    every = {line for page in PAGES for line in commands(page.read_text())}
+    assert left_to_a_person() - every - {"LISTED"} == set()
+
+
+def test_the_links_of_the_readme_lead_somewhere():
+    for name in ("README.md", "CHANGELOG.md"):
+        for target in re.findall(r"\]\(([^)#:]+)\)", (ROOT / name).read_text()):
+            assert (ROOT / target).exists(), f"{name}: {target}"
+
+
+def test_the_check_of_the_site_sees_what_is_wrong(tmp_path):
+    (tmp_path / "a.html").write_text('<h1 id="top">A</h1><a href="b.html#here">B</a><a href="#top">up</a>')
+    (tmp_path / "b.html").write_text('<p id="here"><a href="https://example.org">away</a></p>')
+    assert check_site.problems(tmp_path) == []
+    (tmp_path / "b.html").write_text(
+        '<a href="c.html"></a><a href="a.html#x"></a><img src="https://example.org/i.png">'
+    )
+    found = check_site.problems(tmp_path)
+    assert [line.split(": ")[0] for line in found] == ["a.html", "b.html", "b.html", "b.html"]
+    assert any("another host" in line for line in found) and any("c.html, which is not there" in line for line in found)
