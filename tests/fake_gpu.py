@@ -51,11 +51,11 @@ def step(method: str, *words: str, chunk: int | None = None, fit: bool = False) 
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    from embedscale.model.encoder import pack
+    from embedscale.model.packing import pack
     from embedscale.run import config as configs
+    from embedscale.training.batches import Batch
     from embedscale.training.calibrate import build, config_of, module_of, paper_lengths, paper_tokens
     from embedscale.training.memory import _Live, fitting_chunk
-    from embedscale.training.module import Batch
 
     class Calls(TorchDispatchMode):
         def __init__(self) -> None:
@@ -97,7 +97,7 @@ def step(method: str, *words: str, chunk: int | None = None, fit: bool = False) 
             row["calls"] = {name: n for name, n in calls.found.items() if "flash" in name}
             row["devices"] = sorted({str(p.grad.device) for p in module.trainable.values()})
             optimizer.step()
-            module._account(Batch(0, len(lengths) // 2, chunks, texts, len(tokens), 0))
+            module.count(Batch(0, len(lengths) // 2, chunks, texts, len(tokens), 0))
             row["loss"] = [str(module.loss.device), str(module.loss.dtype)]
     return row
 

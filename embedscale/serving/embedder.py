@@ -11,9 +11,10 @@ from embedscale.data.store import as_numpy
 from embedscale.data.tokens import load_tokenizer, token_ids
 from embedscale.errors import UserError
 from embedscale.model.backbone import digest_of, load_body
-from embedscale.model.cpu.folded import fold
-from embedscale.model.encoder import Encoder, embeddings_of, pack
+from embedscale.model.body import Inference
+from embedscale.model.encoder import Encoder
 from embedscale.model.methods import apply_method, merge_adapters
+from embedscale.model.packing import pack
 from embedscale.run import config as configs
 from embedscale.run.config import RunConfig
 from embedscale.run.directory import RunDirectory
@@ -39,7 +40,7 @@ class Embedder:
         precision = precision or config.training.precision
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.encoder = Encoder(body, config.backbone.pooling, precision).to(self.device).eval()
-        self.encoder.folded = fold(body, precision)
+        self._inference = Inference(self.encoder)
         name = config.data.tokenizer or config.backbone.name
         self.tokenizer, digest = load_tokenizer(name, None if config.data.tokenizer else config.backbone.revision)
         if record.tokenizer_digest not in (None, digest):  # records of older code do not tell
@@ -83,10 +84,9 @@ class Embedder:
         found = np.zeros((len(texts), self.width), np.float32)
         progress(len(texts) - len(full))
         if len(full):
-            if self.encoder.folded is not None:
-                self.encoder.folded.expect(len(ids.values))
+            self._inference.expect(len(ids.values))
             chunks = pack(as_numpy(ids.values), lengths[full], FORWARD_TOKENS[self.device.type])
-            for chunk, embeddings in zip(chunks, embeddings_of(self.encoder, chunks), strict=True):
+            for chunk, embeddings in zip(chunks, self._inference.embed(chunks), strict=True):
                 found[full[chunk.order.numpy()]] = embeddings.cpu().numpy()
                 progress(len(chunk.order))
         return found

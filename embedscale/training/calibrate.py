@@ -24,7 +24,6 @@ from torch.utils.data import DataLoader, Dataset
 from embedscale.errors import DONE, UserError
 from embedscale.files import now, read_json, write_json
 from embedscale.model.backbone import empty_body, load_body, shape_without_weights
-from embedscale.model.encoder import pack
 from embedscale.model.hardware import (
     compile_seconds,
     keep_freed_memory,
@@ -33,12 +32,14 @@ from embedscale.model.hardware import (
     reset_peak_memory,
     training_device,
 )
+from embedscale.model.packing import pack
 from embedscale.run.config import RunConfig, bounded
 from embedscale.run.cost import cost_of
 from embedscale.run.families import SUITE, short_name
 from embedscale.run.method import method_of_label
+from embedscale.training.batches import Batch
 from embedscale.training.memory import fitting_chunk
-from embedscale.training.module import Batch, Contrastive, assemble
+from embedscale.training.module import Contrastive, assemble
 from embedscale.training.plan import TrainingPlan
 from embedscale.training.train import bare_trainer, begin_worker, quieten
 

@@ -19,8 +19,9 @@ from embedscale.run.directory import RunDirectory
 from embedscale.run.lease import Lease
 from embedscale.run.record import Metric
 from embedscale.run.stop import StopRequest
+from embedscale.training.batches import Batch
 from embedscale.training.held_out import evaluate_held_out
-from embedscale.training.module import Batch, Contrastive
+from embedscale.training.module import Contrastive
 
 KEPT = 2  # checkpoints: should the newest turn out damaged, there is one before
 

@@ -1,4 +1,7 @@
-"""The held-out loss and retrieval that runs are compared by: a fixed pool, fixed negatives, a fixed temperature."""
+"""The held-out loss and recall by which runs are compared: one pool, one number of negatives, one temperature.
+
+They do not depend on the batch size and the loss that a run trained with, so the losses of different runs compare.
+"""
 
 from typing import Any
 
@@ -6,19 +9,21 @@ import torch
 from torch import Tensor
 
 from embedscale.data.store import PairStore
-from embedscale.model.encoder import Encoder, embeddings_of, pack
+from embedscale.model.body import Inference
+from embedscale.model.encoder import Encoder
+from embedscale.model.packing import pack
 from embedscale.model.parallel import rank, world_size
 from embedscale.run.config import Evaluation, Loss
 from embedscale.run.stop import StopRequest
 from embedscale.training.loss import info_nce
 
-FORWARD_TOKENS = 16384  # a forward pass, so that memory does not depend on the pool
+FORWARD_TOKENS = 16384  # in a forward pass; bounds the memory, whatever the size of the pool
 
 
 def score(queries: Tensor, positives: Tensor, temperature: float) -> list[float]:
-    """Symmetric InfoNCE, recall@1 and recall@10 of one group of pairs, [G, width] each, unit vectors.
+    """Return symmetric InfoNCE, recall@1 and recall@10 of one group of pairs.
 
-    A tie counts against the query: its positive ranks behind every candidate that is as similar.
+    `queries` and `positives` are unit vectors [G, width]. In a tie, the positive ranks last.
     """
     loss = info_nce(queries, positives, positives[:0], Loss(temperature=temperature))
     similar = queries.float() @ positives.float().T
@@ -30,10 +35,10 @@ def score(queries: Tensor, positives: Tensor, temperature: float) -> list[float]
 def evaluate_held_out(
     encoder: Encoder, store: PairStore, evaluation: Evaluation, stop: StopRequest | None = None
 ) -> dict[str, Any] | None:
-    """Mean loss and recall over the pool's groups of `negatives` + 1 pairs, shared out among the processes.
+    """Return the mean loss (nats) and recalls over the pool's groups of `negatives` + 1 pairs, or None if stopped.
 
-    With shards, each process goes through all of them: gathering weights takes the same forward passes of all.
-    Returns None where a stop was requested meanwhile.
+    Several processes share out the groups. With sharded weights each process evaluates all groups, because weights can
+    only be gathered if all processes make the same forward passes.
     """
     device = next(encoder.parameters()).device
     size = evaluation.negatives + 1
@@ -43,15 +48,16 @@ def evaluate_held_out(
     results = torch.zeros(groups, 3, dtype=torch.float64)
     was_training = encoder.training
     encoder.eval()
+    inference = Inference(encoder)
     try:
         for group in range(rank(), groups, world_size()) if shared else range(groups):
-            # Processes that stop alone would leave the others waiting for their part.
+            # With several processes, one that stopped alone would leave the others waiting for its results.
             if stop is not None and stop.requested and not several:
                 return None
             pairs = store.held_out_batch(group * size, (group + 1) * size)
             embeddings = torch.empty(2 * size, 0)
             chunks = pack(pairs.tokens, pairs.lengths, FORWARD_TOKENS)
-            for chunk, part in zip(chunks, embeddings_of(encoder, chunks), strict=True):
+            for chunk, part in zip(chunks, inference.embed(chunks), strict=True):
                 if not embeddings.shape[1]:
                     embeddings = part.new_empty(2 * size, part.shape[1])
                 embeddings[chunk.order.to(device)] = part

@@ -1,6 +1,7 @@
 """How many tokens a chunk may have for a step to stay within its memory: found before a GPU is touched."""
 
 import weakref
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -13,8 +14,10 @@ from torch.utils._pytree import tree_leaves
 
 from embedscale.errors import UserError
 from embedscale.model.backbone import blocks_of
-from embedscale.model.encoder import Encoder, Packed, pack
+from embedscale.model.body import PlainBody, training_body
+from embedscale.model.encoder import Encoder
 from embedscale.model.hardware import memory_in_use, training_device
+from embedscale.model.packing import Packed, pack
 from embedscale.training.module import Contrastive
 
 # What a chunk takes at most: on a CPU over what its graph keeps, for the rest of a block's work and for the gaps that
@@ -51,13 +54,12 @@ def fitting_chunk(module: Contrastive) -> int | None:
         numbers -= weights  # not whole on its device any more, or never
     in_use = memory_in_use(device)
     module.encoder.train()  # in which checkpointing and dropout work
-    foldable = device.type == "cpu" and not config.resources.shard  # as it will be on its device
-    with module.encoder.folding() if foldable else nullcontext() as folded:
-        if folded is not None:  # what the blocks are folded to, and its gradients, on each core
-            embedding = 0 if module._embedding is None else module._embedding.weight.numel()
-            numbers += (1 + torch.get_num_threads()) * (trained - embedding)
-        few = 8 if device.type == "cpu" else 64
-        small, large = (_taken(module.encoder, n, context, device) for n in (few, 2 * few))
+    few = 8 if device.type == "cpu" else 64
+    # Weights are not in shards yet, so the body for shards is named here.
+    chosen = nullcontext(PlainBody(module.encoder)) if config.resources.shard else training_body(module.encoder, device)
+    with chosen as body:
+        numbers += body.extra_numbers
+        small, large = (_taken(body, module.encoder, n, context, device) for n in (few, 2 * few))
     a_token = (large - small) / (few * context)
     fixed = in_use + 4 * numbers
     if not config.resources.shard:
@@ -72,15 +74,17 @@ def fitting_chunk(module: Contrastive) -> int | None:
     return max(most, context)
 
 
-def _taken(encoder: Encoder, sequences: int, length: int, device: torch.device) -> int:
+def _taken(body: Any, encoder: Encoder, sequences: int, length: int, device: torch.device) -> int:
     """Bytes that a chunk of so many sequences takes: on a CPU, where they are tried, what its graph keeps."""
     vocabulary = len(encoder.body.get_input_embeddings().weight)  # type: ignore[operator]
     (chunk,) = pack(np.arange(sequences * length) % vocabulary, np.full(sequences, length))
-    return kept_bytes(encoder, chunk) if device.type == "cpu" else peak_bytes(encoder, chunk, device)
+    if device.type != "cpu":
+        return peak_bytes(encoder, chunk, device)
+    return kept_bytes(encoder, body.forward, chunk)
 
 
-def kept_bytes(encoder: Encoder, chunk: Packed) -> int:
-    """What autograd keeps of one forward pass, parameters not included."""
+def kept_bytes(encoder: Encoder, forward: Callable[[Packed], Tensor], chunk: Packed) -> int:
+    """Return the bytes that autograd keeps of one forward pass, parameters not included."""
     own = {parameter.untyped_storage().data_ptr() for parameter in encoder.parameters()}
     kept: dict[int, int] = {}
 
@@ -89,7 +93,7 @@ def kept_bytes(encoder: Encoder, chunk: Packed) -> int:
         return x
 
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
-        encoder(chunk)
+        forward(chunk)
     return sum(size for place, size in kept.items() if place not in own)
 
 

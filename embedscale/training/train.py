@@ -34,6 +34,7 @@ from embedscale.run.families import short_name
 from embedscale.run.lease import Lease, leased
 from embedscale.run.record import CodeVersion, Device, EvaluationRecord, Hyperparameters, Metric, RunRecord, sound
 from embedscale.run.stop import STOP_SIGNALS, StopRequest, end_with_parent
+from embedscale.training.batches import Batches
 from embedscale.training.callbacks import (
     Budget,
     Checkpoints,
@@ -47,7 +48,7 @@ from embedscale.training.callbacks import (
     newest_checkpoint,
 )
 from embedscale.training.memory import fitting_chunk
-from embedscale.training.module import Batches, Contrastive, assemble
+from embedscale.training.module import Contrastive, assemble
 from embedscale.training.plan import PlanFile, TrainingPlan, plan_run
 
 # Lightning sets it too, but the first product on a GPU, which reads it, may come before: `calibrate` measures the peak.

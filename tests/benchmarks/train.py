@@ -26,15 +26,15 @@ from torch.nn import functional
 from transformers import AutoModel
 from turns import Contestant
 
-from embedscale.model.encoder import pack
 from embedscale.model.hardware import keep_freed_memory, matrix_product_peak
+from embedscale.model.packing import pack
 from embedscale.run import config as configs
 from embedscale.run.cost import cost_of
 from embedscale.run.families import SUITE
 from embedscale.run.method import Method
+from embedscale.training.batches import Batch
 from embedscale.training.calibrate import METHODS, build, config_of, module_of, paper_lengths, paper_tokens
 from embedscale.training.loss import info_nce
-from embedscale.training.module import Batch
 
 LEARNING_RATE = 1e-5
 BATCHES = 16  # different ones, so that few steps find what an earlier one of the same lengths set up

@@ -12,10 +12,12 @@ from torch.nn.functional import normalize
 from transformers import CONFIG_MAPPING, AutoModel, GPTNeoXConfig, LlamaConfig
 
 from embedscale.errors import UserError
-from embedscale.model.attention import _variable_length
+from embedscale.model.attention import variable_length
 from embedscale.model.backbone import blocks_of, digest_of, load_body, shape_of, shape_without_weights
-from embedscale.model.encoder import Encoder, embeddings_of, pack
+from embedscale.model.body import Inference
+from embedscale.model.encoder import Encoder
 from embedscale.model.methods import apply_method, merge_adapters
+from embedscale.model.packing import pack
 from embedscale.run.config import Backbone
 from embedscale.run.method import Method
 
@@ -75,7 +77,7 @@ def test_a_gpus_kernel_takes_what_it_is_given():
         torch.randn(len(packing.tokens), heads, 32, dtype=torch.bfloat16, device="meta", requires_grad=True)
         for heads in (4, 2, 2)
     )
-    out = _variable_length(query, key, value, packing.to(torch.device("meta")), 0.1)
+    out = variable_length(query, key, value, packing.to(torch.device("meta")), 0.1)
     assert out.shape == query.shape
     out.sum().backward()
     assert key.grad.shape == key.shape
@@ -83,7 +85,7 @@ def test_a_gpus_kernel_takes_what_it_is_given():
 
 def test_a_gpus_kernel_is_compiled_once_for_all_lengths():
     torch._dynamo.reset()
-    compiled = torch.compile(_variable_length, backend="eager", fullgraph=True, dynamic=True)
+    compiled = torch.compile(variable_length, backend="eager", fullgraph=True, dynamic=True)
     for seed, longest in ((0, 75), (1, 75), (2, 70)):
         (packing,) = pack(*sequences(longest=longest, seed=seed))
         states = [torch.randn(len(packing.tokens), 4, 32, dtype=torch.bfloat16, device="meta") for _ in range(3)]
@@ -137,9 +139,9 @@ def test_chunks_side_by_side_are_the_chunks_one_by_one(backbone_folder):
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        alone = list(embeddings_of(encoder, chunks))
+        alone = list(Inference(encoder).embed(chunks))
         torch.set_num_threads(3)
-        beside = list(embeddings_of(encoder, chunks))
+        beside = list(Inference(encoder).embed(chunks))
         assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(before)
@@ -189,8 +191,11 @@ def test_every_gpt_neox_has_its_shape_and_embeds_as_transformers_does(tmp_path, 
     reference = one_by_one(AutoModel.from_pretrained(backbone.name), tokens, lengths, "mean")
     encoder = Encoder(load_body(backbone, 0))
     assert shape_of(encoder.body, backbone.name) == shape_without_weights(backbone)
-    with encoder.folding():
-        torch.testing.assert_close(packed(encoder, tokens, lengths), reference, atol=1e-6, rtol=0)
+    torch.testing.assert_close(packed(encoder, tokens, lengths), reference, atol=1e-6, rtol=0)
+    chunks = pack(tokens, lengths)
+    torch.testing.assert_close(
+        torch.cat(list(Inference(encoder).embed(chunks)))[chunks[0].order.argsort()], reference, atol=1e-6, rtol=0
+    )
 
 
 SMALL = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}

@@ -1,15 +1,19 @@
 """The folded body against transformers' own: what it embeds, and each method's gradients."""
 
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 import torch
-from test_encoder import one_by_one, packed, sequences
+from test_encoder import one_by_one, sequences
 from transformers import AutoModel
 
 from embedscale.model.backbone import load_body
+from embedscale.model.body import Inference, PlainBody, training_body
 from embedscale.model.cpu.folded import fold
-from embedscale.model.encoder import Encoder, pack
+from embedscale.model.encoder import Encoder
 from embedscale.model.methods import apply_method
+from embedscale.model.packing import pack
 from embedscale.run.config import Backbone
 from embedscale.run.method import Method
 
@@ -49,9 +53,11 @@ def test_embeds_as_transformers_does(backbone_folder, tokens_to_come, precision)
     with torch.autocast("cpu", torch.bfloat16):
         rounded = one_by_one(body, tokens, lengths, "mean")
     encoder = Encoder(body, precision=precision)
-    encoder.folded = fold(body, precision)
-    encoder.folded.expect(tokens_to_come)
-    found = packed(encoder, tokens, lengths, 300)
+    assert fold(body, precision) is not None
+    inference, chunks = Inference(encoder), pack(tokens, lengths, 300)
+    inference.expect(tokens_to_come)
+    order = torch.cat([chunk.order for chunk in chunks])
+    found = torch.cat(list(inference.embed(chunks)))[order.argsort()]
     if precision == "float32":
         torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
     else:
@@ -61,14 +67,9 @@ def test_embeds_as_transformers_does(backbone_folder, tokens_to_come, precision)
 def gradients(encoder, chunks, folded):
     weights = torch.randn(64, 32, generator=torch.Generator().manual_seed(1))
     encoder.zero_grad()
-    if folded:
-        with encoder.folding() as body:
-            for chunk in chunks:
-                (encoder(chunk) * weights[chunk.order]).sum().backward()
-            body.backward()
-    else:
+    with training_body(encoder, torch.device("cpu")) if folded else nullcontext(PlainBody(encoder)) as body:
         for chunk in chunks:
-            (encoder(chunk) * weights[chunk.order]).sum().backward()
+            (body.forward(chunk) * weights[chunk.order]).sum().backward()
     return {name: p.grad.clone() for name, p in encoder.body.named_parameters() if p.grad is not None}
 
 
@@ -105,5 +106,3 @@ def test_what_it_does_not_know_stays_as_it_is(backbone_folder):
     assert fold(body, "float32") is None
     body.config.attention_dropout, body.config.use_parallel_residual = 0.0, False
     assert fold(body, "float32") is None
-    with Encoder(body).folding() as folded:
-        assert folded is None

@@ -28,7 +28,7 @@ from embedscale.run.cost import cost_of
 from embedscale.run.directory import RunDirectory
 from embedscale.run.families import shape_by_name
 from embedscale.run.stop import StopRequest
-from embedscale.training.module import Batches
+from embedscale.training.batches import Batches
 from embedscale.training.plan import plan_run
 from embedscale.training.train import train
 from slurm.scheduler.local import rank_environment

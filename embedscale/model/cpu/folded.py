@@ -1,20 +1,18 @@
-"""Pythia's blocks on a CPU: less arithmetic, fewer passes over memory, and for training a backward pass of their own.
+"""Pythia's blocks on a CPU with less arithmetic and fewer passes over memory, and a backward pass written for them.
 
-What a model must keep apart is folded together for as long as its weights stay, a step or a whole evaluation: both
-layer norms' scales and shifts into the layers behind them, so that one normalised input is left; LoRA's product into
-the weight beside it; and the two biases that the parallel residual adds up. `leaves` take the gradients of the folded
-tensors, over all parts of a batch; `backward` passes them on to the parameters, once.
+While the weights are constant (for a step, or for a whole evaluation), operations are merged: the scales and shifts of
+both layer norms into the layers behind them, so that one normalised input serves both; LoRA's product into the weight
+beside it; and the two biases that the parallel residual adds. `leaves` collect the gradients of the merged tensors over
+all parts of a batch; `backward` passes them on to the parameters, once a step.
 
-The first block's layers see nothing but the token: each distinct token of a part goes through them once, and for
-embedding many texts each token of the vocabulary.
+The first block's dense layers depend on the token alone: each distinct token of a part goes through them once, and when
+many texts are embedded, each token of the vocabulary.
 
-Attention is float32 whatever the precision of the layers: torch's backward kernel takes two to twenty times as long
-in bf16, for sequences of 8 to 75 tokens. Layers go through oneDNN where torch has it: by the processor, a float32
-product takes a tenth less than by the BLAS behind `@`, or half of it, and biases and residuals come with it.
+Attention is float32 for both precisions: torch's backward kernel takes 2 to 20 times as long in bf16 for sequences of 8
+to 75 tokens. The price of merging is a pass over the weights before each step and one after it (body.py).
 """
 
 from collections.abc import Sequence
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -22,14 +20,24 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXLayer, GPTNeoXModel
 
-from embedscale.model.attention import Run, attend, attend_backward, beside, rotate, rows_of, states_of
 from embedscale.model.backbone import drops
+from embedscale.model.cpu.attention import attend, attend_backward, beside, rotate, rows_of, states_of
+from embedscale.model.cpu.kernels import (
+    gelu_backward_in_place,
+    gelu_in_place,
+    layer_norm,
+    layer_norm_backward,
+    over_tokens,
+    plus_product,
+    product,
+)
+from embedscale.model.packing import Packed, Run
 
-REMEMBERED_TO = 12  # blocks: of deeper bodies the first one is too small a part for what its results take in memory
+REMEMBERED_TO = 12  # blocks: in deeper bodies the first block is too small a part of the work for its table's memory
 
 
 def fold(body: nn.Module, precision: str) -> "FoldedPythia | None":
-    """The folded body where `body` is a Pythia on a CPU with the options that all its sizes have, else None."""
+    """Return the folded body if `body` is a Pythia on a CPU with the options that all Pythia sizes share, else None."""
     if not isinstance(body, GPTNeoXModel) or body.device.type != "cpu":
         return None
     config = body.config
@@ -40,8 +48,7 @@ def fold(body: nn.Module, precision: str) -> "FoldedPythia | None":
 
 
 class _Linear(NamedTuple):
-    """y = x weightᵀ + bias, of which weight, bias, or LoRA's factors have gradients; of the latter, weight holds the
-    product already."""
+    """y = x weightᵀ + bias. Weight and bias, or LoRA's factors a and b, may train; `weight` already includes b a."""
 
     weight: Tensor  # [out, in]
     bias: Tensor  # [out]
@@ -50,12 +57,12 @@ class _Linear(NamedTuple):
 
 
 class _Block(NamedTuple):
-    """What a block computes with. `_fold` gives the order of its tensors among the leaves."""
+    """The merged layers of a block. The order of their tensors is the order of a block's leaves."""
 
-    attended: _Linear  # from the attention's outputs
-    qkv: _Linear  # to the queries of all heads, the keys, the values: 3 width
-    up: _Linear  # to the MLP's hidden units: 4 width
-    down: _Linear  # from the hidden units; its bias is that of both
+    attended: _Linear  # from the attention's outputs to the residual
+    qkv: _Linear  # to 3 width: the queries of all heads, the keys, the values
+    up: _Linear  # to 4 width: the MLP's hidden units
+    down: _Linear  # from the hidden units to the residual; holds the bias of `attended` too
 
     def to(self, dtype: torch.dtype) -> "_Block":
         def cast(linear: _Linear) -> _Linear:
@@ -65,7 +72,7 @@ class _Block(NamedTuple):
 
 
 class FoldedPythia:
-    """A GPTNeoXModel's last hidden states, to rounding; also their gradients, where it trains."""
+    """Computes a GPTNeoXModel's last hidden states and gradients, equal to transformers' up to rounding."""
 
     def __init__(self, body: GPTNeoXModel, dtype: torch.dtype):
         self.embed, self.rotary, self.norm = body.embed_in, body.rotary_emb, body.final_layer_norm
@@ -81,14 +88,15 @@ class FoldedPythia:
         ]
         outside = (p for name, p in body.named_parameters() if p.requires_grad and not name.startswith("layers."))
         self.leaves = [leaf for block in self._leaves for leaf in block if leaf is not None] + list(outside)
-        self.first: tuple[Tensor, Tensor] | None = None  # what the first block makes of each token of the vocabulary
+        self.first: tuple[Tensor, Tensor] | None = None  # of the first block, for each token of the vocabulary
         self.remembering = False
 
     @torch.no_grad()
     def expect(self, tokens: int) -> None:
-        """Prepare for texts of so many tokens in all: from a vocabulary's worth on, the first block pays for itself.
+        """Prepare to embed texts with `tokens` tokens in all, without gradients.
 
-        What comes out, to the last bit, depends on these texts alone and not on those of earlier calls.
+        From as many tokens as the vocabulary has on, the first block's layers are computed once for the vocabulary.
+        Embeddings, to the last bit, depend on this call's `tokens`, not on earlier calls.
         """
         vocabulary = self.embed.num_embeddings
         self.remembering = tokens >= vocabulary and len(self.blocks) <= REMEMBERED_TO
@@ -110,13 +118,20 @@ class FoldedPythia:
             down=down._replace(bias=attended.bias + down.bias),
         )
 
-    def __call__(self, packed: Any, rows: Tensor | None = None) -> Tensor:
-        """Hidden states [T, width], float32. `rows` [U, width] may bring those of the distinct tokens' embeddings."""
+    def __call__(self, packed: Packed, rows: Tensor | None = None, which: Tensor | None = None) -> Tensor:
+        """Return hidden states float32 [T, width].
+
+        `rows` [U, width] are the embeddings of the chunk's distinct tokens, and `which` [T] is the index of each token
+        among them; by default they are looked up here.
+        """
         with torch.autocast("cpu", enabled=False):
             cos, sin = (x[0, :, : self.turned // 2] for x in self.rotary(self.norm.weight, packed.positions[None]))
             turn = torch.complex(cos.float(), sin.float())[:, None]
             remembered = self.first if self.remembering else None
-            hidden = self.embed(packed.distinct) if rows is None and remembered is None else rows
+            hidden, index = rows, which
+            if rows is None and remembered is None:
+                distinct, index = packed.tokens.unique(return_inverse=True)
+                hidden = self.embed(distinct)
             for number, (block, leaves) in enumerate(zip(self.blocks, self._leaves, strict=True)):
                 needed = any(leaf is not None for leaf in leaves) or (hidden is not None and hidden.requires_grad)
                 trains = needed and torch.is_grad_enabled()
@@ -125,20 +140,20 @@ class FoldedPythia:
                 else:
                     layers: Any = _Layers.apply if trains else _layers
                     states, hidden = layers(hidden, block, self.norm.eps, *leaves[4:])
-                    if number == 0:
-                        states, hidden = (functional.embedding(packed.which, x) for x in (states, hidden))
+                    if number == 0 and index is not None:
+                        states, hidden = (functional.embedding(index, x) for x in (states, hidden))
                 attention: Any = _Attention.apply if trains else _attention
                 hidden = attention(states, hidden, block, turn, packed.runs, self.size, *leaves[:4])
             found: Tensor = self.norm(hidden)
             return found
 
     def backward(self) -> None:
-        """Add to the parameters' gradients what the leaves have collected."""
+        """Add the gradients that the leaves collected to the gradients of the parameters."""
         both = [
             (tensor, leaf.grad)
             for made, leaves in zip(self._made, self._leaves, strict=True)
             for tensor, leaf in zip(made, leaves, strict=True)
-            if leaf is not None
+            if leaf is not None and leaf.grad is not None
         ]
         if both:
             tensors, gradients = zip(*both, strict=True)
@@ -148,13 +163,13 @@ class FoldedPythia:
 def _linear(module: Any) -> _Linear:
     if type(module) is nn.Linear:
         return _Linear(module.weight, module.bias)
-    base = module.get_base_layer()  # of PEFT's LoRA
+    base = module.get_base_layer()  # PEFT's name for the layer beside LoRA's factors
     a, b = module.lora_A["default"].weight, module.lora_B["default"].weight * module.scaling["default"]
     return _Linear(base.weight + (b @ a).detach(), base.bias, a, b)
 
 
 def _behind(module: Any, norm: nn.LayerNorm) -> _Linear:
-    """The layer with the norm before it, which then has neither scale nor shift."""
+    """Return the layer merged with the scale and shift of the norm before it."""
     weight, bias, a, b = _linear(module)
     if a is None or b is None:
         return _Linear(weight * norm.weight, bias + weight @ norm.bias)
@@ -163,40 +178,40 @@ def _behind(module: Any, norm: nn.LayerNorm) -> _Linear:
 
 
 def _layers(hidden: Tensor, block: _Block, eps: float, *_: Any) -> tuple[Tensor, Tensor]:
-    """What a block makes of each token by itself: [T, 3 width] for its attention; the residual with the MLP's part."""
+    """Return what a block computes for each token alone: states [T, 3 width], and the residual plus the MLP's part."""
     normed = functional.layer_norm(hidden, hidden.shape[1:], eps=eps).to(block.up.weight.dtype)
-    units = _product(normed, block.up.weight, block.up.bias)
-    hidden = _plus(hidden, torch.ops.aten.gelu_(units), block.down.weight, block.down.bias)
-    return _product(normed, block.qkv.weight, block.qkv.bias).float(), hidden
+    units = product(normed, block.up.weight, block.up.bias)
+    hidden = plus_product(hidden, gelu_in_place(units), block.down.weight, block.down.bias)
+    return product(normed, block.qkv.weight, block.qkv.bias).float(), hidden
 
 
 def _attention(
     states: Tensor, hidden: Tensor, block: _Block, turn: Tensor, runs: Sequence[Run], size: int, *_: Any
 ) -> Tensor:
-    """The residual with what the attention brings. Its outputs take the place of the queries."""
+    """Return the residual plus the attention's output. The attention's outputs overwrite the queries in `states`."""
     width = hidden.shape[1]
     rotate(_turned(states, turn, size), turn)
     for run in runs:
         found, _sums = attend(*_states(states, run, size), size**-0.5)
         states[run.start : run.stop, :width] = rows_of(found)
-    return _plus(hidden, states[:, :width].to(block.attended.weight.dtype), block.attended.weight)
+    return plus_product(hidden, states[:, :width].to(block.attended.weight.dtype), block.attended.weight)
 
 
 class _Layers(torch.autograd.Function):
-    """`_layers` with a backward pass; the leaves are there for their gradients alone."""
+    """`_layers` with a backward pass; the leaves are arguments because their gradients are returned for them."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, block: _Block, eps: float, *leaves: Tensor | None) -> tuple[Tensor, Tensor]:
-        normed, mean, deviation = torch.native_layer_norm(hidden, hidden.shape[1:], None, None, eps)
+        normed, mean, deviation = layer_norm(hidden, eps)
         normed = normed.to(block.up.weight.dtype)
-        units = _product(normed, block.up.weight, block.up.bias)
+        units = product(normed, block.up.weight, block.up.bias)
         active = functional.gelu(units)
-        result = _plus(hidden, active, block.down.weight, block.down.bias)
-        states = _product(normed, block.qkv.weight, block.qkv.bias).float()
+        result = plus_product(hidden, active, block.down.weight, block.down.bias)
+        states = product(normed, block.qkv.weight, block.qkv.bias).float()
         through, _, _, *needed = ctx.needs_input_grad
         if not through and not any(needed[:4]):
             ctx.mark_non_differentiable(states)
-        # Of what only the gradients of weights ask for, nothing is kept without them.
+        # What only the gradients of weights need is kept only if weights train.
         ctx.save_for_backward(
             hidden if through else None, mean, deviation, normed if any(needed[:8]) else None,
             units, active if any(needed[8:]) else None,
@@ -216,24 +231,22 @@ class _Layers(torch.autograd.Function):
         found_qkv: list[Tensor | None] = [None] * 4
         found_up, below = found_qkv, None
         if through or any(of_up):
-            inner = _product(above, down.weight.T)
-            torch.ops.aten.gelu_backward.grad_input(inner, units, grad_input=inner)
+            inner = product(above, down.weight.T)
+            gelu_backward_in_place(inner, units)
             found_up = _gradients(of_up, up, inner, normed)
-            below = _product(inner, up.weight.T) if through else None
+            below = product(inner, up.weight.T) if through else None
         if through or any(of_qkv):
             inner = states.to(units.dtype)
             found_qkv = _gradients(of_qkv, qkv, inner, normed)
-            below = None if below is None else _plus(below, inner, qkv.weight.T)
+            below = None if below is None else plus_product(below, inner, qkv.weight.T)
         if below is not None:
-            below, _, _ = torch.ops.aten.native_layer_norm_backward(
-                below.to(hidden.dtype), hidden, hidden.shape[1:], mean, deviation, None, None, [True, False, False]
-            )
+            below = layer_norm_backward(below.to(hidden.dtype), hidden, mean, deviation)
             below += result
         return below, None, None, *found_qkv, *found_up, *found_down
 
 
 class _Attention(torch.autograd.Function):
-    """`_attention` with a backward pass. It turns `states`, which are nobody else's, in place."""
+    """`_attention` with a backward pass. It rotates `states` in place; no other operation reads `states`."""
 
     @staticmethod
     def forward(
@@ -248,7 +261,7 @@ class _Attention(torch.autograd.Function):
             sums.append(log_sum)
         ctx.save_for_backward(states, out, turn, *sums)
         ctx.fixed = block.attended, runs, size
-        return _plus(hidden, out.to(block.attended.weight.dtype), block.attended.weight)
+        return plus_product(hidden, out.to(block.attended.weight.dtype), block.attended.weight)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -259,7 +272,7 @@ class _Attention(torch.autograd.Function):
         found = _gradients(needed, attended, above, out.to(above.dtype)) if any(needed) else [None] * 4
         below = None
         if through:
-            outer, below = _product(above, attended.weight.T).float(), torch.empty_like(states)
+            outer, below = product(above, attended.weight.T).float(), torch.empty_like(states)
             for run, log_sum in zip(runs, sums, strict=True):
                 gradient, whole = (states_of(x, run, size, 0, out.shape[1]) for x in (outer, out))
                 parts = attend_backward(*_states(states, run, size), gradient, whole, log_sum, size**-0.5)
@@ -270,7 +283,7 @@ class _Attention(torch.autograd.Function):
 
 
 def _states(qkv: Tensor, run: Run, size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """A run's queries, keys and values, [sequences, heads, length, size] each, as views of [T, 3 width]."""
+    """Return a run's queries, keys and values, each [sequences, heads, length, size], as views of [T, 3 width]."""
     width = qkv.shape[1] // 3
     query, key, value = (states_of(qkv, run, size, part * width, width) for part in range(3))
     return query, key, value
@@ -279,53 +292,21 @@ def _states(qkv: Tensor, run: Run, size: int) -> tuple[Tensor, Tensor, Tensor]:
 def _gradients(
     needed: Sequence[bool], linear: _Linear, above: Tensor, below: Tensor, exact: Tensor | None = None
 ) -> list[Tensor | None]:
-    """Of weight, bias, and LoRA's two factors. `exact` is `above` before it was rounded."""
+    """Return the gradients of weight, bias and LoRA's two factors. `exact` is `above` before rounding to bf16."""
     weight, bias, a, b = needed
     found: list[Tensor | None] = [None] * 4
     if weight:
-        found[0] = _over_tokens(above, below)
+        found[0] = over_tokens(above, below)
     if bias:
         found[1] = (above if exact is None else exact).sum(0)
     if a and linear.b is not None:
-        found[2] = _over_tokens(_product(above, linear.b.T), below)
+        found[2] = over_tokens(product(above, linear.b.T), below)
     if b and linear.a is not None:
-        found[3] = _over_tokens(_product(below, linear.a), above).T  # the other way around is slower
+        found[3] = over_tokens(product(below, linear.a), above).T  # the other way around is slower
     return found
-
-
-def _over_tokens(above: Tensor, below: Tensor) -> Tensor:
-    """aboveᵀ below, the sum of outer products over tokens: [out, in] from [T, out] and [T, in]."""
-    if above.dtype == torch.float32 and _onednn(above.dtype):
-        return _product(above.T, below.T)
-    return above.T @ below
 
 
 def _turned(qkv: Tensor, turn: Tensor, size: int) -> Tensor:
-    """The first numbers of each query and key: a view of [T, 3 width]."""
+    """Return a view of [T, 3 width]: the numbers of each query and key that are rotated, [T, heads, 2 pairs]."""
     width = qkv.shape[1] // 3
     return qkv[:, : 2 * width].unflatten(1, (-1, size))[..., : 2 * turn.shape[-1]]
-
-
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x weightᵀ + bias."""
-    if not _onednn(x.dtype):
-        return functional.linear(x, weight, bias)
-    found: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return found
-
-
-def _plus(x: Tensor, a: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x + a weightᵀ + bias, in the precision of x."""
-    if a.dtype != x.dtype or not _onednn(a.dtype):
-        return x + _product(a, weight, bias)
-    found: Tensor = torch.ops.mkldnn._linear_pointwise.binary(a, x, weight, bias, "add")
-    return found
-
-
-@cache
-def _onednn(dtype: torch.dtype) -> bool:
-    """Whether torch has it, with products of `dtype` on this processor."""
-    if not torch.backends.mkldnn.is_available():
-        return False
-    known: bool = dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return known

@@ -1,0 +1,87 @@
+"""What computes embeddings and gradients: the encoder as it is, or on a CPU the faster body of `model/cpu`.
+
+Only this module knows whether `model/cpu` exists, and when to use it (`use_cpu_body`). Delete the folder, and
+`PlainBody` serves everywhere.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from embedscale.model.encoder import Encoder
+from embedscale.model.packing import Packed
+
+HAS_CPU_BODY = bool(find_spec("embedscale.model.cpu") and find_spec("embedscale.model.cpu.body"))
+
+
+class PlainBody:
+    """The encoder under torch's autograd: one chunk at a time."""
+
+    overlaps = True  # a parameter's gradient is complete as soon as the last backward pass has reached the parameter
+    extra_numbers = 0  # float32 numbers in memory beside weights and their gradients
+
+    def __init__(self, encoder: Encoder):
+        self.forward = encoder
+
+    def encode(self, chunk: Packed, graph: bool) -> Tensor:
+        """Return embeddings [S, width]; keep the graph for `backward` if `graph`."""
+        with torch.set_grad_enabled(graph):
+            self._embeddings = self.forward(chunk)
+        return self._embeddings.detach()
+
+    def backward(self, chunk: Packed, gradient: Tensor) -> None:
+        """Add to the parameters' gradients, given the gradient [S, width] of the chunk encoded last."""
+        self._embeddings.backward(gradient)
+        del self._embeddings
+
+
+def use_cpu_body(encoder: Encoder, device: torch.device) -> bool:
+    """Return whether a training run uses the body of `model/cpu`. The same for every step, and for a resumed run.
+
+    Not with dropout, whose random numbers are drawn for a whole chunk; not with shards, which all processes must gather
+    in the same order.
+    """
+    return HAS_CPU_BODY and device.type == "cpu" and not encoder.sharded and not encoder.drops
+
+
+@contextmanager
+def training_body(encoder: Encoder, device: torch.device) -> Iterator[Any]:
+    """Give the body that computes one step on `device`; at the end of the block, gradients are complete."""
+    if use_cpu_body(encoder, device):
+        from embedscale.model.cpu import body
+
+        with body.training_body(encoder) as chosen:
+            yield chosen
+    else:
+        yield PlainBody(encoder)
+
+
+class Inference:
+    """Embeds chunks without gradients; make one again when the weights have changed."""
+
+    def __init__(self, encoder: Encoder):
+        self.encoder, self.device = encoder, next(encoder.parameters()).device
+        self._fast: Any = None
+        # Processes with shards must gather the same blocks in the same order.
+        if HAS_CPU_BODY and self.device.type == "cpu" and not encoder.sharded:
+            from embedscale.model.cpu.body import CpuInference
+
+            self._fast = CpuInference(encoder)
+
+    def expect(self, tokens: int) -> None:
+        """Prepare to embed texts with `tokens` tokens in all."""
+        if self._fast is not None:
+            self._fast.expect(tokens)
+
+    @torch.no_grad()
+    def embed(self, chunks: Sequence[Packed]) -> Iterator[Tensor]:
+        """Yield embeddings float32 [S, width] of each chunk, in order."""
+        if self._fast is not None:
+            yield from self._fast.embed(chunks)
+            return
+        for chunk in chunks:
+            yield self.encoder(chunk.to(self.device))
