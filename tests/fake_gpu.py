@@ -94,7 +94,7 @@ def step(method: str, *words: str, chunk: int | None = None, fit: bool = False) 
             module.loss = module.backward_through(Batch(0, len(lengths) // 2, chunks, texts, len(tokens), 0))
             row["peak"] = live.peak + moments
             row["chunks"] = len(chunks)
-            row["calls"] = {name: n for name, n in calls.found.items() if "flash" in name}
+            row["calls"] = {name: n for name, n in calls.found.items() if "varlen" in name}
             row["devices"] = sorted({str(p.grad.device) for p in module.trainable.values()})
             optimizer.step()
             module.count(Batch(0, len(lengths) // 2, chunks, texts, len(tokens), 0))

@@ -49,7 +49,7 @@ def test_all_that_a_step_leaves_is_on_the_gpu(rows):
 def test_in_bf16_one_kernel_a_block_attends_to_all_sequences(rows, method, backward):
     found = row(rows, method, BF16)
     assert found["chunks"] == 1
-    assert found["calls"] == {"_flash_attention_forward": BLOCKS, "_flash_attention_backward": backward}
+    assert found["calls"] == {"_varlen_attn": BLOCKS, "_varlen_attn_backward": backward}
 
 
 def test_chunks_are_encoded_twice_and_checkpointed_ones_three_times(rows):
@@ -59,8 +59,8 @@ def test_chunks_are_encoded_twice_and_checkpointed_ones_three_times(rows):
     ):
         chunks = found["chunks"]
         assert chunks > 1
-        assert found["calls"]["_flash_attention_forward"] == forwards * BLOCKS * chunks
-        assert found["calls"]["_flash_attention_backward"] == BLOCKS * chunks
+        assert found["calls"]["_varlen_attn"] == forwards * BLOCKS * chunks
+        assert found["calls"]["_varlen_attn_backward"] == BLOCKS * chunks
 
 
 def test_a_step_in_the_chunks_that_fit_takes_most_of_its_memory_and_no_more(rows):
