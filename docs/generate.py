@@ -11,6 +11,7 @@ from slurm.cluster import Cluster, ResourceClass
 from slurm.grid import SweepFile
 
 ROW = re.compile(r"^    (\w+): [^#\n]*#\s*(.*)$", re.MULTILINE)
+BELOW = re.compile(r'^    (\w+): .*\n    """(.*?)"""$', re.MULTILINE)
 
 
 def write_all(folder: Path) -> None:
@@ -46,8 +47,9 @@ def run_settings() -> str:
 
 
 def table(schema: type, prefix: str = "") -> str:
-    """A Markdown table of the plain fields of a dataclass: name, default, the comment behind it."""
-    notes = dict(ROW.findall(inspect.getsource(schema)))
+    """A Markdown table of the plain fields of a dataclass: name, default, the line that describes it."""
+    source = inspect.getsource(schema)
+    notes = dict(ROW.findall(source)) | dict(BELOW.findall(source))
     rows = ["| setting | default | meaning |", "|---|---|---|"]
     for each in fields(schema):
         if is_dataclass(get_type_hints(schema)[each.name]):

@@ -198,7 +198,9 @@ def _sweep_verbs(verbs: Any) -> None:
     fetch.add_argument("--evaluate", nargs="+", metavar="TASK", help="also the data of these MTEB tasks or suites")
     submit = action("submit", "slurm.submit:command", "start the runs that are missing or interrupted, and return")
     submit.add_argument(
-        "--to", choices=["slurm", "here", "this-process"], help="where to run (default: slurm, or here without SLURM)"
+        "--to",
+        metavar="WHERE",
+        help="where to run: slurm, or here on this machine (default: slurm, or here without it)",
     )
     submit.add_argument("--retry-failed", action="store_true", help="also start failed runs again")
     submit.add_argument("--max-gpu-hours", type=float, metavar="H", help="refuse if the started runs need more")
@@ -208,7 +210,7 @@ def _sweep_verbs(verbs: Any) -> None:
     action("status", "slurm.status:command", "show the state of every run")
     watch = action("watch", "slurm.status:watch", "show the status repeatedly until all runs are done or Ctrl-C")
     watch.add_argument("--every", type=float, default=10.0, metavar="SECONDS", help="time between looks (default: 10)")
-    cancel = action("cancel", "slurm.status:cancel", "end the sweep's jobs and its processes on this machine")
+    cancel = action("cancel", "slurm.cancel:command", "end the sweep's jobs and its processes on this machine")
     cancel.add_argument("--yes", action="store_true", help="do not ask first")
 
 

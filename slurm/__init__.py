@@ -1,1 +1,1 @@
-"""Many runs: the grid of a sweep, its plan, its submission, what runs on a node, its status."""
+"""Many runs: the grid of a sweep, its plan, its submission and its status."""

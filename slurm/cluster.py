@@ -1,10 +1,11 @@
-"""What a cluster gives a run: resource classes by backbone size, limits, and what its GPUs reach.
+"""What a cluster gives to a run: resource classes by backbone size, limits, and the speed of its GPUs.
 
 The defaults suit A100 or H100 GPUs with 80 GB. A cluster file (`configs/cluster/*.yaml`) states what differs.
-Which GPUs a run uses stands in its `resources` alone; a class only supplies the default, so that plan, submission
-and training can never disagree.
+The `resources` of a run alone decide which GPUs the run uses. A class only supplies their defaults, so that plan,
+submission and training cannot disagree.
 """
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,21 +18,34 @@ from embedscale.run.shape import BackboneShape
 
 @dataclass(frozen=True)
 class ResourceClass:
-    """What a job of one run asks for, for every backbone up to a size. Equal classes share an array."""
+    """The resources of one job, for every backbone up to a size. Jobs of equal classes share an array."""
 
     name: str = "any"
-    up_to: float = float("inf")  # the largest backbone of the class, non-embedding parameters
-    gpus: int = 1  # a node; a task each
+    """Name of the class in plans and messages."""
+    up_to: float = float("inf")
+    """Largest backbone of the class, in non-embedding parameters."""
+    gpus: int = 1
+    """GPUs of each node, one a process; 0 for runs on CPU cores."""
     nodes: int = 1
-    cpus: int = 4  # a task
-    memory_gb: float = 32  # of the node, a task
-    hours: float = 24  # time limit; a run that needs more is requeued
-    partition: str | None = None  # default the cluster's
+    """Nodes of a job."""
+    cpus: int = 4
+    """Cores of each process."""
+    memory_gb: float = 32
+    """Memory of the machine for each process, GB."""
+    hours: float = 24
+    """Time limit of a job, hours. A run that needs more is requeued and goes on."""
+    partition: str | None = None
+    """Partition of the scheduler; default: the cluster's."""
     constraint: str | None = None
-    chunk_tokens: int | None = None  # resources.chunk_tokens of its runs
-    activation_checkpointing: bool = False  # likewise
-    shard: bool = False  # likewise
-    utilisation: float = 0.4  # of the device's peak, assumed where nothing was measured
+    """Feature that each node must have, as SLURM's --constraint."""
+    chunk_tokens: int | None = None
+    """Default of resources.chunk_tokens for the runs of the class."""
+    activation_checkpointing: bool = False
+    """Default of resources.activation_checkpointing for the runs of the class."""
+    shard: bool = False
+    """Default of resources.shard for the runs of the class."""
+    utilisation: float = 0.4
+    """Share of the device's peak speed that the plan assumes where no speed was measured."""
 
     def __post_init__(self) -> None:
         bounded("classes.up_to", self.up_to, 0, above=True)
@@ -43,8 +57,13 @@ class ResourceClass:
         bounded("classes.chunk_tokens", self.chunk_tokens, 1)
         bounded("classes.utilisation", self.utilisation, 0, 1, above=True)
 
+    @property
+    def minutes(self) -> int:
+        """Time limit of a job in whole minutes, rounded up."""
+        return math.ceil(60 * self.hours - 1e-6)
+
     def resources(self) -> dict[str, Any]:
-        """The settings of `resources` that a run of this class starts from."""
+        """Return the values of a run's `resources` that the class supplies."""
         return {
             "devices": max(1, self.gpus),
             "nodes": self.nodes,
@@ -55,10 +74,11 @@ class ResourceClass:
 
 
 def default_classes() -> list[ResourceClass]:
-    """One 80 GB GPU for every size of the paper; eight that share one model for larger ones.
+    """Return classes with one 80 GB GPU for every size of the paper, and eight GPUs that share a larger model.
 
-    A chunk's activations, about 34 bytes a token, block and unit of width in bf16, stay under 25 GB, beside
-    16 bytes a trained parameter. Small backbones leave a GPU waiting for its own kernel launches.
+    The activations of a chunk, about 34 bytes per token, block and unit of width in bf16, stay below 25 GB, in addition
+    to 16 bytes per trained parameter. Small backbones have a low utilisation: launching their kernels takes longer than
+    running them.
     """
     return [
         ResourceClass("up-to-70m", 2e7, cpus=4, memory_gb=24, hours=4, chunk_tokens=65536, utilisation=0.1),
@@ -74,23 +94,40 @@ def default_classes() -> list[ResourceClass]:
 
 @dataclass(frozen=True)
 class Cluster:
-    """A cluster, or this machine: all that a sweep needs to know of it."""
+    """A cluster, or this machine: what a sweep needs to know about it."""
 
-    partition: str | None = None  # default SLURM's
+    scheduler: str = "slurm"
+    """Name of the scheduler that jobs go to: slurm, here (this machine), or one added in slurm/scheduler/choice.py."""
+    partition: str | None = None
+    """Partition of jobs whose class names none; default: the scheduler's."""
     account: str | None = None
+    """Account that jobs are charged to, as SLURM's --account."""
     qos: str | None = None
-    max_gpus: int = 64  # that the sweep may hold at once, over all of its arrays
-    requeue: bool = True  # the site lets a preempted job come back by itself
-    warning_seconds: int = 120  # a job is told to stop so long before its time limit
-    bundle_minutes: float = 60  # runs estimated shorter share a job of about this length
-    side_by_side: int = 1  # runs of a bundle that share a GPU at the same time
-    setup: list[str] = field(default_factory=list)  # shell lines before the job, such as module load
-    environment: dict[str, str] = field(default_factory=dict)  # variables of the job
-    offline: bool = True  # nodes have no network: load from local folders alone
-    device: str = "A100"  # the assumption behind GPU-hours where nothing was measured
-    peak_flop_per_second: float = 312e12  # of one device, in the runs' precision (A100: dense bf16)
-    calibration: str | None = None  # what `embedscale calibrate` measured there, a JSON file
+    """Quality of service, as SLURM's --qos."""
+    max_gpus: int = 64
+    """Most GPUs that the sweep holds at the same time, over all of its jobs; processes where a class has no GPU."""
+    requeue: bool = True
+    """Whether the site lets a preempted job come back by itself."""
+    warning_seconds: int = 120
+    """Time before a job's limit at which its runs save a checkpoint and stop, seconds."""
+    bundle_minutes: float = 60
+    """Runs that are estimated to be shorter share a job of about this length, minutes."""
+    side_by_side: int = 1
+    """Runs of a job that share a GPU at the same time."""
+    setup: list[str] = field(default_factory=list)
+    """Shell lines at the start of each job, such as module load."""
+    environment: dict[str, str] = field(default_factory=dict)
+    """Environment variables of each job."""
+    offline: bool = True
+    """Whether nodes have no network, so that runs load models and data from local folders alone."""
+    device: str = "A100"
+    """Name of the device whose speed is `peak_flop_per_second`."""
+    peak_flop_per_second: float = 312e12
+    """Peak of one device in the runs' precision, FLOP/s (A100: dense bf16), for plans without a measured speed."""
+    calibration: str | None = None
+    """JSON file with the speeds that `embedscale calibrate` measured on this cluster."""
     classes: list[ResourceClass] = field(default_factory=default_classes)
+    """Resource classes in the order of their `up_to`."""
 
     def __post_init__(self) -> None:
         bounded("max_gpus", self.max_gpus, 1)
@@ -99,14 +136,14 @@ class Cluster:
         bounded("side_by_side", self.side_by_side, 1)
         bounded("peak_flop_per_second", self.peak_flop_per_second, 0, above=True)
         if not self.classes:
-            raise UserError("classes: none is given; a cluster needs at least one")
+            raise UserError("classes: the list is empty; a cluster needs one class or more")
         sizes = [each.up_to for each in self.classes]
         if sizes != sorted(set(sizes)):
-            raise UserError(f"classes.up_to: {sizes} does not rise from class to class")
+            raise UserError(f"classes.up_to: {sizes} does not rise from class to class; sort the classes by size")
 
     def class_of(self, parameters: int | None) -> ResourceClass:
-        """The first class that reaches a backbone of so many non-embedding parameters; the last where none does,
-        or where the size is not known."""
+        """Return the first class whose `up_to` is at least this number of non-embedding parameters; the last class if
+        there is none or if the number is unknown (None)."""
         for each in self.classes:
             if parameters is not None and parameters <= each.up_to:
                 return each
@@ -114,7 +151,7 @@ class Cluster:
 
 
 def load(path: str | Path | None) -> Cluster:
-    """The `Cluster` of a YAML file, or the defaults. Raises UserError for what is wrong in it."""
+    """Return the `Cluster` of a YAML file, or the defaults without a file. Raises UserError for a wrong setting."""
     if path is None:
         return Cluster()
     cluster: Cluster = structured(Cluster, read_yaml(path), origin=str(path))
@@ -122,9 +159,9 @@ def load(path: str | Path | None) -> Cluster:
 
 
 def shape_of(backbone: str) -> BackboneShape:
-    """The shape of a backbone, from the Pythia table or from its folder's config.json, without torch.
+    """Return the shape of a backbone from the Pythia table or from its folder's config.json, without torch.
 
-    Raises UserError where neither knows it.
+    Raises UserError if neither has it.
     """
     shape = shape_by_name(backbone)
     if shape is None:

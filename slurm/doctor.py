@@ -1,8 +1,7 @@
-"""Is this machine, installation and cluster fit to run a sweep? Each line says fine, or what to change.
+"""Check whether this machine, the installation and the cluster can run a sweep. Each line says fine, or what to change.
 
-Everything is asked, nothing is assumed: packages and torch here, the file system under the runs, what SLURM's own
-commands tell, and with `--on-node` a probe that runs on a node of the cluster. Nothing is changed or submitted
-otherwise.
+The doctor tries everything: packages and torch, the file system of the runs, what SLURM's programs say and, with
+`--on-node`, a probe on a node of the cluster. Apart from the probe, it submits nothing and changes nothing.
 """
 
 import json
@@ -22,27 +21,26 @@ from typing import Any
 from embedscale.errors import DONE, FAILED
 from slurm import cluster as clusters
 from slurm.cluster import Cluster, ResourceClass
+from slurm.scheduler.site import PROGRAMS, Node, Partition, Site, ask_site, missing_programs, run_on_node
 
-# Releases that carried malware, of 30 April 2026 (GHSA-w37p-236h-pfx3). Mirrors may keep them.
+# Releases of 30 April 2026 that contained malware (GHSA-w37p-236h-pfx3). Mirrors may still have them.
 MALICIOUS = {"lightning": ("2.6.2", "2.6.3")}
-COMMANDS = {
-    "sbatch": "sweeps run on this machine alone",
-    "squeue": "submit cannot see what is queued",
-    "scancel": "sweep cancel does not work",
-    "scontrol": "limits are guessed, and jobs cannot requeue themselves",
-    "sacct": "what ended a silent job stays unknown",
-}
 
 
 @dataclass(frozen=True)
 class Finding:
+    """One line of the doctor's report."""
+
     subject: str
+    """What was checked."""
     fine: bool
-    text: str  # what was found; where it is not fine, what to change
+    """Whether a sweep can run with it."""
+    text: str
+    """What was found and, if it is not fine, what to change."""
 
 
 def installation() -> Iterator[Finding]:
-    """Python and the packages that this project names, without importing them."""
+    """Check Python and the packages that this project requires, without importing them."""
     from packaging.requirements import Requirement
 
     python = ".".join(map(str, sys.version_info[:3]))
@@ -69,10 +67,12 @@ def installation() -> Iterator[Finding]:
             yield Finding(
                 f"{name} {found}",
                 False,
-                "is malware (GHSA-w37p-236h-pfx3): uninstall it unimported, renew every credential of this account",
+                "contains malware (GHSA-w37p-236h-pfx3): uninstall it, never import it, renew this account's passwords",
             )
         else:
-            yield Finding(f"{name}, tampered", True, f"{found or 'not installed'}, none of {', '.join(bad)}")
+            yield Finding(
+                name, True, f"{found or 'not installed'}: not one of the compromised releases ({', '.join(bad)})"
+            )
 
 
 def _installed(name: str) -> bool:
@@ -95,16 +95,20 @@ if torch.cuda.is_available():
 
 
 def accelerator() -> Iterator[Finding]:
-    """torch and its GPUs, in a process of their own: a broken driver must not end this one."""
+    """Check torch and its GPUs in a process of their own: a broken driver must not end this one."""
     output, error = _python(TORCH)
     if output is None:
         yield Finding("torch", False, f"does not work: {error}")
         return
     version, cuda, available, devices = json.loads(output)
     if available:
-        yield Finding("GPU", True, f"{len(devices)} × {devices[0]}, torch {version}, a product on each is right")
+        yield Finding("GPU", True, f"{len(devices)} × {devices[0]}, torch {version}; each computes a correct product")
     elif cuda and shutil.which("nvidia-smi"):
-        yield Finding("GPU", False, f"torch {version} sees none though nvidia-smi is here: its CUDA {cuda} is too new")
+        yield Finding(
+            "GPU",
+            False,
+            f"torch {version} sees none, although nvidia-smi exists: its CUDA {cuda} is too new for the driver",
+        )
     else:
         yield Finding("GPU", True, f"none; torch {version} runs on the CPU")
 
@@ -128,7 +132,7 @@ for name in sys.argv[1:]:
 
 
 def offline(backbones: Sequence[str] = ()) -> Iterator[Finding]:
-    """Whether models load while every connection is refused, the sweep's backbones among them."""
+    """Check that models, and the given backbones, load while every connection is refused."""
     output, error = _python(OFFLINE, *backbones)
     if output is None:
         yield Finding("offline loading", False, f"fails: {error}")
@@ -143,7 +147,7 @@ def offline(backbones: Sequence[str] = ()) -> Iterator[Finding]:
 
 
 def _python(code: str, *words: str) -> tuple[str | None, str]:
-    """What a fresh interpreter prints, or None and the last line of its error."""
+    """Return what a new interpreter prints for this code, or None and the last line of its error."""
     try:
         done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, timeout=300)
     except subprocess.TimeoutExpired:
@@ -152,7 +156,7 @@ def _python(code: str, *words: str) -> tuple[str | None, str]:
 
 
 def file_system(folder: Path) -> Iterator[Finding]:
-    """What the run directory needs of its file system: rename over a file, hard links, room."""
+    """Check what a run directory needs from its file system: renames over a file, hard links, free space."""
     subject = f"file system of {folder}"
     nearest = next(each for each in (folder.absolute(), *folder.absolute().parents) if each.is_dir())
     token = nearest / f".doctor.{uuid.uuid4().hex[:8]}"
@@ -164,7 +168,9 @@ def file_system(folder: Path) -> Iterator[Finding]:
         with suppress(FileNotFoundError):
             other.unlink()
     except OSError as error:
-        yield Finding(subject, False, f"refuses files, links or renames ({error.strerror}); keep the runs elsewhere")
+        yield Finding(
+            subject, False, f"refuses files, links or renames ({error.strerror}); put the runs on another file system"
+        )
         return
     finally:
         for each in (token, other):
@@ -173,11 +179,15 @@ def file_system(folder: Path) -> Iterator[Finding]:
     free = shutil.disk_usage(nearest).free
     enough = free > 10e9
     text = f"writes, links and renames; {free / 1e9:,.0f} GB free"
-    yield Finding(subject, enough, text + ("" if enough else ": make room, a sweep's plan says how much it needs"))
+    yield Finding(
+        subject,
+        enough,
+        text + ("" if enough else ": free some space; `embedscale sweep plan` says how much is needed"),
+    )
 
 
 def affinity(needed: int = 1) -> Iterator[Finding]:
-    """The cores that this process may really use."""
+    """Check how many cores this process may use; `needed` were asked for."""
     usable, cores = len(os.sched_getaffinity(0)), os.cpu_count() or 1
     bound = {name: os.environ[name] for name in ("SLURM_CPU_BIND", "GOMP_CPU_AFFINITY") if os.environ.get(name)}
     text = f"{usable} of {cores} cores" + (f", bound by {', '.join(bound)}" if bound else "")
@@ -186,210 +196,142 @@ def affinity(needed: int = 1) -> Iterator[Finding]:
     yield Finding("affinity", usable >= needed, text)
 
 
-def slurm(cluster: Cluster) -> Iterator[Finding]:
-    """What SLURM says of itself, held against the cluster file."""
-    if shutil.which("sbatch") is None:
+def site(cluster: Cluster) -> Iterator[Finding]:
+    """Compare what SLURM says about itself with the cluster file."""
+    missing = missing_programs()
+    if "sbatch" in missing:
         yield Finding("SLURM", True, "no sbatch here: sweeps run on this machine alone")
         return
-    for command, without in COMMANDS.items():
-        if shutil.which(command) is None:
-            yield Finding(command, False, f"is missing on this machine: {without}")
-    config = _settings(_ask("scontrol", "show", "config"))
-    if not config:
+    for program in missing:
+        yield Finding(program, False, f"is missing on this machine: {PROGRAMS[program]}")
+    found = ask_site()
+    if found is None:
         yield Finding("controller", False, "does not answer `scontrol show config`: ask where to log in, or wait")
         return
-    yield Finding(
-        "controller", True, f"{config.get('ClusterName', 'cluster')}, SLURM {config.get('SLURM_VERSION', '?')}"
-    )
-    yield from _partitions(cluster)
-    yield from _limits(config)
-    yield from _signals(config, cluster)
-    yield from _accounting(config)
-
-
-def _ask(*words: str) -> str:
-    """A command's output; empty where it is missing, fails or hangs."""
-    try:
-        done = subprocess.run(words, capture_output=True, text=True, timeout=60)
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return done.stdout if done.returncode == 0 else ""
-
-
-def _settings(text: str) -> dict[str, str]:
-    pairs = (line.split("=", 1) for line in text.splitlines() if "=" in line)
-    return {key.strip(): value.strip() for key, value in pairs}
-
-
-def _rows(text: str) -> list[dict[str, str]]:
-    """`scontrol --oneliner`: a line of key=value words for each thing."""
-    return [dict(word.split("=", 1) for word in line.split() if "=" in word) for line in text.splitlines() if line]
-
-
-def _partitions(cluster: Cluster) -> Iterator[Finding]:
-    partitions = {
-        row.get("PartitionName", ""): row for row in _rows(_ask("scontrol", "--oneliner", "show", "partition"))
-    }
-    nodes = _rows(_ask("scontrol", "--oneliner", "show", "node"))
-    default = next((name for name, row in partitions.items() if row.get("Default") == "YES"), None)
+    yield Finding("controller", True, f"{found.name}, SLURM {found.version}")
     for each in cluster.classes:
-        subject = f"class {each.name}"
-        name = each.partition or cluster.partition or default
-        if name is None or name not in partitions:
-            allowed = ", ".join(sorted(partitions)) or "none is visible"
-            what = f"partition {name!r} is unknown" if name else "no partition is the default"
-            yield Finding(subject, False, f"{what}; set `partition` in the cluster file: {allowed}")
-            continue
-        wrong = list(_unfit(each, partitions[name], [node for node in nodes if name in _listed(node, "Partitions")]))
-        text = f"fits partition {name}: {each.gpus} GPU, {each.cpus} cores, {each.memory_gb:g} GB, {each.hours:g} h"
-        yield Finding(subject, not wrong, f"in partition {name}: {'; '.join(wrong)}" if wrong else text)
+        yield _class(each, cluster, found)
+    yield from _limits(found)
+    yield from _signals(found, cluster)
+    yield _accounting(found)
 
 
-def _listed(node: dict[str, str], key: str) -> list[str]:
-    return node.get(key, "").split(",")
+def _class(shape: ResourceClass, cluster: Cluster, found: Site) -> Finding:
+    subject = f"class {shape.name}"
+    default = next((each.name for each in found.partitions.values() if each.default), None)
+    name = shape.partition or cluster.partition or default
+    if name is None or name not in found.partitions:
+        allowed = ", ".join(sorted(found.partitions)) or "none is visible"
+        what = f"partition {name!r} is unknown" if name else "no partition is the default"
+        return Finding(subject, False, f"{what}; set `partition` in the cluster file: {allowed}")
+    wrong = list(_unfit(shape, found.partitions[name], [node for node in found.nodes if name in node.partitions]))
+    if wrong:
+        return Finding(subject, False, f"in partition {name}: {'; '.join(wrong)}")
+    text = f"{shape.gpus} GPU, {shape.cpus} cores, {shape.memory_gb:g} GB, {shape.hours:g} h"
+    return Finding(subject, True, f"fits partition {name}: {text}")
 
 
-def _unfit(each: ResourceClass, partition: dict[str, str], nodes: Sequence[dict[str, str]]) -> Iterator[str]:
-    if partition.get("State", "UP") != "UP":
-        yield f"it is {partition['State']}"
-    limit = _hours(partition.get("MaxTime", "UNLIMITED"))
-    if each.hours > limit:
-        yield f"{each.hours:g} h are more than its limit: set hours to at most {limit:g}"
-    tasks = max(1, each.gpus)
-    if nodes and not any(int(node.get("CPUTot", 0)) >= tasks * each.cpus for node in nodes):
-        yield f"no node has {tasks * each.cpus} cores"
-    if nodes and not any(int(node.get("RealMemory", 0)) >= tasks * each.memory_gb * 1000 for node in nodes):
-        yield f"no node has {tasks * each.memory_gb:g} GB"
-    if nodes and each.gpus and not any(_gpus(node) >= each.gpus for node in nodes):
-        yield f"no node has {each.gpus} GPU: set gpus to 0, or another partition"
-    if nodes and each.constraint and not any(each.constraint in _listed(node, "AvailableFeatures") for node in nodes):
-        yield f"no node has the feature {each.constraint!r}"
+def _unfit(shape: ResourceClass, partition: Partition, nodes: Sequence[Node]) -> Iterator[str]:
+    """Yield every reason why a class does not fit into a partition with these nodes."""
+    if partition.state != "UP":
+        yield f"it is {partition.state}"
+    if shape.hours > partition.hours:
+        yield f"{shape.hours:g} h are more than its limit: set hours to at most {partition.hours:g}"
+    if not nodes:
+        return
+    tasks = max(1, shape.gpus)
+    if not any(node.cpus >= tasks * shape.cpus for node in nodes):
+        yield f"no node has {tasks * shape.cpus} cores"
+    if not any(node.memory_gb >= tasks * shape.memory_gb for node in nodes):
+        yield f"no node has {tasks * shape.memory_gb:g} GB"
+    if shape.gpus and not any(node.gpus >= shape.gpus for node in nodes):
+        yield f"no node has {shape.gpus} GPU: set gpus to 0, or another partition"
+    if shape.constraint and not any(shape.constraint in node.features for node in nodes):
+        yield f"no node has the feature {shape.constraint!r}"
 
 
-def _gpus(node: dict[str, str]) -> int:
-    """`Gres=gpu:a100:4(S:0-1)` has four."""
-    counts = [entry.split("(")[0].split(":") for entry in _listed(node, "Gres") if entry.startswith("gpu")]
-    return sum(int(parts[-1]) if parts[-1].isdigit() else 1 for parts in counts)
-
-
-def _hours(limit: str) -> float:
-    """SLURM's days-hours:minutes:seconds."""
-    if limit in ("UNLIMITED", "INFINITE", "NONE"):
-        return float("inf")
-    days, _, clock = limit.rpartition("-")
-    hours, minutes, seconds = (int(part) for part in clock.split(":"))
-    return 24 * int(days or 0) + hours + minutes / 60 + seconds / 3600
-
-
-def _limits(config: dict[str, str]) -> Iterator[Finding]:
-    largest = config.get("MaxArraySize", "0")
-    yield Finding(
-        "arrays",
-        largest.isdigit() and int(largest) > 1,
-        f"MaxArraySize {largest}: larger sweeps are split" if largest != "0" else "are off (MaxArraySize 0)",
-    )
-    user = os.environ.get("USER") or str(os.getuid())
-    rows = _ask(
-        "sacctmgr", "--noheader", "--parsable2", "show", "assoc", f"user={user}", "format=MaxSubmitJobs,MaxJobs"
-    )
-    limits = [line.split("|") for line in rows.splitlines()]
-    submit = [int(row[0]) for row in limits if row[0].isdigit()]
-    if submit:
-        text = f"at most {min(submit):,} submitted jobs a user: submit what fits, then submit again"
+def _limits(found: Site) -> Iterator[Finding]:
+    largest = found.jobs_per_array
+    text = f"MaxArraySize {largest}: larger sweeps are split" if largest else "are off (MaxArraySize 0)"
+    yield Finding("arrays", largest > 1, text)
+    if found.jobs_per_user is not None:
+        text = f"at most {found.jobs_per_user:,} submitted jobs a user: submit what fits, then submit again"
         yield Finding("jobs a user", True, text)
 
 
-def _signals(config: dict[str, str], cluster: Cluster) -> Iterator[Finding]:
-    wait = int(config.get("KillWait", "30 sec").split()[0])
-    text = f"KillWait {wait} s after SIGTERM; the clock stops a run {cluster.warning_seconds} s ahead of its time limit"
-    yield Finding("time limit", cluster.warning_seconds > wait, text)
-    preempt = config.get("PreemptMode", "OFF")
-    partitions = _rows(_ask("scontrol", "--oneliner", "show", "partition"))
-    for row in partitions:
-        mode = row.get("PreemptMode", preempt)
-        if "REQUEUE" not in mode and "CANCEL" not in mode:
+def _signals(found: Site, cluster: Cluster) -> Iterator[Finding]:
+    wait, warning = found.kill_seconds, cluster.warning_seconds
+    text = f"KillWait {wait} s after SIGTERM; a run stops {warning} s before its time limit"
+    text += "" if warning > wait else f": set warning_seconds above {wait}"
+    yield Finding("time limit", warning > wait, text)
+    for each in found.partitions.values():
+        if "REQUEUE" not in each.preempt_mode and "CANCEL" not in each.preempt_mode:
             continue
-        grace = int(row.get("GraceTime", "0"))
-        name = f"preemption in {row.get('PartitionName')}"
-        if grace < 30:
-            yield Finding(
-                name,
-                False,
-                f"{mode} with only {grace} s from SIGTERM to SIGKILL: set resources.checkpoint_minutes to what you can "
-                "afford to lose",
-            )
+        subject, grace = f"preemption in {each.name}", f"{each.grace_seconds} s from SIGTERM to SIGKILL"
+        if each.grace_seconds < 30:
+            text = f"{each.preempt_mode} with only {grace}: set resources.checkpoint_minutes to the work you can lose"
+            yield Finding(subject, False, text)
         else:
-            yield Finding(name, True, f"{mode}, {grace} s from SIGTERM to SIGKILL")
-    requeues = config.get("JobRequeue", "1") == "1"
-    if cluster.requeue and not requeues:
-        yield Finding(
-            "requeue", False, "the site does not requeue (JobRequeue 0): set `requeue: false`; submit goes on"
-        )
+            yield Finding(subject, True, f"{each.preempt_mode}, {grace}")
+    if cluster.requeue and not found.requeues:
+        text = "the site does not requeue (JobRequeue 0): set `requeue: false`; the next submit goes on"
+        yield Finding("requeue", False, text)
     else:
-        yield Finding("requeue", True, "by SLURM itself" if requeues else "off, as the cluster file says")
+        yield Finding("requeue", True, "by SLURM itself" if found.requeues else "off, as the cluster file says")
 
 
-def _accounting(config: dict[str, str]) -> Iterator[Finding]:
-    kind = config.get("AccountingStorageType", "(null)")
-    if kind in ("(null)", "accounting_storage/none", ""):
-        yield Finding("accounting", True, "none; status does without it, but cannot say what ended a silent job")
-        return
-    answers = shutil.which("sacct") is not None and subprocess.run(["sacct", "-n"], capture_output=True).returncode == 0
-    yield Finding("accounting", answers, kind if answers else f"{kind}, but sacct does not answer: status does without")
+def _accounting(found: Site) -> Finding:
+    if found.accounting is None:
+        return Finding("accounting", True, "off: status cannot say what ended a job without a message")
+    if not found.accounting_answers:
+        return Finding("accounting", False, f"{found.accounting}, but sacct does not answer: ask the site's support")
+    return Finding("accounting", True, found.accounting)
 
 
 def on_node(cluster: Cluster, folder: Path) -> Iterator[Finding]:
-    """The same questions, asked on a node of each class through a short srun."""
+    """Run the doctor's probe on a node of each class; `folder` is where the runs are to lie."""
     folder.mkdir(parents=True, exist_ok=True)
     for each in cluster.classes:
         token = folder / f".doctor.{uuid.uuid4().hex[:8]}"
         token.write_text(socket.gethostname())
-        words = ["srun", "--immediate=120", "--time=5", "--ntasks=1", "--nodes=1", "--job-name=embedscale-doctor"]
-        words += [f"--cpus-per-task={each.cpus}", f"--mem={int(each.memory_gb * 1000)}M"]
-        words += [f"--gpus={each.gpus}"] if each.gpus else []
-        for option, value in (
-            ("partition", each.partition or cluster.partition),
-            ("constraint", each.constraint),
-            ("account", cluster.account),
-            ("qos", cluster.qos),
-        ):
-            words += [f"--{option}={value}"] if value else []
-        words += [sys.executable, "-m", "slurm.doctor", str(token.absolute()), str(each.cpus), str(int(each.gpus > 0))]
-        environment = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SRUN_", "SBATCH_", "PMI"))}
-        if "SLURM_CONF" in os.environ:
-            environment["SLURM_CONF"] = os.environ["SLURM_CONF"]
+        words = [sys.executable, "-m", "slurm.doctor", str(token.absolute()), str(each.cpus), str(int(each.gpus > 0))]
         try:
-            done = subprocess.run(words, capture_output=True, text=True, timeout=600, env=environment)
-            rows = json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else []
-            why = (done.stderr.strip().split("\n") or [""])[-1]
-        except (OSError, subprocess.TimeoutExpired, ValueError, IndexError) as error:
-            rows, why = [], type(error).__name__
+            output, why = run_on_node(cluster, each, words)
+            rows = json.loads(output.splitlines()[-1]) if output else []
+        except ValueError:
+            rows, why = [], "the node printed no findings"
         finally:
             token.unlink(missing_ok=True)
         if not rows:
-            yield Finding(f"a node of {each.name}", False, f"could not be asked: {why}")
+            yield Finding(f"a node of {each.name}", False, f"cannot be asked: {why}")
         for row in rows:
             yield Finding(f"a node of {each.name}: {row['subject']}", row["fine"], row["text"])
 
 
 def probe(token: Path, cpus: int, gpu: bool) -> list[dict[str, Any]]:
-    """What `on_node` runs over there."""
-    visible = token.exists()
-    text = f"{socket.gethostname()} sees {token.parent}"
-    found = [Finding("shared file system", visible, text if visible else f"{text} NOT: keep the runs on a shared one")]
+    """Return the findings of the probe that `on_node` runs on a node.
+
+    `token` is a file in the folder of the runs, `cpus` the cores and `gpu` whether a GPU was asked for.
+    """
+    visible, host = token.exists(), socket.gethostname()
+    text = f"{host} {'sees' if visible else 'does not see'} {token.parent}"
+    text += "" if visible else ": put the runs on a shared file system"
+    found = [Finding("shared file system", visible, text)]
     found += affinity(cpus)
     found += accelerator()
     found += offline()
     if gpu and any(each.subject == "GPU" and each.text.startswith("none") for each in found):
-        found.append(Finding("GPU", False, "one was asked for, none is visible"))
+        found.append(
+            Finding("GPU", False, "one was asked for, but none is visible: check the partition and the class's gpus")
+        )
     has = shutil.which("scontrol") is not None
-    text = "here: a job may requeue itself" if has else "is missing: a stopped job waits for the next submit"
+    text = "here: a job can requeue itself" if has else "is missing: a stopped job waits for the next submit"
     found.append(Finding("scontrol", True, text))
     return [vars(each) for each in found]
 
 
 def print_findings(findings: Iterable[Finding]) -> int:
-    """Print each finding as it comes; DONE where all are fine."""
+    """Print each finding as it comes. Returns DONE if all are fine, else FAILED."""
     from rich.console import Console
     from rich.text import Text
 
@@ -414,12 +356,12 @@ def command(args: Any) -> int:
     def findings() -> Iterator[Finding]:
         yield from installation()
         if any(metadata.version(name) in bad for name, bad in MALICIOUS.items() if _installed(name)):
-            return  # nothing that could import it
+            return  # the other checks could import it
         yield from accelerator()
         yield from offline(local)
         yield from file_system(folder)
         yield from affinity()
-        yield from slurm(cluster)
+        yield from site(cluster)
         if args.on_node and shutil.which("srun"):
             yield from on_node(cluster, folder)
 

@@ -1,4 +1,4 @@
-"""The sweep file: one YAML file into the grid of its runs, each with its id before it starts.
+"""The sweep file: a YAML file that describes a grid of runs. Every run has its id before it starts.
 
     name: quickstart
     output: runs                          # a run directory is runs/quickstart/RUN_ID
@@ -14,10 +14,10 @@
       - {name: full}
       - {name: lora, rank: [8, 32], learning_rate: 1e-2}
       - {name: freeze, active_fraction: [1/2, 1], only: {backbone.name: pythia-14m}}
-    include: [{budget: 1e12, backbone.name: models/own}]   # further runs, over base
-    exclude: [{budget: 1e11, method.rank: [32]}]           # runs whose given fields match
+    include: [{budget: 1e12, backbone.name: models/own}]   # further runs, with these settings over base
+    exclude: [{budget: 1e11, method.rank: [32]}]           # leaves out runs that have all of these values
 
-Learning rates follow the paper's rule (section 4.1) unless stated. The grid is a set: a run named twice is one run.
+Learning rates follow the paper's rule (section 4.1) unless they are given. A run that is described twice is one run.
 """
 
 import difflib
@@ -42,60 +42,79 @@ Row = dict[str, Any]  # dotted setting → value
 
 @dataclass(frozen=True)
 class SweepFile:
-    """The file as it is written."""
+    """The settings of a sweep file, as they are written."""
 
-    name: str = ""  # default the file's own
+    name: str = ""
+    """Name of the sweep and of its folder; default: the file's name."""
     output: str = "runs"
-    cluster: str | None = None  # a YAML file
+    """Folder of sweeps; a run directory is output/name/RUN_ID."""
+    cluster: str | None = None
+    """YAML file with the cluster's settings; default: an A100 cluster with SLURM."""
     base: dict[str, Any] = field(default_factory=dict)
+    """Settings of a run that all runs share, nested or with dots."""
     axes: dict[str, Any] = field(default_factory=dict)
+    """Lists of values by setting; the grid has a run for every combination."""
     backbones: list[Any] = field(default_factory=list)
+    """Backbones, by name or as settings of `backbone`; combined with the axes."""
     methods: list[Any] = field(default_factory=list)
+    """Methods, by name or as settings of `method`; a list of values is an axis of this method alone."""
     include: list[Any] = field(default_factory=list)
+    """Further runs, as settings over `base`."""
     exclude: list[Any] = field(default_factory=list)
-    expected_pairs: int | None = None  # of the store, for planning before it exists
-    expected_tokens_per_pair: float = 14 + 64  # likewise; the paper's means (section 4.1)
+    """Settings; a run that has all of them is left out."""
+    expected_pairs: int | None = None
+    """Training pairs of the store, for a plan before the store exists."""
+    expected_tokens_per_pair: float = 14 + 64
+    """Mean tokens of a pair, for a plan before the store exists; default: the paper's means (section 4.1)."""
 
     def __post_init__(self) -> None:
         bounded("expected_pairs", self.expected_pairs, 1)
         bounded("expected_tokens_per_pair", self.expected_tokens_per_pair, 0, above=True)
         if "/" in self.name or self.name in (".", ".."):
-            raise UserError(f"name: {self.name!r} is to name the sweep's folder; allowed: any text without a slash")
+            raise UserError(f"name: {self.name!r} cannot be the name of a folder; allowed: any text without a slash")
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """A grid of runs, the folder that they lie in, and the cluster that they are meant for."""
+    """A grid of runs, the folder of their run directories, and the cluster that they are meant for."""
 
     name: str
-    folder: Path  # of the run directories, output/name
+    """Name of the sweep."""
+    folder: Path
+    """Folder of the run directories."""
     by_id: dict[str, RunConfig]
+    """The runs by run id, in the order of the grid."""
     cluster: Cluster
-    excluded: int  # runs that `exclude` took away
-    idle: list[str]  # rows of `exclude` that match no run
+    """The cluster that the runs are meant for."""
+    excluded: int
+    """Number of runs that `exclude` left out."""
+    idle: list[str]
+    """Rows of `exclude` that match no run."""
     expected_pairs: int | None
+    """Training pairs of the store, for a plan before the store exists."""
     expected_tokens_per_pair: float
+    """Mean tokens of a pair, for a plan before the store exists."""
 
     @property
     def runs(self) -> list[RunConfig]:
         return list(self.by_id.values())
 
     def resource_class(self, run: RunConfig) -> ResourceClass:
-        """The class that supplies the run's memory, time, partition and constraint."""
+        """Return the class that gives a run its memory, time, partition and constraint."""
         return self.cluster.class_of(_parameters(run.backbone.name))
 
 
 def load(path: str | Path, words: Sequence[str] = ()) -> Sweep:
-    """The `Sweep` of a YAML file, with `key=value` words over the file (`axes.budget=[1e11]`, `base.data.store=…`).
+    """Return the `Sweep` of a YAML file, with `key=value` words over it (`axes.budget=[1e11]`, `base.data.store=…`).
 
-    Raises UserError, one line that names the file and the field, for whatever is wrong in it.
+    Raises UserError, with one line that names the file and the setting, for anything wrong in the file.
     """
     file: SweepFile = structured(SweepFile, read_yaml(path), words, origin=str(path))
     name = file.name or Path(path).stem
     try:
         return _sweep(file, name)
     except UserError as error:
-        short = [re.sub(r"^(axes|base)\.", "", word) for word in words]  # as its runs name the settings
+        short = [re.sub(r"^(axes|base)\.", "", word) for word in words]  # the names that its runs give to the settings
         raise UserError(blaming(str(error), str(path), [*words, *short])) from None
 
 
@@ -121,11 +140,11 @@ def _sweep(file: SweepFile, name: str) -> Sweep:
         run_id = run.run_id
         if runs.setdefault(run_id, run) != run:
             raise UserError(
-                f"{run_id} stands for two runs that differ in paths or resources alone; "
-                "give stores and backbones different last names"
+                f"{run_id} names two runs that differ only in paths or resources; "
+                "give their stores or backbones different last names"
             )
     if not runs:
-        raise UserError("no run is left; give axes, backbones, methods or include rows, or fewer exclude rows")
+        raise UserError("no run is left; add axes, backbones, methods or include rows, or remove exclude rows")
     return Sweep(
         name=name,
         folder=Path(file.output) / name,
@@ -139,7 +158,7 @@ def _sweep(file: SweepFile, name: str) -> Sweep:
 
 
 def _grid(file: SweepFile) -> Iterator[tuple[str, Row, Row]]:
-    """Every combination of axes, backbones and methods: its place in the file (none), its settings, its `only`."""
+    """Yield every combination of axes, backbones and methods: its place in the file (""), its settings, its `only`."""
     if not (file.axes or file.backbones or file.methods):
         return
     axes = _flat("axes", file.axes)
@@ -148,10 +167,10 @@ def _grid(file: SweepFile) -> Iterator[tuple[str, Row, Row]]:
     for where, rows in (("backbones", backbones), ("methods", methods)):
         for key in axes:
             if any(key in row for row in rows):
-                raise UserError(f"axes.{key}: is given in {where} too; allowed: one of the two")
+                raise UserError(f"axes.{key}: is given in {where} too; remove one of the two")
     for i, method in enumerate(methods):
         only = _condition(f"methods[{i}].only", method.pop("only", {}))
-        # The paper's rule (section 4.1) looks at the backbone for full and freezing alone.
+        # By the paper's rule (section 4.1) the learning rate depends on the backbone for full and freeze only.
         kind = METHODS.get(str(method.get("method.name", Method().name)))
         for outer in _expanded(axes):
             for backbone in itertools.chain.from_iterable(map(_expanded, backbones)):
@@ -168,7 +187,7 @@ def _included(file: SweepFile) -> Iterator[tuple[str, Row, Row]]:
 
 
 def _short(section: str, index: int, given: Any, schema: type) -> Row:
-    """A row of `backbones` or `methods`, whose own settings go by their short names and any other by its full one."""
+    """Return a row of `backbones` or `methods` with full names; in the file its own settings have short names."""
     origin = f"{section}[{index}]"
     if isinstance(given, str):
         given = {"name": given}
@@ -181,19 +200,19 @@ def _short(section: str, index: int, given: Any, schema: type) -> Row:
 
 
 def _flat(origin: str, given: Any, prefix: str = "") -> Row:
-    """Nested or dotted settings by their full dotted names; an active fraction may be written 5/6.
+    """Return nested or dotted settings by their full dotted names; an active fraction may be written as 5/6.
 
-    Raises UserError for a setting that no run has, with the nearest one.
+    Raises UserError for an unknown setting, with the nearest known one.
     """
     if not isinstance(given, dict):
-        raise UserError(f"{origin}: {given!r} is no mapping of settings to values")
+        raise UserError(f"{origin}: {given!r} is not a mapping; expected settings and values")
     row: Row = {}
     for key, value in given.items():
         name = f"{prefix}{key}"
         if isinstance(value, dict):
             row |= _flat(origin, value, f"{name}.")
         elif name == "output":
-            raise UserError(f"{origin}.output: is the same for all runs; give output at the top of the file")
+            raise UserError(f"{origin}.output: is the same for all runs; set output at the top of the file")
         elif name not in _setting_types():
             nearest = difflib.get_close_matches(name, _setting_types(), n=1, cutoff=0.5)
             hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
@@ -212,7 +231,7 @@ def _fractions(value: Any) -> Any:
 
 
 def _expanded(row: Row) -> Iterator[Row]:
-    """Every combination of the row's lists. A setting that is itself a list is an axis as a list of lists."""
+    """Yield every combination of the row's lists. For a setting whose value is a list, an axis is a list of lists."""
     axes = []
     for key, value in row.items():
         nested = _setting_types().get(key) is list
@@ -226,7 +245,7 @@ def _expanded(row: Row) -> Iterator[Row]:
 
 @cache
 def _setting_types() -> dict[str, type]:
-    """Every dotted setting of a run and its type."""
+    """Return every dotted setting of a run and its type."""
 
     def types(schema: type, prefix: str) -> Iterator[tuple[str, type]]:
         for name, kind in get_type_hints(schema).items():
@@ -241,12 +260,12 @@ def _setting_types() -> dict[str, type]:
 def _condition(origin: str, given: Any) -> Row:
     row = _flat(origin, given)
     if not row and not origin.endswith("only"):
-        raise UserError(f"{origin}: states nothing and would match every run")
+        raise UserError(f"{origin}: is empty and would match every run; add a setting")
     return row
 
 
 def _matches(condition: Row, run: RunConfig) -> bool:
-    """Whether the run has all of the given values; of a list, any."""
+    """Return whether the run has all of the given values; of a list, any value of it."""
     return all(
         any(_same(key, _setting(run, key), value) for value in (wanted if isinstance(wanted, list) else [wanted]))
         for key, wanted in condition.items()
@@ -269,7 +288,7 @@ def _same(key: str, found: Any, wanted: Any) -> bool:
 
 
 class _Parser:
-    """Flat rows to `RunConfig`s. Each part of a configuration is checked once, however many runs share it."""
+    """Turns flat rows into `RunConfig`s. Each part of a configuration is checked once, also if many runs share it."""
 
     def __init__(self, cluster: Cluster, output: str):
         self.cluster = cluster
@@ -285,7 +304,7 @@ class _Parser:
             for section in sections:
                 inner = inner.setdefault(section, {})
             inner[last] = value
-        name = str(row.get("backbone.name", Backbone().name))  # a folder may be called 7
+        name = str(row.get("backbone.name", Backbone().name))  # YAML reads a folder called 7 as a number
         defaults = self.cluster.class_of(self.size_of(name)).resources()
         nested["resources"] = defaults | nested.get("resources", {})
         return RunConfig(output=self.output, **{key: self._part(key, value) for key, value in nested.items()})
@@ -299,14 +318,15 @@ class _Parser:
 
 @cache
 def _schema(section: str) -> type:
-    """RunConfig with one section alone: as exact, a tenth of the work, and errors name settings in full."""
+    """Return a dataclass with one section of RunConfig. It checks as RunConfig does, in a tenth of the time, and errors
+    name settings in full."""
     (item,) = (item for item in fields(RunConfig) if item.name == section)
     default: Any = item.default if item.default_factory is MISSING else field(default_factory=item.default_factory)
     return make_dataclass("Run", [(section, item.type, default)])
 
 
 def _parameters(backbone: str) -> int | None:
-    """Non-embedding parameters, or None where the backbone is not known yet."""
+    """Return the non-embedding parameters, or None while the backbone is unknown."""
     try:
         return clusters.shape_of(backbone).parameters
     except UserError:

@@ -1,8 +1,9 @@
-"""What a sweep will cost, before anything is submitted: steps, tokens, FLOP, disk, GPU-hours, and what cannot be run.
+"""What a sweep will cost before anything is submitted: steps, tokens, FLOP, disk, GPU-hours, and runs that cannot run.
 
-Every figure is arithmetic on the grid: no SLURM, no torch, no weights. Tokens a pair are the store's mean, or the
-sweep file's assumption until the store is there; `training.plan` counts them exactly when a run starts. Time is the
-exact FLOP over a measured speed (`calibrate`) or over an assumed share of the device's peak, which the table states.
+Every figure is computed from the grid, without SLURM, torch or weights. Tokens per pair are the mean of the store, or
+the sweep file's assumption while the store does not exist. So steps are estimates; `training.plan` counts the tokens
+when a run starts. Time is tokens / measured speed (`embedscale calibrate`), or exact FLOP / assumed share of the
+device's peak; the table says which.
 """
 
 import math
@@ -13,8 +14,7 @@ from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from rich.cells import cell_len
-from rich.console import Console, ConsoleOptions, RenderResult
+from rich.console import Console
 from rich.table import Table
 
 from embedscale.data.manifest import is_finished
@@ -29,59 +29,83 @@ from embedscale.run.shape import BackboneShape
 from slurm import grid
 from slurm.cluster import ResourceClass, shape_of
 from slurm.grid import Sweep
+from slurm.tables import Narrowed, duration, size
 
-CHECKPOINT_BYTES = 12  # a trained parameter: float32 weight and AdamW's two moments
-WEIGHT_BYTES = 4
-METRICS_ROW_BYTES = 160
+CHECKPOINT_BYTES = 12  # of a trained parameter in a checkpoint: float32 weight and the two moments of AdamW
+WEIGHT_BYTES = 4  # of a trained parameter in the final weights: float32
+METRICS_ROW_BYTES = 160  # of a row of metrics
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """What is known of the data before a run starts."""
+    """What is known about the data before a run starts. None: unknown until the store exists."""
 
-    pairs: int | None  # None: unknown, no run is refused for want of data
+    pairs: int | None
+    """Training pairs; if unknown, no run is refused for lack of data."""
     tokens_per_pair: float
-    counted: bool  # in the store, not assumed
+    """Mean tokens of a pair, with the hard negatives that the run reads."""
+    counted: bool
+    """Whether the store was counted; else `tokens_per_pair` is the sweep file's assumption."""
     context: int | None = None
+    """Tokens after which the store's texts are cut."""
     held_out: int | None = None
+    """Held-out pairs."""
     negatives: int | None = None
+    """Hard negatives per pair."""
     vocabulary: int | None = None
+    """Size of the tokenizer's vocabulary."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """One run's cost, or why it cannot be run; then the figures are zero."""
+    """The cost of one run. If the run cannot be run, `obstacle` says why and the figures are zero."""
 
     run: RunConfig
+    """Configuration of the run."""
     run_id: str
+    """Id of the run."""
     resource_class: ResourceClass
+    """The class that gives the run's job its memory, cores and time."""
     obstacle: str | None = None
+    """Why the run cannot be run; None if it can."""
     learning_rate: float = 0.0
+    """Peak of the schedule: stated, or by the paper's rule (section 4.1)."""
     tokens: int = 0
+    """Tokens that the budget pays for."""
     pairs: int = 0
+    """Pairs with so many tokens, by the mean."""
     steps: int = 0
-    flop: int = 0  # the paper's convention, what the budget pays for
-    exact_flop: int = 0  # that really run
-    seconds: float = 0.0  # of wall clock
-    measured: bool = False  # the speed was
-    disk_bytes: int = 0  # at most, while it runs
+    """Steps with so many pairs."""
+    spent_flop: int = 0
+    """FLOP that the budget pays for, by the paper's convention."""
+    spent_flop_exact: int = 0
+    """FLOP of the matrix products, attention and recomputation included."""
+    seconds: float = 0.0
+    """Duration of training in seconds, without evaluation and start."""
+    measured: bool = False
+    """Whether `seconds` follows from a measured speed; else from an assumed share of the device's peak."""
+    disk_bytes: int = 0
+    """Most disk space that the run directory takes while the run runs."""
 
     @property
     def gpu_hours(self) -> float:
+        """Hours of all devices; core-hours without GPUs."""
         return self.seconds / 3600 * self.run.resources.devices * self.run.resources.nodes
 
     @property
     def requeues(self) -> int:
-        """How often the time limit will end the job before the run is done."""
+        """How often the time limit ends the job before the run is done."""
         return max(0, math.ceil(self.seconds / 3600 / self.resource_class.hours) - 1)
 
 
 @dataclass(frozen=True)
 class SweepPlan:
-    """A sweep's estimates; every total is the sum of its runs."""
+    """The estimates of some runs of a sweep; every total is the sum over these runs."""
 
     sweep: Sweep
+    """The sweep that the runs belong to."""
     estimates: list[Estimate]
+    """One estimate for each run."""
 
     @cached_property
     def by_id(self) -> dict[str, Estimate]:
@@ -96,8 +120,8 @@ class SweepPlan:
         return [each for each in self.estimates if each.obstacle is not None]
 
     @property
-    def flop(self) -> int:
-        return sum(each.flop for each in self.estimates)
+    def spent_flop(self) -> int:
+        return sum(each.spent_flop for each in self.estimates)
 
     @property
     def gpu_hours(self) -> float:
@@ -109,13 +133,13 @@ class SweepPlan:
 
 
 def plan_sweep(sweep: Sweep) -> SweepPlan:
-    """Estimate every run of a sweep. Raises UserError for a calibration file that is missing or malformed."""
+    """Estimate every run of a sweep. Raises UserError if the calibration file is missing or malformed."""
     estimator = _Estimator(sweep)
     return SweepPlan(sweep, [estimator.estimate(run_id, run) for run_id, run in sweep.by_id.items()])
 
 
 def refuse_above(plan: SweepPlan, max_gpu_hours: float | None) -> None:
-    """Raises UserError where the sweep is estimated to need more."""
+    """Raise UserError if the plan is estimated to need more GPU-hours; None allows any number."""
     if max_gpu_hours is not None and not plan.gpu_hours <= max_gpu_hours:
         raise UserError(
             f"--max-gpu-hours: {plan.sweep.name} needs an estimated {plan.gpu_hours:,.2f} GPU-hours; "
@@ -133,28 +157,28 @@ def _pairs_of(sweep: Sweep, folder: str, hard_negatives: int) -> Pairs:
     elif hard_negatives <= store.negatives:
         mean = float(store.token_counts(hard_negatives).mean())
     else:
-        mean = 1.0  # refused below, by _check_data
+        mean = 1.0  # _check_data refuses this run
     return Pairs(store.pairs, mean, True, store.context, store.held_out, store.negatives, store.vocabulary)
 
 
 def _measured_speeds(path: str | None) -> dict[tuple[str, str], float]:
-    """Tokens a second of one device, by backbone and method (its label, lora-r32, or its name alone)."""
+    """Return measured tokens per second of one device, by backbone and method (its label or its name)."""
     if path is None:
         return {}
     found = read_json(Path(path))
     if found is None:
-        raise UserError(f"calibration: {path}: there is no such file; run `embedscale calibrate` on a node")
+        raise UserError(f"calibration: {path}: the file does not exist; run `embedscale calibrate` on a node")
     try:
         speeds = {(each["backbone"], each["method"]): float(each["tokens_per_second"]) for each in found["rows"]}
     except (KeyError, TypeError, ValueError):
-        raise UserError(f"calibration: {path}: does not hold what `embedscale calibrate` writes") from None
+        raise UserError(f"calibration: {path}: is not a file of `embedscale calibrate`; measure again") from None
     for pair, speed in speeds.items():
         bounded(f"calibration: {path}: tokens_per_second of {' '.join(pair)}", speed, 0, above=True)
     return speeds
 
 
 class _Estimator:
-    """Estimates runs of one sweep; what many runs share is looked up once."""
+    """Estimates the runs of one sweep; shapes, stores and costs that runs share are looked up once."""
 
     def __init__(self, sweep: Sweep):
         self.sweep = sweep
@@ -192,7 +216,7 @@ class _Estimator:
         steps = math.ceil(pairs / batch)
         chunk = run.resources.chunk_tokens
         chunked = chunk is not None and chunk < batch * data.tokens_per_pair
-        # A pair's two texts are taken as equally long: the attention's share is small at these lengths.
+        # Both texts of a pair count as equally long; attention has a small share of the FLOP at these lengths.
         exact = cost.exact(tokens, int(tokens * data.tokens_per_pair / 2), extra_forwards=int(chunked))
         backbone = short_name(run.backbone.name)
         speed = self.speeds.get((backbone, run.method.label)) or self.speeds.get((backbone, run.method.name))
@@ -206,8 +230,8 @@ class _Estimator:
             tokens=tokens,
             pairs=pairs,
             steps=steps,
-            flop=tokens * cost.flop_per_token,
-            exact_flop=exact,
+            spent_flop=tokens * cost.flop_per_token,
+            spent_flop_exact=exact,
             seconds=(tokens / speed if speed else exact / assumed) / devices,
             measured=speed is not None,
             disk_bytes=_disk(run, shape, cost, steps),
@@ -221,16 +245,16 @@ def _learning_rate(run: RunConfig) -> float:
     rate = run.method.peak_learning_rate(row.pretraining_learning_rate if row else None)
     if rate is None:
         raise UserError(
-            f"training.learning_rate: the paper's rule knows none for {short_name(run.backbone.name)}; state it"
+            f"training.learning_rate: the paper's rule has no value for {short_name(run.backbone.name)}; set one"
         )
     return rate
 
 
 def _check_data(run: RunConfig, shape: BackboneShape, data: Pairs) -> None:
-    """The refusals of `embedscale.training.plan` that need no counts."""
+    """Raise UserError where `embedscale.training.plan` would, as far as no token counts are needed."""
     context, pool, devices = run.data.context, run.evaluation.pool, run.resources.devices * run.resources.nodes
     if context > shape.context:
-        raise UserError(f"data.context: {context} tokens are longer than {shape.name}'s {shape.context}")
+        raise UserError(f"data.context: {context} tokens are more than the {shape.context} of {shape.name}")
     if data.context is not None and data.context != context:
         raise UserError(f"data.context: {context}, but {run.data.store} was prepared with {data.context}")
     if data.held_out is not None and data.held_out < pool:
@@ -244,41 +268,15 @@ def _check_data(run: RunConfig, shape: BackboneShape, data: Pairs) -> None:
 
 
 def _disk(run: RunConfig, shape: BackboneShape, cost: Cost, steps: int) -> int:
-    """Two checkpoints at most (the newest is complete before the one before goes), the final weights, the metrics."""
+    """Return the bytes of two checkpoints (the older one is removed after the newer one is complete), of the final
+    weights and of the metrics."""
     trained = cost.n_updated + run.method.embedding_parameters(shape)
     metrics = METRICS_ROW_BYTES * (steps // run.resources.log_every + 1)
     return trained * (2 * CHECKPOINT_BYTES + WEIGHT_BYTES) + metrics
 
 
-def analysis_rows(path: str | Path) -> Any:
-    """The sweep's runnable runs as the DataFrame that `analysis.simulate` draws losses for, a row a run."""
-    import pandas as pd
-
-    rows = []
-    for each in plan_sweep(grid.load(path)).runnable:
-        run, shape = each.run, shape_of(each.run.backbone.name)
-        cost = cost_of(shape, run.method)
-        rows.append(
-            {
-                "run": each.run_id,
-                "method": run.method.name,
-                "backbone": short_name(run.backbone.name),
-                "params": cost.n_parameters,
-                "budget": run.budget,
-                "tokens": each.tokens,
-                "flop_per_token": cost.flop_per_token,
-                "trainable_fraction": cost.trainable_fraction,
-                "rank": run.method.rank,
-                "learning_rate": each.learning_rate,
-                "batch_size": run.training.batch_size,
-                "seed": run.training.seed,
-            }
-        )
-    return pd.DataFrame(rows)
-
-
 def print_plan(plan: SweepPlan, each: bool = False) -> None:
-    """Print the plan, a row for each backbone and method, or for each run."""
+    """Print the plan, with a row for each backbone and method or, with `each`, for each run."""
     sweep, terminal = plan.sweep, Console()
     console = terminal if terminal.is_terminal else Console(width=160)
     on_gpus = any(estimate.resource_class.gpus for estimate in plan.estimates)
@@ -296,29 +294,11 @@ def print_plan(plan: SweepPlan, each: bool = False) -> None:
     for cells, members in groups.items():
         table.add_row(*cells, *_figures(members)[1 if each else 0 :])
     table.add_section()
-    table.add_row("in all", "", *_figures(plan.runnable)[1 if each else 0 :], style="bold")
+    table.add_row("total", "", *_figures(plan.runnable)[1 if each else 0 :], style="bold")
     console.print(Narrowed(table, "requeues", "disk", "longest", "tokens", "FLOP"))
     _print_blocked(console, plan.blocked)
     for line in _footnotes(plan, unit):
         console.print(line, highlight=False, soft_wrap=True)
-
-
-class Narrowed:
-    """A table that leaves out its least important columns, in the order named, where the terminal is too narrow."""
-
-    def __init__(self, table: Table, *least: str):
-        self.table, self.least = table, least
-        for column in table.columns:
-            if column.no_wrap:  # which rich leaves out of what it says that a table needs
-                column.min_width = max(map(cell_len, (str(column.header), *map(str, column.cells))))
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        endless = options.update(max_width=10**4)  # a measure is never above it
-        for name in self.least:
-            if console.measure(self.table, options=endless).minimum <= options.max_width:
-                break
-            self.table.columns = [column for column in self.table.columns if column.header != name]
-        yield self.table
 
 
 def _figures(members: list[Estimate]) -> list[str]:
@@ -327,7 +307,7 @@ def _figures(members: list[Estimate]) -> list[str]:
         f"{len(members):,}",
         f"{min(steps):,}" + (f" … {max(steps):,}" if max(steps) > min(steps) else ""),
         f"{sum(each.tokens for each in members):.3g}",
-        f"{sum(each.flop for each in members):.3g}",
+        f"{sum(each.spent_flop for each in members):.3g}",
         f"{sum(each.gpu_hours for each in members):,.2f}",
         duration(max((each.seconds for each in members), default=0)),
         f"{sum(each.requeues for each in members):,}",
@@ -372,40 +352,19 @@ def _footnotes(plan: SweepPlan, unit: str) -> Iterable[str]:
         listed = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
         yield (
             f"{unit}: an assumed share of {cluster.device}'s {cluster.peak_flop_per_second:.3g} FLOP/s ({listed}), "
-            "evaluation and start-up not counted; `embedscale calibrate` measures it."
+            "without evaluation and start-up; `embedscale calibrate` measures the speed."
         )
     stores = {each.run.data.store for each in plan.estimates}
     missing = sorted(store for store in stores if not is_finished(store))
     if missing:
         yield (
-            f"Steps: {sweep.expected_tokens_per_pair:g} tokens a pair are assumed, for there is no store yet at "
+            f"Steps: {sweep.expected_tokens_per_pair:g} tokens per pair are assumed; these stores do not exist yet: "
             f"{', '.join(missing)}."
         )
     requeues = sum(each.requeues for each in plan.runnable)
     limits = ", ".join(sorted({f"{each.resource_class.hours:g} h" for each in plan.runnable if each.requeues}))
     if requeues:
-        yield f"Requeues: {requeues:,} by the time limits ({limits}), preemption not counted."
-
-
-def duration(seconds: float) -> str:
-    """Two figures a person can read: 45 s, 12 min, 3 h 20 min, 2 d 4 h."""
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    if minutes < 60:
-        return f"{minutes} min"
-    if minutes < 24 * 60:
-        return f"{minutes // 60} h {minutes % 60:02d} min"
-    return f"{minutes // 1440} d {minutes % 1440 // 60} h"
-
-
-def size(count: float) -> str:
-    """Bytes in powers of 1000."""
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if count < 1000 or unit == "TB":
-            break
-        count /= 1000
-    return f"{count:.3g} {unit}"
+        yield f"Requeues: {requeues:,} by the time limits ({limits}); preemptions come in addition."
 
 
 def command(args: Any) -> int:

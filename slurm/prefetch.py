@@ -1,7 +1,7 @@
-"""What the nodes of a sweep will load, fetched where there is a network: models, tokenizers, pairs.
+"""Fetch what a sweep's nodes load, on a machine with a network: models, tokenizers and pairs.
 
-Models go into the hub's own cache (HF_HOME), which nodes read by the same name without asking the hub; pairs into
-their stores. Both folders have to be visible from the nodes.
+Models go into the cache of the Hugging Face hub (HF_HOME). Nodes find them there under the same name without a
+network. Pairs go into their stores. The nodes must see both folders.
 """
 
 from collections.abc import Sequence
@@ -13,17 +13,17 @@ from embedscale.errors import DONE, UserError
 from embedscale.serving.tasks import HELD_OUT, load_data, names_of, task_of
 from slurm import grid
 from slurm.grid import Sweep
-from slurm.plan import size
+from slurm.tables import size
 
-DESCRIPTION = ("*.json", "*.txt", "*.model")  # configuration and tokenizer
-WEIGHTS = (("*.safetensors",), ("*.bin",))  # the first that the repository has
+DESCRIPTION = ("*.json", "*.txt", "*.model")  # files of the configuration and of the tokenizer
+WEIGHTS = (("*.safetensors",), ("*.bin",))  # formats of weights; the first one that the repository has is fetched
 
 
 def prefetch(sweep: Sweep, scores: Sequence[str] = ()) -> int:
-    """Fetch what is not here yet; returns DONE, or what `prepare` returned where it did not end.
+    """Fetch what is missing. Returns DONE, or the exit code of `prepare` if it was interrupted.
 
-    `scores` names mteb tasks whose data come too. Raises UserError for a model or data that cannot be fetched and for
-    sources that cannot be read.
+    `scores` names mteb tasks whose data are fetched too. Raises UserError for a model or data set that cannot be
+    fetched, and for a source that cannot be read.
     """
     tasks = [task_of(name) for name in names_of(scores) if name != HELD_OUT]
     backbones = {(run.backbone.name, run.backbone.revision): run.backbone.weights for run in sweep.runs}
@@ -52,7 +52,9 @@ def _fetch(name: str, revision: str | None, weights: bool) -> None:
             break
     else:
         if weights:
-            raise UserError(f"backbone.name: {name!r} holds no weights in its repository")
+            raise UserError(
+                f"backbone.name: the repository {name!r} has no weights; set backbone.weights=random or another name"
+            )
     files = [file for file in folder.rglob("*") if file.is_file()]
     print(f"{name}: {len(files)} files, {size(sum(file.stat().st_size for file in files))} in {folder}", flush=True)
 
@@ -62,7 +64,7 @@ def _download(name: str, revision: str | None, patterns: Sequence[str]) -> Path:
 
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
-    except Exception as error:  # the hub's client has a class of its own for each way to fail
+    except Exception as error:  # the hub's client raises many classes
         raise UserError(f"backbone.name: {name!r} cannot be fetched ({str(error).splitlines()[0]})") from None
 
 

@@ -1,74 +1,103 @@
-"""Where a sweep stands: run directories first, the queue second, accounting where there is any.
+"""Where a sweep stands: run directories first, the scheduler's queue second, accounting where there is any.
 
-A run is done when its record says so, whatever SLURM calls its job. The queue only tells apart runs that will go on by
-themselves from runs that wait for the next `submit`; accounting only explains what ended a job. Both may be missing.
+A run is done when its record says so, whatever the scheduler says about its job. The queue only separates runs that
+will go on by themselves from runs that wait for the next `submit`. Accounting only explains what ended a job. Both may
+be missing.
 """
 
 import os
-import signal
-import socket
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from enum import StrEnum
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console, Group
+from rich.console import Console, Group, RenderableType
 from rich.table import Table
 
-from embedscale.errors import DONE, UserError
+from embedscale.errors import DONE
 from embedscale.run.config import bounded
 from embedscale.run.directory import RunDirectory
 from embedscale.run.lease import lease_holder
-from embedscale.run.record import AttemptRecord, sound
+from embedscale.run.record import AttemptRecord, RunRecord, sound
 from slurm import grid
 from slurm.grid import Sweep
-from slurm.plan import Narrowed, SweepPlan, duration, plan_sweep
-from slurm.scheduler import local, queue
-from slurm.scheduler.queue import Job
+from slurm.plan import SweepPlan, plan_sweep
+from slurm.scheduler.choice import scheduler_of
+from slurm.scheduler.scheduler import Job, Scheduler
+from slurm.scheduler.submissions import Submissions
+from slurm.tables import Narrowed, duration
 
-ENDED = ("failed", "diverged", "done")
-SILENT = "ended without a word"
-STATES = {
-    "running": "has a process at it",
-    "queued": "waits in the queue for its first attempt",
-    "preempted": "was stopped and waits in the queue to go on",
-    "interrupted": "was stopped; the next submit goes on with it",
-    "missing": "was never started and is not queued",
-    "failed": "ended with an error; submit --retry-failed tries again",
-    "diverged": "ended with a loss that is no number",
-    "done": "spent its budget and has its record",
+SILENT = "ended without a message"
+BLOCKED = "cannot be run"
+
+
+class RunState(StrEnum):
+    """Where a run stands."""
+
+    RUNNING = "running"
+    QUEUED = "queued"
+    PREEMPTED = "preempted"
+    INTERRUPTED = "interrupted"
+    MISSING = "missing"
+    FAILED = "failed"
+    DIVERGED = "diverged"
+    DONE = "done"
+
+
+ENDED = (RunState.FAILED, RunState.DIVERGED, RunState.DONE)
+MEANINGS = {
+    RunState.RUNNING: "a process works on it",
+    RunState.QUEUED: "waits in the queue for its first attempt",
+    RunState.PREEMPTED: "was stopped and waits in the queue to go on",
+    RunState.INTERRUPTED: "was stopped; the next submit goes on with it",
+    RunState.MISSING: "was never started and is not queued",
+    RunState.FAILED: "ended with an error; submit --retry-failed tries again",
+    RunState.DIVERGED: "ended because its loss was not finite",
+    RunState.DONE: "spent its budget and has its record",
 }
 
 
 @dataclass(frozen=True)
 class RunStatus:
-    """One run as its directory and the queue tell it."""
+    """What its directory and the queue say about a run."""
 
     run_id: str
-    state: str  # a key of STATES
+    """Id of the run."""
+    state: RunState
+    """Where the run stands."""
     attempts: int = 0
-    device_hours: float = 0.0  # of all attempts
-    wasted_hours: float = 0.0  # device-hours whose work had to be done again
+    """Number of attempts that began."""
+    device_hours: float = 0.0
+    """Hours of devices that all attempts took."""
+    wasted_hours: float = 0.0
+    """Hours of devices whose work had to be repeated."""
     spent_flop: float = 0.0
+    """FLOP spent so far, by the paper's convention."""
     budget_flop: float = 0.0
+    """FLOP that the run was given."""
     seconds_left: float | None = None
+    """Time until a running run ends, by its own estimate."""
     host: str | None = None
+    """Machine of the last attempt."""
     job_id: str | None = None
-    reason: str | None = None  # of a failure, a divergence or an interruption
+    """Number of the run's job, or of its last attempt's job."""
+    reason: str | None = None
+    """Why the run failed, diverged, was interrupted, or waits."""
 
 
 def survey(sweep: Sweep, jobs: Mapping[str, Job] | None) -> list[RunStatus]:
-    """The status of every run of the grid, in its order.
+    """Return the status of every run of the grid, in the grid's order.
 
-    `jobs` are the queued and running jobs by run id, as `queue.jobs_by_run` gives them; None where nobody could say.
+    `jobs` are the queued and running jobs by run id, as `Submissions.jobs_by_run` returns them; None if the queue
+    cannot be asked. Raises UserError if a file of a run is damaged.
     """
     jobs = jobs or {}
     present = _names(sweep.folder)
-
     found = []
     for run_id, run in sweep.by_id.items():
         if run_id in present:
@@ -89,39 +118,32 @@ def _names(folder: Path) -> set[str]:
 
 def _unstarted(run_id: str, budget: float, job: Job | None) -> RunStatus:
     if job is None:
-        return RunStatus(run_id, "missing", budget_flop=budget)
-    return RunStatus(run_id, "queued", budget_flop=budget, job_id=job.id, reason=job.reason)
+        return RunStatus(run_id, RunState.MISSING, budget_flop=budget)
+    return RunStatus(run_id, RunState.QUEUED, budget_flop=budget, job_id=job.id, reason=job.reason)
 
 
 def status_of(directory: RunDirectory, run_id: str, budget: float, devices: int, job: Job | None) -> RunStatus:
-    """One run's status. Raises UserError where a file of the run is damaged."""
+    """Return one run's status; `devices` is the number of devices of each attempt, `job` the run's job in the queue.
+
+    Raises UserError if a file of the run is damaged.
+    """
     record = sound(directory.read_record())
     if record is not None:
-        attempts = record.attempts
-        return RunStatus(
-            run_id,
-            record.status,
-            attempts=len(attempts),
-            device_hours=record.gpu_hours,
-            wasted_hours=wasted_hours(attempts) * devices,
-            spent_flop=record.spent_flop,
-            budget_flop=record.budget_flop,
-            reason=attempts[-1].reason if attempts and record.status != "done" else None,
-        )
+        return _finished(record, run_id, devices)
     attempts = sound(directory.read_attempts())
     holder = lease_holder(directory.lease)
-    hours = sum(_hours(attempt, now=holder is not None and attempt is attempts[-1]) for attempt in attempts) * devices
-    common: dict[str, Any] = {
-        "attempts": len(attempts),
-        "device_hours": hours,
-        "wasted_hours": wasted_hours(attempts) * devices,
-        "budget_flop": budget,
-    }
+    hours = sum(_hours(attempt, now=holder is not None and attempt is attempts[-1]) for attempt in attempts)
+    so_far = RunStatus(
+        run_id,
+        RunState.RUNNING,
+        attempts=len(attempts),
+        device_hours=hours * devices,
+        wasted_hours=wasted_hours(attempts) * devices,
+        budget_flop=budget,
+    )
     if holder is not None:
-        return RunStatus(
-            run_id,
-            "running",
-            **common,
+        return replace(
+            so_far,
             spent_flop=holder.get("spent_flop", 0),
             seconds_left=holder.get("seconds_left"),
             host=holder["host"],
@@ -130,16 +152,15 @@ def status_of(directory: RunDirectory, run_id: str, budget: float, devices: int,
     if not attempts:
         return _unstarted(run_id, budget, job)
     last = attempts[-1]
-    # A job that has seen the run fail is done with it, and works on at the others of its bundle; one that begins will
-    # try it again.
+    # A running job that has seen this run fail works on the other runs of its bundle. A job that starts again, or
+    # another job, will try the run again.
     if last.ended == "failed" and (job is None or (job.running and job.id == last.job_id)):
-        state = "failed"
+        state = RunState.FAILED
     else:
-        state = "interrupted" if job is None else "preempted"
-    return RunStatus(
-        run_id,
-        state,
-        **common,
+        state = RunState.INTERRUPTED if job is None else RunState.PREEMPTED
+    return replace(
+        so_far,
+        state=state,
         spent_flop=last.to_flop or last.from_flop or 0,
         host=last.host,
         job_id=job.id if job else last.job_id,
@@ -147,9 +168,24 @@ def status_of(directory: RunDirectory, run_id: str, budget: float, devices: int,
     )
 
 
+def _finished(record: RunRecord, run_id: str, devices: int) -> RunStatus:
+    done = record.status == "done"
+    return RunStatus(
+        run_id,
+        RunState(record.status),
+        attempts=len(record.attempts),
+        device_hours=record.gpu_hours,
+        wasted_hours=wasted_hours(record.attempts) * devices,
+        spent_flop=record.spent_flop,
+        budget_flop=record.budget_flop,
+        reason=record.attempts[-1].reason if record.attempts and not done else None,
+    )
+
+
 def _hours(attempt: AttemptRecord, now: bool = False) -> float:
-    """Hours that an attempt took of a device, shared out as in a record's `gpu_hours`; of one that is still open, until
-    now; zero where its end is not known.
+    """Return the hours that an attempt took of each device, divided by the runs that shared the device.
+
+    An open attempt counts until now if `now` is True; else its end is unknown, and it counts as 0.
     """
     if attempt.end is None and not now:
         return 0.0
@@ -157,11 +193,11 @@ def _hours(attempt: AttemptRecord, now: bool = False) -> float:
 
 
 def wasted_hours(attempts: Sequence[AttemptRecord]) -> float:
-    """Hours of work that a later attempt had to repeat, because no checkpoint held it.
+    """Return the hours of work that a later attempt had to repeat, because no checkpoint held the work.
 
-    An attempt's share kept is what its successor began with over what it had reached. One that was killed did not say
-    what it had reached: its time beyond that of its successor's beginning, at the speed of the run's other attempts,
-    was lost. An attempt that failed has lost all that it did.
+    An attempt keeps the FLOP with which its successor began, out of the FLOP that it had reached. A killed attempt did
+    not say what it had reached: lost is its time beyond what its successor kept, at the speed of the run's other
+    attempts. A failed last attempt has lost all of its time.
     """
     flop = seconds = 0.0
     for attempt in attempts:
@@ -184,24 +220,40 @@ def wasted_hours(attempts: Sequence[AttemptRecord]) -> float:
     return wasted
 
 
+def explained(statuses: Sequence[RunStatus], scheduler: Scheduler) -> list[RunStatus]:
+    """Return the statuses with what accounting says about attempts that ended without a message."""
+    silent = {each.job_id for each in statuses if each.reason == SILENT and each.job_id}
+    said = scheduler.accounting(sorted(silent)) if silent else {}
+    return [
+        replace(each, reason=f"{SILENT}; accounting says {said[each.job_id]}")
+        if each.reason == SILENT and each.job_id in said
+        else each
+        for each in statuses
+    ]
+
+
 def render(
     sweep: Sweep, plan: SweepPlan, statuses: Sequence[RunStatus], jobs: Mapping[str, Job] | None, rows: int = 20
 ) -> Group:
-    """The status as tables: counts by state, what runs, what was interrupted, failures by their last line."""
+    """Return the status as tables: counts by state, running runs, and the reasons of stopped and failed runs.
+
+    A table of running runs has at most `rows` rows. `jobs` is None if the queue cannot be asked.
+    """
     blocked = {each.run_id for each in plan.blocked}
     by_state: dict[str, list[RunStatus]] = defaultdict(list)
     for each in statuses:
-        by_state["cannot be run" if each.run_id in blocked and each.state == "missing" else each.state].append(each)
-    parts: list[Any] = [_counts(sweep, by_state)]
-    if by_state["running"]:
-        parts.append(_running(by_state["running"], rows))
-    for state in ("preempted", "interrupted", "failed", "diverged"):
+        by_state[BLOCKED if each.run_id in blocked and each.state == RunState.MISSING else each.state].append(each)
+    parts: list[RenderableType] = [_counts(sweep, by_state)]
+    if by_state[RunState.RUNNING]:
+        parts.append(_running(by_state[RunState.RUNNING], rows))
+    for state in (RunState.PREEMPTED, RunState.INTERRUPTED, RunState.FAILED, RunState.DIVERGED):
         if by_state[state]:
             parts.append(_grouped(state, by_state[state]))
-    parts += _notes(sweep, plan, by_state["done"])
+    parts += _notes(sweep, plan, by_state[RunState.DONE])
     if jobs is None:
         parts.append(
-            "The queue cannot be asked (squeue is missing or fails): what waits in it counts as interrupted or missing."
+            f"The queue of {sweep.cluster.scheduler} cannot be asked from this machine: runs that wait in it are shown "
+            "as interrupted or missing."
         )
     return Group(*parts)
 
@@ -211,13 +263,14 @@ def _counts(sweep: Sweep, by_state: Mapping[str, list[RunStatus]]) -> Narrowed:
     for name in ("state", "runs", "attempts", "FLOP spent", "of budget", "device-hours", "wasted"):
         table.add_column(name, justify="left" if name == "state" else "right", no_wrap=True)
     table.add_column("meaning", min_width=24)
-    meanings = STATES | {"cannot be run": "see embedscale sweep plan"}
+    meanings: dict[str, str] = {str(state): text for state, text in MEANINGS.items()}
+    meanings[BLOCKED] = "see embedscale sweep plan"
     for state, meaning in meanings.items():
         if by_state.get(state):
             table.add_row(state, *_sums(by_state[state]), meaning)
     table.add_section()
     every = [each for members in by_state.values() for each in members]
-    table.add_row("in all", *_sums(every), "", style="bold")
+    table.add_row("total", *_sums(every), "", style="bold")
     return Narrowed(table, "wasted", "attempts", "FLOP spent", "device-hours")
 
 
@@ -256,9 +309,9 @@ def _grouped(state: str, members: Sequence[RunStatus]) -> Table:
     groups: dict[str, list[RunStatus]] = defaultdict(list)
     for each in members:
         groups[each.reason or "–"].append(each)
-    table = Table(title=f"{state}, by the last that they said", title_justify="left")
+    table = Table(title=f"{state} runs, grouped by reason", title_justify="left")
     table.add_column("runs", justify="right")
-    for name in ("why", "hosts", "such as"):
+    for name in ("reason", "hosts", "for example"):
         table.add_column(name, overflow="fold")
     for reason, alike in sorted(groups.items(), key=lambda item: -len(item[1])):
         hosts = Counter(each.host for each in alike if each.host)
@@ -276,87 +329,36 @@ def _notes(sweep: Sweep, plan: SweepPlan, done: Sequence[RunStatus]) -> Iterable
         RunDirectory(sweep.folder / name).attempts.exists() for name in _names(sweep.folder) - set(sweep.by_id)
     )
     if others:
-        yield f"{others:,} other runs in {sweep.folder} are none of this sweep file."
+        yield f"{others:,} other runs in {sweep.folder} do not belong to this sweep file."
 
 
 def command(args: Any) -> int:
     """`embedscale sweep status SWEEP.yaml [key=value …]`."""
     sweep = grid.load(args.sweep, args.words)
-    jobs = queue.jobs_by_run(sweep.folder)
+    scheduler = scheduler_of(sweep.cluster.scheduler, sweep.folder)
+    jobs = Submissions(sweep.folder).jobs_by_run(scheduler.jobs())
     terminal = Console()
     console = terminal if terminal.is_terminal else Console(width=150)
-    console.print(render(sweep, plan_sweep(sweep), explained(survey(sweep, jobs)), jobs), highlight=False)
+    console.print(render(sweep, plan_sweep(sweep), explained(survey(sweep, jobs), scheduler), jobs), highlight=False)
     return DONE
 
 
 def watch(args: Any) -> int:
-    """`embedscale sweep watch SWEEP.yaml [--every SECONDS]`: the same, refreshed until Ctrl-C or until all is done."""
+    """`embedscale sweep watch SWEEP.yaml [--every SECONDS]`: the status, refreshed until Ctrl-C or until all runs
+    ended."""
     from rich.live import Live
 
     bounded("--every", args.every, 0, 86_400, above=True)
     sweep = grid.load(args.sweep, args.words)
+    scheduler = scheduler_of(sweep.cluster.scheduler, sweep.folder)
     plan = plan_sweep(sweep)
     blocked = {each.run_id for each in plan.blocked}
     with suppress(KeyboardInterrupt), Live(console=Console(), auto_refresh=False) as live:
         while True:
-            jobs = queue.jobs_by_run(sweep.folder)
+            jobs = Submissions(sweep.folder).jobs_by_run(scheduler.jobs())
             statuses = survey(sweep, jobs)
             live.update(render(sweep, plan, statuses, jobs), refresh=True)
             if all(each.state in ENDED or each.run_id in blocked for each in statuses):
                 break
             time.sleep(args.every)
     return DONE
-
-
-def cancel(args: Any) -> int:
-    """`embedscale sweep cancel SWEEP.yaml [--yes]`: end the sweep's jobs, and its processes here. Asks first."""
-    sweep = grid.load(args.sweep, args.words)
-    jobs = queue.jobs_by_run(sweep.folder)
-    processes = local.processes_at(sweep.folder)
-    here = [each["pid"] for each in processes if each["host"] == socket.gethostname()]
-    for each in processes:
-        if each["pid"] not in here:
-            print(f"a process of {each['host']} ({each['pid']}) is at this sweep; cancel it there")
-    if jobs is None and not here:
-        raise UserError("squeue: cannot be asked here, so that no job of the sweep is known; nothing was cancelled")
-    jobs = jobs or {}
-    handles = {job.handle for run_id, job in jobs.items() if run_id in sweep.by_id}
-    if not handles and not here:
-        print(f"{sweep.name}: no job in the queue; nothing to cancel")
-        return DONE
-    what = [f"{len(here)} processes on this machine"] if here else []
-    if handles:
-        # A job goes as a whole, with the runs that it bundles and this call's file and settings do not name.
-        going = {run_id: job for run_id, job in jobs.items() if job.handle in handles}
-        running = sum(job.running for job in going.values())
-        what.append(f"{len(handles):,} jobs with {len(going):,} runs, {running:,} of them in jobs that run now")
-        if others := len(going.keys() - sweep.by_id.keys()):
-            what.append(f"{others:,} of these runs were not asked for, but share a job with one that was")
-    print(f"{sweep.name}: {'; '.join(what)}.")
-    print("What they have checkpointed stays; the next submit goes on with them.")
-    if not args.yes:
-        try:
-            answer = input("Cancel them? [y/N] ")
-        except EOFError:
-            raise UserError("cancel: nobody is there to answer; add --yes") from None
-        if answer.strip().lower() not in ("y", "yes"):
-            print("nothing was cancelled")
-            return DONE
-    for pid in here:
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGTERM)
-    queue.cancel(sorted(handles))
-    print(f"cancelled {len(handles):,} jobs" + (f", asked {len(here)} processes to save and stop" if here else ""))
-    return DONE
-
-
-def explained(statuses: Sequence[RunStatus]) -> list[RunStatus]:
-    """Attempts that ended without a word, explained by accounting where there is any."""
-    silent = {each.job_id for each in statuses if each.reason == SILENT and each.job_id}
-    said = queue.accounting(sorted(silent)) if silent else {}
-    return [
-        replace(each, reason=f"{SILENT}; accounting says {said[each.job_id]}")
-        if each.reason == SILENT and each.job_id in said
-        else each
-        for each in statuses
-    ]

@@ -1,170 +1,139 @@
-"""Send what is left of a sweep to SLURM, and return at once.
+"""Send what is left of a sweep to its scheduler and return at once, or run it on this machine.
 
-What is wanted (the grid) is held against what is there (run directories) and what is on its way (the queue); only runs
-that are missing, interrupted or, on demand, failed go out. Runs that need the same resources share arrays, short ones
-share jobs, and over all arrays the sweep never holds more GPUs than its cluster file allows.
+The grid is compared with the run directories and with the queue: only runs that are missing, interrupted or, on
+request, failed go out. A submit holds a lease while it looks and sends, so that two of them never send the same run.
 """
 
-import math
-import os
-import re
-import shlex
-import shutil
-import subprocess
-import time
 import uuid
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
-from embedscale.errors import DONE, UserError
+from embedscale.errors import DONE, FAILED, INTERRUPTED, UserError
+from embedscale.run.config import allowed
+from embedscale.run.directory import RunDirectory
 from embedscale.run.lease import Lease
+from embedscale.run.record import sound
 from slurm import grid
-from slurm.cluster import Cluster, ResourceClass
+from slurm.arrange import arrange, throttles
 from slurm.grid import Sweep
 from slurm.plan import Estimate, SweepPlan, plan_sweep, refuse_above
-from slurm.scheduler import node, queue
-from slurm.scheduler.queue import Job
+from slurm.scheduler import node
+from slurm.scheduler.choice import scheduler_of
+from slurm.scheduler.local import Local
+from slurm.scheduler.scheduler import Job, Request, Scheduler
 from slurm.scheduler.snapshot import snapshot
-from slurm.scoring import checked, to_score
-from slurm.status import survey
+from slurm.scheduler.submissions import Orders, Submission, Submissions
+from slurm.scoring import checked
+from slurm.status import RunState, survey
 
-MAX_ARRAY = 1001  # SLURM's default, where it cannot be asked
-LOOK_SECONDS = 20.0  # for a job that sbatch did submit before it lost touch with the controller
-LOST_TOUCH = re.compile("time|contact|connect|communicat|transmi|recei", re.IGNORECASE)
-OUTGOING = ("missing", "interrupted")
-OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
+TASK_SECONDS = 300.0  # assumed duration of one mteb task, by which runs to score are grouped into jobs
 
 
 @dataclass(frozen=True)
-class Array:
-    """Jobs of one shape, each with the runs that it works through."""
+class Wish:
+    """Which runs of a sweep are wanted."""
 
-    resource_class: ResourceClass
-    nodes: int
-    devices: int  # tasks a node, a GPU each
-    tasks: list[list[str]]  # run ids
-    scores: tuple[str, ...] = ()  # mteb tasks to score the runs on; none: train them
-
-    @property
-    def gpus(self) -> int:
-        """That one of its jobs holds, of the sweep's `max_gpus`; without GPUs, its processes."""
-        return self.nodes * self.devices
+    retry_failed: bool = False
+    """Whether failed runs go out too."""
+    max_gpu_hours: float | None = None
+    """GPU-hours above which the submission is refused; None: any number."""
+    scores: tuple[str, ...] = ()
+    """Tasks of mteb on which finished runs are scored, instead of training."""
 
 
-def reconcile(
-    sweep: Sweep, plan: SweepPlan, jobs: Mapping[str, Job] | None, retry_failed: bool = False
-) -> list[Estimate]:
-    """The runs to send out, and a line that counts every state of the grid."""
+def choose(sweep: Sweep, plan: SweepPlan, jobs: Mapping[str, Job] | None, wish: Wish) -> list[Estimate]:
+    """Return the runs to send out, and print how many runs are in each state.
+
+    `jobs` are the queued and running jobs by run id; None if the queue cannot be asked. Raises UserError if the runs
+    are estimated to need more than `wish.max_gpu_hours`.
+    """
+    if wish.scores:
+        chosen, counts, what = _to_score(sweep, plan, jobs or {}, wish.scores)
+    else:
+        chosen, counts, what = _to_train(sweep, plan, jobs, wish.retry_failed)
+    states = ", ".join(f"{count:,} {state}" for state, count in sorted(counts.items()))
+    print(f"{sweep.name}: {len(sweep.by_id):,} runs: {states}; {len(chosen):,} {what}")
+    refuse_above(SweepPlan(sweep, chosen), wish.max_gpu_hours)
+    return chosen
+
+
+def _to_train(
+    sweep: Sweep, plan: SweepPlan, jobs: Mapping[str, Job] | None, retry_failed: bool
+) -> tuple[list[Estimate], Counter[str], str]:
     blocked = {each.run_id for each in plan.blocked}
-    outgoing = (*OUTGOING, "failed") if retry_failed else OUTGOING
+    outgoing = {RunState.MISSING, RunState.INTERRUPTED} | ({RunState.FAILED} if retry_failed else set())
     states = {each.run_id: each.state for each in survey(sweep, jobs)}
-    chosen = [run_id for run_id, state in states.items() if state in outgoing and run_id not in blocked]
-    counts = Counter("cannot be run" if run_id in blocked else state for run_id, state in states.items())
-    said = ", ".join(f"{count:,} {state}" for state, count in sorted(counts.items()))
-    print(f"{sweep.name}: {len(states):,} runs: {said}; {len(chosen):,} to submit")
-    return [plan.by_id[run_id] for run_id in chosen]
+    chosen = [plan.by_id[run_id] for run_id, state in states.items() if state in outgoing and run_id not in blocked]
+    counts = Counter("cannot be run" if run_id in blocked else str(state) for run_id, state in states.items())
+    return chosen, counts, "to submit"
 
 
-def arrange(estimates: Sequence[Estimate], cluster: Cluster, max_array: int = MAX_ARRAY) -> list[Array]:
-    """Runs into jobs, and jobs into arrays of equal shape, none longer than `max_array`."""
-    shapes: dict[tuple[ResourceClass, int, int], list[Estimate]] = defaultdict(list)
-    for each in estimates:
-        resources = each.run.resources
-        # What only plans and names must not part an array.
-        shape = replace(each.resource_class, name="", up_to=math.inf, utilisation=1.0)
-        shapes[shape, resources.nodes, resources.devices].append(each)
-    arrays = []
-    for (shape, nodes, devices), members in shapes.items():
-        tasks = _bundles(members, cluster, shape.hours) if nodes * devices == 1 else [[m.run_id] for m in members]
-        count = math.ceil(len(tasks) / max_array)
-        size = math.ceil(len(tasks) / count)
-        arrays += [Array(shape, nodes, devices, tasks[i : i + size]) for i in range(0, len(tasks), size)]
-    return arrays
-
-
-def _bundles(estimates: Sequence[Estimate], cluster: Cluster, hours: float) -> list[list[str]]:
-    """Runs of one process into jobs of about `bundle_minutes`, the longest first."""
-    limit = min(60 * cluster.bundle_minutes, 0.8 * 3600 * hours) * cluster.side_by_side
-    bundles: list[list[str]] = []
-    room = 0.0
-    for each in sorted(estimates, key=lambda each: -each.seconds):
-        if not bundles or each.seconds > room:
-            bundles.append([])
-            room = limit
-        bundles[-1].append(each.run_id)
-        room -= each.seconds
-    return bundles
-
-
-def throttles(arrays: Sequence[Array], max_gpus: int, held: Sequence[tuple[str, int]]) -> list[tuple[int, list[str]]]:
-    """For each array, how many of its jobs may run at once, and after the end of which it may begin.
-
-    All of them together, with the arrays that `held` names (job, GPUs) as already in the queue, stay within `max_gpus`:
-    an array for which nothing is left takes over what earlier ones hold. Of this call's own arrays the result gives the
-    index as "#0". Raises UserError where one run needs more.
-    """
-    holders = list(held)
-    free = max(0, max_gpus - sum(gpus for _, gpus in held))
-    result = []
-    for index, array in enumerate(arrays):
-        if array.gpus > max_gpus:
-            raise UserError(f"max_gpus: {max_gpus} are fewer than the {array.gpus} that one run needs")
-        wanted = [len(each.tasks) * each.gpus for each in arrays[index:]]
-        after: list[str] = []
-        if free >= array.gpus:
-            parallel = min(len(array.tasks), max(1, int(free * wanted[0] / sum(wanted)) // array.gpus))
-            free -= parallel * array.gpus
+def _to_score(
+    sweep: Sweep, plan: SweepPlan, jobs: Mapping[str, Job], names: Sequence[str]
+) -> tuple[list[Estimate], Counter[str], str]:
+    counts: Counter[str] = Counter()
+    chosen = []
+    for run_id, run in sweep.by_id.items():
+        directory = RunDirectory(sweep.folder / run_id)
+        record = sound(directory.read_record())
+        missing = [name for name in names if not directory.score(name).exists()]
+        if record is None or record.status != "done":
+            counts["not done"] += 1
+        elif not missing:
+            counts["scored"] += 1
+        elif run_id in jobs:
+            counts["queued"] += 1
         else:
-            share, free = free, 0
-            while share < array.gpus:
-                job, gpus = holders.pop(0)
-                after.append(job)
-                share += gpus
-            parallel = min(len(array.tasks), share // array.gpus)
-            if share > parallel * array.gpus:  # the last one holds more than this array takes over
-                holders.insert(0, (after[-1], share - parallel * array.gpus))
-        holders.append((f"#{index}", parallel * array.gpus))
-        result.append((parallel, after))
-    return result
+            counts["without all scores"] += 1
+            alone = replace(run, resources=replace(run.resources, nodes=1, devices=1, shard=False))
+            chosen.append(replace(plan.by_id[run_id], run=alone, seconds=TASK_SECONDS * len(missing)))
+    return chosen, counts, f"to score on {len(names)} tasks"
 
 
-def submit(
-    sweep: Sweep,
-    plan: SweepPlan,
-    retry_failed: bool = False,
-    max_gpu_hours: float | None = None,
-    scores: Sequence[str] = (),
-) -> int:
-    """Send out what is missing, interrupted or, with `retry_failed`, failed; returns how many runs went out.
+def submit(sweep: Sweep, plan: SweepPlan, scheduler: Scheduler, wish: Wish) -> int:
+    """Send out the runs that `wish` asks for; returns how many went out.
 
-    With `scores`, names of mteb tasks, what is sent out is instead the scoring of finished runs.
-
-    Raises UserError where the queue cannot be asked, another submit is at work, or sbatch refuses: the arrays that
-    were submitted before are named, stay in the queue, and are known to the next submit.
+    Raises UserError if the queue cannot be asked, another submit is at work, or the scheduler refuses. The message then
+    names the arrays that were submitted before: they stay in the queue, and the next submit knows them.
     """
-    with _alone(sweep.folder) as lease:
-        jobs = queue.jobs_by_run(sweep.folder)
+    submissions = Submissions(sweep.folder)
+    limits = scheduler.limits()
+    if limits is None:
+        raise UserError(f"--to {sweep.cluster.scheduler}: this machine cannot submit to it; allowed: here")
+    with _alone(submissions) as lease:
+        jobs = submissions.jobs_by_run(scheduler.jobs())
         if jobs is None:
-            raise UserError("squeue: cannot be asked, so that runs might go out twice; nothing was submitted")
-        chosen = to_score(sweep, plan, scores, jobs) if scores else reconcile(sweep, plan, jobs, retry_failed)
-        refuse_above(SweepPlan(sweep, chosen), max_gpu_hours)
+            raise UserError(
+                f"{sweep.cluster.scheduler}: the queue cannot be asked; nothing was submitted, try again later"
+            )
+        chosen = choose(sweep, plan, jobs, wish)
         if not chosen:
             return 0
-        if sick := node.sick_nodes(sweep.folder):
-            print(f"kept away from: {', '.join(f'{name} ({fault})' for name, fault in sick.items())}")
-        copy, facts = snapshot(sweep.folder / queue.FOLDER / "code")
-        arrays = [replace(each, scores=tuple(scores)) for each in arrange(chosen, sweep.cluster, _max_array())]
+        sick = submissions.sick_nodes()
+        if sick:
+            print(f"avoided nodes: {', '.join(f'{name} ({fault})' for name, fault in sick.items())}")
+        copy, facts = snapshot(submissions.code)
+        arrays = arrange(chosen, sweep.cluster, limits, wish.scores)
         sent: dict[str, str] = {}
-        for index, (parallel, after) in enumerate(throttles(arrays, sweep.cluster.max_gpus, _held(sweep.folder, jobs))):
-            dependencies = [sent.get(job, job) for job in after]
+        shares = throttles(arrays, sweep.cluster.max_gpus, _held(submissions, jobs))
+        for index, (array, (parallel, after)) in enumerate(zip(arrays, shares, strict=True)):
+            request = Request(
+                name=f"{sweep.name}-{uuid.uuid4().hex[:8]}",
+                array=array,
+                cluster=sweep.cluster,
+                work=node.work,
+                parallel=parallel,
+                after=tuple(sent.get(job, job) for job in after),
+                avoid=tuple(sorted(sick)),
+                code=copy,
+            )
             try:
                 if not lease.held():
-                    raise UserError("another submit of this sweep has taken over from this one, which was suspended")
-                sent[f"#{index}"] = _send(sweep, arrays[index], parallel, dependencies, sorted(sick), copy, facts)
+                    raise UserError("this submit was suspended, and another one has taken over")
+                sent[f"#{index}"] = _send(request, scheduler, submissions, facts)
             except UserError as error:
                 done = ", ".join(sent.values()) or "none"
                 raise UserError(f"{error}; submitted before: {done}; submit again for the rest") from None
@@ -174,9 +143,9 @@ def submit(
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[Lease]:
-    """Two submits at once would both find the same runs missing."""
-    lease = Lease(folder / queue.FOLDER / "submit.lease")
+def _alone(submissions: Submissions) -> Iterator[Lease]:
+    """Hold the sweep's submit lease: two submits at once would both find the same runs missing."""
+    lease = Lease(submissions.lease)
     try:
         lease.take()
     except UserError as error:
@@ -187,166 +156,78 @@ def _alone(folder: Path) -> Iterator[Lease]:
         lease.release()
 
 
-def _max_array() -> int:
-    try:
-        done = subprocess.run(["scontrol", "show", "config"], capture_output=True, text=True, timeout=60)
-    except (OSError, subprocess.TimeoutExpired):
-        return MAX_ARRAY
-    for line in done.stdout.splitlines():
-        key, _, value = line.partition("=")
-        if key.strip() == "MaxArraySize" and value.strip().isdigit():
-            return max(1, int(value))
-    return MAX_ARRAY
-
-
-def _held(folder: Path, jobs: Mapping[str, Job]) -> list[tuple[str, int]]:
-    """The sweep's arrays in the queue, and the most GPUs that each may still hold."""
+def _held(submissions: Submissions, jobs: Mapping[str, Job]) -> list[tuple[str, int]]:
+    """Return the sweep's arrays in the queue, each with the most GPUs that it may still hold."""
     waiting = Counter((job.array, job.name) for job in set(jobs.values()))
-    noted = queue.submissions(folder)
+    noted = submissions.noted()
     return [
-        (array, min(count, noted[name].get("parallel", count)) * noted[name].get("gpus", 1))
+        (array, min(count, noted[name].parallel or count) * noted[name].gpus)
         for (array, name), count in waiting.items()
     ]
 
 
-def _send(
-    sweep: Sweep,
-    array: Array,
-    parallel: int,
-    after: Sequence[str],
-    sick: Sequence[str],
-    copy: Path,
-    code: Mapping[str, Any],
-) -> str:
-    """Submit one array; returns its job number."""
-    import submitit
-    from submitit.core.utils import FailedJobError, FailedSubmissionError
-
-    cluster, shape = sweep.cluster, array.resource_class
-    name = f"{sweep.name}-{uuid.uuid4().hex[:8]}"
-    minutes = math.ceil(60 * shape.hours - 1e-6)
-    if cluster.warning_seconds >= 60 * minutes:
-        raise UserError(f"warning_seconds: {cluster.warning_seconds} leave nothing of a job of {minutes} minutes")
-    folder = sweep.folder.absolute()
-    node.Orders(
-        runs={run_id: asdict(sweep.by_id[run_id]) for task in array.tasks for run_id in task},
-        limit_seconds=60 * minutes,
+def _send(request: Request, scheduler: Scheduler, submissions: Submissions, code: Mapping[str, Any]) -> str:
+    """Write an array's orders and its note, submit it, and return its number."""
+    array, cluster, shape = request.array, request.cluster, request.array.shape
+    if cluster.warning_seconds >= 60 * shape.minutes:
+        raise UserError(
+            f"warning_seconds: {cluster.warning_seconds} s before the end of a job of {shape.minutes} minutes leave no "
+            "time to train; lower it or raise classes.hours"
+        )
+    orders = Orders(
+        runs={run_id: run for task in array.tasks for run_id, run in task.items()},
+        limit_seconds=60 * shape.minutes,
         warning_seconds=cluster.warning_seconds,
         requeue=cluster.requeue,
         side_by_side=cluster.side_by_side if array.gpus == 1 else 1,
         gpus=array.devices if shape.gpus else 0,
         cpus=shape.cpus,
         memory_gb=shape.memory_gb * array.devices,
-        code=dict(code),
-        scores=list(array.scores),
-    ).write(folder, name)
-    note = {"parallel": parallel, "gpus": array.gpus}
-    queue.note_submission(sweep.folder, name, array.tasks, **note)
-    files = folder / queue.FOLDER / name
-    executor = submitit.SlurmExecutor(files)
-    given = {
-        "partition": shape.partition or cluster.partition,
-        "account": cluster.account,
-        "qos": cluster.qos,
-        "constraint": shape.constraint,
-        "gpus_per_node": array.devices if shape.gpus else None,
-        "exclude": ",".join(sick) or None,
-        "dependency": f"afterany:{':'.join(after)}" if after else None,
-    }
-    executor.update_parameters(
-        job_name=name,
-        time=minutes,
-        nodes=array.nodes,
-        ntasks_per_node=array.devices,
-        cpus_per_task=shape.cpus,
-        mem=f"{math.ceil(1000 * shape.memory_gb * array.devices)}M",
-        array_parallelism=parallel,
-        signal_delay_s=cluster.warning_seconds,
-        stderr_to_stdout=True,
-        setup=_setup(cluster, copy),
-        # Since 22.05 srun does not take --cpus-per-task over from sbatch.
-        srun_args=[f"--cpus-per-task={shape.cpus}", "--kill-on-bad-exit=1"],
-        additional_parameters={"requeue" if cluster.requeue else "no-requeue": True},
-        **{key: value for key, value in given.items() if value is not None},
+        code=code,
+        scores=array.scores,
+        scheduler=cluster.scheduler,
     )
-    tasks = [(str(folder), name, task) for task in array.tasks]
-    try:
-        with _clean_environment():
-            job = executor.map_array(node.work, *zip(*tasks, strict=True))[0].job_id.split("_")[0]
-    except (FailedJobError, FailedSubmissionError) as error:
-        lines = str(error).splitlines()
-        why = ([line for line in lines if "error" in line.lower()] or lines)[-1].strip()
-        job = _look_for(name, LOOK_SECONDS if LOST_TOUCH.search(why) else 0)
-        if job is None:
-            raise UserError(f"sbatch: {why}") from None
-        print(f"sbatch failed, but job {job} is in the queue under its name")
-        _write_pickles(files, job, tasks)
-    queue.note_submission(sweep.folder, name, array.tasks, job_id=job, **note)
+    submissions.write_orders(request.name, orders)
+    note = Submission(request.name, [list(task) for task in array.tasks], request.parallel, array.gpus)
+    submissions.note(note)
+    job = scheduler.submit(request)
+    submissions.note(replace(note, job_id=job))
     return job
 
 
-def _setup(cluster: Cluster, copy: Path) -> list[str]:
-    """Shell lines before srun. Without PYTHONSAFEPATH the folder of submission would come before the copied code."""
-    variables = {"PYTHONPATH": str(copy), "PYTHONSAFEPATH": "1", "TOKENIZERS_PARALLELISM": "false"}
-    if cluster.offline:
-        variables |= dict.fromkeys(OFFLINE, "1")
-    lines = [f"export {key}={shlex.quote(str(value))}" for key, value in (variables | cluster.environment).items()]
-    return [*cluster.setup, *lines]
+def run_here(sweep: Sweep, chosen: Sequence[Estimate], scores: Sequence[str] = ()) -> int:
+    """Run or score the chosen runs on this machine.
 
-
-@contextmanager
-def _clean_environment() -> Iterator[None]:
-    """Without the variables of a job that this process may itself be in; where SLURM's configuration lies stays."""
-    from submitit.helpers import clean_env
-
-    own = os.environ.get("SLURM_CONF")
-    with clean_env([name for name in os.environ if name.startswith("PMI")]):
-        if own is not None:
-            os.environ["SLURM_CONF"] = own
-        yield
-
-
-def _look_for(name: str, seconds: float) -> str | None:
-    """The number of the job that bears the name: sbatch may time out after the controller has taken the job."""
-    deadline = time.monotonic() + seconds
-    while True:
-        found = [job.array for job in queue.jobs() or [] if job.name == name]
-        if found or time.monotonic() > deadline:
-            return found[0] if found else None
-        time.sleep(2)
-
-
-def _write_pickles(files: Path, job: str, tasks: Sequence[tuple[str, str, list[str]]]) -> None:
-    """What submitit would have written, had sbatch told it the job's number; jobs wait a minute for it."""
-    from submitit.core.utils import DelayedSubmission, JobPaths
-
-    for index, task in enumerate(tasks):
-        paths = JobPaths(files, f"{job}_{index}" if len(tasks) > 1 else job)
-        DelayedSubmission(node.work, *task).dump(paths.submitted_pickle)
+    Returns DONE, FAILED if a run failed, or INTERRUPTED if it was stopped (SIGTERM, Ctrl-C) and can go on.
+    """
+    here = Local(sweep.folder)
+    # The longest first: a long run that begins last would run on alone.
+    longest_first = sorted(chosen, key=lambda each: -each.seconds)
+    with here.announced():
+        for array in arrange(longest_first, sweep.cluster, here.limits(), scores):
+            parallel = sweep.cluster.max_gpus // array.gpus
+            here.submit(Request(sweep.name, array, sweep.cluster, node.work, parallel))
+    counts = Counter(here.outcomes.values())
+    print(f"{sweep.name}: " + ", ".join(f"{count} {outcome}" for outcome, count in counts.items()))
+    if counts["interrupted"]:
+        print(f"stopped by {here.stop.reason}; submit again to go on")
+        return INTERRUPTED
+    return FAILED if counts["failed"] else DONE
 
 
 def command(args: Any) -> int:
     """`embedscale sweep submit SWEEP.yaml [key=value …] [--to …] [--retry-failed] [--evaluate TASK …]`."""
-    from slurm.scheduler import local
-
-    scores = checked(args.evaluate or [])
+    wish = Wish(args.retry_failed, args.max_gpu_hours, tuple(checked(args.evaluate or [])))
     sweep = grid.load(args.sweep, args.words)
     plan = plan_sweep(sweep)
-    to = args.to or ("slurm" if shutil.which("sbatch") else "here")
-    if to == "slurm":
-        if shutil.which("sbatch") is None:
-            raise UserError("--to slurm: there is no sbatch here; allowed: here, this-process")
-        if submit(sweep, plan, args.retry_failed, args.max_gpu_hours, scores):
+    scheduler = scheduler_of(sweep.cluster.scheduler, sweep.folder)
+    limits = scheduler.limits()
+    queues = limits is not None and not limits.foreground
+    to = args.to or (sweep.cluster.scheduler if queues else "here")
+    allowed("--to", to, list(dict.fromkeys([sweep.cluster.scheduler, "here"])))
+    if to != "here":
+        if submit(sweep, plan, scheduler, wish):
             print(f"embedscale sweep watch {args.sweep}")
         return DONE
-    jobs = queue.jobs_by_run(sweep.folder)
-    chosen = to_score(sweep, plan, scores, jobs) if scores else reconcile(sweep, plan, jobs, args.retry_failed)
-    refuse_above(SweepPlan(sweep, chosen), args.max_gpu_hours)
-    if not chosen:
-        return DONE
-    # The longest first, so that none of them is begun last and runs on alone.
-    runs = [each.run for each in sorted(chosen, key=lambda each: -each.seconds)]
-    with local.announced(sweep.folder):
-        if scores:
-            return local.score_here(runs, scores)
-        return (local.run_here if to == "here" else local.run_in_this_process)(sweep, runs)
+    chosen = choose(sweep, plan, Submissions(sweep.folder).jobs_by_run(scheduler.jobs()), wish)
+    return run_here(sweep, chosen, wish.scores) if chosen else DONE

@@ -1,1 +1,1 @@
-"""Where runs are sent: SLURM, or this machine."""
+"""Where runs are sent: a scheduler's queue, or this machine."""

@@ -2,9 +2,9 @@
 
     python -m slurm.scheduler.devcluster up|down|status [FOLDER]
 
-Munge, accounting, a controller, several nodes and two partitions, of which `high` preempts `low`. Everything lies in
-one folder, which `down` leaves for reading; daemons listen on 127.0.0.1 and ports that were free, and are ended by
-the process ids noted there. Nodes may claim more cores than the machine has.
+It starts munge, accounting, a controller, several nodes and two partitions; jobs of `high` preempt jobs of `low`.
+All files lie in one folder, which `down` keeps. Daemons listen on 127.0.0.1 and on free ports. `down` ends them by the
+process ids noted in the folder. Nodes may claim more cores than the machine has, so timings mean nothing.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from embedscale.run.lease import start_time
 PACKAGES = "munge slurmctld slurmd slurm-client slurmdbd mariadb-server"
 INSTALL = f"apt-get install -y --no-install-recommends {PACKAGES}"
 DAEMONS = ("munged", "slurmctld", "slurmd", "sbatch", "slurmdbd", "mariadbd", "mariadb-install-db")
-SECONDS = 60.0  # that a daemon may take to answer
+SECONDS = 60.0  # most time that a daemon may take to answer
 
 SLURM_CONF = """\
 ClusterName=dev
@@ -51,9 +51,9 @@ SwitchType=switch/none
 MpiDefault=none
 ReturnToService=2
 SlurmdTimeout=20
-# With MessageTimeout (10 s) the age from which a job that its node knows nothing of counts as lost.
+# Together with MessageTimeout (10 s): the age at which a job that its node does not know counts as lost.
 BatchStartTimeout=1
-# The cores that a node claims count, not those that the machine has.
+# Count the cores that a node claims, not those of the machine.
 SlurmdParameters=config_overrides
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
@@ -104,7 +104,7 @@ GRANT ALL ON slurm_acct_db.* TO 'slurm'@'localhost';
 
 
 def missing() -> list[str]:
-    """The programs that a cluster needs and this machine lacks."""
+    """Return the programs that a cluster needs and this machine lacks."""
     return [name for name in DAEMONS if _program(name) is None]
 
 
@@ -113,15 +113,15 @@ def _program(name: str) -> str | None:
 
 
 class DevCluster:
-    """A cluster whose whole state is one folder; another process that names the folder controls the same cluster.
+    """A cluster whose whole state is one folder. Another process can control the cluster through the same folder.
 
     Args:
-        folder: of configuration, logs, spool and process ids. Its path has to be short enough for a Unix socket.
-        nodes: how many; they are called n1, n2, …
-        cpus: that each node claims.
-        accounting: bring up slurmdbd and a database, so that sacct answers.
-        max_array: MaxArraySize.
-        grace: seconds between a preempted job's SIGTERM and SIGKILL.
+        folder: folder of configuration, logs, spool and process ids; its path must be short enough for a Unix socket.
+        nodes: number of nodes; their names are n1, n2, …
+        cpus: cores that each node claims.
+        accounting: whether to start slurmdbd and a database, so that sacct answers.
+        max_array: MaxArraySize, the most tasks of an array.
+        grace: time between SIGTERM and SIGKILL for a preempted job, seconds.
     """
 
     def __init__(
@@ -140,19 +140,19 @@ class DevCluster:
 
     @property
     def environment(self) -> dict[str, str]:
-        """This process's variables, and the one by which SLURM's commands find the cluster."""
+        """This process's environment, with the variable by which SLURM's programs find the cluster."""
         return {**os.environ, "SLURM_CONF": str(self.conf)}
 
     def up(self) -> None:
-        """Bring the cluster up, and return when every node is idle.
+        """Start the cluster, and return when every node is idle.
 
-        Raises UserError where programs are missing, the folder holds a running cluster, or a daemon does not come up.
+        Raises UserError if programs are missing, if the folder holds a running cluster, or if a daemon does not start.
         """
         if lacking := missing():
-            raise UserError(f"no SLURM here ({', '.join(lacking)} missing); on Debian: {INSTALL}")
+            raise UserError(f"SLURM is not installed ({', '.join(lacking)} missing); on Debian: {INSTALL}")
         if any(self.alive().values()):
             raise UserError(
-                f"{self.folder}: a cluster is up there; `python -m slurm.scheduler.devcluster down` ends it"
+                f"{self.folder}: a cluster runs there; end it with `python -m slurm.scheduler.devcluster down`"
             )
         self._configure()
         try:
@@ -164,7 +164,7 @@ class DevCluster:
     def _start_daemons(self) -> None:
         key, socket_path = self.folder / "munge.key", self.folder / "munge.socket"
         if len(str(socket_path)) > 100:
-            raise UserError(f"{self.folder}: is too long a path for a Unix socket; allowed: about 85 characters")
+            raise UserError(f"{self.folder}: the path is too long for a Unix socket; allowed: about 85 characters")
         words = [f"--{name}={self.folder}/munge.{name}" for name in ("pid-file", "log-file", "seed-file")]
         self._start("munged", "--foreground", "--force", f"--key-file={key}", f"--socket={socket_path}", *words)
         self._wait("munged", socket_path.exists)
@@ -180,7 +180,11 @@ class DevCluster:
     def _start_accounting(self) -> None:
         data, user = self.folder / "database", f"--user={getpass.getuser()}"
         install = [str(_program("mariadb-install-db")), "--no-defaults", f"--datadir={data}", user]
-        install += ["--skip-test-db", "--skip-name-resolve", "--force"]  # where the host's own name is not known
+        install += [
+            "--skip-test-db",
+            "--skip-name-resolve",
+            "--force",
+        ]  # in case that the host's own name cannot be resolved
         if not (data / "mysql").exists():
             log = self.folder / "mariadb-install-db.log"
             with log.open("ab") as output:
@@ -196,34 +200,34 @@ class DevCluster:
         self.ask("sacctmgr", "--immediate", "add", "cluster", "dev")
 
     def start_node(self, node: str) -> None:
-        """Start the node's slurmd, whether for the first time or after it died."""
+        """Start the slurmd of a node, for the first time or after it was killed."""
         self._start("slurmd", "-D", "-f", str(self.conf), "-N", node, name=node)
 
     def kill_node(self, node: str) -> None:
-        """End the node's slurmd by SIGKILL, and its jobs with it, as a power cut would."""
-        _end([*self._steps(node), *self._noted(node)], [signal.SIGKILL])
+        """Kill the slurmd of a node and its jobs with SIGKILL, as a power cut would."""
+        _end([*self.processes_on(node), *self._noted(node)], [signal.SIGKILL])
 
     def down(self) -> None:
-        """Cancel the jobs, then end every daemon that `up` started, and wait for its end."""
+        """Cancel the jobs, then end every daemon that `up` started, and wait until it has ended."""
         alive = self.alive()
         if alive.get("slurmctld"):
             self.ask("scancel", f"--user={getpass.getuser()}")
             deadline = time.monotonic() + 15
             while time.monotonic() < deadline and self.ask("squeue", "--noheader").strip():
                 time.sleep(0.3)
-        steps = [process for node in self.nodes for process in self._steps(node)]
+        steps = [process for node in self.nodes for process in self.processes_on(node)]
         for group in (steps, *([*self._noted(name)] for name in reversed(alive))):
             _end(group)
         for file in self.folder.glob("*.process"):
             file.unlink()
 
     def alive(self) -> dict[str, bool]:
-        """The daemons that `up` started, in its order, and whether each still runs."""
+        """Return the daemons that `up` started, in its order, and whether each of them still runs."""
         names = ["munged", "mariadbd", "slurmdbd", "slurmctld", *(file.stem for file in self._node_files())]
         return {name: bool(list(self._noted(name))) for name in names if self._file(name).exists()}
 
     def ask(self, *words: str) -> str:
-        """What a command of SLURM prints about this cluster; empty where it fails."""
+        """Return what a program of SLURM prints about this cluster; empty if it fails."""
         done = subprocess.run(words, env=self.environment, capture_output=True, text=True)
         return done.stdout if done.returncode == 0 else ""
 
@@ -232,7 +236,7 @@ class DevCluster:
             (self.folder / name).mkdir(parents=True, exist_ok=True)
         self.folder.chmod(0o755)
         host = socket.gethostname().split(".")[0]
-        with ExitStack() as stack:  # all held at once, so that no port is given twice
+        with ExitStack() as stack:  # all at the same time, so that no port is given twice
             ports = [stack.enter_context(_free_port()) for _ in range(3 + len(self.nodes))]
             values = dict(zip(("controller_port", "accounting_port", "database_port"), ports, strict=False))
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2**20
@@ -249,7 +253,7 @@ class DevCluster:
         if not (self.folder / "munge.key").exists():
             (self.folder / "munge.key").write_bytes(os.urandom(128))
             (self.folder / "munge.key").chmod(0o600)
-        # Debian's slurmd wants the file; without a cgroup plugin in use its content does not matter.
+        # Debian's slurmd requires the file. No cgroup plugin is in use, so its content does not matter.
         self._write("cgroup.conf", "CgroupAutomount=no\n")
 
     def _write(self, name: str, text: str, mode: int = 0o644) -> None:
@@ -257,7 +261,7 @@ class DevCluster:
         (self.folder / name).chmod(mode)
 
     def _port(self, name: str) -> int:
-        """Back from the configuration, so that another process may go on with the cluster."""
+        """Return a port from the configuration, so that another process can control the cluster."""
         key = {"database_port": "StoragePort=", "accounting_port": "DbdPort="}[name]
         lines = (self.folder / "slurmdbd.conf").read_text().splitlines()
         return next(int(line.removeprefix(key)) for line in lines if line.startswith(key))
@@ -284,15 +288,17 @@ class DevCluster:
         self._file(name).write_text(f"{process.pid} {start_time(process.pid)}")
 
     def _noted(self, name: str) -> Iterator[int]:
-        """The daemon's process id, while it lives: a number that another process has got since is not it."""
+        """Yield a daemon's process id while it runs. The start time tells it from a later process with the same id."""
         with suppress(FileNotFoundError, ValueError):
             pid, start = self._file(name).read_text().split()
             if start_time(int(pid)) == start:
                 yield int(pid)
 
-    def _steps(self, node: str) -> list[int]:
-        """The processes of jobs on a node: all whose environment names it and this cluster; first their slurmstepds,
-        which would tell the controller of the others' end."""
+    def processes_on(self, node: str) -> list[int]:
+        """Return the processes of jobs on a node: all whose environment names the node and this cluster.
+
+        Their slurmstepds come first: they would tell the controller that the other processes ended.
+        """
         marks = {f"SLURMD_NODENAME={node}".encode(), f"SLURM_CONF={self.conf}".encode()}
         parents, found = [], []
         for entry in Path("/proc").iterdir():
@@ -309,12 +315,12 @@ class DevCluster:
         deadline = time.monotonic() + SECONDS
         while not ready():
             if time.monotonic() > deadline or (self._file(name).exists() and not list(self._noted(name))):
-                raise UserError(f"{name} does not come up; see {self.folder}/{name}.out and {name}.log")
+                raise UserError(f"{name} does not start; see {self.folder}/{name}.out and {name}.log")
             time.sleep(0.2)
 
 
 def _end(processes: list[int], signals: Sequence[signal.Signals] = (signal.SIGTERM, signal.SIGKILL)) -> None:
-    """Send the first signal and wait; send the next to whoever is still there."""
+    """Send the first signal and wait; send the next signal to processes that still run."""
     started = {pid: start_time(pid) for pid in processes}
     for number in signals:
         for pid in processes:
@@ -327,7 +333,7 @@ def _end(processes: list[int], signals: Sequence[signal.Signals] = (signal.SIGTE
 
 
 class _free_port:
-    """A TCP port that nobody listens on, kept until the block ends."""
+    """A free TCP port, reserved until the block ends."""
 
     def __enter__(self) -> int:
         self.socket = socket.socket()
@@ -348,15 +354,15 @@ def main() -> int:
     top = argparse.ArgumentParser(prog="python -m slurm.scheduler.devcluster", description=__doc__.splitlines()[0])
     top.add_argument("action", choices=["up", "down", "status"])
     top.add_argument("folder", nargs="?", default="build/devcluster")
-    top.add_argument("--nodes", type=int, default=2)
-    top.add_argument("--cpus", type=int, default=4, help="that each node claims")
-    top.add_argument("--no-accounting", action="store_true", help="without slurmdbd and its database")
+    top.add_argument("--nodes", type=int, default=2, help="number of nodes")
+    top.add_argument("--cpus", type=int, default=4, help="cores that each node claims")
+    top.add_argument("--no-accounting", action="store_true", help="do not start slurmdbd and its database")
     args = top.parse_args()
     cluster = DevCluster(args.folder, args.nodes, args.cpus, not args.no_accounting)
     try:
         if args.action == "up":
             cluster.up()
-            print(f"up. Its commands find it after\n  export SLURM_CONF={cluster.conf}")
+            print(f"up. SLURM's programs find the cluster after\n  export SLURM_CONF={cluster.conf}")
         elif args.action == "down":
             cluster.down()
             print("down")

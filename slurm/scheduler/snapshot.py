@@ -1,4 +1,4 @@
-"""The code that a submission's jobs run: a copy, so that what is edited afterwards does not reach what is queued."""
+"""The code that jobs run: a copy made at submission, so that later edits do not change queued jobs."""
 
 import hashlib
 import shutil
@@ -15,10 +15,10 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def snapshot(folder: Path) -> tuple[Path, dict[str, Any]]:
-    """Copy the packages into folder/DIGEST, unless that is there, with commit and difference beside them.
+    """Copy the packages into folder/DIGEST, together with the git commit and the uncommitted difference.
 
-    Returns the copy, to be put on PYTHONPATH, and its facts: digest, commit, dirty, time. A copy that was cut short
-    never bears the name.
+    Returns the copy, which belongs on PYTHONPATH, and what is noted of it: digest, commit, dirty (uncommitted changes),
+    time. An existing copy is used again. An incomplete copy never carries the final name.
     """
     files = sorted(file for name in PACKAGES for file in (ROOT / name).rglob("*.py"))
     digest = hashlib.sha256()
@@ -37,7 +37,7 @@ def snapshot(folder: Path) -> tuple[Path, dict[str, Any]]:
             shutil.copyfile(file, copy)
         write_json(staged / "code.json", facts)
         (staged / "difference.patch").write_text(difference)
-        with suppress(OSError):  # another submission was first with the same content
+        with suppress(OSError):  # another submission made the same copy first
             staged.rename(target)
     finally:
         shutil.rmtree(staged, ignore_errors=True)
@@ -45,7 +45,7 @@ def snapshot(folder: Path) -> tuple[Path, dict[str, Any]]:
 
 
 def _git(*words: str) -> str:
-    """What git says of the checkout that the code runs from; empty where there is none."""
+    """Return what git prints about the checkout that this code runs from; empty without git or a checkout."""
     try:
         done = subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, timeout=30)
     except (OSError, subprocess.TimeoutExpired):

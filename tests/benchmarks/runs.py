@@ -43,7 +43,7 @@ from embedscale.run.stop import StopRequest
 from embedscale.training import callbacks, train
 from embedscale.training.calibrate import build, config_of
 from slurm.plan import CHECKPOINT_BYTES
-from slurm.scheduler.local import Place, import_everything, run_all
+from slurm.scheduler.processes import Place, import_everything, run_all
 
 PAIRS = 2  # a step: it is not the steps that are measured
 STEPS = 100  # planned: more than any of these runs is left to do

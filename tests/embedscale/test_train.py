@@ -31,7 +31,7 @@ from embedscale.run.stop import StopRequest
 from embedscale.training.batches import Batches
 from embedscale.training.plan import plan_run
 from embedscale.training.train import train
-from slurm.scheduler.local import rank_environment
+from slurm.scheduler.processes import rank_environment
 
 METHODS = {
     "full": ["method.name=full"],

@@ -15,9 +15,13 @@ from pathlib import Path
 import pytest
 import yaml
 from command import Command
+from file_queue import FileQueue
 
 from embedscale.run.directory import RunDirectory
 from embedscale.run.lease import lease_holder
+from slurm import grid
+from slurm.grid import Sweep
+from slurm.scheduler.choice import SCHEDULERS
 from slurm.scheduler.devcluster import INSTALL, DevCluster, missing
 
 
@@ -171,6 +175,47 @@ def wide_lab(tmp_path, tiny_run, wide_cluster, server):
 @pytest.fixture
 def laptop(tmp_path, tiny_run, server) -> Lab:
     return Lab(tmp_path, tiny_run, None, server)
+
+
+@pytest.fixture
+def file_scheduler(monkeypatch):
+    """Lets a cluster file say `scheduler: file`."""
+    monkeypatch.setitem(SCHEDULERS, "file", FileQueue)
+
+
+@pytest.fixture
+def queued_sweep(tmp_path, file_scheduler):
+    """Call with the text of a sweep file and settings of its cluster; returns the sweep and its `FileQueue`."""
+
+    def write(text: str, name: str = "small", **cluster) -> tuple[Sweep, FileQueue]:
+        settings = tmp_path / f"{name}.cluster.yaml"
+        settings.write_text(json.dumps({"scheduler": "file"} | cluster))
+        file = tmp_path / f"{name}.yaml"
+        file.write_text(f"output: {tmp_path / 'runs'}\ncluster: {settings}\n{text}")
+        sweep = grid.load(file)
+        return sweep, FileQueue(sweep.folder)
+
+    return write
+
+
+@pytest.fixture
+def programs(tmp_path, monkeypatch):
+    """Stand-ins for SLURM's programs, alone on the PATH: programs(squeue="text", …) prints a text, a number exits.
+
+    Returns the file in which every call is noted.
+    """
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", str(folder))  # this machine may have a SLURM of its own
+
+    def write(**texts: str | int) -> Path:
+        for name, text in texts.items():
+            body = f"exit {text}" if isinstance(text, int) else f"/bin/cat <<'END'\n{text}\nEND"
+            (folder / name).write_text(f'#!/bin/sh\necho "{name} $*" >> {folder}/calls\n{body}\n')
+            (folder / name).chmod(0o755)
+        return folder / "calls"
+
+    return write
 
 
 @pytest.fixture

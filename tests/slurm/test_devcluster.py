@@ -1,4 +1,4 @@
-"""The cluster that the other tests stand on: it comes up, answers, survives the loss of a node, and leaves nothing."""
+"""The cluster of the other tests: it starts, answers, survives the loss of a node, and leaves no process behind."""
 
 import subprocess
 import sys
@@ -20,10 +20,10 @@ def test_a_cut_of_power_requeues_the_nodes_jobs_and_no_other_cluster_notices(clu
     words = ["--parsable", "--output=/dev/null", "--nodelist=n2", "--requeue", "--wrap=srun sleep 100"]
     job = cluster.ask("sbatch", *words).strip()
     until(lambda: cluster.ask("squeue", "--noheader", "--states=RUNNING", f"--jobs={job}", "--format=%N").strip())
-    until(lambda: len(cluster._steps("n2")) >= 3)
+    until(lambda: len(cluster.processes_on("n2")) >= 3)
     cluster.kill_node("n2")
     assert cluster.alive() == {**dict.fromkeys(cluster.alive(), True), "n2": False}
-    assert not cluster._steps("n2")
+    assert not cluster.processes_on("n2")
     time.sleep(12)  # then SLURM counts the node's jobs as lost when it comes back
     cluster.start_node("n2")
     until(lambda: "Restarts=1" in cluster.ask("scontrol", "show", "job", job))
@@ -38,7 +38,7 @@ def test_down_ends_what_up_started_and_nothing_else(cluster):
         assert len(pids) == 3 and all(process_alive(pid) for pid in pids)
         module = [sys.executable, "-m", "slurm.scheduler.devcluster"]
         again = subprocess.run([*module, "up", folder], capture_output=True, text=True)
-        assert again.returncode == 2 and "a cluster is up there" in again.stderr
+        assert again.returncode == 2 and "a cluster runs there" in again.stderr
         assert subprocess.run([*module, "status", folder], capture_output=True).returncode == 0
         assert subprocess.run([*module, "down", folder], capture_output=True).returncode == 0
         assert not any(process_alive(pid) for pid in pids)

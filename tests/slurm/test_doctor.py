@@ -1,4 +1,4 @@
-"""The doctor finds what is wrong: in packages, on disk, and in what SLURM's own commands tell (stand-ins print it)."""
+"""The doctor finds what is wrong: in packages, on the disk, and in the answers of SLURM's programs (stand-ins)."""
 
 import os
 import shutil
@@ -10,6 +10,7 @@ import pytest
 from embedscale.cli import main
 from slurm import doctor
 from slurm.cluster import Cluster, ResourceClass
+from slurm.scheduler.site import gpus_of, hours_of
 
 CONFIG = """Configuration data as of 2026-01-01T00:00:00
 AccountingStorageType   = accounting_storage/slurmdbd
@@ -54,7 +55,7 @@ def scontrol(tmp_path, monkeypatch):
 
 
 def asked(cluster: Cluster) -> dict[str, doctor.Finding]:
-    return {each.subject: each for each in doctor.slurm(cluster)}
+    return {each.subject: each for each in doctor.site(cluster)}
 
 
 def one_class(**settings) -> Cluster:
@@ -117,7 +118,7 @@ def test_a_site_without_requeue_is_fine_once_the_cluster_file_says_so(scontrol):
 
 def test_accounting_that_is_off_is_fine_and_one_that_does_not_answer_is_not(scontrol):
     scontrol(config=CONFIG.replace("accounting_storage/slurmdbd", "accounting_storage/none"))
-    assert asked(one_class())["accounting"].text.startswith("none")
+    assert asked(one_class())["accounting"].text.startswith("off")
     scontrol(sacct="#!/bin/sh\nexit 1\n")
     assert not asked(one_class())["accounting"].fine
 
@@ -125,7 +126,7 @@ def test_accounting_that_is_off_is_fine_and_one_that_does_not_answer_is_not(scon
 def test_missing_commands_say_what_is_lost(scontrol):
     folder = scontrol()
     (folder / "sacct").unlink()
-    assert "what ended a silent job stays unknown" in asked(one_class())["sacct"].text
+    assert "why a job ended without a message stays unknown" in asked(one_class())["sacct"].text
     (folder / "scontrol").unlink()
     found = asked(one_class())
     assert not found["scontrol"].fine
@@ -134,7 +135,7 @@ def test_missing_commands_say_what_is_lost(scontrol):
 
 def test_without_slurm_there_is_one_line_and_it_is_fine(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
-    (finding,) = doctor.slurm(Cluster())
+    (finding,) = doctor.site(Cluster())
     assert finding.fine and "this machine alone" in finding.text
 
 
@@ -142,14 +143,14 @@ def test_without_slurm_there_is_one_line_and_it_is_fine(monkeypatch, tmp_path):
     "limit, hours", [("UNLIMITED", float("inf")), ("02:30:00", 2.5), ("3-12:00:00", 84), ("00:00:36", 0.01)]
 )
 def test_time_limits_are_read(limit, hours):
-    assert doctor._hours(limit) == pytest.approx(hours)
+    assert hours_of(limit) == pytest.approx(hours)
 
 
 @pytest.mark.parametrize(
     "gres, count", [("(null)", 0), ("gpu:4", 4), ("gpu:a100:8(S:0-1)", 8), ("gpu:a:2,gpu:b:1,nvme:1", 3), ("gpu", 1)]
 )
 def test_gpus_of_a_node_are_counted(gres, count):
-    assert doctor._gpus({"Gres": gres}) == count
+    assert gpus_of(gres) == count
 
 
 def test_this_installation_is_fine():
@@ -158,28 +159,34 @@ def test_this_installation_is_fine():
     assert any(f"lightning {metadata.version('lightning')}" in each.text for each in found)
 
 
+def install(folder: Path, name: str, version: str, *requirements: str) -> None:
+    """What pip leaves of a package whose modules record that they were imported."""
+    about = folder / f"{name}-{version}.dist-info"
+    about.mkdir()
+    lines = ["Metadata-Version: 2.1", f"Name: {name}", f"Version: {version}"]
+    (about / "METADATA").write_text("\n".join([*lines, *(f"Requires-Dist: {each}" for each in requirements)]) + "\n")
+    (folder / f"{name}.py").write_text(f"open({str(folder / 'imported')!r}, 'w')\n")
+
+
 @pytest.mark.parametrize("version", ["2.6.2", "2.6.3"])
-def test_the_malicious_lightning_is_refused_before_anything_could_import_it(monkeypatch, capsys, version):
-    real = metadata.version
-    monkeypatch.setattr(metadata, "version", lambda name: version if name == "lightning" else real(name))
-    monkeypatch.setattr(doctor, "accelerator", lambda: pytest.fail("something was imported"))
+def test_a_compromised_lightning_is_refused_before_anything_could_import_it(tmp_path, monkeypatch, capsys, version):
+    install(tmp_path, "lightning", version)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))  # for the processes that import torch and transformers
     assert main(["doctor"]) == 1
     text = capsys.readouterr().out
     assert f"lightning {version}" in text and "malware" in text
+    assert "GPU" not in text and "offline loading" not in text, "a later check could have imported it"
+    assert not (tmp_path / "imported").exists()
 
 
-def test_a_package_that_is_too_old_or_missing_is_named(monkeypatch):
-    real = metadata.version
-
-    def version(name: str) -> str:
-        if name == "peft":
-            raise metadata.PackageNotFoundError(name)
-        return "1.0" if name == "scipy" else real(name)
-
-    monkeypatch.setattr(metadata, "version", version)
+def test_a_package_that_is_too_old_or_missing_is_named(tmp_path, monkeypatch):
+    install(tmp_path, "embedscale", "0.0", "not-installed-here", "scipy>=1000")
+    monkeypatch.syspath_prepend(tmp_path)
     packages = next(each for each in doctor.installation() if each.subject == "packages")
     assert not packages.fine
-    assert "peft is missing" in packages.text and "scipy 1.0 is not >=1.11" in packages.text
+    assert "not-installed-here is missing" in packages.text
+    assert f"scipy {metadata.version('scipy')} is not >=1000" in packages.text
 
 
 def test_backbones_load_with_every_connection_refused_and_one_that_is_no_folder_is_named(backbone_folder):

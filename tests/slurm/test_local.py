@@ -1,4 +1,4 @@
-"""This machine as an executor: the same directories and rules as on a cluster, Ctrl-C safe, no process left behind."""
+"""This machine as a scheduler: the same directories and rules as on a cluster; Ctrl-C leaves no process behind."""
 
 import json
 import os
@@ -10,7 +10,8 @@ import pytest
 
 from embedscale.files import read_json
 from embedscale.run.directory import RunDirectory
-from slurm.scheduler.local import ATTEMPTS, POLL_SECONDS, _places, next_attempt, stalled
+from slurm.scheduler.local import places
+from slurm.scheduler.processes import ATTEMPTS, POLL_SECONDS, next_attempt, stalled
 
 two_cores = pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="two runs side by side take two cores")
 
@@ -66,7 +67,7 @@ def test_interrupted_and_killed_runs_go_on_to_the_same_bits(laptop, until, same)
     os.kill(pid, signal.SIGCONT)
     output = second.communicate(timeout=240)[0]
     assert second.returncode == 75 and "stopped by SIGTERM" in output, output
-    assert "died, and is tried again" in output
+    assert "was killed; it is tried again" in output
     assert "2 done" in laptop.sweep("submit", broken, "--to", "here")
     assert [a.ended for a in directory.read_attempts()] == [
         "interrupted",
@@ -82,8 +83,7 @@ def test_interrupted_and_killed_runs_go_on_to_the_same_bits(laptop, until, same)
 
 
 def attempt(directory, ended, **facts):
-    begun = directory.begin_attempt(**facts)
-    begun.end(ended)
+    directory.begin_attempt().end(ended, **facts)
 
 
 def test_three_attempts_without_a_new_checkpoint_are_too_many(tmp_path, monkeypatch):
@@ -126,7 +126,7 @@ def test_a_run_that_stalls_or_cannot_begin_has_failed_and_says_why(laptop):
     (only,) = directory.read_attempts()
     assert only.ended == "failed" and str(laptop.folder / "store") in only.reason
     assert "1 failed; 0 to submit" in laptop.sweep("submit", broken, "--to", "here")
-    assert "1 failed; 1 to submit" in laptop.sweep("submit", broken, "--to", "this-process", "--retry-failed", code=1)
+    assert "1 failed; 1 to submit" in laptop.sweep("submit", broken, "--to", "here", "--retry-failed", code=1)
     for _ in range(ATTEMPTS):
         attempt(directory, "killed", from_step=0, reason="out of memory")
     laptop.sweep("submit", broken, "--to", "here", code=1)
@@ -148,18 +148,17 @@ def test_runs_beside_each_other_share_the_memory(laptop):
     assert len(chunks) == 2 and None not in chunks
     for each in laptop.directories("beside"):  # on cores of its own: its hours are not shared
         record = each.read_record()
-        assert record["gpu_hours"] == pytest.approx(record["wall_seconds"] / 3600, abs=1e-4)
+        assert record.gpu_hours == pytest.approx(record.wall_seconds / 3600, abs=1e-4)
 
 
 @pytest.mark.parametrize(
-    ("devices", "threads", "most", "places"),
+    ("devices", "threads", "most", "count"),
     [(1, 1, 99, 8), (1, 4, 99, 2), (2, 2, 99, 2), (1, 16, 99, 1), (1, 1, 3, 3)],
 )
-def test_runs_side_by_side_share_the_cores_out(monkeypatch, devices, threads, most, places):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
-    found = _places([], 1, devices, threads, most)
-    assert [(len(each.processes), each.threads, each.beside) for each in found] == [(devices, threads, places)] * places
-    found = _places(["0", "2", "4", "5"], 1, devices, threads, 99)
+def test_runs_beside_each_other_divide_the_cores(devices, threads, most, count):
+    found = places([], 8, 1, devices, threads, most)
+    assert [(len(each.processes), each.threads, each.beside) for each in found] == [(devices, threads, count)] * count
+    found = places(["0", "2", "4", "5"], 8, 1, devices, threads, 99)
     gpus = [each.processes[0]["CUDA_VISIBLE_DEVICES"] for each in found]
     assert gpus == (["0,2", "4,5"] if devices == 2 else ["0", "2", "4", "5"])
 

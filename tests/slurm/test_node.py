@@ -1,15 +1,15 @@
-"""What a job does where things are missing: a second rank to bring along, scontrol, accounting, a healthy node."""
+"""What a job does with several processes, without scontrol, without accounting, and on a sick node."""
 
 import json
 import shutil
-import signal
 from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
 
 from embedscale.run.directory import RunDirectory
-from slurm.scheduler import node
+from slurm.scheduler.node import self_test
+from slurm.scheduler.submissions import Submissions
 
 EACH_STEP = {"resources.checkpoint_minutes": 0, "resources.log_every": 1}
 
@@ -72,7 +72,7 @@ def test_without_scontrol_and_accounting_a_job_waits_for_its_requeue_and_ends_re
     until(lambda: "BeginTime" in "".join(lab.queued("bare")), 240, lambda: lab.log("bare"))
     assert "preempted" in lab.sweep("status", sweep, env=queue_alone)
     assert "1 preempted; 0 to submit" in lab.sweep("submit", sweep)
-    assert "no scontrol on n1" in lab.log("bare")
+    assert "n1 cannot ask the scheduler" in lab.log("bare")
 
     until(lambda: has_progress(directory, 2), 240, lambda: lab.log("bare"), between=lab.hurry)
     lab.limit(lab.queued("bare")[0].split("|")[0], 40)
@@ -93,26 +93,17 @@ def test_without_scontrol_and_accounting_a_job_waits_for_its_requeue_and_ends_re
     assert directory.read_attempts()[2].ended == "interrupted", "a cancelled job has saved, and is not requeued"
 
 
-def test_scontrol_outlives_the_signal_of_the_requeue_that_it_asks_for(tmp_path, monkeypatch):
-    program = tmp_path / "scontrol"
-    program.write_text(f"#!{shutil.which('bash')}\nkill -TERM $$\nkill -USR2 $$\necho Asked=$1\n")
-    program.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert node._scontrol("requeue", "7") == {"Asked": "requeue"}
-    assert not signal.pthread_sigmask(signal.SIG_BLOCK, ()), "a blocked signal would no longer stop the run"
-
-
 def test_a_node_with_too_little_memory_is_sick_and_kept_away_from_for_a_day(tmp_path):
-    orders = node.Orders({}, 3600, 60, True, 1, gpus=0, cpus=1, memory_gb=1e6, code={})
-    fault = node.self_test(orders)
-    assert fault.endswith("GB of memory are free of the 1e+06 GB that were promised")
+    fault = self_test(gpus=0, memory_gb=1e6)
+    assert fault.endswith("GB of memory are free, but 1e+06 GB were promised")
+    submissions = Submissions(tmp_path)
     for name, hours in {"n1": 1, "n2": 23, "n3": 25}.items():
-        node.note_sick(tmp_path, name, fault)
+        submissions.note_sick(name, fault)
         path = tmp_path / ".submissions" / "sick" / f"{name}.json"
         noted = json.loads(path.read_text())
         noted["time"] = (datetime.fromisoformat(noted["time"]) - timedelta(hours=hours)).isoformat()
         path.write_text(json.dumps(noted))
-    assert node.sick_nodes(tmp_path) == {"n1": fault, "n2": fault}
+    assert submissions.sick_nodes() == {"n1": fault, "n2": fault}
 
 
 @pytest.mark.slow
@@ -127,7 +118,7 @@ def test_a_sick_node_is_named_and_excluded_and_costs_no_attempt(lab, until):
     gate.touch()
     sick = until(lambda: list(orders.parent.parent.glob("sick/*.json")), 240, lambda: lab.log("sick"))
     bad = sick[0].stem
-    assert json.loads(sick[0].read_text())["fault"] == "0 GPUs are visible of 1"
+    assert json.loads(sick[0].read_text())["fault"] == "0 GPUs are visible, but 1 were promised"
     job = until(lambda: lab.queued("sick", "PENDING"), 240)[0].split("|")[0]
     until(lambda: f"ExcNodeList={bad}" in lab.slurm("scontrol", "show", "job", job), 240, lambda: lab.log("sick"))
     assert not any(directory.read_attempts() for directory in lab.directories("sick"))
@@ -141,7 +132,7 @@ def test_a_sick_node_is_named_and_excluded_and_costs_no_attempt(lab, until):
     until(lambda: not lab.queued("sick"))
     gate.unlink()
     more = lab.write("sick", axes={"budget": [1e9], "training.seed": [0, 1]}, methods=["full"], cluster=settings)
-    assert f"kept away from: {bad} (0 GPUs are visible of 1)" in lab.sweep("submit", more)
+    assert f"avoided nodes: {bad} (0 GPUs are visible, but 1 were promised)" in lab.sweep("submit", more)
     job = lab.queued("sick")[0].split("|")[0]
     assert f"ExcNodeList={bad}" in lab.slurm("scontrol", "show", "job", job)
     lab.sweep("cancel", more, "--yes")

@@ -1,4 +1,4 @@
-"""Status from run directories, then the queue, then accounting; stand-ins print what SLURM's commands do."""
+"""Status from run directories, then the queue, then accounting; the queue is a file."""
 
 import argparse
 import io
@@ -8,9 +8,9 @@ import socket
 import time
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 
 import pytest
+from file_queue import FileQueue
 from records import record
 from rich.console import Console
 
@@ -22,37 +22,22 @@ from embedscale.run.lease import leased
 from embedscale.run.record import AttemptRecord, RunRecord
 from slurm import grid
 from slurm.plan import plan_sweep
-from slurm.scheduler import queue
-from slurm.status import STATES, explained, render, survey, wasted_hours, watch
+from slurm.scheduler.scheduler import Job
+from slurm.scheduler.submissions import Submission, Submissions
+from slurm.status import RunState, explained, render, survey, wasted_hours, watch
 
 HOUR = timedelta(hours=1)
 BEGIN = datetime(2026, 1, 1, tzinfo=UTC)
 
 
 @pytest.fixture
-def commands(tmp_path, monkeypatch):
-    """A PATH of stand-ins: commands(squeue="text", …) prints each text; a number is an exit status."""
-    folder = tmp_path / "bin"
-    folder.mkdir()
-    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
-
-    def write(**texts: str | int) -> Path:
-        for name, text in texts.items():
-            body = f"exit {text}" if isinstance(text, int) else f"cat <<'END'\n{text}\nEND"
-            (folder / name).write_text(f'#!/bin/sh\necho "{name} $*" >> {folder}/calls\n{body}\n')
-            (folder / name).chmod(0o755)
-        return folder / "calls"
-
-    return write
+def sweep(queued_sweep):
+    return queued_sweep("axes: {budget: 1e15, training.seed: [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]}")[0]
 
 
 @pytest.fixture
-def sweep(tmp_path):
-    file = tmp_path / "small.yaml"
-    file.write_text(
-        f"output: {tmp_path / 'runs'}\naxes: {{budget: 1e15, training.seed: [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]}}"
-    )
-    return grid.load(file)
+def queue(sweep):
+    return FileQueue(sweep.folder)
 
 
 def attempt(directory: RunDirectory, start: float, hours: float | None, **facts) -> None:
@@ -73,7 +58,7 @@ def directories(sweep) -> list[RunDirectory]:
 
 
 def test_each_state_is_told_from_directory_and_queue(sweep):
-    job = queue.Job("71", "70", 1, "x", "PENDING", "", "Priority")
+    job = Job("71", "70", 1, "x", reason="Priority")
     done, diverged, failed, retried, stopped, requeued, killed, queued, _, running = directories(sweep)
     finish(done)
     attempt(diverged, 0, 1, ended="diverged", reason="loss is nan")
@@ -93,12 +78,12 @@ def test_each_state_is_told_from_directory_and_queue(sweep):
     states = [found[each.path.name].state for each in directories(sweep)]
     assert states[:5] == ["done", "diverged", "failed", "preempted", "interrupted"]
     assert states[5:] == ["preempted", "interrupted", "queued", "missing", "running"]
-    assert set(states) == set(STATES)
+    assert set(states) == set(RunState)
     at_it = found[running.path.name]
     assert (at_it.spent_flop, at_it.seconds_left, at_it.attempts, at_it.host) == (700, 60.0, 2, socket.gethostname())
     assert found[stopped.path.name].spent_flop == 500
     assert found[failed.path.name].reason == "ValueError: broken"
-    assert found[killed.path.name].reason == "ended without a word"
+    assert found[killed.path.name].reason == "ended without a message"
     assert found[queued.path.name].reason == "Priority"
     # With the process gone, the run that was at it waits for the next submit.
     assert {each.run_id: each.state for each in survey(sweep, {})}[running.path.name] == "interrupted"
@@ -107,7 +92,7 @@ def test_each_state_is_told_from_directory_and_queue(sweep):
 def test_a_record_counts_whatever_the_queue_says(sweep):
     done = directories(sweep)[0]
     finish(done)
-    job = queue.Job("71", "70", 1, "x", "RUNNING", "n1", None)
+    job = Job("71", "70", 1, "x", running=True, host="n1")
     assert survey(sweep, {done.path.name: job})[0].state == "done"
 
 
@@ -115,12 +100,12 @@ def test_a_failed_run_has_failed_while_its_job_works_on_at_the_others(sweep):
     run = directories(sweep)[0]
     attempt(run, 0, 1, ended="failed", reason="ValueError: broken", job_id="71")
 
-    def state(job_id, job_state):
-        return survey(sweep, {run.path.name: queue.Job(job_id, "70", 1, "x", job_state, "n1", None)})[0].state
+    def state(job_id, running):
+        return survey(sweep, {run.path.name: Job(job_id, "70", 1, "x", running)})[0].state
 
-    assert state("71", "RUNNING") == state("71", "COMPLETING") == "failed"
-    assert state("71", "PENDING") == "preempted", "requeued, the job begins with it again"
-    assert state("80", "PENDING") == state("80", "RUNNING") == "preempted", "--retry-failed sent it out anew"
+    assert state("71", running=True) == "failed"
+    assert state("71", running=False) == "preempted", "requeued, the job begins with it again"
+    assert state("80", running=False) == state("80", running=True) == "preempted", "--retry-failed sent it out anew"
 
 
 def test_a_lease_without_a_heartbeat_is_no_running_run(sweep):
@@ -184,51 +169,41 @@ def test_hours_of_an_attempt_that_did_not_tell_its_end_do_not_run_on(sweep):
         assert survey(sweep, {})[0].device_hours < 1
 
 
-def test_the_queue_is_read_by_job_name_and_task(sweep, commands):
+def note(sweep, name: str, *tasks: list[str]) -> list[dict]:
+    """Note a submission whose jobs wait in the queue; returns its jobs."""
+    Submissions(sweep.folder).note(Submission(name, list(tasks)))
+    return [{"id": "100", "array": "100", "task": task, "name": name} for task in range(len(tasks))]
+
+
+def test_the_queue_is_read_by_submission_and_task(sweep, queue):
     first, second, third, *_ = sweep.by_id
-    queue.note_submission(sweep.folder, "small-1", [[first], [second, third]])
-    queue.note_submission(sweep.folder, "small-2", [["gone"]])
-    commands(
-        squeue="\n".join(
-            [
-                "101|100|0|RUNNING|n1|None|small-1",
-                "100|100|1|PENDING||Resources|small-1",
-                "555|555|N/A|RUNNING|n2|None|someone|else",
-                "556|100|7|PENDING||None|small-1",
-            ]
-        )
-    )
-    jobs = queue.jobs_by_run(sweep.folder)
-    assert jobs is not None
-    assert {run_id: job.id for run_id, job in jobs.items()} == {first: "101", second: "100", third: "100"}
-    assert jobs[first].running and not jobs[second].running
-    assert (jobs[first].reason, jobs[second].reason) == (None, "Resources")
-    assert [each.state for each in survey(sweep, jobs)[:4]] == ["queued", "queued", "queued", "missing"]
+    jobs = note(sweep, "small-1", [first], [second, third])
+    note(sweep, "small-2", ["gone"])
+    jobs += [jobs[1] | {"name": "of someone else"}, jobs[1] | {"task": 7}]
+    queue.write(jobs={str(number): {"job": job} for number, job in enumerate(jobs)})
+    queue.start("0")
+    found = Submissions(sweep.folder).jobs_by_run(queue.jobs())
+    assert {run_id: job.id for run_id, job in found.items()} == {first: "100.0", second: "100", third: "100"}
+    assert found[first].running and not found[second].running
+    assert [each.state for each in survey(sweep, found)[:4]] == ["queued", "queued", "queued", "missing"]
 
 
-@pytest.mark.parametrize("squeue", [None, 1, 127])
-def test_without_a_queue_directories_still_tell(sweep, commands, squeue, capsys, tmp_path):
-    if squeue is not None:
-        commands(squeue=squeue)
+def test_without_a_queue_directories_still_tell(sweep, queue, capsys, tmp_path):
+    queue.write(answers=False)
     finish(directories(sweep)[0])
-    assert queue.jobs_by_run(sweep.folder) is None
+    assert Submissions(sweep.folder).jobs_by_run(queue.jobs()) is None
     assert main(["sweep", "status", str(tmp_path / "small.yaml")]) == 0
     text = capsys.readouterr().out
-    assert "The queue cannot be asked (squeue is missing or fails)" in text
+    assert "The queue of file cannot be asked from this machine" in text
     assert "done" in text and "missing" in text
 
 
-def test_accounting_explains_a_silent_end_where_there_is_any(sweep, commands):
+def test_accounting_explains_a_silent_end_where_there_is_any(sweep, queue):
     run = directories(sweep)[0]
     attempt(run, 0, None, job_id="77")
-    assert explained(survey(sweep, {}))[0].reason == "ended without a word"
-    calls = commands(sacct="77|NODE_FAIL\n78|COMPLETED")
-    assert explained(survey(sweep, {}))[0].reason == "ended without a word; accounting says NODE_FAIL"
-    assert "--jobs=77" in calls.read_text()
-    commands(sacct="77|CANCELLED by 1000")
-    assert explained(survey(sweep, {}))[0].reason == "ended without a word; accounting says CANCELLED"
-    commands(sacct=1)
-    assert explained(survey(sweep, {}))[0].reason == "ended without a word"
+    assert explained(survey(sweep, {}), queue)[0].reason == "ended without a message"
+    queue.write(ended={"77": "NODE_FAIL", "78": "COMPLETED"})
+    assert explained(survey(sweep, {}), queue)[0].reason == "ended without a message; accounting says NODE_FAIL"
 
 
 @pytest.mark.parametrize("width", [80, 100])
@@ -241,11 +216,11 @@ def test_the_table_says_what_a_state_means_in_a_narrow_terminal(sweep, width):
     console.print(render(sweep, plan_sweep(sweep), statuses, {}))
     lines = console.export_text().splitlines()
     assert max(map(len, lines)) <= width
-    assert any("running" in line and "has a process at it" in line for line in lines)
+    assert any("running" in line and "a process works on it" in line for line in lines)
     assert any(statuses[0].run_id in line for line in lines)
 
 
-def test_only_runs_count_as_others_of_the_folder(sweep, tmp_path, capsys, commands):
+def test_only_runs_count_as_others_of_the_folder(sweep, tmp_path, capsys):
     for name in ("fits.json", "runs.csv", "figures/loss.png"):
         (sweep.folder / name).parent.mkdir(parents=True, exist_ok=True)
         (sweep.folder / name).touch()
@@ -266,7 +241,7 @@ def test_failures_are_grouped_by_what_they_said(sweep, capsys):
     assert "out of memory" in lines[0] and f"{socket.gethostname()} (4)" in lines[0]
 
 
-def test_estimate_stands_beside_what_was_used(sweep, capsys, tmp_path, commands):
+def test_estimate_stands_beside_what_was_used(sweep, capsys, tmp_path):
     finish(directories(sweep)[0], gpu_hours=7.25)
     assert main(["sweep", "status", str(tmp_path / "small.yaml")]) == 0
     estimated = plan_sweep(sweep).estimates[0].gpu_hours
@@ -274,7 +249,7 @@ def test_estimate_stands_beside_what_was_used(sweep, capsys, tmp_path, commands)
     assert f"Estimate: {estimated:,.2f} device-hours for the 1 runs done; they took 7.25." in text
 
 
-def test_watch_ends_when_everything_has(sweep, tmp_path, commands, capsys):
+def test_watch_ends_when_everything_has(sweep, tmp_path, capsys):
     for run in directories(sweep):
         finish(run)
     args = argparse.Namespace(sweep=tmp_path / "small.yaml", words=[], every=0.01)
@@ -284,57 +259,10 @@ def test_watch_ends_when_everything_has(sweep, tmp_path, commands, capsys):
         watch(args)
 
 
-def test_cancel_asks_first_and_takes_only_this_sweeps_jobs(sweep, tmp_path, commands, capsys, monkeypatch):
-    file = str(tmp_path / "small.yaml")
-    first, second, *_ = sweep.by_id
-    calls = commands(squeue="", scancel="")
-    assert main(["sweep", "cancel", file]) == 0
-    assert "nothing to cancel" in capsys.readouterr().out
-    queue.note_submission(sweep.folder, "small-1", [[first], [second]])
-    calls = commands(
-        squeue="101|100|0|RUNNING|n1|None|small-1\n100|100|1|PENDING||None|small-1\n9|9|N/A|RUNNING|n|None|z"
-    )
-    for answer in ("", "n", "no"):
-        monkeypatch.setattr("builtins.input", lambda _, answer=answer: answer)
-        assert main(["sweep", "cancel", file]) == 0
-        assert "nothing was cancelled" in capsys.readouterr().out
-    assert "scancel" not in calls.read_text()
-    monkeypatch.setattr("builtins.input", lambda _: "y")
-    assert main(["sweep", "cancel", file]) == 0
-    assert "scancel 100_0 100_1\n" in calls.read_text()
-    commands(scancel=1)
-    assert main(["sweep", "cancel", file, "--yes"]) == 2
-    commands(squeue=1)
-    assert main(["sweep", "cancel", file, "--yes"]) == 2
-    assert "squeue: cannot be asked" in capsys.readouterr().err
-
-
-def test_cancel_of_a_part_takes_its_jobs_alone_and_tells_what_else_is_in_them(sweep, tmp_path, commands, capsys):
-    """As squeue prints them, the waiting tasks of an array share its number."""
-    runs = list(sweep.by_id)
-    queue.note_submission(sweep.folder, "small-1", [[runs[0]], [runs[1]], runs[2:5]])
-    queue.note_submission(sweep.folder, "small-2", [[runs[5]]])
-    waiting = "\n".join(f"100|100|{task}|PENDING||Priority|small-1" for task in (1, 2))
-    calls = commands(squeue=f"101|100|0|RUNNING|n1|None|small-1\n{waiting}\n7|7|N/A|PENDING||None|small-2", scancel="")
-
-    def cancelled(*seeds):
-        words = [str(tmp_path / "small.yaml"), f"axes.training.seed=[{','.join(map(str, seeds))}]"]
-        calls.unlink(missing_ok=True)
-        assert main(["sweep", "cancel", *words, "--yes"]) == 0
-        return calls.read_text().split("scancel ")[1], capsys.readouterr().out
-
-    assert cancelled(1)[0] == "100_1\n"
-    handles, said = cancelled(0, 2, 5)
-    assert handles == "100_0 100_2 7\n"
-    assert "3 jobs with 5 runs, 1 of them in jobs that run now; 2 of these runs were not asked for" in said
-    assert "not asked for" not in cancelled(0, 1)[1]
-
-
-def test_ten_thousand_directories_take_under_five_seconds(tmp_path, commands, capsys):
-    file = tmp_path / "large.yaml"
+def test_ten_thousand_directories_take_under_five_seconds(queued_sweep, tmp_path, capsys):
     seeds, budgets = list(range(100)), [1e15 + 1e12 * i for i in range(100)]
-    file.write_text(f"output: {tmp_path}\naxes: {{budget: {budgets}, training.seed: {seeds}}}")
-    large = grid.load(file)
+    large, _ = queued_sweep(f"axes: {{budget: {budgets}, training.seed: {seeds}}}", "large")
+    file = tmp_path / "large.yaml"
     interrupted = {"number": 1, "start": BEGIN.isoformat(), "end": (BEGIN + HOUR).isoformat(), "ended": "interrupted"}
     interrupted |= {"host": "n1", "from_flop": 0, "to_flop": 500, "reason": "SIGTERM"}
     done = record(attempts=[interrupted] * 3, versions={str(n): "1.2.3" for n in range(100)})

@@ -1,8 +1,8 @@
-"""What goes out, in how many jobs, how many at once, and never twice: on a real SLURM and against false ones."""
+"""What a submission sends out, how many jobs at once, and never a run twice: with a queue in a file, with stand-ins for
+SLURM's programs, and on a real SLURM."""
 
 import json
 import os
-import random
 import re
 import shutil
 import stat
@@ -10,115 +10,103 @@ import sys
 from pathlib import Path
 
 import pytest
+from file_queue import FileQueue
 
+from embedscale.cli import main
 from embedscale.errors import UserError
-from embedscale.run.config import Resources, RunConfig, Training
-from slurm import grid
-from slurm.cluster import Cluster, ResourceClass
-from slurm.plan import Estimate, plan_sweep
-from slurm.scheduler import queue
-from slurm.scheduler.queue import Job
-from slurm.submit import Array, _held, arrange, reconcile, throttles
-
-SMALL = ResourceClass("small", gpus=1, cpus=4, hours=4)
-LARGE = ResourceClass("large", gpus=2, cpus=8, hours=24)
+from slurm import submit as submit_module
+from slurm.plan import plan_sweep
+from slurm.submit import Wish, submit
 
 
-def estimates(count, seconds, shape=SMALL, devices=1):
-    runs = [RunConfig(training=Training(seed=i), resources=Resources(devices=devices)) for i in range(count)]
-    return [Estimate(run, f"{run.run_id}-{shape.name}", shape, seconds=seconds) for run in runs]
+def in_jobs(queue: FileQueue) -> list[list[str]]:
+    """The runs of each job in the queue."""
+    return [each["runs"] for each in queue.read()["jobs"].values()]
 
 
-def test_six_hundred_runs_of_a_minute_are_ten_jobs():
-    arrays = arrange(estimates(600, 60.0), Cluster(bundle_minutes=60))
-    (array,) = arrays
-    assert [len(task) for task in array.tasks] == [60] * 10
-    assert len({run_id for task in array.tasks for run_id in task}) == 600
-    (side_by_side,) = arrange(estimates(600, 60.0), Cluster(bundle_minutes=60, side_by_side=5))
-    assert len(side_by_side.tasks) == 2
-    brief = ResourceClass("brief", gpus=1, cpus=4, hours=0.5)
-    (within_the_limit,) = arrange(estimates(600, 60.0, brief), Cluster(bundle_minutes=60))
-    assert [len(task) for task in within_the_limit.tasks] == [24] * 25  # of 30 minutes, a fifth is spared
+def in_queue(queue: FileQueue) -> list[str]:
+    """The runs of all jobs in the queue."""
+    return [run_id for job in in_jobs(queue) for run_id in job]
 
 
-def test_long_runs_and_runs_of_several_gpus_have_a_job_each():
-    together = estimates(3, 7200.0) + estimates(3, 60.0) + estimates(3, 60.0, LARGE, devices=2)
-    arrays = arrange(together, Cluster(bundle_minutes=60))
-    assert [(array.gpus, [len(task) for task in array.tasks]) for array in arrays] == [
-        (1, [1, 1, 1, 3]),
-        (2, [1, 1, 1]),
-    ]
-
-
-def test_classes_that_ask_for_the_same_share_an_array():
-    alike = ResourceClass("other name", up_to=1e9, gpus=1, cpus=4, hours=4, utilisation=0.2)
-    (array,) = arrange(estimates(2, 7200.0) + estimates(2, 7200.0, alike), Cluster())
-    assert len(array.tasks) == 4
-
-
-@pytest.mark.parametrize(("runs", "largest"), [(2500, 1001), (1001, 1001), (1002, 1001), (5, 1)])
-def test_arrays_are_split_and_add_up(runs, largest):
-    arrays = arrange(estimates(runs, 7200.0), Cluster(), largest)
-    assert sum(len(array.tasks) for array in arrays) == runs
-    assert max(len(array.tasks) for array in arrays) <= largest
-    assert len({run for array in arrays for task in array.tasks for run in task}) == runs
-
-
-def worst_case(arrays, limits, held, rng):
-    """The most GPUs ever held, where arrays hold all that they may until they end, in any order."""
-    holding, ended, most = dict(held), set(), 0
-    waiting = {
-        f"#{i}": (parallel * array.gpus, after)
-        for i, (array, (parallel, after)) in enumerate(zip(arrays, limits, strict=True))
-    }
-    while holding or waiting:
-        for name, (gpus, after) in list(waiting.items()):
-            if ended >= set(after):
-                holding[name] = gpus
-                del waiting[name]
-        most = max(most, sum(holding.values()))
-        assert holding, f"nothing can ever begin of {waiting}"
-        ended.add(name := rng.choice(sorted(holding)))
-        del holding[name]
-    return most
-
-
-def test_all_arrays_together_stay_within_the_throttle():
-    rng = random.Random(0)
-    for _ in range(500):
-        most = rng.randint(1, 64)
-        arrays = [
-            Array(SMALL, 1, rng.choice([d for d in (1, 2, 4, 8) if d <= most]), [["run"]] * rng.randint(1, 50))
-            for _ in range(rng.randint(1, 12))
-        ]
-        held = [("41", rng.randint(1, most))] if rng.random() < 0.5 else []
-        limits = throttles(arrays, most, held)
-        assert worst_case(arrays, limits, held, rng) <= most
-        assert all(parallel >= 1 for parallel, _ in limits)
-    assert [p for p, _ in throttles([Array(SMALL, 1, 1, [["r"]] * n) for n in (834, 833, 833)], 8, [])] == [2, 3, 3]
-    with pytest.raises(UserError, match=r"max_gpus: 4 are fewer than the 8"):
-        throttles([Array(LARGE, 1, 8, [["run"]])], 4, [])
-
-
-def test_what_cannot_be_run_is_not_sent_out(tmp_path, capsys):
-    file = tmp_path / "some.yaml"
-    file.write_text(f"output: {tmp_path}\naxes: {{budget: [1e15, 1e9]}}\nbackbones: [EleutherAI/pythia-14m]")
-    sweep = grid.load(file)
-    assert [each.run.budget for each in reconcile(sweep, plan_sweep(sweep), {})] == [1e15]
+def test_what_cannot_be_run_is_not_sent_out(queued_sweep, capsys):
+    sweep, queue = queued_sweep("axes: {budget: [1e15, 1e9]}\nbackbones: [EleutherAI/pythia-14m]", "some")
+    assert submit(sweep, plan_sweep(sweep), queue, Wish()) == 1
+    assert [sweep.by_id[run_id].budget for run_id in in_queue(queue)] == [1e15]
     assert "some: 2 runs: 1 cannot be run, 1 missing; 1 to submit" in capsys.readouterr().out
 
 
-def test_an_array_in_the_queue_holds_what_may_still_run_of_it(tmp_path):
-    queue.note_submission(tmp_path, "wide", [["a", "b"], ["c"], ["d"]], parallel=2, gpus=4)
-    queue.note_submission(tmp_path, "narrow", [["e"]], parallel=1, gpus=1)
-    tasks = [Job("8", "7", index, "wide", "PENDING", "", None) for index in range(3)]
-    other = Job("9", "9", None, "narrow", "RUNNING", "n1", None)
-    jobs = {"a": tasks[0], "b": tasks[0], "c": tasks[1], "d": tasks[2], "e": other}
-    assert sorted(_held(tmp_path, jobs)) == [("7", 8), ("9", 1)]
-    assert _held(tmp_path, {"d": tasks[2]}) == [("7", 4)]
+def test_no_run_goes_out_twice_and_what_is_taken_out_of_the_queue_goes_out_again(queued_sweep, capsys):
+    sweep, queue = queued_sweep("axes: {budget: 1e15, training.seed: [0, 1, 2]}", bundle_minutes=0)
+    plan = plan_sweep(sweep)
+    assert submit(sweep, plan, queue, Wish()) == 3
+    assert submit(sweep, plan, queue, Wish()) == 0
+    assert sorted(in_queue(queue)) == sorted(sweep.by_id)
+    (lost,) = queue.read()["jobs"]["100_1"]["runs"]
+    queue.cancel(["100_1"])
+    assert submit(sweep, plan, queue, Wish()) == 1
+    assert in_jobs(queue)[-1] == [lost]
+    assert "1 missing, 2 queued; 1 to submit" in capsys.readouterr().out
 
 
-def programs(folder: Path, **scripts: str) -> dict[str, str]:
+def test_jobs_in_the_queue_hold_gpus_that_a_later_submit_does_not_get(queued_sweep):
+    """Of three jobs with 4 GPUs each, at most two may run: 8 of 9 GPUs. The next array waits for them or takes one."""
+    classes = {"classes": [{"name": "wide", "gpus": 4}], "bundle_minutes": 0, "max_gpus": 9}
+    sweep, queue = queued_sweep("axes: {budget: 1e15, training.seed: [0, 1, 2]}", **classes)
+    submit(sweep, plan_sweep(sweep), queue, Wish())
+    assert {each["parallel"] for each in queue.read()["jobs"].values()} == {2}
+    more, _ = queued_sweep("axes: {budget: 1e15, training.seed: [3, 4]}", **classes)
+    submit(more, plan_sweep(more), queue, Wish())
+    assert [each["after"] for each in queue.read()["jobs"].values()] == [[], [], [], ["100"], ["100"]]
+    for handle in ("100_0", "100_1"):
+        queue.end(handle)
+    queue.cancel(["101_0", "101_1"])
+    submit(more, plan_sweep(more), queue, Wish())
+    assert [each["after"] for each in queue.read()["jobs"].values()] == [[], [], []], "one job left of 100: 4 GPUs held"
+
+
+def test_a_queue_that_cannot_be_asked_or_refuses_gets_nothing(queued_sweep):
+    sweep, queue = queued_sweep("axes: {budget: 1e15}")
+    queue.write(answers=False)
+    with pytest.raises(UserError, match="the queue cannot be asked; nothing was submitted"):
+        submit(sweep, plan_sweep(sweep), queue, Wish())
+    queue.write(answers=True, refusal="too many jobs")
+    with pytest.raises(UserError, match="too many jobs; submitted before: none; submit again for the rest"):
+        submit(sweep, plan_sweep(sweep), queue, Wish())
+    assert in_jobs(queue) == []
+
+
+def test_to_names_the_clusters_scheduler_or_this_machine(queued_sweep, tmp_path, capsys):
+    queued_sweep("axes: {budget: 1e15}")
+    assert main(["sweep", "submit", str(tmp_path / "small.yaml"), "--to", "slurm"]) == 2
+    assert "--to: 'slurm' is unknown; allowed: file, here" in capsys.readouterr().err
+    assert main(["sweep", "submit", str(tmp_path / "small.yaml"), "--to", "file"]) == 0
+    assert "submitted 1 runs as 1 jobs in 1 arrays: 100" in capsys.readouterr().out
+
+
+def test_a_time_limit_below_the_warning_is_refused(queued_sweep):
+    """1.2 minutes are two for SLURM, which counts whole ones."""
+    sweep, queue = queued_sweep("axes: {budget: 1e15}", warning_seconds=120, classes=[{"name": "brief", "hours": 0.02}])
+    with pytest.raises(UserError, match="warning_seconds: 120 s before the end of a job of 2 minutes leave no time"):
+        submit(sweep, plan_sweep(sweep), queue, Wish())
+
+
+@pytest.mark.slow
+def test_a_file_is_scheduler_enough_for_a_sweep_from_submission_to_records(queued_sweep, tiny_run, capsys):
+    base = "{" + ", ".join(word.replace("=", ": ", 1) for word in tiny_run) + "}"
+    shape = {"name": "cpu", "gpus": 0, "cpus": 1, "memory_gb": 1, "hours": 1}
+    text = f"base: {base}\naxes: {{budget: 1e9, training.seed: [0, 1]}}\nmethods: [full, bias]"
+    sweep, queue = queued_sweep(text, classes=[shape], bundle_minutes=1)
+    assert submit(sweep, plan_sweep(sweep), queue, Wish()) == 4
+    assert len(in_jobs(queue)) == 1, "short runs share a job"
+    printed = queue.work_off()
+    assert submit(sweep, plan_sweep(sweep), queue, Wish()) == 0
+    assert "4 done; 0 to submit" in capsys.readouterr().out, printed
+    assert queue.read()["ended"] == {"100.0": "COMPLETED"}
+    assert "4 runs on file-node" in printed[0]
+
+
+def path_with(folder: Path, **scripts: str) -> dict[str, str]:
     """A PATH that begins with these shell scripts."""
     folder.mkdir()
     for name, text in scripts.items():
@@ -129,7 +117,7 @@ def programs(folder: Path, **scripts: str) -> dict[str, str]:
 
 def test_a_job_is_asked_for_without_a_trace_of_the_one_that_we_are_in(laptop, tmp_path):
     said = tmp_path / "said"
-    path = programs(
+    path = path_with(
         tmp_path / "bin",
         sbatch=f'env > {said}.env; cp "$1" {said}.sh; echo "Submitted batch job 7"',
         squeue="",
@@ -158,7 +146,7 @@ def test_a_job_is_asked_for_without_a_trace_of_the_one_that_we_are_in(laptop, tm
     assert re.search(r"^srun .*--cpus-per-task=3", script, re.M)
     assert "module load cuda\n" in script and "export HF_HUB_OFFLINE=1\n" in script
     copy = Path(re.search(r"export PYTHONPATH=(\S+)", script)[1])
-    assert (copy / "slurm" / "submit.py").read_bytes() == (Path(sys.modules[Array.__module__].__file__)).read_bytes()
+    assert (copy / "slurm" / "submit.py").read_bytes() == (Path(submit_module.__file__)).read_bytes()
     assert json.loads((copy / "code.json").read_text()).keys() == {"digest", "commit", "dirty", "time"}
     assert (copy / "difference.patch").exists()
     pickles = list((laptop.folder / "runs" / "asks" / ".submissions").glob("asks-*/7_*_submitted.pkl"))
@@ -169,7 +157,7 @@ def test_a_job_is_asked_for_without_a_trace_of_the_one_that_we_are_in(laptop, tm
 def test_an_array_for_which_nothing_is_left_waits_for_those_before_it(laptop, tmp_path):
     count = f"n=$(ls {tmp_path} | grep -c said)"
     sbatch = f'{count}; cp "$1" {tmp_path}/said.$n; echo "Submitted batch job 4$n"'
-    path = programs(tmp_path / "bin", sbatch=sbatch, squeue="", srun="", scontrol="echo 'MaxArraySize = 1'")
+    path = path_with(tmp_path / "bin", sbatch=sbatch, squeue="", srun="", scontrol="echo 'MaxArraySize = 1'")
     file = {"axes": {"budget": [1e9], "training.seed": [0, 1, 2]}, "methods": ["full"], "cluster": {"max_gpus": 2}}
     assert "3 jobs in 3 arrays: 40, 41, 42" in laptop.sweep("submit", laptop.write("queue", **file), env=path)
     scripts = [(tmp_path / f"said.{number}").read_text() for number in range(3)]
@@ -177,11 +165,11 @@ def test_an_array_for_which_nothing_is_left_waits_for_those_before_it(laptop, tm
 
 
 def test_without_a_queue_to_look_at_nothing_is_submitted(laptop, tmp_path):
-    path = programs(tmp_path / "bin", sbatch="echo 'Submitted batch job 7'", srun="", squeue="exit 1")
+    path = path_with(tmp_path / "bin", sbatch="echo 'Submitted batch job 7'", srun="", squeue="exit 1")
     sweep = laptop.write("blind", axes={"budget": [1e9]}, methods=["full"])
-    assert "nothing was submitted" in laptop.sweep("submit", sweep, env=path, code=2)
-    path = programs(tmp_path / "full", sbatch="echo 'sbatch: error: QOSMaxSubmitJobPerUserLimit' >&2; exit 1", srun="")
-    path = programs(tmp_path / "idle", squeue="") | {"PATH": f"{tmp_path}/idle:{path['PATH']}"}
+    assert "the queue cannot be asked; nothing was submitted" in laptop.sweep("submit", sweep, env=path, code=2)
+    path = path_with(tmp_path / "full", sbatch="echo 'sbatch: error: QOSMaxSubmitJobPerUserLimit' >&2; exit 1", srun="")
+    path = path_with(tmp_path / "idle", squeue="") | {"PATH": f"{tmp_path}/idle:{path['PATH']}"}
     output = laptop.sweep("submit", sweep, env=path, code=2)
     assert "QOSMaxSubmitJobPerUserLimit; submitted before: none" in output
 
@@ -191,10 +179,10 @@ def test_a_submit_that_another_has_taken_over_from_sends_nothing_more(laptop, tm
     lease = tmp_path / "runs" / "late" / ".submissions" / "submit.lease"
     other = json.dumps({"host": "elsewhere", "pid": 1, "token": "other"})
     taken_over = f"echo '{other}' > {lease}; echo 'Submitted batch job 7'"
-    path = programs(tmp_path / "bin", sbatch=taken_over, squeue="", srun="", scontrol="echo 'MaxArraySize = 1'")
+    path = path_with(tmp_path / "bin", sbatch=taken_over, squeue="", srun="", scontrol="echo 'MaxArraySize = 1'")
     sweep = laptop.write("late", axes={"budget": [1e9], "training.seed": [0, 1, 2]}, methods=["full"])
     output = laptop.sweep("submit", sweep, env=path, code=2)
-    assert "has taken over from this one" in output and "submitted before: 7" in output
+    assert "another one has taken over" in output and "submitted before: 7" in output
     assert json.loads(lease.read_text())["token"] == "other"
 
 
@@ -275,7 +263,7 @@ def test_a_job_that_sbatch_lost_sight_of_is_found_by_its_name(lab, tmp_path, unt
     error = "sbatch: error: Socket timed out on send/recv operation"
     text = f'{shutil.which("sbatch")} "$@" > /dev/null; echo "{error}" >&2; exit 1'
     sweep = lab.write("lost", axes={"budget": [1e9], "training.seed": [0, 1]}, methods=["full"])
-    output = lab.sweep("submit", sweep, env=programs(tmp_path / "bin", sbatch=text))
+    output = lab.sweep("submit", sweep, env=path_with(tmp_path / "bin", sbatch=text))
     assert re.search(r"sbatch failed, but job \d+ is in the queue", output) and "submitted 2 runs" in output
     assert "2 queued; 0 to submit" in output or "0 to submit" in lab.sweep("submit", sweep)
     assert "2 runs" in lab.sweep("watch", sweep, "--every", "1")  # until all is done

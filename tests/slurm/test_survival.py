@@ -17,7 +17,7 @@ import pytest
 
 from embedscale.run.directory import RunDirectory
 from embedscale.run.lease import lease_holder
-from slurm.scheduler.local import POLL_SECONDS
+from slurm.scheduler.processes import POLL_SECONDS
 
 LONG_SECONDS = 8  # undisturbed, at the full speed
 METHODS = ["full", "bias", {"name": "freeze", "active_fraction": 0.5}, {"name": "lora", "rank": 4}]

@@ -1,0 +1,266 @@
+"""Bring runs to their end, each in a child process: what a job does with its runs, and this machine with a sweep.
+
+A child is forked from a process that has imported everything and touched no GPU. So a run of seconds does not pay for
+imports, and a run that crashes ends no other run. The parent alone decides to stop: it passes the request on, waits for
+the checkpoints, and leaves no child behind. A run whose process was killed is tried again while it makes progress.
+"""
+
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import time
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+from embedscale.errors import DONE, FAILED, INTERRUPTED, UserError
+from embedscale.files import now
+from embedscale.imports import importing
+from embedscale.run.config import RunConfig
+from embedscale.run.directory import RunDirectory
+from embedscale.run.lease import STALE_SECONDS, lease_holder, leased
+from embedscale.run.record import sound
+from embedscale.run.stop import StopRequest
+from slurm.scoring import score_all
+
+ATTEMPTS = 3  # attempts in a row without a new checkpoint after which a run has failed
+ELSEWHERE = 3  # exit status of a child that found another process at its run
+POLL_SECONDS = 0.5  # between two looks at the children
+FAREWELL_SECONDS = 30.0  # that the processes of a run have to end once the first of them has ended
+OUTCOMES = {DONE: "done", FAILED: "failed", INTERRUPTED: "interrupted", ELSEWHERE: "elsewhere"}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one run at a time may run."""
+
+    processes: Sequence[Mapping[str, str]] = ({},)
+    """Environment variables of each of the run's processes."""
+    threads: int = 1
+    """Threads of each process."""
+    sharing: int = 1
+    """Places on the same device: a GPU or, without GPUs, the cores of one task."""
+    beside: int = 1
+    """Places on other cores of the same machine, which share its memory."""
+
+
+@dataclass
+class _Running:
+    run: RunConfig
+    place: Place
+    processes: list[BaseProcess]
+    deadline: float | None = None
+    """Time by which all processes must have ended, once one of them has; by time.monotonic()."""
+
+
+def work_through(
+    runs: Iterable[RunConfig], scores: Sequence[str], places: Sequence[Place], stop: StopRequest
+) -> dict[str, str]:
+    """Train the runs or, with `scores`, score them on these mteb tasks, until `stop` is requested.
+
+    Returns the outcome by run id: done, failed (or diverged), interrupted (stopped, or never begun), or elsewhere
+    (another process is at the run).
+    """
+    return score_all(list(runs), scores, stop) if scores else run_all(runs, places, stop)
+
+
+def run_all(runs: Iterable[RunConfig], places: Sequence[Place], stop: StopRequest) -> dict[str, str]:
+    """Train runs, as many at once as there are places, until `stop` is requested.
+
+    Returns outcomes as `work_through` does. Only the main thread may call this, before it has touched a GPU.
+    """
+    import_everything()
+    waiting, free = deque(runs), list(places)
+    running: list[_Running] = []
+    outcomes: dict[str, str] = {}
+    while running or (waiting and not stop.requested):
+        while waiting and free and not stop.requested:
+            run = waiting.popleft()
+            ended = _ended_before(run, stop)
+            if ended is None:
+                running.append(_start(run, free.pop()))
+            else:
+                outcomes[run.run_id] = ended
+                _say(run, ended)
+        wait([process.sentinel for each in running for process in each.processes if process.is_alive()], POLL_SECONDS)
+        for each in [each for each in running if _over(each, stop)]:
+            running.remove(each)
+            free.append(each.place)
+            outcome = _outcome(each, stop)
+            _say(each.run, outcome or "was killed; it is tried again")
+            if outcome is None:
+                waiting.appendleft(each.run)
+            else:
+                outcomes[each.run.run_id] = outcome
+    return outcomes | {run.run_id: "interrupted" for run in waiting}
+
+
+def _say(run: RunConfig, what: str) -> None:
+    print(f"{now()} {run.run_id}: {what}", flush=True)
+
+
+def import_everything() -> None:
+    """Import what a run needs, once, so that forked children inherit it."""
+    with importing():
+        import peft  # noqa: F401
+        import transformers.models.gpt_neox.modeling_gpt_neox  # noqa: F401
+
+        import embedscale.training.train  # noqa: F401
+
+
+def _ended_before(run: RunConfig, stop: StopRequest) -> str | None:
+    """Return the run's outcome if it must not be started, else None."""
+    directory = RunDirectory(run.folder)
+    if (record := sound(directory.read_record())) is not None:
+        return "done" if record.status == "done" else "failed"
+    if int(os.environ.get("RANK", 0)) > 0:
+        return None  # the first process decides
+    # After the loss of a node, SLURM starts the job again before the lease of the lost process counts as stale.
+    deadline = time.monotonic() + STALE_SECONDS
+    while (holder := lease_holder(directory.lease)) is not None:
+        own = holder.get("job_id") is not None and holder.get("job_id") == os.environ.get("SLURM_JOB_ID")
+        if not own or holder["host"] == socket.gethostname() or stop.requested or time.monotonic() > deadline:
+            return "elsewhere"
+        time.sleep(1)
+    if stalled(directory):
+        reasons = [attempt.reason for attempt in sound(directory.read_attempts()) if attempt.reason]
+        why = f"; last reason: {reasons[-1]}" if reasons else ""
+        note_failure(directory, f"{ATTEMPTS} attempts without a new checkpoint{why}")
+        return "failed"
+    return None
+
+
+def stalled(directory: RunDirectory) -> bool:
+    """Return whether the last `ATTEMPTS` attempts, since a failure was last noted, have left no new checkpoint.
+
+    Attempts that a Ctrl-C or `sweep cancel` ended on this machine do not count: they say nothing about the run.
+    """
+    attempts = [a for a in sound(directory.read_attempts()) if a.ended != "interrupted" or a.job_id]
+    since = max((i + 1 for i, attempt in enumerate(attempts) if attempt.ended == "failed"), default=0)
+    recent = attempts[since:][-ATTEMPTS:]
+    if len(recent) < ATTEMPTS:
+        return False
+    begun = recent[0].from_step
+    return begun is None or (directory.newest_step or 0) <= begun
+
+
+def note_failure(directory: RunDirectory, reason: str) -> None:
+    """Write an attempt that failed for a reason that no training process could write down."""
+    with leased(directory) as lease:
+        directory.clear_up(lease.left_behind)
+        directory.begin_attempt().end("failed", reason=reason)
+
+
+def _start(run: RunConfig, place: Place) -> _Running:
+    directory = RunDirectory(run.folder)
+    directory.attempts.mkdir(parents=True, exist_ok=True)
+    number = next_attempt(directory, int(os.environ.get("RANK", 0)))
+    context = multiprocessing.get_context("fork")
+    processes: list[BaseProcess] = []
+    for environment in place.processes:
+        log = directory.log(number, int((os.environ | environment).get("RANK", 0)))
+        processes.append(context.Process(target=_child, args=(run, dict(environment), place, log)))
+    for process in processes:
+        process.start()
+    _say(run, f"attempt {number}, {', '.join(f'process {process.pid}' for process in processes)}")
+    return _Running(run, place, processes)
+
+
+def next_attempt(directory: RunDirectory, rank: int) -> int:
+    """Return the number of the attempt that the process `rank` takes part in; rank 0 may have begun it already."""
+    number = 1 + max((attempt.number for attempt in sound(directory.read_attempts())), default=0)
+    begun = rank > 0 and number > 1 and not directory.log(number - 1, rank).exists()
+    return number - begun
+
+
+def _child(run: RunConfig, environment: dict[str, str], place: Place, log: Path) -> None:
+    """Train a run in this child process. A user error fails this run and no other."""
+    stop = StopRequest()
+    stop.on_signals()
+    os.environ.update(environment)
+    with log.open("ab") as output:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
+    import torch
+
+    from embedscale.training.train import train
+
+    torch.set_num_threads(place.threads)
+    os.environ["OMP_NUM_THREADS"] = str(place.threads)
+    directory = RunDirectory(run.folder)
+    try:
+        sys.exit(train(run, stop, place.sharing, place.beside))
+    except UserError as error:
+        print(f"embedscale: {error}", file=sys.stderr)
+        if lease_holder(directory.lease) is not None:
+            sys.exit(ELSEWHERE)
+        if int(os.environ.get("RANK", 0)) == 0:
+            note_failure(directory, str(error))
+        sys.exit(FAILED)
+
+
+def _over(each: _Running, stop: StopRequest) -> bool:
+    """Pass on a request to stop, kill the processes that still wait for one that has ended, and return whether all
+    have ended."""
+    alive = [process for process in each.processes if process.is_alive()]
+    if stop.requested:
+        for process in alive:
+            _signal(process, signal.SIGTERM)
+    if alive and len(alive) < len(each.processes):
+        each.deadline = each.deadline or time.monotonic() + FAREWELL_SECONDS
+        if time.monotonic() > each.deadline:
+            for process in alive:
+                _signal(process, signal.SIGKILL)
+    return not alive
+
+
+def _signal(process: BaseProcess, number: signal.Signals) -> None:
+    with suppress(ProcessLookupError):
+        os.kill(process.pid or 0, number)
+
+
+def _outcome(each: _Running, stop: StopRequest) -> str | None:
+    """Return how a run ended, or None if it is to be tried again: it was killed, or it stopped without a request."""
+    for process in each.processes:
+        process.join()
+    codes = [process.exitcode or 0 for process in each.processes]
+    lost = [code for code in codes if code not in OUTCOMES]
+    code = lost[0] if lost else codes[0]
+    directory = RunDirectory(each.run.folder)
+    if code == INTERRUPTED and stop.requested:
+        # The child knows that this parent asked it to stop; only the parent knows why.
+        for last in sound(directory.read_attempts())[-1:]:
+            if last.pid == each.processes[0].pid and last.ended == "interrupted":
+                directory.reopen(last).write(reason=stop.reason)
+        return "interrupted"
+    if code in OUTCOMES and code != INTERRUPTED:
+        return OUTCOMES[code]
+    if lost and lease_holder(directory.lease) is None:
+        # A process that died before it began its attempt has used up one attempt all the same.
+        why = f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit status {code}"
+        for attempt in directory.open_attempts() or [directory.begin_attempt()]:
+            attempt.write(end=now(), ended="killed", reason=why)
+    return "interrupted" if stop.requested else None
+
+
+def rank_environment(
+    rank: int, size: int, local: int, local_size: int, node: int, address: str, port: int
+) -> dict[str, str]:
+    """Return the variables by which one process of a run of several finds the others."""
+    return {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(size),
+        "LOCAL_RANK": str(local),
+        "LOCAL_WORLD_SIZE": str(local_size),
+        "NODE_RANK": str(node),
+        "MASTER_ADDR": address,
+        "MASTER_PORT": str(port),
+    }

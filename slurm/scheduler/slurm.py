@@ -1,0 +1,262 @@
+"""SLURM: jobs go out through submitit, everything else is asked of SLURM's own programs.
+
+Only this module and `site` run squeue, sacct, scancel, scontrol and srun. Any of them may be missing: then the method
+says so with None, an empty result or `Requeue.UNREACHABLE`.
+"""
+
+import math
+import os
+import re
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from datetime import datetime
+from pathlib import Path
+
+from embedscale.errors import UserError
+from slurm.cluster import Cluster
+from slurm.scheduler.scheduler import Allocation, Job, Limits, Request, Requeue
+from slurm.scheduler.submissions import Submissions
+
+SECONDS = 60.0  # most time that one command of SLURM may take
+IDS_AT_ONCE = 500  # most job numbers on one command line
+LOOK_SECONDS = 20.0  # for which a job is looked up that sbatch submitted before it lost touch with the controller
+LOST_TOUCH = re.compile("time|contact|connect|communicat|transmi|recei", re.IGNORECASE)
+OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
+
+
+class Slurm:
+    """The SLURM cluster that this machine belongs to."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder.absolute()
+        self.submissions = Submissions(folder)
+
+    def limits(self) -> Limits | None:
+        """Return SLURM's MaxArraySize, or its default where scontrol does not answer; None without sbatch."""
+        if shutil.which("sbatch") is None:
+            return None
+        largest = settings(ask("scontrol", "show", "config") or "").get("MaxArraySize", "")
+        return Limits(max(1, int(largest))) if largest.isdigit() else Limits()
+
+    def jobs(self) -> list[Job] | None:
+        """Return this user's jobs, array tasks one by one, or None if squeue is missing or fails."""
+        text = ask("squeue", "--noheader", "--array", "--me", "--format=%A|%F|%K|%T|%N|%r|%j")
+        if text is None:
+            return None
+        found = []
+        for line in filter(None, text.splitlines()):
+            number, array, task, state, host, reason, name = line.split("|", 6)
+            index = int(task) if task.isdigit() else None
+            running = state in ("RUNNING", "COMPLETING")
+            found.append(Job(number, array, index, name, running, host, None if reason in ("", "None") else reason))
+        return found
+
+    def accounting(self, job_ids: Sequence[str]) -> dict[str, str]:
+        """Return how jobs ended, as sacct spells it, by job id; empty if accounting is off."""
+        states: dict[str, str] = {}
+        for start in range(0, len(job_ids), IDS_AT_ONCE):
+            jobs = f"--jobs={','.join(job_ids[start : start + IDS_AT_ONCE])}"
+            text = ask("sacct", "--noheader", "--parsable2", "--allocations", jobs, "--format=JobIDRaw,State")
+            for line in (text or "").splitlines():
+                with suppress(ValueError):
+                    number, state = line.split("|")
+                    states[number] = state.split(" by ")[0]
+        return states
+
+    def cancel(self, handles: Sequence[str]) -> None:
+        """Cancel jobs. Raises UserError if scancel is missing or refuses."""
+        for start in range(0, len(handles), IDS_AT_ONCE):
+            if ask("scancel", *handles[start : start + IDS_AT_ONCE]) is None:
+                raise UserError("scancel: is missing or refused; look at squeue before you try again")
+
+    def submit(self, request: Request) -> str:
+        """Submit one array through submitit and return its job number. Raises UserError if sbatch refuses it."""
+        import submitit
+        from submitit.core.utils import FailedJobError, FailedSubmissionError
+
+        array, cluster, shape = request.array, request.cluster, request.array.shape
+        minutes = shape.minutes
+        files = self.submissions.files(request.name)
+        executor = submitit.SlurmExecutor(files)
+        given = {
+            "partition": shape.partition or cluster.partition,
+            "account": cluster.account,
+            "qos": cluster.qos,
+            "constraint": shape.constraint,
+            "gpus_per_node": array.devices if shape.gpus else None,
+            "exclude": ",".join(request.avoid) or None,
+            "dependency": f"afterany:{':'.join(request.after)}" if request.after else None,
+        }
+        executor.update_parameters(
+            job_name=request.name,
+            time=minutes,
+            nodes=array.nodes,
+            ntasks_per_node=array.devices,
+            cpus_per_task=shape.cpus,
+            mem=f"{math.ceil(1000 * shape.memory_gb * array.devices)}M",
+            array_parallelism=request.parallel,
+            signal_delay_s=cluster.warning_seconds,
+            stderr_to_stdout=True,
+            setup=_setup(cluster, request.code),
+            # Since 22.05 srun does not take --cpus-per-task over from sbatch.
+            srun_args=[f"--cpus-per-task={shape.cpus}", "--kill-on-bad-exit=1"],
+            additional_parameters={"requeue" if cluster.requeue else "no-requeue": True},
+            **{key: value for key, value in given.items() if value is not None},
+        )
+        calls = [(str(self.folder), request.name, list(task)) for task in array.tasks]
+        try:
+            with _clean_environment():
+                jobs = executor.map_array(request.work, *zip(*calls, strict=True))
+            return str(jobs[0].job_id).split("_")[0]
+        except (FailedJobError, FailedSubmissionError) as error:
+            lines = str(error).splitlines()
+            why = ([line for line in lines if "error" in line.lower()] or lines)[-1].strip()
+            job = self._look_for(request.name, LOOK_SECONDS if LOST_TOUCH.search(why) else 0)
+            if job is None:
+                raise UserError(f"sbatch: {why}") from None
+            print(f"sbatch failed, but job {job} is in the queue under its name")
+            _write_pickles(files, job, request, calls)
+            return job
+
+    def _look_for(self, name: str, seconds: float) -> str | None:
+        """Return the number of the job with this name: sbatch may time out after the controller took the job."""
+        deadline = time.monotonic() + seconds
+        while True:
+            found = [job.array for job in self.jobs() or [] if job.name == name]
+            if found or time.monotonic() > deadline:
+                return found[0] if found else None
+            time.sleep(2)
+
+    def allocation(self) -> Allocation:
+        """Return what SLURM's variables say of the job and of this task."""
+        node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+        processes, nodes = int(os.environ.get("SLURM_NTASKS", 1)), int(os.environ.get("SLURM_JOB_NUM_NODES", 1))
+        # Another port after a requeue, and for every job that may share the node.
+        port = 12000 + (7 * int(os.environ["SLURM_JOB_ID"]) + int(os.environ.get("SLURM_RESTART_COUNT", 0))) % 20000
+        return Allocation(
+            job=_own_handle(),
+            node=node,
+            end=_end_of_job(),
+            rank=int(os.environ.get("SLURM_PROCID", 0)),
+            local_rank=int(os.environ.get("SLURM_LOCALID", 0)),
+            node_rank=int(os.environ.get("SLURM_NODEID", 0)),
+            processes=processes,
+            nodes=nodes,
+            # The job's script, and with it srun, runs on the first node.
+            address=os.environ.get("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1"),
+            port=port,
+        )
+
+    def requeue(self, job: str, avoid: Sequence[str] = ()) -> Requeue:
+        """Requeue the job of this process, and keep it and its array's waiting jobs away from the nodes `avoid`."""
+        shown = _scontrol("--oneliner", "show", "job", job)
+        if shown is None:
+            return Requeue.UNREACHABLE
+        if shown.get("JobState") != "RUNNING":
+            return Requeue.OVER
+        if _scontrol("requeue", job) is None:
+            return Requeue.PREEMPTED if shown.get("PreemptTime", "None") != "None" else Requeue.REFUSED
+        if avoid:
+            nodes = f"ExcNodeList={','.join(avoid)}"
+            # SLURM refuses this while a job runs, so it follows the requeue; this process has KillWait seconds for it.
+            for _ in range(5):
+                if _scontrol("update", f"JobId={job}", nodes) is not None:
+                    break
+                time.sleep(1)
+            if "_" in job:
+                _scontrol("update", f"JobId={job.split('_')[0]}", nodes)  # refused for those of its tasks that run
+        return Requeue.ACCEPTED
+
+
+def ask(*words: str, seconds: float = SECONDS) -> str | None:
+    """Return what a command prints, or None if it is missing, fails or hangs."""
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=seconds)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout if done.returncode == 0 else None
+
+
+def settings(text: str) -> dict[str, str]:
+    """Return the `key = value` lines of `scontrol show config`."""
+    pairs = (line.split("=", 1) for line in text.splitlines() if "=" in line)
+    return {key.strip(): value.strip() for key, value in pairs}
+
+
+def clean_variables() -> dict[str, str]:
+    """Return this process's environment without the variables of a job that it may be in."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SRUN_", "SBATCH_", "PMI"))}
+    return kept | ({"SLURM_CONF": os.environ["SLURM_CONF"]} if "SLURM_CONF" in os.environ else {})
+
+
+def _scontrol(*words: str) -> dict[str, str] | None:
+    """Return the key=value words that scontrol prints, or None if it is missing, fails or hangs."""
+    # A requeue signals all processes of the job, so it would also end the scontrol that asks for it.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2})
+    try:
+        done = subprocess.run(["scontrol", *words], capture_output=True, text=True, timeout=SECONDS)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    if done.returncode:
+        print(f"scontrol {' '.join(words)}: {done.stderr.strip()}", file=sys.stderr, flush=True)
+        return None
+    return dict(word.split("=", 1) for word in done.stdout.split() if "=" in word)
+
+
+def _own_handle() -> str:
+    """Return the handle of this process's job. An array's task goes by its index: one of them has the array's number
+    as its own, and that number stands for the whole array."""
+    if "SLURM_ARRAY_JOB_ID" in os.environ:
+        return f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    return os.environ["SLURM_JOB_ID"]
+
+
+def _end_of_job() -> float | None:
+    """Return the time at which SLURM will end this job, in seconds since 1970."""
+    if "SLURM_JOB_END_TIME" in os.environ:  # since SLURM 23.02
+        return float(os.environ["SLURM_JOB_END_TIME"])
+    end = (_scontrol("--oneliner", "show", "job", _own_handle()) or {}).get("EndTime", "")
+    try:
+        return datetime.fromisoformat(end).timestamp()
+    except ValueError:
+        return None
+
+
+def _setup(cluster: Cluster, code: Path | None) -> list[str]:
+    """Return the shell lines before srun. Without PYTHONSAFEPATH the folder of submission would come before the copied
+    code."""
+    variables = {"PYTHONPATH": str(code), "PYTHONSAFEPATH": "1", "TOKENIZERS_PARALLELISM": "false"}
+    if cluster.offline:
+        variables |= dict.fromkeys(OFFLINE, "1")
+    lines = [f"export {key}={shlex.quote(str(value))}" for key, value in (variables | cluster.environment).items()]
+    return [*cluster.setup, *lines]
+
+
+@contextmanager
+def _clean_environment() -> Iterator[None]:
+    """Remove the variables of a job that this process may be in; keep the path of SLURM's configuration."""
+    from submitit.helpers import clean_env
+
+    own = os.environ.get("SLURM_CONF")
+    with clean_env([name for name in os.environ if name.startswith("PMI")]):
+        if own is not None:
+            os.environ["SLURM_CONF"] = own
+        yield
+
+
+def _write_pickles(files: Path, job: str, request: Request, calls: Sequence[tuple[str, str, list[str]]]) -> None:
+    """Write what submitit would have written, had sbatch returned the job's number. Jobs wait a minute for it."""
+    from submitit.core.utils import DelayedSubmission, JobPaths
+
+    for index, call in enumerate(calls):
+        paths = JobPaths(files, f"{job}_{index}" if len(calls) > 1 else job)
+        DelayedSubmission(request.work, *call).dump(paths.submitted_pickle)

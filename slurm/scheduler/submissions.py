@@ -1,0 +1,152 @@
+"""What submissions leave beside the run directories: the folder `.submissions` of a sweep, and every name in it.
+
+A submission is noted before it goes out, under the name that its jobs carry. The queue is then read by name, so a job
+counts even if the scheduler accepted it without returning its number.
+"""
+
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from embedscale.files import now, read_json, write_json
+from embedscale.run.config import RunConfig, structured
+from embedscale.run.lease import process_alive
+from slurm.scheduler.scheduler import Job
+
+SICK_SECONDS = 24 * 3600.0  # for which no job is sent to a node that failed its self-test
+
+
+@dataclass(frozen=True)
+class Submission:
+    """The note of one submitted array."""
+
+    name: str
+    """Name of the submission and of its jobs."""
+    tasks: list[list[str]]
+    """Run ids of each job."""
+    parallel: int | None = None
+    """Most jobs that may run at the same time; None: all."""
+    gpus: int = 1
+    """GPUs that one job holds."""
+    job_id: str | None = None
+    """Number of the array; None until the scheduler returned it."""
+
+
+@dataclass(frozen=True)
+class Orders:
+    """What a submission tells its jobs. Apart from it, a job receives run ids only."""
+
+    runs: Mapping[str, RunConfig]
+    """Configurations by run id."""
+    limit_seconds: float
+    """Time limit of a job."""
+    warning_seconds: float
+    """Time before the limit at which the runs save a checkpoint and stop."""
+    requeue: bool
+    """Whether a stopped job asks to be put back into the queue."""
+    side_by_side: int
+    """Runs of a job that share a GPU at the same time."""
+    gpus: int
+    """GPUs that each node must have."""
+    cpus: int
+    """Cores of each process."""
+    memory_gb: float
+    """Memory that each node must have, GB."""
+    code: Mapping[str, Any]
+    """Facts of the copied code, as `snapshot` returns them."""
+    scores: tuple[str, ...] = ()
+    """Tasks of mteb to score the runs on; empty: train the runs."""
+    scheduler: str = "slurm"
+    """Name of the scheduler that runs the jobs."""
+
+
+@dataclass(frozen=True)
+class Process:
+    """A process that works at a sweep outside of any queue."""
+
+    host: str
+    """Machine of the process."""
+    pid: int
+    """Id of the process."""
+    born: str
+    """`lease.start_time` of the process, which tells it from a later process with the same id."""
+
+
+class Submissions:
+    """The folder `.submissions` of the sweep in `folder`."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder.absolute()
+        self.path = self.folder / ".submissions"
+        self.lease = self.path / "submit.lease"  # held by a submit that looks at the queue and sends jobs out
+        self.code = self.path / "code"  # copies of the code, for jobs
+
+    def files(self, name: str) -> Path:
+        """Return the folder of one submission's own files: orders, logs and what the scheduler's client needs."""
+        return self.path / name
+
+    def note(self, submission: Submission) -> None:
+        """Write a submission down; to be called before it goes out, and again when its number is known."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_json(self.path / f"{submission.name}.json", asdict(submission))
+
+    def noted(self) -> dict[str, Submission]:
+        """Return every submission by name. Raises UserError for a damaged note."""
+        known = {item.name for item in fields(Submission)}
+        found = (read_json(file) for file in sorted(self.path.glob("*.json")))
+        submissions = [Submission(**{k: v for k, v in note.items() if k in known}) for note in found if note]
+        return {each.name: each for each in submissions}
+
+    def jobs_by_run(self, jobs: Iterable[Job] | None) -> dict[str, Job] | None:
+        """Return, of the jobs of a queue, the one that holds each run of this sweep; None if `jobs` is None."""
+        if jobs is None:
+            return None
+        noted = self.noted()
+        by_run: dict[str, Job] = {}
+        for job in jobs:
+            tasks, index = noted[job.name].tasks if job.name in noted else [], job.task or 0
+            for run_id in tasks[index] if index < len(tasks) else []:
+                by_run[run_id] = job
+        return by_run
+
+    def write_orders(self, name: str, orders: Orders) -> None:
+        """Write what the jobs of a submission read first."""
+        self.files(name).mkdir(parents=True, exist_ok=True)
+        write_json(self.files(name) / "orders.json", asdict(orders))
+
+    def read_orders(self, name: str, run_ids: Iterable[str]) -> Orders:
+        """Return a submission's orders, for some of its runs."""
+        found = read_json(self.files(name) / "orders.json")
+        runs = {run_id: structured(RunConfig, found["runs"][run_id]) for run_id in run_ids}
+        return Orders(**found | {"runs": runs, "scores": tuple(found.get("scores", ()))})
+
+    def note_sick(self, node: str, fault: str, job: str | None = None) -> None:
+        """Note that a node failed its self-test."""
+        path = self.path / "sick" / f"{node}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, {"node": node, "fault": fault, "time": now(), "job_id": job})
+
+    def sick_nodes(self) -> dict[str, str]:
+        """Return the nodes that failed a self-test within the last day, each with its fault."""
+        found = {}
+        for path in sorted((self.path / "sick").glob("*.json")):
+            noted = read_json(path)
+            if noted and time.time() - datetime.fromisoformat(noted["time"]).timestamp() < SICK_SECONDS:
+                found[noted["node"]] = noted["fault"]
+        return found
+
+    def announce(self, process: Process) -> Path:
+        """Note a process that works at the sweep, so that `sweep cancel` finds it; returns the note."""
+        note = self.path / f"{process.host}-{process.pid}.process"
+        note.parent.mkdir(parents=True, exist_ok=True)
+        write_json(note, asdict(process))
+        return note
+
+    def processes(self, host: str) -> list[Process]:
+        """Return the noted processes: those of `host` that are alive, and those of other hosts, which nobody can
+        check from here."""
+        found = [Process(**noted) for note in self.path.glob("*.process") if (noted := read_json(note))]
+        return [each for each in found if each.host != host or process_alive(each.pid, each.born)]
