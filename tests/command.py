@@ -1,6 +1,7 @@
-"""The command line in real processes, without the seconds of imports that each would pay."""
+"""The command line and Python code in real processes."""
 
 import os
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -44,3 +45,17 @@ def _run(words: list[str], environment: dict[str, str], folder: str, output: str
     from embedscale.cli import main
 
     sys.exit(main(words))
+
+
+def in_fresh_process(code: str, *words: str, path: Path | None = None) -> str:
+    """What a Python process without a network prints; `path` shadows installed packages."""
+    environment = {"PYTHONPATH": str(path)} if path else {}
+    offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code, *words],
+        capture_output=True,
+        text=True,
+        env=os.environ | environment | offline,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout

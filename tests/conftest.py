@@ -21,7 +21,8 @@ gc.disable()  # until everything is imported: what modules bring stays
 LONG = [
     "survival",
     "node",
-    "models",
+    "export",
+    "encode",
     "train",
     "kill",
     "local",

@@ -57,7 +57,6 @@ TOLERATED_FILES: set[str] = {
     "analysis/fitting/fit.py",
     "embedscale/training/train.py",
     "tests/analysis/test_recipe.py",
-    "tests/embedscale/test_models.py",
     "tests/embedscale/test_train.py",
 }
 TOLERATED_NAMES: set[str] = {

@@ -10,7 +10,7 @@ twice its final disk space.
 import hashlib
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -25,6 +25,7 @@ from embedscale.data.tokens import load_tokenizer, mixed, pair_hashes, schema, t
 from embedscale.data.workers import parent_leaves
 from embedscale.files import read_json, write_atomically, write_json
 from embedscale.run.config import Data
+from embedscale.values import Value
 
 BUCKET_BYTES = 16 * 2**20  # source text in a bucket, about
 MOST_BUCKETS = 1024
@@ -67,19 +68,13 @@ class PartFacts:
 
 
 @dataclass(frozen=True)
-class Bucket:
+class Bucket(Value):
     """What became of one bucket: its two files, and the pairs of each source that were dropped."""
 
     duplicate: list[int]  # repeated pairs, by source
     left_out: list[int]  # pairs beyond a source's share in the mixture, by source
     train: PartFacts
     held_out: PartFacts
-
-    @classmethod
-    def from_json(cls, value: dict[str, Any]) -> "Bucket":
-        """Build it from the value of its file."""
-        train, held_out = PartFacts(**value["train"]), PartFacts(**value["held_out"])
-        return cls(value["duplicate"], value["left_out"], train, held_out)
 
 
 def buckets_for(text_bytes: int, bucket_bytes: int = BUCKET_BYTES) -> int:
@@ -151,7 +146,7 @@ def gather(bucket: int, work: Work, shares: list[float]) -> Bucket:
         write_atomically(part_file(work.folder / name, bucket), partial(_write_batch, batch=batch))
         parts.append(_facts(batch, pair[part]))
     found = Bucket(*dropped, *parts)
-    write_json(work.bucket_file(bucket), asdict(found))
+    write_json(work.bucket_file(bucket), found.to_json())
     return found
 
 

@@ -6,12 +6,13 @@ manifests of the first version load.
 
 import json
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from embedscale.errors import UserError
 from embedscale.files import write_json
+from embedscale.values import Value
 
 FORMAT = 1
 FILE = "manifest.json"
@@ -57,7 +58,7 @@ class PartSizes:
 
 
 @dataclass(frozen=True)
-class Manifest:
+class Manifest(Value):
     """A finished store, described."""
 
     digest: str  # of the training and held-out tokens, in stored order
@@ -67,7 +68,7 @@ class Manifest:
     tokens: TokenStatistics
     tokenizer: StoredTokenizer
     vocabulary: int  # rows that an embedding table needs
-    read: int  # rows, over all sources
+    rows_read: int  # over all sources; the file's key is `read`
     counts: dict[str, int]  # rows by what became of them, over all sources
     sources: list[SourceCounts]
     parts: PartSizes
@@ -84,46 +85,37 @@ class Manifest:
         """Read a store's manifest. Raises UserError for a folder that is not a finished store of this format."""
         path = folder / FILE
         try:
-            value = json.loads(path.read_text())
+            data = json.loads(path.read_text())
         except FileNotFoundError:
             state = "is not finished" if folder.exists() else "does not exist"
             raise UserError(f"data.store: {folder} {state}; run `embedscale prepare` with this configuration") from None
         except (OSError, ValueError):
             raise UserError(f"data.store: {path} cannot be read; remove the store and prepare it again") from None
-        if not isinstance(value, dict) or value.get("format") != FORMAT:
+        if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise UserError(f"data.store: {folder} is not a store of format {FORMAT}; prepare it again")
         try:
-            return cls.from_json(value)
-        except (KeyError, TypeError) as error:
-            raise UserError(f"data.store: {path} is damaged ({error}); remove the store and prepare it again") from None
+            return cls.from_json(data)
+        except UserError as misfit:
+            raise UserError(
+                f"data.store: {path} is damaged ({misfit}); remove the store and prepare it again"
+            ) from None
 
     @classmethod
-    def from_json(cls, value: dict[str, Any]) -> "Manifest":
-        """Build the manifest from the value of its file. Raises KeyError or TypeError if a key is missing or wrong."""
-        sources = [
-            SourceCounts(source["kind"], source["path"], {k: n for k, n in source.items() if k not in ("kind", "path")})
-            for source in value["sources"]
-        ]
-        return cls(
-            digest=value["digest"],
-            pairs=value["pairs"],
-            held_out=value["held_out"],
-            negatives=value["negatives"],
-            tokens=TokenStatistics(**value["tokens"]),
-            tokenizer=StoredTokenizer(**value["tokenizer"]),
-            vocabulary=value["vocabulary"],
-            read=value["read"],
-            counts=value["counts"],
-            sources=sources,
-            parts=PartSizes(**value["parts"]),
-            settings=value["settings"],
-            seconds=value["seconds"],
-        )
+    def from_json(cls, data: object) -> Self:
+        """Return the manifest of a parsed file. Raises UserError, naming the key, where it does not fit.
+
+        In the file, the counts of a source are beside its kind and its path.
+        """
+        if isinstance(data, dict) and isinstance(data.get("sources"), list):
+            data = {"rows_read" if key == "read" else key: value for key, value in data.items()}
+            data["sources"] = [_nested(source) for source in data["sources"]]
+        return super().from_json(data)
 
     def to_json(self) -> dict[str, Any]:
         """Return the value that the file holds."""
         sources = [{"kind": source.kind, "path": source.path, **source.counts} for source in self.sources]
-        return {"format": FORMAT} | asdict(self) | {"sources": sources}
+        facts = {"read" if key == "rows_read" else key: value for key, value in super().to_json().items()}
+        return {"format": FORMAT} | facts | {"sources": sources}
 
     def write_to(self, folder: Path) -> None:
         """Write the manifest, which makes the folder a finished store."""
@@ -133,7 +125,14 @@ class Manifest:
         """Say in one line how many pairs there are and why rows were dropped."""
         dropped = describe({reason: n for reason, n in self.counts.items() if reason in REASONS})
         said = f"; dropped: {dropped}" if dropped else ""
-        return f"{self.pairs:,} training and {self.held_out:,} held-out pairs of {self.read:,} read{said}"
+        return f"{self.pairs:,} training and {self.held_out:,} held-out pairs of {self.rows_read:,} read{said}"
+
+
+def _nested(source: object) -> object:
+    if not isinstance(source, dict):
+        return source
+    named = {name: source[name] for name in ("kind", "path") if name in source}
+    return named | {"counts": {reason: n for reason, n in source.items() if reason not in named}}
 
 
 def is_finished(folder: str | Path) -> bool:

@@ -34,7 +34,7 @@ from embedscale.data.manifest import (
     describe,
     is_finished,
 )
-from embedscale.data.tokens import load_tokenizer, vocabulary
+from embedscale.data.tokens import load_tokenizer, tokenizer_of, vocabulary
 from embedscale.data.workers import in_parallel, worker_pool
 from embedscale.errors import DONE, FAILED, UserError
 from embedscale.files import read_json, write_json
@@ -52,7 +52,7 @@ def prepare(config: RunConfig, unit_size: UnitSize = UNIT_SIZE, bucket_bytes: in
     """
     data, folder = config.data, Path(config.data.store)
     _check_sources(data.sources)
-    name, revision = (data.tokenizer, None) if data.tokenizer else (config.backbone.name, config.backbone.revision)
+    name, revision = tokenizer_of(config)
     tokenizer, digest = load_tokenizer(name, revision)
     settings = _settings(data, digest)
     if _report_finished(folder, settings):
@@ -98,7 +98,7 @@ def prepare(config: RunConfig, unit_size: UnitSize = UNIT_SIZE, bucket_bytes: in
             file=sys.stderr,
         )
         return FAILED
-    rate = manifest.read / max(seconds, 0.1)
+    rate = manifest.rows_read / max(seconds, 0.1)
     print(f"{folder}: {manifest.summary()}; {seconds:.0f} s, {rate:,.0f} pairs a second")
     return DONE
 
@@ -312,7 +312,7 @@ def manifest_of(
         ),
         tokenizer=tokenizer,
         vocabulary=symbols,
-        read=total["read"],
+        rows_read=total["read"],
         counts=dict(total),
         sources=[
             SourceCounts(source.kind, source.path, dict(found))

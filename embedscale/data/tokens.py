@@ -17,6 +17,7 @@ import numpy as np
 from embedscale.data.pair import Pair
 from embedscale.data.store import as_numpy
 from embedscale.errors import UserError
+from embedscale.run.config import RunConfig
 
 SPARE_TOKENS = 16  # tokens beyond the context, so that cutting a long text early does not change the tokens kept
 TEXTS_AT_ONCE = 1024
@@ -27,6 +28,13 @@ PROBE = (
     "The café's 12,345 naïve TESTS:\n\n\tdef f(x):\n        return x**2  # don't "
     "straße 北京 東京 한국 مرحبا Здравствуй 🙂 \u00a0ﬁ"
 )
+
+
+def tokenizer_of(config: RunConfig) -> tuple[str, str | None]:
+    """Return the name and the hub revision of a run's tokenizer: `data.tokenizer`, or the backbone's own."""
+    if config.data.tokenizer:
+        return config.data.tokenizer, None
+    return config.backbone.name, config.backbone.revision
 
 
 @lru_cache

@@ -1,4 +1,8 @@
-"""A finished run as a model of texts: its weights loaded and checked, and texts in batches through its encoder."""
+"""A finished run as an embedding model: load and check its weights, and embed texts.
+
+Texts are tokenised, sorted by length and embedded in batches without padding, as in training. The price of sorting:
+results come in groups of up to 16,384 texts, not one by one.
+"""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -8,7 +12,7 @@ import torch
 from torch import nn
 
 from embedscale.data.store import as_numpy
-from embedscale.data.tokens import load_tokenizer, token_ids
+from embedscale.data.tokens import load_tokenizer, token_ids, tokenizer_of
 from embedscale.errors import UserError
 from embedscale.model.backbone import digest_of, load_body
 from embedscale.model.body import Inference
@@ -20,13 +24,13 @@ from embedscale.run.config import RunConfig
 from embedscale.run.directory import RunDirectory
 from embedscale.run.record import RunRecord, sound
 
-TEXTS_AT_ONCE = 16384  # tokenised and sorted by length together
-# In one forward pass: on a CPU, what its layers pass on stays in a core's cache.
+TEXTS_AT_ONCE = 16384  # texts tokenised and sorted by length together
+# Tokens in one forward pass. On a CPU, so few that the activations stay in a core's cache.
 FORWARD_TOKENS = {"cpu": 2048, "cuda": 32768}
 
 
 class Embedder:
-    """Texts → unit vectors, as the run's training cut, packed and pooled them."""
+    """A model that turns texts into unit vectors, cutting and pooling them as in the run's training."""
 
     def __init__(
         self,
@@ -41,19 +45,20 @@ class Embedder:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.encoder = Encoder(body, config.backbone.pooling, precision).to(self.device).eval()
         self._inference = Inference(self.encoder)
-        name = config.data.tokenizer or config.backbone.name
-        self.tokenizer, digest = load_tokenizer(name, None if config.data.tokenizer else config.backbone.revision)
-        if record.tokenizer_digest not in (None, digest):  # records of older code do not tell
+        name, revision = tokenizer_of(config)
+        self.tokenizer, digest = load_tokenizer(name, revision)
+        if record.tokenizer_digest not in (None, digest):  # early records have no digest
             raise UserError(
                 f"data.tokenizer: {name!r} is {digest}, but the run was trained with {record.tokenizer_digest}"
             )
         self.width = record.width
 
     @classmethod
-    def of_run(cls, run: str | Path, device: str | None = None, precision: str | None = None) -> "Embedder":
-        """The model of a run directory, LoRA merged in float32. `precision` is by default that of its training.
+    def load(cls, run: str | Path, device: str | None = None, precision: str | None = None) -> "Embedder":
+        """Load the model of a run directory. LoRA adapters are merged in float32.
 
-        Raises UserError for a run that is not done and for weights that are not those of its record.
+        `device` is by default the GPU, if there is one; `precision` (float32 or bf16) that of the training. Raises
+        UserError if the run is not done, or if the backbone, the weights or the tokenizer differ from its record.
         """
         directory = RunDirectory(run)
         record = finished(directory)
@@ -67,9 +72,10 @@ class Embedder:
         return cls(body.requires_grad_(False), config, record, device, precision)
 
     def encode(self, texts: Sequence[str], progress: Callable[[int], object] = lambda texts: None) -> np.ndarray:
-        """float32 [texts, width], in the order given. A text without a token is the zero vector, similar to nothing.
+        """Embed texts: float32 [texts, width], in the given order.
 
-        `progress` is told how many texts each forward pass finished.
+        Each embedding has length 1, except that a text without a token becomes the zero vector. `progress` is called
+        after each forward pass with the number of texts it finished.
         """
         found = np.zeros((len(texts), self.width), np.float32)
         for first in range(0, len(texts), TEXTS_AT_ONCE):
@@ -93,13 +99,13 @@ class Embedder:
 
 
 def finished(directory: RunDirectory) -> RunRecord:
-    """The record of a run that is done. Raises UserError for any other."""
+    """Return the record of a finished run. Raises UserError if the run is not done."""
     record = sound(directory.read_record())
     if record is None:
         state = "is not finished" if directory.path.is_dir() else "does not exist"
-        raise UserError(f"{directory.path}: this run {state}; expected the directory of a run that is done")
+        raise UserError(f"{directory.path}: this run {state}; expected the directory of a finished run")
     if record.status != "done":
-        raise UserError(f"{directory.path}: this run {record.status}; expected one that is done")
+        raise UserError(f"{directory.path}: this run {record.status}; expected a finished run")
     return record
 
 
@@ -111,12 +117,12 @@ def _load_weights(body: nn.Module, directory: RunDirectory, record: RunRecord) -
     try:
         weights = load_file(path)
     except (OSError, SafetensorError):
-        raise UserError(f"{path}: is missing or damaged; the run must be trained again") from None
+        raise UserError(f"{path}: is missing or damaged; train the run again") from None
     _check(directory, "weights_digest", record.weights_digest, digest_of(weights))
     trainable = {name: parameter for name, parameter in body.named_parameters() if parameter.requires_grad}
     if trainable.keys() != weights.keys():
         other = sorted(trainable.keys() ^ weights.keys())
-        raise UserError(f"{path}: its tensors are not those that the run's method trains ({other[0]} …)")
+        raise UserError(f"{path}: holds other tensors than the run's method trains ({other[0]} …); train it again")
     with torch.no_grad():
         for name, parameter in trainable.items():
             parameter.copy_(weights[name])

@@ -1,8 +1,14 @@
-"""Millions of texts through a finished run: streamed in parts, each written whole, so that a stop loses one part."""
+"""Embed millions of texts with a finished run, in parts of 16,384 texts.
+
+Texts are read twice: first to check and count them, then to embed them. Each part is a file, written whole, so an
+interrupted call loses at most one part, and memory holds two parts whatever the number of texts.
+"""
 
 import hashlib
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -10,67 +16,85 @@ from typing import Any
 import numpy as np
 
 from embedscale.errors import DONE, INTERRUPTED, UserError
-from embedscale.files import read_json, write_atomically, write_json
+from embedscale.files import write_atomically, write_json
 from embedscale.model.hardware import keep_freed_memory
+from embedscale.progress import Bar
 from embedscale.run.stop import StopRequest
 from embedscale.serving.embedder import Embedder
+from embedscale.values import Count, Value, sound
 
-PART = 16384  # texts; two parts' texts and vectors are what memory holds
+PART = 16384  # texts
 FORMATS = ("npy", "arrow")
+INDEX = "encoding.json"
 
 
-def encode(run: str, source: str, out: str, column: str = "text", form: str = "npy") -> int:
+@dataclass(frozen=True)
+class Encoding(Value):
+    """What a folder of embeddings was made from: OUT/encoding.json."""
+
+    run_id: str
+    """Name of the run."""
+    weights_digest: str
+    """Digest of the run's trained weights."""
+    precision: str
+    """Number format of the matrix products: float32 or bf16."""
+    texts: Count
+    """Number of texts."""
+    texts_digest: str
+    """Digest of the texts, in order."""
+    width: Count
+    """Numbers in an embedding."""
+    format: str
+    """npy or arrow."""
+    texts_a_part: Count
+    """Texts in each file but the last."""
+
+
+def encode(run: str, source: str, out: str, column: str = "text", form: str = "npy", texts_a_part: int = PART) -> int:
     """Write the embeddings of a file's texts as OUT/00000.npy (float32 [texts, width]) or .arrow files, in order.
 
-    `source` is a .txt file (a text a line), .jsonl or .parquet (the texts in `column`). Run again, it goes on where
-    it was stopped. Raises UserError, before anything is written, for a text that is empty or no UTF-8, a missing
-    column, and a folder that holds something else.
+    `source` is a .txt file (one text per line), or a .jsonl or .parquet file with the texts in `column`. A second call
+    continues where the first was stopped. Returns DONE, or INTERRUPTED after a signal. Raises UserError, before
+    anything is written, for an empty text, a text that is not UTF-8, a missing column, or a folder with other files.
     """
     if form not in FORMATS:
         raise UserError(f"--format: {form!r} is unknown; allowed: {', '.join(FORMATS)}")
     path, folder = Path(source), Path(out)
     number, digest = _survey(path, column)
-    embedder = Embedder.of_run(run)
-    facts = {
-        "run_id": embedder.record.run_id,
-        "weights_digest": embedder.record.weights_digest,
-        "precision": embedder.config.training.precision,
-        "texts": number,
-        "texts_digest": digest,
-        "width": embedder.width,
-        "format": form,
-        "texts_a_part": PART,
-    }
-    _claim(folder, facts)
+    embedder = Embedder.load(run)
+    encoding = Encoding(
+        run_id=embedder.record.run_id,
+        weights_digest=embedder.record.weights_digest,
+        precision=embedder.config.training.precision,
+        texts=number,
+        texts_digest=digest,
+        width=embedder.width,
+        format=form,
+        texts_a_part=texts_a_part,
+    )
+    _claim(folder, encoding)
     keep_freed_memory()
     stop = StopRequest()
     stop.on_signals()
-    return _encode_parts(embedder, _texts(path, column), folder, facts, stop)
+    return _encode_parts(embedder, texts_of(path, column), folder, encoding, stop)
 
 
-def _encode_parts(
-    embedder: Embedder, texts: Iterator[str], folder: Path, facts: dict[str, Any], stop: StopRequest
-) -> int:
-    from rich.console import Console
-    from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task("encoding", total=facts["texts"])
-        part = 0
-        while some := list(islice(texts, PART)):
-            path = folder / f"{part:05d}.{facts['format']}"
+def _encode_parts(embedder: Embedder, texts: Iterator[str], folder: Path, encoding: Encoding, stop: StopRequest) -> int:
+    part = 0
+    with Bar("encoding", total=encoding.texts) as bar:
+        while some := list(islice(texts, encoding.texts_a_part)):
+            path = folder / f"{part:05d}.{encoding.format}"
             if path.exists():
-                progress.advance(task, len(some))
+                bar.advance(len(some))
             elif stop.requested:
-                print(f"{folder}: interrupted ({stop.reason}) after {part * PART:,} texts; run it again to go on")
+                done = part * encoding.texts_a_part
+                print(f"{folder}: interrupted ({stop.reason}) after {done:,} texts; run it again to continue")
                 return INTERRUPTED
             else:
-                found = embedder.encode(some, lambda n: progress.advance(task, n))
-                write_atomically(path, lambda file, found=found: _write(file, found, facts["format"]))  # type: ignore[misc]
+                found = embedder.encode(some, bar.advance)
+                write_atomically(path, partial(_write, embeddings=found, form=encoding.format))
             part += 1
-    print(f"{folder}: {facts['texts']:,} embeddings of {facts['width']} numbers in {part} files")
+    print(f"{folder}: {encoding.texts:,} embeddings of {encoding.width} numbers in {part} files")
     return DONE
 
 
@@ -86,25 +110,25 @@ def _write(file: Any, embeddings: np.ndarray, form: str) -> None:
         writer.write_table(table)
 
 
-def _claim(folder: Path, facts: dict[str, Any]) -> None:
-    """Make the folder, or find the one that an earlier call with the same texts and model began."""
-    mark = folder / "encoding.json"
-    before = read_json(mark)
+def _claim(folder: Path, encoding: Encoding) -> None:
+    """Make the folder, or accept one that an earlier call with the same texts and model began."""
+    before = sound(Encoding.read(folder / INDEX))
     if before is not None:
-        for name, value in facts.items():
-            if before.get(name) != value:
-                raise UserError(f"{folder}: holds another encoding: {name} is {before.get(name)} there, now {value}")
+        for name, there in before.to_json().items():
+            now = getattr(encoding, name)
+            if now != there:
+                raise UserError(f"{folder}: holds another encoding: {name} is {there} there, now {now}")
         return
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise UserError(f"{folder}: holds other files; name an empty or a new folder")
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(mark, facts)
+    write_json(folder / INDEX, encoding.to_json())
 
 
 def _survey(path: Path, column: str) -> tuple[int, str]:
-    """How many texts, and a digest of them. Raises UserError for one that is empty."""
+    """Count the texts of a file and return a digest of them. Raises UserError for an empty text."""
     sha, number = hashlib.sha256(), 0
-    for number, text in enumerate(_texts(path, column), 1):
+    for number, text in enumerate(texts_of(path, column), 1):
         if not text.strip():
             raise UserError(f"{path}: text {number} is empty; every text needs at least one character")
         sha.update(f"{len(text)} {text}".encode())
@@ -113,8 +137,8 @@ def _survey(path: Path, column: str) -> tuple[int, str]:
     return number, sha.hexdigest()[:16]
 
 
-def _texts(path: Path, column: str) -> Iterator[str]:
-    """The texts of a file, one after the other. Raises UserError for what is no text."""
+def texts_of(path: Path, column: str = "text") -> Iterator[str]:
+    """Yield the texts of a .txt, .jsonl or .parquet file. Raises UserError for anything that is not a text."""
     if not path.is_file():
         raise UserError(f"{path}: there is no such file")
     if path.suffix == ".parquet":
@@ -125,15 +149,15 @@ def _texts(path: Path, column: str) -> Iterator[str]:
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             try:
-                # An editor of Windows begins a file with a mark of its bytes' order.
+                # Editors on Windows begin a file with a byte-order mark.
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
                 if path.suffix == ".jsonl":
                     text = json.loads(text)[column]
-                    str(text).encode()  # JSON can spell half of a character
+                    str(text).encode()  # fails for a lone surrogate, which JSON can contain
             except UnicodeError:
                 raise UserError(f"{path}: line {number} is not UTF-8") from None
             except (ValueError, KeyError, TypeError, RecursionError):
-                raise UserError(f"{path}: line {number} is no JSON object with a column {column!r}") from None
+                raise UserError(f"{path}: line {number} is not a JSON object with a column {column!r}") from None
             if not isinstance(text, str):
                 raise UserError(f"{path}: line {number}: {column!r} is {type(text).__name__}; expected a text")
             yield text
@@ -146,7 +170,7 @@ def _parquet_texts(path: Path, column: str) -> Iterator[str]:
     try:
         file = parquet.ParquetFile(path)
     except (OSError, pyarrow.ArrowException):
-        raise UserError(f"{path}: is no Parquet file that can be read") from None
+        raise UserError(f"{path}: not a readable Parquet file") from None
     names = file.schema_arrow.names
     if column not in names:
         raise UserError(f"{path}: there is no column {column!r}; it has: {', '.join(names)}")

@@ -1,7 +1,7 @@
-"""MTEB scores of a finished run (paper, section 4.4, figures 8 to 12, 15, 16): one task at a time, one file a task.
+"""Score a finished run with MTEB (paper, section 4.4, figures 8 to 12, 15, 16): one task at a time, one file per task.
 
-A task's file under RUN/scores is its done-marker: an evaluation that is stopped begins again at the first task
-without one. Every score is stored with what changes scores: precision, context, prompts (none), versions.
+A task with a file in RUN/scores is finished, so an interrupted evaluation continues with the next task. The price: a
+task that is interrupted starts again from its beginning.
 """
 
 import time
@@ -12,21 +12,24 @@ from typing import Any
 import numpy as np
 
 from embedscale.data.store import PairBatch, PairStore
+from embedscale.data.tokens import load_tokenizer, tokenizer_of
 from embedscale.errors import DONE, INTERRUPTED, UserError
-from embedscale.files import now, read_json, write_json
+from embedscale.files import now, write_json
 from embedscale.model.hardware import keep_freed_memory
+from embedscale.run.config import RunConfig, load
 from embedscale.run.directory import RunDirectory
-from embedscale.run.record import RunRecord
+from embedscale.run.record import RunRecord, sound
+from embedscale.run.score import Score
 from embedscale.run.stop import StopRequest
 from embedscale.serving.embedder import Embedder, finished
 from embedscale.serving.tasks import HELD_OUT, load_data, mteb_package, names_of, task_of
 
 
 def evaluate(run: str, names: Sequence[str], tasks: Iterable[Any] = (), stop: StopRequest | None = None) -> int:
-    """Score a run on tasks by name, on whole suites, and on mteb `tasks` that the caller built.
+    """Score a run on tasks and suites by name, and on mteb `tasks` that the caller built.
 
-    Writes RUN/scores/TASK.json, and skips tasks that have one. Returns DONE or, after a stop request, INTERRUPTED.
-    Raises UserError for a run that is not done, a task that mteb does not know, and data that cannot be had.
+    Writes RUN/scores/TASK.json, and skips tasks that have this file. Returns DONE, or INTERRUPTED after a request to
+    stop. Raises UserError if the run is not done, mteb does not know a task, or a task's data cannot be loaded.
     """
     directory = RunDirectory(run)
     record = finished(directory)
@@ -40,52 +43,52 @@ def evaluate(run: str, names: Sequence[str], tasks: Iterable[Any] = (), stop: St
     if missing:
         directory.scores.mkdir(exist_ok=True)
         keep_freed_memory()
-        adapter = adapter_of(Embedder.of_run(run))
+        adapter = adapter_of(Embedder.load(run))
     for number, (name, task) in enumerate(missing.items(), 1):
         if stop.requested:
-            print(f"{record.run_id}: interrupted ({stop.reason}) before {name}; run it again to go on")
+            print(f"{record.run_id}: interrupted ({stop.reason}) before {name}; run it again to continue")
             return INTERRUPTED
         print(f"{record.run_id}: task {number} of {len(missing)}, {name}", flush=True)
-        write_json(directory.score(name), _score(mteb, adapter, task, record))
-    _show(record, {name: read_json(directory.score(name)) for name in known})
+        write_json(directory.score(name), score_of(mteb, adapter, task, record).to_json())
+    _show(record, [found for name in known if (found := sound(Score.read(directory.score(name))))])
     return DONE
 
 
-def _score(mteb: Any, adapter: Any, task: Any, record: RunRecord) -> dict[str, Any]:
+def score_of(mteb: Any, adapter: Any, task: Any, record: RunRecord) -> Score:
+    """Load a task's data and score the run on it."""
     begun = time.monotonic()
     load_data(task)
     result = mteb.evaluate(adapter, task, cache=None, co2_tracker=False, show_progress_bar=False).task_results[0]
     hyperparameters = record.hyperparameters
-    return {
-        "task": task.metadata.name,
-        "type": task.metadata.type,
-        "score": result.get_score(),
-        "main_score": task.metadata.main_score,
-        "scores": result.scores,
-        "run_id": record.run_id,
-        "weights_digest": record.weights_digest,
-        "dataset_revision": result.dataset_revision,
-        "mteb": version("mteb"),
-        "precision": hyperparameters.precision,
-        "context": hyperparameters.context,
-        "prompts": None,
-        "seconds": round(time.monotonic() - begun, 1),
-        "time": now(),
-    }
+    return Score(
+        task=task.metadata.name,
+        type=task.metadata.type,
+        score=result.get_score(),
+        main_score=task.metadata.main_score,
+        scores=result.scores,
+        run_id=record.run_id,
+        weights_digest=record.weights_digest,
+        dataset_revision=result.dataset_revision,
+        mteb=version("mteb"),
+        precision=hyperparameters.precision,
+        context=hyperparameters.context,
+        seconds=round(time.monotonic() - begun, 1),
+        time=now(),
+    )
 
 
-def _show(record: RunRecord, scores: dict[str, dict[str, Any]]) -> None:
+def _show(record: RunRecord, scores: list[Score]) -> None:
     from rich.console import Console
     from rich.table import Table
 
     table = Table("task", "kind", "score", "measure", "seconds", title=record.run_id)
-    for name, found in scores.items():
-        table.add_row(name, found["type"], f"{found['score']:.4f}", found["main_score"], f"{found['seconds']}")
+    for found in scores:
+        table.add_row(found.task, found.type, f"{found.score:.4f}", found.main_score, f"{found.seconds}")
     Console(highlight=False).print(table)
 
 
 def adapter_of(embedder: Embedder) -> Any:
-    """The run under mteb's contract of an encoder, version 2: named by its run, its revision the weights' digest."""
+    """Return the run as an encoder of mteb 2, named after the run, with the digest of its weights as revision."""
     from mteb.models.abs_encoder import AbsEncoder
     from mteb.models.model_meta import ModelMeta, ScoringFunction
 
@@ -113,24 +116,23 @@ def adapter_of(embedder: Embedder) -> Any:
         )
 
         def encode(self, inputs: Any, **_: Any) -> np.ndarray:
-            """All texts at once, so that they are sorted by length over the whole task and not within 32."""
+            """Embed all texts together, so that they are sorted by length over the whole task, not within a batch."""
             return embedder.encode([text for batch in inputs for text in batch["text"]])
 
     return Adapter()
 
 
 def held_out_task(directory: RunDirectory, record: RunRecord) -> Any:
-    """Retrieval over the held-out pairs that the run's recall was measured on: a split for each of its groups.
+    """Return an mteb retrieval task over the held-out pairs on which the run's recall was measured.
 
-    The texts are the stored tokens, decoded. Raises UserError where the store is gone or another one.
+    Each group of the evaluation is a split. The texts are the stored tokens, decoded. Raises UserError if the store is
+    missing or has changed.
     """
     from datasets import Dataset
     from mteb.abstasks.retrieval import AbsTaskRetrieval
     from mteb.abstasks.task_metadata import TaskMetadata
 
-    from embedscale.run import config as configs
-
-    config = configs.load(directory.config)
+    config = load(directory.config)
     store = PairStore.open(config.data.store)
     if store.digest != record.data_digest:
         raise UserError(f"data.store: {config.data.store} is {store.digest}; the run's was {record.data_digest}")
@@ -169,13 +171,10 @@ def held_out_task(directory: RunDirectory, record: RunRecord) -> Any:
     return HeldOutRetrieval()
 
 
-def held_out_texts(config: Any, pairs: PairBatch) -> list[str]:
-    """Stored token sequences as texts: the queries, then the positives."""
-    from embedscale.data.tokens import load_tokenizer
-
-    name = config.data.tokenizer or config.backbone.name
-    tokenizer, _ = load_tokenizer(name, None if config.data.tokenizer else config.backbone.revision)
+def held_out_texts(config: RunConfig, pairs: PairBatch) -> list[str]:
+    """Decode stored pairs: the texts of the queries, then those of the positives."""
+    tokenizer, _ = load_tokenizer(*tokenizer_of(config))
     sequences = np.split(pairs.tokens, np.cumsum(pairs.lengths)[:-1])
     texts = tokenizer.decode_batch([ids.tolist() for ids in sequences], skip_special_tokens=False)
-    # A text cut in the middle of a character ends with the sign for what cannot be read.
+    # A text that was cut inside a character ends with the replacement character.
     return [text.rstrip("\ufffd") if len(text) > 1 else text for text in texts]

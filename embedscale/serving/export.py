@@ -1,7 +1,7 @@
-"""A finished run as a sentence-transformers model, which old and new releases, and transformers alone, can load.
+"""Export a finished run as a sentence-transformers model, readable by old and new releases and by transformers alone.
 
-The folder is written beside its target, loaded again by a fresh process, compared with the live model, and only then
-renamed: what lies at the target is a whole model that was seen to work.
+The model is written to a temporary folder, loaded by a new process and compared with the run's embeddings. Only then is
+the folder renamed to its target, so a model at the target is complete and known to work. The price: half a minute.
 """
 
 import json
@@ -15,13 +15,15 @@ from typing import Any
 
 import numpy as np
 
-from embedscale.data.tokens import PROBE
+from embedscale.data.tokens import PROBE, tokenizer_of
 from embedscale.errors import DONE, FAILED, UserError
 from embedscale.files import read_json
 from embedscale.run.directory import RunDirectory
+from embedscale.run.score import Score
 from embedscale.serving.embedder import Embedder
+from embedscale.values import sound
 
-SIMILAR = 0.9999  # the least cosine between a text's embedding here and in the exported model
+SIMILAR = 0.9999  # least cosine between the embeddings of a text by the run and by the exported model
 POOLING_FLAGS = {
     "mean": "pooling_mode_mean_tokens",
     "last": "pooling_mode_lasttoken",
@@ -29,7 +31,7 @@ POOLING_FLAGS = {
 }
 MODULES = ("Transformer", "Pooling", "Normalize")
 RELOAD = """
-import gc; gc.disable()  # the imports take a fifth less
+import gc; gc.disable()  # makes the imports a fifth faster
 import json, sys
 import numpy as np
 from sentence_transformers import SentenceTransformer
@@ -39,30 +41,31 @@ np.save(sys.argv[3], model.encode(texts, convert_to_numpy=True, show_progress_ba
 """
 
 
-def export(run: str, folder: str) -> int:
-    """Write the model of RUN into FOLDER, LoRA merged in float32. Returns FAILED where it does not embed as the run.
+def export(run: str, folder: str, least_cosine: float = SIMILAR) -> int:
+    """Write the model of a run into a new or empty folder. LoRA adapters are merged in float32.
 
-    Raises UserError for a run that is not done, a folder that holds something, and a missing package.
+    Returns DONE, or FAILED if the exported model does not embed as the run does; then nothing is left. Raises UserError
+    if the run is not done, the folder is not empty, or sentence-transformers is not installed.
     """
-    target = Path(folder).resolve()  # of a link, the folder behind it
+    target = Path(folder).resolve()  # the real folder behind a link
     if target == Path.cwd():
-        raise UserError(f"{target}: is the folder that you are in, which cannot be replaced; name another one")
+        raise UserError(f"{target}: is the current folder, which cannot be replaced; name another folder")
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise UserError(f"{target}: is not empty; name an empty or a new folder")
     try:
         version("sentence-transformers")
     except ModuleNotFoundError:
         raise UserError("export needs sentence-transformers: pip install 'embedscale[mteb]'") from None
-    # Exported in float32, it is compared in float32: over many blocks, bf16's rounding alone is beyond what is similar.
-    embedder = Embedder.of_run(run, "cpu", "float32")
+    # The export is float32, so it is compared with float32: in deep models, rounding to bf16 alone exceeds SIMILAR.
+    embedder = Embedder.load(run, "cpu", "float32")
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", suffix=".partial", dir=target.parent) as temporary:
         made = Path(temporary) / "model"
         made.mkdir()
         _write_model(embedder, made)
         likeness = _compare(embedder, made, Path(temporary))
-        if isinstance(likeness, str) or likeness <= SIMILAR:
-            found = likeness if isinstance(likeness, str) else f"cosine {likeness:.6f}, expected above {SIMILAR}"
+        if isinstance(likeness, str) or likeness <= least_cosine:
+            found = likeness if isinstance(likeness, str) else f"cosine {likeness:.6f}, expected above {least_cosine}"
             print(f"embedscale: the exported model does not embed as the run does ({found}); nothing was left")
             return FAILED
         card = model_card(embedder, RunDirectory(run), target.name, likeness)
@@ -89,7 +92,7 @@ def _write_model(embedder: Embedder, folder: Path) -> None:
             for number, name in enumerate(MODULES)
         ],
         "sentence_bert_config.json": {"max_seq_length": config.data.context, "do_lower_case": False},
-        # Flags, not the newer one-word form, which older readers take for the mode they happen to prefer.
+        # Flags instead of the newer single word, which older releases ignore and replace by their default.
         "1_Pooling/config.json": {
             "word_embedding_dimension": embedder.width,
             "pooling_mode_cls_token": False,
@@ -107,7 +110,7 @@ def _write_model(embedder: Embedder, folder: Path) -> None:
     }
     mode = (folder / "config.json").stat().st_mode
     for weights in folder.glob("*.safetensors"):
-        weights.chmod(mode)  # safetensors lets nobody but the owner read them
+        weights.chmod(mode)  # safetensors makes them readable by the owner only
     (folder / "2_Normalize").mkdir()
     for name, value in write.items():
         path = folder / name
@@ -116,7 +119,7 @@ def _write_model(embedder: Embedder, folder: Path) -> None:
 
 
 def _legacy_rotary(config: Any) -> dict[str, Any]:
-    """What releases of transformers before 5 read in place of `rope_parameters`."""
+    """Return the settings that transformers before 5 reads instead of `rope_parameters`."""
     rope = getattr(config, "rope_parameters", None)
     if not rope or "rope_theta" not in rope:
         return {}
@@ -131,23 +134,26 @@ def _legacy_rotary(config: Any) -> dict[str, Any]:
 
 
 def _write_tokenizer(embedder: Embedder, folder: Path) -> None:
-    """The tokenizer as trained with, and a token to pad with, on the right, where causal attention never sees it."""
+    """Write the run's tokenizer with a padding token.
+
+    Padding is on the right, where causal attention does not see it.
+    """
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
-    # What it was trained with has no special token around a text, which other callers would ask for.
+    # Training added no special token around a text, so other callers must get none either.
     tokenizer = Tokenizer.from_str(embedder.tokenizer.to_str())
     tokenizer.no_truncation()
     tokenizer.post_processor = None
-    name = embedder.config.data.tokenizer or embedder.config.backbone.name
+    name, _ = tokenizer_of(embedder.config)
     known = read_json(Path(name) / "tokenizer_config.json") or {} if Path(name).is_dir() else {}
     end = known.get("eos_token") or known.get("pad_token")
     if isinstance(end, dict):
         end = end["content"]
     if end is None or tokenizer.token_to_id(end) is None:
         special = [t.content for _, t in sorted(tokenizer.get_added_tokens_decoder().items()) if t.special]
-        # Without any special token a symbol serves, for attention and pooling go by the mask: the longest one, since
-        # what pads is cut out of texts first, wherever they spell it.
+        # Without a special token, any symbol can pad, because attention and pooling use the mask. But tokenizers first
+        # search texts for the padding token itself; the longest symbol is the least likely to occur in them.
         end = special[0] if special else max(tokenizer.get_vocab(), key=lambda symbol: (len(symbol), symbol))
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -159,7 +165,7 @@ def _write_tokenizer(embedder: Embedder, folder: Path) -> None:
         clean_up_tokenization_spaces=False,
         model_input_names=["input_ids", "attention_mask"],
     ).save_pretrained(folder)
-    # The class by which every release knows a plain tokenizer.json.
+    # The class that every release has for a plain tokenizer.json.
     _edit_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"})
 
 
@@ -168,7 +174,10 @@ def _edit_json(path: Path, values: dict[str, Any]) -> None:
 
 
 def _compare(embedder: Embedder, model: Path, scratch: Path) -> float | str:
-    """The least cosine over texts of every length, the exported model in a process of its own; or what went wrong."""
+    """Embed texts of many lengths with the exported model, in a new process, and with the run.
+
+    Returns the least cosine, or what went wrong as a text.
+    """
     texts = [PROBE[:n] for n in range(1, len(PROBE) + 1, 3)] + [PROBE * 20, "a " * 5000]
     (scratch / "texts.json").write_text(json.dumps(texts))
     words = [sys.executable, "-P", "-c", RELOAD, str(model), str(scratch / "texts.json"), str(scratch / "found.npy")]
@@ -181,10 +190,10 @@ def _compare(embedder: Embedder, model: Path, scratch: Path) -> float | str:
 
 
 def model_card(embedder: Embedder, directory: RunDirectory, name: str, likeness: float) -> str:
-    """README.md: how to use the model, and what made it."""
+    """Return the text of the model's README.md: how to use it, how it was trained, and its scores."""
     record, config = embedder.record, embedder.config
     settings = record.hyperparameters
-    scores = [read_json(path) for path in directory.score_paths()]
+    scores = [score for path in directory.score_paths() if (score := sound(Score.read(path)))]
     rows = {
         "backbone": f"{record.backbone} ({record.backbone_weights}, digest {record.backbone_digest})",
         "method": settings.method_label,
@@ -204,7 +213,7 @@ def model_card(embedder: Embedder, directory: RunDirectory, name: str, likeness:
         f"held-out loss (among {evaluation.negatives + 1}, temperature {evaluation.temperature:g})": record.loss,
         f"recall@1 among {evaluation.negatives + 1}": record.recall_at_1,
         "recall@10": record.recall_at_10,
-        **{f"MTEB {score['task']} ({score['main_score']})": score["score"] for score in scores},
+        **{f"MTEB {score.task} ({score.main_score})": score.score for score in scores},
     }
     front = ["library_name: sentence-transformers", "pipeline_tag: sentence-similarity"]
     front += ["tags:", *(f"- {tag}" for tag in ("sentence-transformers", "feature-extraction", "embedscale"))]

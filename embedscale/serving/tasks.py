@@ -7,10 +7,10 @@ from typing import Any
 
 from embedscale.errors import UserError
 
-HELD_OUT = "HeldOutRetrieval"  # over a store's held-out pairs; needs no network
+HELD_OUT = "HeldOutRetrieval"  # retrieval over the store's held-out pairs; needs no network
 SUITES = {
     "held-out": (HELD_OUT,),
-    "paper": (  # section 4.4: a task a category
+    "paper": (  # section 4.4: one task of each category
         "EmotionClassification",
         "TwentyNewsgroupsClustering",
         "SprintDuplicateQuestions",
@@ -19,7 +19,7 @@ SUITES = {
         "STS15",
         "SummEval",
     ),
-    "published-code": (  # what the authors' repository lists as broad
+    "published-code": (  # the tasks that the authors' repository lists as broad
         "MedrxivClusteringS2S",
         "StackExchangeClusteringP2P",
         "ArguAna",
@@ -37,17 +37,17 @@ SUITES = {
         "StackOverflowDupQuestions",
     ),
 }
-# Of several languages: scored as MTEB's English benchmark does, on the test split of this one.
+# Tasks in several languages. As in MTEB's English benchmark, only the English test split is scored.
 ENGLISH = ("STS22", "AmazonReviewsClassification")
 
 
 def names_of(words: Iterable[str]) -> list[str]:
-    """Task names, suites written out, each once."""
+    """Return task names in order, each once, with suites replaced by their tasks."""
     return list(dict.fromkeys(name for word in words for name in SUITES.get(word, (word,))))
 
 
 def mteb_package() -> Any:
-    """The module. Raises UserError where it is not installed."""
+    """Import mteb. Raises UserError if it is not installed."""
     try:
         import mteb
     except ModuleNotFoundError:
@@ -56,7 +56,7 @@ def mteb_package() -> Any:
 
 
 def task_of(name: str) -> Any:
-    """mteb's task. Raises UserError for an unknown one, naming the nearest, and for one of other things than texts."""
+    """Return the mteb task of a name. Raises UserError for an unknown name, and for a task that is not about texts."""
     import difflib
 
     mteb = mteb_package()
@@ -67,29 +67,29 @@ def task_of(name: str) -> Any:
         every = [task.metadata.name for task in mteb.get_tasks()] + [*SUITES]
         near = difflib.get_close_matches(name, every, 1)
         hint = f"; did you mean {near[0]}?" if near else ""
-        raise UserError(f"--tasks: {name!r} is no task of mteb {version('mteb')} and no suite{hint}") from None
+        raise UserError(f"--tasks: {name!r} is neither a task of mteb {version('mteb')} nor a suite{hint}") from None
     if set(task.metadata.modalities) != {"text"}:
         raise UserError(
-            f"--tasks: {name!r} is a task of {' and '.join(task.metadata.modalities)}; allowed: of text alone"
+            f"--tasks: {name!r} is a task of {' and '.join(task.metadata.modalities)}; allowed: tasks of text alone"
         )
     return task
 
 
 def load_data(task: Any) -> None:
-    """Have the task load its data. Raises UserError where they cannot be had."""
+    """Load a task's data. Raises UserError if they are neither in the local cache nor on the hub."""
     import datasets
 
-    datasets.disable_progress_bars()  # they are drawn into pipes and logs too
+    datasets.disable_progress_bars()  # they would be drawn into pipes and logs too
     try:
-        for part in getattr(task.metadata, "tasks", [task]):  # of an aggregate, which has no data of its own
+        for part in getattr(task.metadata, "tasks", [task]):  # an aggregate has no data of its own
             part.load_data()
     except UserError:
         raise
-    except Exception as error:  # the hub's client and datasets have many classes for one fact
+    except Exception as error:  # the hub's client and datasets raise many unrelated classes
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         offline = " and HF_HUB_OFFLINE is set" if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0") else ""
         name = task.metadata.name
         raise UserError(
-            f"--tasks: {name}: its data is not in the local cache{offline}; fetch it on a machine with a network, with "
-            f"the same HF_HOME: embedscale sweep prefetch SWEEP --evaluate {name} ({reason})"
+            f"--tasks: {name}: its data is not in the local cache{offline}; download it on a machine with a "
+            f"network and the same HF_HOME: embedscale sweep prefetch SWEEP --evaluate {name} ({reason})"
         ) from None

@@ -1,9 +1,10 @@
-"""Tokenizers that several files of tests use."""
+"""Tokenizers and finished runs that several files of tests use."""
 
+import json
 from pathlib import Path
 
 import pytest
-from saved import WORDS, save_byte_tokenizer
+from saved import WORDS, save_byte_tokenizer, write_pairs
 
 LONG_WORD = "internationalisation"  # one symbol of `bpe_tokenizer`
 
@@ -36,3 +37,33 @@ def bpe_tokenizer(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("tokenizers") / "bpe"
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>").save_pretrained(folder)
     return folder
+
+
+METHODS = {
+    "full": [],
+    "freeze": ["method.name=freeze", "method.active_blocks=1"],
+    "bias": ["method.name=bias", "training.learning_rate=0.03"],
+    "lora": ["method.name=lora", "method.rank=4", "method.embedding=true", "training.learning_rate=0.03"],
+}
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory, tiny_run) -> dict[str, Path]:
+    """A finished run of each method."""
+    from embedscale.data.prepare import prepare
+    from embedscale.errors import DONE
+    from embedscale.run.config import load
+    from embedscale.training.train import train
+
+    folder = tmp_path_factory.mktemp("runs")
+    rows = write_pairs(folder / "all.jsonl", 3000).read_text().splitlines()
+    once = {json.loads(row)["pos"][0]: row for row in rows}  # equal positives would be ties, which nothing orders
+    (folder / "once.jsonl").write_text("\n".join(once.values()) + "\n")
+    data = [f"data.store={folder / 'store'}", f"data.sources=[{{kind: jsonl, path: {folder / 'once.jsonl'}}}]"]
+    assert prepare(load(None, [*tiny_run, *data])) == DONE
+    found = {}
+    for name, words in METHODS.items():
+        config = load(None, [*tiny_run, *data, *words, "budget=2e9", f"output={folder}"])
+        assert train(config) == DONE
+        found[name] = Path(config.folder)
+    return found
