@@ -112,6 +112,9 @@ def _is_ampere(device: int) -> bool:
 def variable_length(query: Tensor, key: Tensor, value: Tensor, packing: Any, scaling: float) -> Tensor:
     """Return [T, heads, size]: attention of a whole chunk in one kernel. `key` and `value` may have fewer heads."""
     ends, bound = packing.ends, packing.bound
+    if key.shape[1] != query.shape[1]:  # varlen_attn takes fewer heads of keys only from torch 2.12 on
+        each = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(each, 1), value.repeat_interleave(each, 1)
     found = varlen_attn(
         query,
         key,
@@ -122,7 +125,6 @@ def variable_length(query: Tensor, key: Tensor, value: Tensor, packing: Any, sca
         bound,
         scale=scaling,
         window_size=(-1, 0),  # causal
-        enable_gqa=key.shape[1] != query.shape[1],
     )
     assert isinstance(found, Tensor)  # a pair only if asked for
     return found
