@@ -8,7 +8,7 @@ export TOKENIZERS_PARALLELISM ?= false
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 export PYTHONDONTWRITEBYTECODE =
 
-.PHONY: install quickstart test lint format docs notebook clean
+.PHONY: install quickstart test test-quick lint format docs notebook clean
 
 install: $(VENV)/installed
 
@@ -58,6 +58,10 @@ docs: $(DOCS)/installed
 notebook: $(DOCS)/installed
 	$(SPHINX) jupyter_client.kernelspecapp list > /dev/null
 	$(SPHINX) nbclient --inplace docs/notebooks/tour.ipynb
+
+# Under two minutes, and no daemons: for the time between two edits.
+test-quick: install
+	$(BIN)/python -m pytest -n 3 -m "not slow and not slurm"
 
 lint: install
 	$(BIN)/ruff check .

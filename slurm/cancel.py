@@ -1,7 +1,7 @@
 """End the jobs of a sweep, and its processes on this machine. What they have saved stays for the next submit."""
 
+from argparse import Namespace
 from collections.abc import Sequence
-from typing import Any
 
 from embedscale.errors import DONE, UserError
 from slurm import grid
@@ -63,7 +63,7 @@ def _agreed() -> bool:
         raise UserError("cancel: the question cannot be answered without a terminal; add --yes") from None
 
 
-def command(args: Any) -> int:
+def command(args: Namespace) -> int:
     """`embedscale sweep cancel SWEEP.yaml [key=value …] [--yes]`."""
     sweep = grid.load(args.sweep, args.words)
     cancel(sweep, scheduler_of(sweep.cluster.scheduler, sweep.folder), confirmed=args.yes)

@@ -11,14 +11,15 @@ import socket
 import subprocess
 import sys
 import uuid
+from argparse import Namespace
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 from embedscale.errors import DONE, FAILED
+from embedscale.values import Value
 from slurm import cluster as clusters
 from slurm.cluster import Cluster, ResourceClass
 from slurm.scheduler.site import PROGRAMS, Node, Partition, Site, ask_site, missing_programs, run_on_node
@@ -28,7 +29,7 @@ MALICIOUS = {"lightning": ("2.6.2", "2.6.3")}
 
 
 @dataclass(frozen=True)
-class Finding:
+class Finding(Value):
     """One line of the doctor's report."""
 
     subject: str
@@ -297,18 +298,18 @@ def on_node(cluster: Cluster, folder: Path) -> Iterator[Finding]:
         words = [sys.executable, "-m", "slurm.doctor", str(token.absolute()), str(each.cpus), str(int(each.gpus > 0))]
         try:
             output, why = run_on_node(cluster, each, words)
-            rows = json.loads(output.splitlines()[-1]) if output else []
+            found = [Finding.from_json(row) for row in json.loads(output.splitlines()[-1])] if output else []
         except ValueError:
-            rows, why = [], "the node printed no findings"
+            found, why = [], "the node printed no findings"
         finally:
             token.unlink(missing_ok=True)
-        if not rows:
+        if not found:
             yield Finding(f"a node of {each.name}", False, f"cannot be asked: {why}")
-        for row in rows:
-            yield Finding(f"a node of {each.name}: {row['subject']}", row["fine"], row["text"])
+        for finding in found:
+            yield replace(finding, subject=f"a node of {each.name}: {finding.subject}")
 
 
-def probe(token: Path, cpus: int, gpu: bool) -> list[dict[str, Any]]:
+def probe(token: Path, cpus: int, gpu: bool) -> list[Finding]:
     """Return the findings of the probe that `on_node` runs on a node.
 
     `token` is a file in the folder of the runs, `cpus` the cores and `gpu` whether a GPU was asked for.
@@ -327,7 +328,7 @@ def probe(token: Path, cpus: int, gpu: bool) -> list[dict[str, Any]]:
     has = shutil.which("scontrol") is not None
     text = "here: a job can requeue itself" if has else "is missing: a stopped job waits for the next submit"
     found.append(Finding("scontrol", True, text))
-    return [vars(each) for each in found]
+    return found
 
 
 def print_findings(findings: Iterable[Finding]) -> int:
@@ -344,7 +345,7 @@ def print_findings(findings: Iterable[Finding]) -> int:
     return FAILED if changes else DONE
 
 
-def command(args: Any) -> int:
+def command(args: Namespace) -> int:
     """`embedscale doctor [--cluster FILE] [--sweep FILE] [--folder FOLDER] [--on-node]`."""
     from slurm import grid
 
@@ -369,4 +370,4 @@ def command(args: Any) -> int:
 
 
 if __name__ == "__main__":
-    print(json.dumps(probe(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "1")))
+    print(json.dumps([each.to_json() for each in probe(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "1")]))

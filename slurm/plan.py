@@ -7,12 +7,12 @@ device's peak; the table says which.
 """
 
 import math
+from argparse import Namespace
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -367,7 +367,7 @@ def _footnotes(plan: SweepPlan, unit: str) -> Iterable[str]:
         yield f"Requeues: {requeues:,} by the time limits ({limits}); preemptions come in addition."
 
 
-def command(args: Any) -> int:
+def command(args: Namespace) -> int:
     """`embedscale sweep plan SWEEP.yaml [key=value …] [--max-gpu-hours H] [--each]`."""
     plan = plan_sweep(grid.load(args.sweep, args.words))
     print_plan(plan, each=args.each)

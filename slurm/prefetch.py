@@ -4,9 +4,9 @@ Models go into the cache of the Hugging Face hub (HF_HOME). Nodes find them ther
 network. Pairs go into their stores. The nodes must see both folders.
 """
 
+from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from embedscale.data.prepare import prepare
 from embedscale.errors import DONE, UserError
@@ -68,6 +68,6 @@ def _download(name: str, revision: str | None, patterns: Sequence[str]) -> Path:
         raise UserError(f"backbone.name: {name!r} cannot be fetched ({str(error).splitlines()[0]})") from None
 
 
-def command(args: Any) -> int:
+def command(args: Namespace) -> int:
     """`embedscale sweep prefetch SWEEP.yaml [key=value …]`."""
     return prefetch(grid.load(args.sweep, args.words), args.evaluate or [])

@@ -7,6 +7,7 @@ be missing.
 
 import os
 import time
+from argparse import Namespace
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -14,7 +15,6 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
@@ -332,7 +332,7 @@ def _notes(sweep: Sweep, plan: SweepPlan, done: Sequence[RunStatus]) -> Iterable
         yield f"{others:,} other runs in {sweep.folder} do not belong to this sweep file."
 
 
-def command(args: Any) -> int:
+def command(args: Namespace) -> int:
     """`embedscale sweep status SWEEP.yaml [key=value …]`."""
     sweep = grid.load(args.sweep, args.words)
     scheduler = scheduler_of(sweep.cluster.scheduler, sweep.folder)
@@ -343,7 +343,7 @@ def command(args: Any) -> int:
     return DONE
 
 
-def watch(args: Any) -> int:
+def watch(args: Namespace) -> int:
     """`embedscale sweep watch SWEEP.yaml [--every SECONDS]`: the status, refreshed until Ctrl-C or until all runs
     ended."""
     from rich.live import Live

@@ -5,11 +5,11 @@ request, failed go out. A submit holds a lease while it looks and sends, so that
 """
 
 import uuid
+from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
 
 from embedscale.errors import DONE, FAILED, INTERRUPTED, UserError
 from embedscale.run.config import allowed
@@ -24,7 +24,7 @@ from slurm.scheduler import node
 from slurm.scheduler.choice import scheduler_of
 from slurm.scheduler.local import Local
 from slurm.scheduler.scheduler import Job, Request, Scheduler
-from slurm.scheduler.snapshot import snapshot
+from slurm.scheduler.snapshot import CodeCopy, snapshot
 from slurm.scheduler.submissions import Orders, Submission, Submissions
 from slurm.scoring import checked
 from slurm.status import RunState, survey
@@ -166,7 +166,7 @@ def _held(submissions: Submissions, jobs: Mapping[str, Job]) -> list[tuple[str, 
     ]
 
 
-def _send(request: Request, scheduler: Scheduler, submissions: Submissions, code: Mapping[str, Any]) -> str:
+def _send(request: Request, scheduler: Scheduler, submissions: Submissions, code: CodeCopy) -> str:
     """Write an array's orders and its note, submit it, and return its number."""
     array, cluster, shape = request.array, request.cluster, request.array.shape
     if cluster.warning_seconds >= 60 * shape.minutes:
@@ -215,7 +215,7 @@ def run_here(sweep: Sweep, chosen: Sequence[Estimate], scores: Sequence[str] = (
     return FAILED if counts["failed"] else DONE
 
 
-def command(args: Any) -> int:
+def command(args: Namespace) -> int:
     """`embedscale sweep submit SWEEP.yaml [key=value …] [--to …] [--retry-failed] [--evaluate TASK …]`."""
     wish = Wish(args.retry_failed, args.max_gpu_hours, tuple(checked(args.evaluate or [])))
     sweep = grid.load(args.sweep, args.words)

@@ -43,7 +43,7 @@ def work(folder: str, submission: str, run_ids: list[str]) -> NoReturn:
     stop.on_signals()
     signal.signal(signal.SIGCONT, signal.SIG_IGN)
     _become_rank(allocation)
-    print(f"{now()} {submission}: {len(run_ids)} runs on {allocation.node}, code {orders.code}", flush=True)
+    print(f"{now()} {submission}: {len(run_ids)} runs on {allocation.node}, code {orders.code.digest}", flush=True)
     import_everything()
     if fault := self_test(orders.gpus, orders.memory_gb):
         _leave_sick_node(submissions, scheduler, allocation, orders, fault)

@@ -6,21 +6,22 @@ counts even if the scheduler accepted it without returning its number.
 
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 from embedscale.files import now, read_json, write_json
 from embedscale.run.config import RunConfig, structured
 from embedscale.run.lease import process_alive
+from embedscale.values import Value, sound
 from slurm.scheduler.scheduler import Job
+from slurm.scheduler.snapshot import CodeCopy
 
 SICK_SECONDS = 24 * 3600.0  # for which no job is sent to a node that failed its self-test
 
 
 @dataclass(frozen=True)
-class Submission:
+class Submission(Value):
     """The note of one submitted array."""
 
     name: str
@@ -55,8 +56,8 @@ class Orders:
     """Cores of each process."""
     memory_gb: float
     """Memory that each node must have, GB."""
-    code: Mapping[str, Any]
-    """Facts of the copied code, as `snapshot` returns them."""
+    code: CodeCopy
+    """The copy of the code that the jobs run."""
     scores: tuple[str, ...] = ()
     """Tasks of mteb to score the runs on; empty: train the runs."""
     scheduler: str = "slurm"
@@ -64,7 +65,7 @@ class Orders:
 
 
 @dataclass(frozen=True)
-class Process:
+class Process(Value):
     """A process that works at a sweep outside of any queue."""
 
     host: str
@@ -73,6 +74,20 @@ class Process:
     """Id of the process."""
     born: str
     """`lease.start_time` of the process, which tells it from a later process with the same id."""
+
+
+@dataclass(frozen=True)
+class SickNode(Value):
+    """A node that failed its self-test."""
+
+    node: str
+    """Name of the node, as the scheduler spells it."""
+    fault: str
+    """What is wrong with the node."""
+    time: str
+    """Time of the self-test, ISO 8601."""
+    job_id: str | None = None
+    """Number of the job that tested the node."""
 
 
 class Submissions:
@@ -91,14 +106,12 @@ class Submissions:
     def note(self, submission: Submission) -> None:
         """Write a submission down; to be called before it goes out, and again when its number is known."""
         self.path.mkdir(parents=True, exist_ok=True)
-        write_json(self.path / f"{submission.name}.json", asdict(submission))
+        write_json(self.path / f"{submission.name}.json", submission.to_json())
 
     def noted(self) -> dict[str, Submission]:
         """Return every submission by name. Raises UserError for a damaged note."""
-        known = {item.name for item in fields(Submission)}
-        found = (read_json(file) for file in sorted(self.path.glob("*.json")))
-        submissions = [Submission(**{k: v for k, v in note.items() if k in known}) for note in found if note]
-        return {each.name: each for each in submissions}
+        found = (sound(Submission.read(file)) for file in sorted(self.path.glob("*.json")))
+        return {each.name: each for each in found if each}
 
     def jobs_by_run(self, jobs: Iterable[Job] | None) -> dict[str, Job] | None:
         """Return, of the jobs of a queue, the one that holds each run of this sweep; None if `jobs` is None."""
@@ -121,32 +134,33 @@ class Submissions:
         """Return a submission's orders, for some of its runs."""
         found = read_json(self.files(name) / "orders.json")
         runs = {run_id: structured(RunConfig, found["runs"][run_id]) for run_id in run_ids}
-        return Orders(**found | {"runs": runs, "scores": tuple(found.get("scores", ()))})
+        code = CodeCopy.from_json(found["code"])
+        return Orders(**found | {"runs": runs, "code": code, "scores": tuple(found.get("scores", ()))})
 
     def note_sick(self, node: str, fault: str, job: str | None = None) -> None:
         """Note that a node failed its self-test."""
         path = self.path / "sick" / f"{node}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, {"node": node, "fault": fault, "time": now(), "job_id": job})
+        write_json(path, SickNode(node, fault, now(), job).to_json())
 
     def sick_nodes(self) -> dict[str, str]:
         """Return the nodes that failed a self-test within the last day, each with its fault."""
         found = {}
         for path in sorted((self.path / "sick").glob("*.json")):
-            noted = read_json(path)
-            if noted and time.time() - datetime.fromisoformat(noted["time"]).timestamp() < SICK_SECONDS:
-                found[noted["node"]] = noted["fault"]
+            noted = sound(SickNode.read(path))
+            if noted and time.time() - datetime.fromisoformat(noted.time).timestamp() < SICK_SECONDS:
+                found[noted.node] = noted.fault
         return found
 
     def announce(self, process: Process) -> Path:
         """Note a process that works at the sweep, so that `sweep cancel` finds it; returns the note."""
         note = self.path / f"{process.host}-{process.pid}.process"
         note.parent.mkdir(parents=True, exist_ok=True)
-        write_json(note, asdict(process))
+        write_json(note, process.to_json())
         return note
 
     def processes(self, host: str) -> list[Process]:
         """Return the noted processes: those of `host` that are alive, and those of other hosts, which nobody can
         check from here."""
-        found = [Process(**noted) for note in self.path.glob("*.process") if (noted := read_json(note))]
+        found = [noted for note in self.path.glob("*.process") if (noted := sound(Process.read(note)))]
         return [each for each in found if each.host != host or process_alive(each.pid, each.born)]
