@@ -12,7 +12,7 @@ from typing import Any
 
 from embedscale.errors import UserError
 from embedscale.run.config import bounded, read_yaml, structured
-from embedscale.run.families import shape_by_name
+from embedscale.run.families import SUITES, shape_by_name
 from embedscale.run.shape import BackboneShape
 
 
@@ -159,13 +159,13 @@ def load(path: str | Path | None) -> Cluster:
 
 
 def shape_of(backbone: str) -> BackboneShape:
-    """Return the shape of a backbone from the Pythia table or from its folder's config.json, without torch.
+    """Return the shape of a backbone from the table of its family or from its folder's config.json, without torch.
 
-    Raises UserError if neither has it.
+    Raise UserError if neither is known.
     """
     shape = shape_by_name(backbone)
     if shape is None:
         raise UserError(
-            f"backbone.name: {backbone!r} is neither of the Pythia suite nor a folder with a GPT-NeoX config.json"
+            f"backbone.name: {backbone!r} is neither a {SUITES} model nor a folder with the config.json of one"
         )
     return shape

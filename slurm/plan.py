@@ -24,7 +24,7 @@ from embedscale.files import read_json
 from embedscale.run.config import RunConfig, bounded
 from embedscale.run.cost import Cost, cost_of
 from embedscale.run.directory import RunDirectory
-from embedscale.run.families import known, short_name
+from embedscale.run.families import pretraining_learning_rate, short_name
 from embedscale.run.shape import BackboneShape
 from slurm import grid
 from slurm.cluster import ResourceClass, shape_of
@@ -241,8 +241,7 @@ class _Estimator:
 def _learning_rate(run: RunConfig) -> float:
     if run.training.learning_rate is not None:
         return run.training.learning_rate
-    row = known(run.backbone.name)
-    rate = run.method.peak_learning_rate(row.pretraining_learning_rate if row else None)
+    rate = run.method.peak_learning_rate(pretraining_learning_rate(run.backbone.name))
     if rate is None:
         raise UserError(
             f"training.learning_rate: the paper's rule has no value for {short_name(run.backbone.name)}; set one"

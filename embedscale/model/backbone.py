@@ -35,7 +35,7 @@ ROLES = {
 
 
 def shape_without_weights(backbone: Backbone) -> BackboneShape:
-    """A Pythia's shape by its name or its local `config.json`; other decoders are built on the meta device.
+    """Return the shape of a known family's decoder by its name or `config.json`; others are built on the meta device.
 
     Raises UserError for a backbone that cannot be found or is no decoder whose layers and attention are known.
     """

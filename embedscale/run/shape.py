@@ -4,7 +4,11 @@ Every block has the same layers. Models that differ from block to block are refu
 model (`embedscale.model.backbone.shape_of`).
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
+
+from embedscale.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -62,17 +66,16 @@ class BackboneShape:
         return self.blocks * self.biases_per_block + self.final_biases
 
 
-def neox_shape(
-    name: str,
-    blocks: int,
-    width: int,
-    mlp_width: int,
-    vocabulary: int,
-    context: int,
-    parallel_residual: bool = True,
-    attention_bias: bool = True,
-) -> BackboneShape:
-    """The shape of a GPT-NeoX decoder (every Pythia is one)."""
+def gpt_neox_shape(name: str, config: Mapping[str, Any]) -> BackboneShape:
+    """Return the shape of a GPT-NeoX decoder, such as Pythia, from its `config.json`.
+
+    Raise UserError for a number that is missing.
+    """
+    blocks, width, mlp_width, vocabulary, context = (
+        _whole(config, key)
+        for key in ("num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size", "max_position_embeddings")
+    )
+    bias = config.get("attention_bias", True)
     return BackboneShape(
         name=name,
         blocks=blocks,
@@ -81,8 +84,8 @@ def neox_shape(
         vocabulary=vocabulary,
         context=context,
         linears=(
-            Linear("query_key_value", width, 3 * width, attention_bias, "query_key_value"),
-            Linear("dense", width, width, attention_bias, "attention_out"),
+            Linear("query_key_value", width, 3 * width, bias, "query_key_value"),
+            Linear("dense", width, width, bias, "attention_out"),
             Linear("dense_h_to_4h", width, mlp_width, True, "mlp_in"),
             Linear("dense_4h_to_h", mlp_width, width, True, "mlp_out"),
         ),
@@ -90,5 +93,12 @@ def neox_shape(
         norm_biases=2 * width,
         final_weights=width,
         final_biases=width,
-        parallel_residual=parallel_residual,
+        parallel_residual=config.get("use_parallel_residual", True),
     )
+
+
+def _whole(config: Mapping[str, Any], key: str) -> int:
+    value = config.get(key)
+    if not isinstance(value, int):
+        raise UserError(f"{key} is {value!r}; expected a whole number")
+    return value

@@ -35,7 +35,7 @@ from embedscale.model.hardware import (
 from embedscale.model.packing import pack
 from embedscale.run.config import RunConfig, bounded
 from embedscale.run.cost import cost_of
-from embedscale.run.families import SUITE, short_name
+from embedscale.run.families import FAMILIES, short_name
 from embedscale.run.method import method_of_label
 from embedscale.training.batches import Batch
 from embedscale.training.memory import fitting_chunk
@@ -43,7 +43,7 @@ from embedscale.training.module import Contrastive, assemble
 from embedscale.training.plan import TrainingPlan
 from embedscale.training.train import bare_trainer, begin_worker, quieten
 
-METHODS = ("full", "freeze-0.5", "bias", "lora-r32")
+SIZES = {name: family for family in FAMILIES for name in family.sizes}  # by the short name of a size
 MEANS = (14, 64)  # tokens of a query and of a positive (paper, section 4.1)
 SPREAD = 0.6  # of the lengths' logarithm
 WARM_STEPS = 2
@@ -102,8 +102,8 @@ def config_of(config: RunConfig, size: str, label: str) -> RunConfig:
         method = method_of_label(label)
     except UserError as error:
         raise UserError(f"--methods: {error}") from None
-    if size not in SUITE and not (Path(size) / "config.json").is_file():
-        raise UserError(f"--sizes: {size!r} is neither of the suite ({', '.join(SUITE)}) nor a folder with a model")
+    if size not in SIZES and not (Path(size) / "config.json").is_file():
+        raise UserError(f"--sizes: {size!r} is neither a known size ({', '.join(SIZES)}) nor a folder with a model")
     backbone = replace(config.backbone, name=size, weights="random")
     return replace(config, backbone=backbone, method=method)
 
@@ -129,13 +129,13 @@ def measure(config: RunConfig, device: torch.device, seconds: float, peak: float
     """
     size = config.backbone.name
     with torch.device("meta"):
-        shapes = module_of(build(size) if size in SUITE else empty_body(config.backbone), config)
+        shapes = module_of(build(size) if size in SIZES else empty_body(config.backbone), config)
     weights, trained = (sum(x.nbytes for x in found) for found in (shapes.parameters(), shapes.trainable.values()))
     if weights + 3 * trained > shapes.memory:
         return {}
     torch.compiler.reset()  # all sizes' blocks share their code, which is compiled anew only so many times
     compiled = compile_seconds()
-    if size in SUITE:
+    if size in SIZES:
         with device:  # the numbers are drawn where they are needed
             body = build(size)
     else:
@@ -168,18 +168,12 @@ def measure(config: RunConfig, device: torch.device, seconds: float, peak: float
 
 
 def build(size: str, vocabulary: int | None = None) -> nn.Module:
-    """A Pythia body of random float32 weights, from the table alone."""
-    from transformers import AutoModel, GPTNeoXConfig
+    """Return a body of a known size with random float32 weights, from the table of its family alone."""
+    from transformers import AutoConfig, AutoModel
 
-    row = SUITE[size]
-    config = GPTNeoXConfig(
-        vocab_size=vocabulary or row.vocabulary,
-        hidden_size=row.width,
-        num_hidden_layers=row.blocks,
-        num_attention_heads=row.heads,
-        intermediate_size=4 * row.width,
-        max_position_embeddings=row.shape.context,
-    )
+    family = SIZES[size]
+    values = dict(family.sizes[size].config) | ({"vocab_size": vocabulary} if vocabulary else {})
+    config = AutoConfig.for_model(family.model_type, **values)
     body: nn.Module = AutoModel.from_config(config, dtype=torch.float32)
     return body
 

@@ -11,7 +11,7 @@ from embedscale.data.store import PairStore
 from embedscale.errors import DONE, UserError
 from embedscale.run.config import RunConfig, bounded
 from embedscale.run.cost import Cost, cost_of
-from embedscale.run.families import known, shape_by_name
+from embedscale.run.families import SUITES, pretraining_learning_rate, shape_by_name
 from embedscale.run.shape import BackboneShape
 from embedscale.values import Count, Value
 
@@ -103,12 +103,11 @@ def learning_rate_of(config: RunConfig) -> float:
     """The configured peak, or the paper's rule. Raises UserError where the rule knows no value."""
     if config.training.learning_rate is not None:
         return config.training.learning_rate
-    row = known(config.backbone.name)
-    rate = config.method.peak_learning_rate(row.pretraining_learning_rate if row else None)
+    rate = config.method.peak_learning_rate(pretraining_learning_rate(config.backbone.name))
     if rate is None:
         raise UserError(
-            f"training.learning_rate: nothing is given, and the paper's rule for {config.method.name!r} needs the "
-            f"pre-training rate, which is known for the Pythia suite alone, not for {config.backbone.name!r}"
+            f"training.learning_rate: no value is given, and the paper's rule for {config.method.name!r} needs "
+            f"the learning rate of the pre-training, known for {SUITES} and not for {config.backbone.name!r}; give one"
         )
     return rate
 

@@ -138,9 +138,9 @@ def _build(config: RunConfig, plan: TrainingPlan, store: PairStore) -> tuple[Con
     shape = shape_of(body, config.backbone.name)
     digest = digest_of(dict(body.named_parameters()))
     module = assemble(body, config, plan)
-    if module.cost.flop_per_token != plan.flop_per_token:  # a hub name that ends as a Pythia's
+    if module.cost.flop_per_token != plan.flop_per_token:  # a hub name that ends as that of a known size
         raise UserError(
-            f"backbone.name: {config.backbone.name!r} has other layers than the Pythia of its name: a token costs "
+            f"backbone.name: {config.backbone.name!r} has other layers than the known model of its name: a token costs "
             f"{module.cost.flop_per_token:,} FLOP, not {plan.flop_per_token:,}; allowed: a local folder of it"
         )
     return module, PlanFile(

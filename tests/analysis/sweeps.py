@@ -11,7 +11,7 @@ from analysis import runs
 from analysis.fitting import fit as fits_file
 from analysis.fitting.laws import predict_chinchilla, predict_trainable_fraction
 from embedscale.run.cost import cost_of
-from embedscale.run.families import SUITE
+from embedscale.run.families import PYTHIA
 from embedscale.run.method import Method
 
 LAWS = {
@@ -20,7 +20,7 @@ LAWS = {
     "lora": np.array([0.08, 900.0, 145.0, 0.45, 0.267]),
     "freeze": np.array([0.12, 2.0, 800.0, 60.0, 1.5, 105.0, 0.45, 0.25]),
 }
-BACKBONES = [SUITE[f"pythia-{name}"] for name in ("14m", "31m", "70m", "160m", "410m", "1b")]
+BACKBONES = [PYTHIA.sizes[f"pythia-{name}"] for name in ("14m", "31m", "70m", "160m", "410m", "1b")]
 BUDGETS = 1.5e15 * 4.0 ** np.arange(5)
 FLOP_AN_HOUR = 2e17
 METHODS = [

@@ -18,7 +18,7 @@ from analysis.fitting.optima import Profile
 from embedscale.cli import main
 from embedscale.errors import UserError
 from embedscale.run.cost import cost_of
-from embedscale.run.families import SUITE
+from embedscale.run.families import PYTHIA
 from embedscale.run.method import Method
 
 SIZES = 1.2e6 * 4.0 ** np.arange(6)
@@ -394,7 +394,7 @@ def bias_notes(method: str, cost_of_size, sizes, budgets, noise: float = 0.002) 
 
 def test_the_exponent_of_the_best_size_is_none_where_cost_is_not_in_proportion_to_size():
     """Adapters of rank 128: their share, and with it a token's cost a parameter, falls with the size."""
-    backbones = [SUITE[f"pythia-{name}"] for name in ("14m", "31m", "70m", "160m", "410m", "1b")]
+    backbones = [PYTHIA.sizes[f"pythia-{name}"] for name in ("14m", "31m", "70m", "160m", "410m", "1b")]
     costs = {row.parameters: cost_of(row.shape, Method("lora", rank=128)).flop_per_token for row in backbones}
     law, notes = bias_notes("lora", costs.get, list(costs), BUDGETS)
     assert [law["alpha"], law["beta"]] == pytest.approx([0.45, 0.267], rel=1e-3)

@@ -10,7 +10,7 @@ from analysis.fitting import optima, uncertainty
 from analysis.fitting.laws import power_law, predict_chinchilla
 from analysis.fitting.optima import Profile
 from embedscale.errors import UserError
-from embedscale.run.families import SUITE
+from embedscale.run.families import PYTHIA
 
 PORIAN = Path(__file__).resolve().parents[3] / "shared" / "data" / "porian_isoflop"
 needs_porian = pytest.mark.skipif(not PORIAN.exists(), reason="Porian et al.'s sweeps are not on this machine")
@@ -126,7 +126,7 @@ def test_the_laws_optimum_is_the_closed_form(alpha, beta):
     assert np.isnan(at_an_end[0]).all()
 
 
-SUITE_SIZES = [SUITE[name].parameters for name in ("pythia-31m", "pythia-70m", "pythia-160m")]
+SUITE_SIZES = [PYTHIA.sizes[name].parameters for name in ("pythia-31m", "pythia-70m", "pythia-160m")]
 
 
 @pytest.mark.parametrize(
@@ -135,8 +135,8 @@ SUITE_SIZES = [SUITE[name].parameters for name in ("pythia-31m", "pythia-70m", "
         (profile([1, 4, 16], [2, 1, 2]), "interior", None, ""),
         (profile([1, 4, 16], [3, 2, 1]), "edge", 64, "the best size is the largest: add one above it, such as 64"),
         (profile([1, 4, 16], [1, 2, 3]), "edge", 0.25, "the best size is the smallest: add one below it"),
-        (profile(SUITE_SIZES, [3, 2, 1]), "edge", SUITE["pythia-410m"].parameters, "3.023e+08 parameters"),
-        (profile(SUITE_SIZES, [1, 2, 3]), "edge", SUITE["pythia-14m"].parameters, "1.19e+06 parameters"),
+        (profile(SUITE_SIZES, [3, 2, 1]), "edge", PYTHIA.sizes["pythia-410m"].parameters, "3.023e+08 parameters"),
+        (profile(SUITE_SIZES, [1, 2, 3]), "edge", PYTHIA.sizes["pythia-14m"].parameters, "1.19e+06 parameters"),
         (profile([1, 4], [2, 1]), "too few", None, "2 sizes"),
         (profile([], []), "too few", None, "0 sizes"),
         (profile([1, 4], [2, 1], diverged=[16]), "diverged", None, "1 of 3 sizes diverged"),

@@ -17,12 +17,12 @@ from analysis.fitting.laws import predict_chinchilla
 from embedscale.cli import main
 from embedscale.errors import UserError
 from embedscale.run.cost import cost_of
-from embedscale.run.families import SUITE
+from embedscale.run.families import PYTHIA
 from embedscale.run.method import Method
 
 
 def loss_of(method: str, backbone: str, budget: float, rank: int | None = None) -> float:
-    row = SUITE[backbone]
+    row = PYTHIA.sizes[backbone]
     tokens = budget / cost_of(row.shape, Method(method, rank=rank)).flop_per_token
     return float(np.ravel(predict_chinchilla(LAWS[method], row.parameters, tokens))[0])
 
@@ -41,13 +41,13 @@ def test_a_budget_within_the_runs_gets_the_closed_forms_size_and_the_true_loss(s
     optimum = (alpha * a / (beta * b)) ** (1 / (alpha + beta)) * (budget / 6) ** (beta / (alpha + beta))
     assert found.n_opt == pytest.approx(optimum, rel=0.2)
     assert found.n_opt_interval[0] < found.n_opt < found.n_opt_interval[1]
-    truth = {name: loss_of("full", name, budget) for name in SUITE}
+    truth = {name: loss_of("full", name, budget) for name in PYTHIA.sizes}
     assert truth[best.backbone] < 1.01 * min(truth.values())
     assert best.loss == pytest.approx(truth[best.backbone], rel=0.02)
-    assert best.tokens == pytest.approx(budget / cost_of(SUITE[best.backbone].shape, Method()).flop_per_token)
+    assert best.tokens == pytest.approx(budget / cost_of(PYTHIA.sizes[best.backbone].shape, Method()).flop_per_token)
     assert best.pairs == pytest.approx(best.tokens / 78, rel=1e-3)
     assert best.steps == math.ceil(best.pairs / 1024)
-    assert best.learning_rate == pytest.approx(SUITE[best.backbone].pretraining_learning_rate / 10)
+    assert best.learning_rate == pytest.approx(PYTHIA.sizes[best.backbone].pretraining_learning_rate / 10)
 
 
 def test_where_a_budget_that_was_run_has_no_optimum_inside_the_grid_the_best_run_stands_before_the_law(tmp_path):
@@ -64,7 +64,7 @@ def test_the_method_changes_where_the_laws_cross_and_lora_brings_its_rank(study)
     assert (low.best.method, high.best.method, high.best.rank) == ("full", "lora", 32)
     assert high.best.learning_rate == 1e-3
     assert high.best.tokens == pytest.approx(
-        high.best.budget / cost_of(SUITE[high.best.backbone].shape, Method("lora", rank=32)).flop_per_token
+        high.best.budget / cost_of(PYTHIA.sizes[high.best.backbone].shape, Method("lora", rank=32)).flop_per_token
     )
     assert high.extrapolates == [f"budget: 4 times the largest ({BUDGETS[-1]:.3g} FLOP)"]
     few = recipe.recipe(study[0], Limit(flop=BUDGETS[0] / 100))
@@ -99,7 +99,7 @@ def test_a_backbone_that_was_not_run_gets_the_papers_rate(tmp_path):
     found = recipe.recipe(fits, parse_limit("1e21"))
     rates = {(each["choice"].backbone, each["choice"].method): each["choice"].learning_rate for each in found.others}
     assert rates["pythia-410m", "lora"] == rates["pythia-1b", "freeze"] == 0.01
-    assert rates["pythia-1.4b", "full"] == SUITE["pythia-1.4b"].pretraining_learning_rate / 10 == 2e-5
+    assert rates["pythia-1.4b", "full"] == PYTHIA.sizes["pythia-1.4b"].pretraining_learning_rate / 10 == 2e-5
     assert rates["pythia-1.4b", "lora"] == 1e-3
 
 
@@ -187,7 +187,7 @@ def test_the_best_run_is_one_that_spent_the_budget(tmp_path):
     truth = {row.name: loss_at(1.5e15, row) for row in BACKBONES[2:5]}
     assert (found.best.backbone, found.best.basis) == ("pythia-70m", "best run")
     assert found.best.loss == pytest.approx(truth["pythia-70m"])
-    assert found.n_opt == SUITE["pythia-70m"].parameters
+    assert found.n_opt == PYTHIA.sizes["pythia-70m"].parameters
     (other,) = found.others  # no smaller one was run at this budget
     assert other["choice"].backbone == "pythia-160m"
     assert other["lost"] == pytest.approx(truth["pythia-160m"] / truth["pythia-70m"] - 1)
@@ -206,7 +206,7 @@ def test_a_method_without_a_law_is_compared_at_its_own_budget_alone(tmp_path):
     for budget in (BUDGETS[2] / 1.8, BUDGETS[2] * 1.8):
         found = recipe.recipe(fits, Limit(flop=budget))
         assert found.best.method == "full"
-        assert found.best.loss == pytest.approx(min(loss_at(budget, row) for row in SUITE.values()), rel=0.02)
+        assert found.best.loss == pytest.approx(min(loss_at(budget, row) for row in PYTHIA.sizes.values()), rel=0.02)
         assert "other: neither a law nor a run at this budget, so not considered" in found.notes
 
 
@@ -357,7 +357,7 @@ def test_training_by_a_recipe_trains_the_method_that_was_fitted(tmp_path, method
         config = recipe.configuration(str(folder), f"{budget}", None, [])
         assert config.method == method
         assert config.backbone.name == f"EleutherAI/{found.best.backbone}" and config.backbone.revision == "step1000"
-        assert found.best.flop_per_token == cost_of(SUITE[found.best.backbone].shape, method).flop_per_token
+        assert found.best.flop_per_token == cost_of(PYTHIA.sizes[found.best.backbone].shape, method).flop_per_token
         told = dict(recipe.lines(found, 0.95))["method"]
         assert ("embedding True" if method.name == "lora" else f"blocks {method.blocks}") in told
 
@@ -382,7 +382,7 @@ def test_training_by_a_recipe_takes_the_rest_from_the_run_that_was_best(tmp_path
         assert config.backbone.name.startswith("own/tiny-")
 
 
-@pytest.mark.parametrize("row", SUITE.values(), ids=SUITE)
+@pytest.mark.parametrize("row", PYTHIA.sizes.values(), ids=PYTHIA.sizes)
 def test_what_other_backbones_had_becomes_what_this_one_can_have(row):
     for share in (1 / 16, 1 / 6, 1 / 3, 0.5, 5 / 6, 1.0):
         (found,) = recipe._settings("freeze", {"trainable_fraction": share}, row).values()

@@ -147,10 +147,10 @@ def test_one_of_size_data_and_budget_follows_from_the_others(tmp_path, method, s
 def test_costs_from_the_trainable_fraction_are_the_papers():
     """N_F, N_B and N_U of the cost module, section 3.5, within the final normalisation and the biases' own update."""
     from embedscale.run.cost import cost_of
-    from embedscale.run.families import SUITE
+    from embedscale.run.families import PYTHIA
     from embedscale.run.method import Method
 
-    shape = SUITE["pythia-410m"].shape
+    shape = PYTHIA.sizes["pythia-410m"].shape
     for method in (Method("full"), Method("bias"), Method("freeze", active_fraction=0.25), Method("lora", rank=32)):
         cost = cost_of(shape, method)
         s = 0.25 if method.name == "freeze" else cost.n_updated / cost.n_parameters

@@ -9,12 +9,12 @@ import pytest
 from analysis import simulate
 from embedscale.cli import main
 from embedscale.errors import UserError
-from embedscale.run.families import SUITE
+from embedscale.run.families import PYTHIA
 
 LAW = "E=0.3,A=900,B=900,alpha=0.45,beta=0.35"
 FRACTION_LAW = "E=0.3,a_d=2,b_d=800,a_s=60,b_s=1.5,c_s=800,alpha=0.45,beta=0.35"
 BUDGETS = 1.5e15 * 4.0 ** np.arange(6)
-SIZES = [row.parameters for row in list(SUITE.values())[:8]]
+SIZES = [row.parameters for row in list(PYTHIA.sizes.values())[:8]]
 
 
 def grid(sizes=SIZES, budgets=BUDGETS, method="full", fractions=(1.0,)) -> pd.DataFrame:

@@ -16,6 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,7 @@ from turns import Contestant
 from embedscale.data.installed_python import documented_functions, installed_files
 from embedscale.model.hardware import keep_freed_memory
 from embedscale.run.config import load
-from embedscale.run.families import SUITE
+from embedscale.run.families import PYTHIA
 from embedscale.serving.embedder import Embedder
 from embedscale.serving.export import _write_model
 from embedscale.training.calibrate import build
@@ -61,7 +62,8 @@ def embedder_of(size: str, tokenizer: Path, context: int, precision: str) -> Emb
     torch.manual_seed(0)
     body = build(size, vocabulary=8192).eval()
     words = [f"data.context={context}", f"data.tokenizer={tokenizer}", f"training.precision={precision}"]
-    return Embedder(body, load(None, words), {"width": SUITE[size].width}, "cpu")
+    record = SimpleNamespace(width=PYTHIA.sizes[size].shape.width, tokenizer_digest=None)
+    return Embedder(body, load(None, words), record, "cpu")
 
 
 def ours(size: str, tokenizer: Path, context: int, precision: str, texts: list[str]) -> Callable[[], Any]:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from embedscale.run.families import SUITE
+from embedscale.run.families import PYTHIA
 
 # Size: pairs a batch, of which padded ones must fit too, beside two other contestants' weights.
 RATIOS = {"pythia-14m": 1024, "pythia-160m": 256, "pythia-410m": 128, "pythia-1b": 64}
@@ -41,12 +41,12 @@ def main() -> int:
         said(out.with_suffix(".txt"), [*command, *words])
         return out
 
-    calibrate("calibration.json", [size for size in SUITE if size not in LAST])
+    calibrate("calibration.json", [size for size in PYTHIA.sizes if size not in LAST])
     calibrate("compiled.json", SMALL, "resources.compile=true")
     for size, batch in RATIOS.items():
         words = ["--size", size, "--batch", str(batch), "--bf16", "--turns", "2"]
         said(args.out / f"train-{size}.txt", [sys.executable, "tests/benchmarks/train.py", *words], once=True)
-    calibration = calibrate("calibration.json", SUITE)
+    calibration = calibrate("calibration.json", PYTHIA.sizes)
     cluster = args.out / "cluster.yaml"
     cluster.write_text(f"device: {torch.cuda.get_device_name()}\ncalibration: {calibration.absolute()}\n")
     said(args.out / "plan.txt", [*command, "sweep", "plan", "configs/sweep/paper.yaml", f"cluster={cluster}"])

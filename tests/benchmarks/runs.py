@@ -38,7 +38,7 @@ from embedscale.run import config as configs
 from embedscale.run.config import Backbone, RunConfig
 from embedscale.run.cost import cost_of
 from embedscale.run.directory import RunDirectory
-from embedscale.run.families import SUITE
+from embedscale.run.families import PYTHIA
 from embedscale.run.stop import StopRequest
 from embedscale.training import callbacks, train
 from embedscale.training.calibrate import build, config_of
@@ -81,7 +81,7 @@ def furnish(folder: Path, sizes: list[str]) -> None:
 
 def run_of(folder: Path, size: str, label: str) -> RunConfig:
     config = config_of(configs.load(None, settings(folder)), size, label)
-    budget = 2.0 * STEPS * PAIRS * config.data.context * cost_of(SUITE[size].shape, config.method).flop_per_token
+    budget = 2.0 * STEPS * PAIRS * config.data.context * cost_of(PYTHIA.sizes[size].shape, config.method).flop_per_token
     return replace(config, backbone=Backbone(str(folder / size)), budget=budget)
 
 

@@ -30,7 +30,7 @@ from embedscale.model.hardware import keep_freed_memory, matrix_product_peak
 from embedscale.model.packing import pack
 from embedscale.run import config as configs
 from embedscale.run.cost import cost_of
-from embedscale.run.families import SUITE
+from embedscale.run.families import PYTHIA
 from embedscale.run.method import Method
 from embedscale.training.batches import Batch
 from embedscale.training.calibrate import METHODS, build, config_of, module_of, paper_lengths, paper_tokens
@@ -223,7 +223,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "model"
         torch.manual_seed(0)
-        save_model(build(args.size), folder, SUITE[args.size].vocabulary)
+        save_model(build(args.size), folder, PYTHIA.sizes[args.size].shape.vocabulary)
         labels = METHODS if args.methods else METHODS[:1]
         contestants = {f"ours, {label}": Contestant(ours, words, args.size, label, folder) for label in labels}
         contestants["ours, padded"] = Contestant(padded, words, args.size, folder)
@@ -242,7 +242,7 @@ def main() -> None:
 
 
 def show(args: Any, config: Any, typical: dict[str, float], losses: dict[str, float], peak: float) -> None:
-    batches = [lengths for _, lengths in pairs_of(config, SUITE[args.size].vocabulary, BATCHES)]
+    batches = [lengths for _, lengths in pairs_of(config, PYTHIA.sizes[args.size].shape.vocabulary, BATCHES)]
     tokens, squares = np.mean([each.sum() for each in batches]), np.mean([(each**2).sum() for each in batches])
     title = (
         f"{args.size}, batches of {args.batch} pairs, {tokens:,.0f} tokens, {config.training.precision}, "
@@ -252,7 +252,7 @@ def show(args: Any, config: Any, typical: dict[str, float], losses: dict[str, fl
     for name, seconds in typical.items():
         label = name.removeprefix("ours, ")
         known = label in METHODS
-        cost = cost_of(SUITE[args.size].shape, config_of(config, args.size, label).method if known else Method())
+        cost = cost_of(PYTHIA.sizes[args.size].shape, config_of(config, args.size, label).method if known else Method())
         speed = cost.exact(int(tokens), int(squares)) / seconds
         table.add_row(
             name,

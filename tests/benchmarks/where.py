@@ -19,7 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 from train import LEARNING_RATE, WARM, ours, padded, save_model
 
 from analysis.figures.style import TWO, style
-from embedscale.run.families import SUITE
+from embedscale.run.families import PYTHIA
 from embedscale.training.calibrate import build
 
 PAIRS = {"pythia-14m": 256, "pythia-70m": 64, "pythia-160m": 32, "pythia-410m": 8}
@@ -61,7 +61,7 @@ def main() -> None:
         words += ["training.precision=bf16"] if args.bf16 else []
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)
-            save_model(build(size), folder, SUITE[size].vocabulary)
+            save_model(build(size), folder, PYTHIA.sizes[size].shape.vocabulary)
             before, after = parts_of(padded(words, size, folder)), parts_of(ours(words, size, "full", folder))
         found[size] = before, after
         title = f"{size}, {PAIRS[size]} pairs, {'bf16' if args.bf16 else 'float32'}: seconds of a step on one thread"

@@ -13,7 +13,7 @@ from embedscale.model.hardware import keep_freed_memory, memory_in_use, peak_mem
 from embedscale.model.packing import pack
 from embedscale.run.config import load
 from embedscale.run.cost import cost_of
-from embedscale.run.families import SUITE, shape_by_name
+from embedscale.run.families import PYTHIA, shape_by_name
 from embedscale.run.method import Method
 from embedscale.training import module as contrastive
 from embedscale.training.batches import Batch
@@ -63,12 +63,12 @@ def test_other_settings_and_unknown_names_are_refused(backbone_folder, tmp_path,
     assert measured(backbone_folder, out) == 2
     assert "calibration.json: was measured with device another, not CPU" in capsys.readouterr().err
     assert cli.main(["calibrate", "--sizes", "pythia-15m", "--out", str(out)]) == 2
-    assert "--sizes: 'pythia-15m' is neither of the suite (pythia-14m," in capsys.readouterr().err
+    assert "--sizes: 'pythia-15m' is neither a known size (pythia-14m," in capsys.readouterr().err
     assert cli.main(["calibrate", "--methods", "lora", "--out", str(out)]) == 2
     assert "--methods: 'lora' is not a method; such as: full, freeze-0.5, bias, lora-r32" in capsys.readouterr().err
     out = tmp_path / "another.json"
     for words, message in (
-        (["--methods", "full", "freeze-0.3"], "method.active_fraction: 0.3 of 6 blocks is no whole number"),
+        (["--methods", "full", "freeze-0.3"], "method.active_fraction: 0.3 of 6 blocks is not a whole number"),
         (["--seconds", "inf"], "--seconds: inf is out of range"),
         (["--out", "/proc/folder/file"], "/proc/folder: "),
     ):
@@ -86,7 +86,7 @@ def test_lengths_are_the_papers():
 def test_bodies_are_the_suites():
     body = build("pythia-14m")
     inside = sum(p.numel() for name, p in body.named_parameters() if "embed_in" not in name)
-    assert inside == SUITE["pythia-14m"].parameters
+    assert inside == PYTHIA.sizes["pythia-14m"].parameters
     assert body.get_input_embeddings().weight.shape == (50304, 128)
 
 

@@ -5,15 +5,15 @@ import itertools
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModel, GPTNeoXConfig, GPTNeoXModel
+from transformers import AutoConfig, AutoModel, GPTNeoXConfig, GPTNeoXModel
 
 from embedscale.errors import UserError
 from embedscale.model.backbone import shape_of
 from embedscale.model.methods import apply_method
 from embedscale.run.cost import cost_of
-from embedscale.run.families import SUITE, known
+from embedscale.run.families import FAMILIES, PYTHIA, known
 from embedscale.run.method import Method
-from embedscale.run.shape import neox_shape
+from embedscale.run.shape import gpt_neox_shape
 
 METHODS = {
     "full": Method("full"),
@@ -58,7 +58,7 @@ def counted(method, checkpointing, parallel, sequences=3, length=16):
         out.sum().backward()
     with FlopCounterMode(display=False) as angles:  # of the rotation, a product in older transformers
         body.rotary_emb(out, torch.arange(length)[None])
-    shape = neox_shape("tiny", 4, 32, 96, 256, 2048, parallel)
+    shape = gpt_neox_shape("tiny", config.to_dict())
     return forward.get_total_flops() - angles.get_total_flops(), backward.get_total_flops(), shape, body
 
 
@@ -96,13 +96,13 @@ def test_frozen_blocks_cost_nothing_in_the_backward_pass_even_with_checkpointing
     ids=lambda value: getattr(value, "label", ""),
 )
 def test_the_papers_formula_agrees_with_the_dense_products_on_pythia_70m(method, within):
-    cost = cost_of(SUITE["pythia-70m"].shape, method)
+    cost = cost_of(PYTHIA.sizes["pythia-70m"].shape, method)
     assert cost.forward + cost.backward == pytest.approx(cost.flop_per_token, rel=within)
 
 
 def test_without_an_adapter_on_the_embedding_lora_saves_the_first_input_gradients():
     """The paper's formula sends the backward pass through all of N; the first block's input needs no gradient."""
-    shape = SUITE["pythia-70m"].shape
+    shape = PYTHIA.sizes["pythia-70m"].shape
     with_it = cost_of(shape, Method("lora", rank=32, embedding=True))
     without = cost_of(shape, Method("lora", rank=32))
     adapter = 32 * shape.width
@@ -111,16 +111,13 @@ def test_without_an_adapter_on_the_embedding_lora_saves_the_first_input_gradient
     assert with_it.backward - without.backward == saved + 4 * adapter
 
 
-@pytest.mark.parametrize("row", SUITE.values(), ids=SUITE)
-def test_parameter_counts_are_those_of_the_built_model(row):
-    config = GPTNeoXConfig(
-        vocab_size=row.vocabulary,
-        hidden_size=row.width,
-        num_hidden_layers=row.blocks,
-        num_attention_heads=row.heads,
-        intermediate_size=4 * row.width,
-        max_position_embeddings=2048,
-    )
+@pytest.mark.parametrize(
+    ("family", "row"),
+    [(family, row) for family in FAMILIES for row in family.sizes.values()],
+    ids=[name for family in FAMILIES for name in family.sizes],
+)
+def test_parameter_counts_are_those_of_the_built_model(family, row):
+    config = AutoConfig.for_model(family.model_type, **row.config)
     with torch.device("meta"):
         model = AutoModel.from_config(config)
     built = sum(p.numel() for p in model.parameters()) - model.get_input_embeddings().weight.numel()
@@ -130,7 +127,7 @@ def test_parameter_counts_are_those_of_the_built_model(row):
 
 
 def test_full_fine_tuning_costs_6n_and_bias_about_4n():
-    for row in SUITE.values():
+    for row in PYTHIA.sizes.values():
         assert cost_of(row.shape, Method("full")).flop_per_token == 6 * row.parameters
         bias = cost_of(row.shape, Method("bias"))
         assert bias.flop_per_token == 4 * row.parameters + 2 * row.shape.biases
@@ -181,7 +178,7 @@ def test_the_exact_cost_is_exact_for_grouped_queries_and_gated_layers_too():
 )
 def test_bad_methods_are_named(settings, message):
     with pytest.raises(UserError, match=message):
-        cost_of(SUITE["pythia-70m"].shape, Method(**settings))
+        cost_of(PYTHIA.sizes["pythia-70m"].shape, Method(**settings))
 
 
 def test_the_papers_learning_rates():
