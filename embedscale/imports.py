@@ -28,10 +28,10 @@ def load(place: str) -> Any:
         return getattr(import_module(module), name)
 
 
-def lazy(package: str, places: Mapping[str, str]) -> Callable[[str], Any]:
-    """Return the `__getattr__` of a package (PEP 562) whose public names are imported when they are first used.
+def lazy(package: str, places: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
+    """Return `__getattr__` and `__dir__` of a package whose public names are imported when they are used (PEP 562).
 
-    `places` maps a public name to its "package.module:name".
+    `places` maps each public name to its "package.module:name".
     """
 
     def getattr_of_package(name: str) -> Any:
@@ -39,4 +39,4 @@ def lazy(package: str, places: Mapping[str, str]) -> Callable[[str], Any]:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         return load(places[name])
 
-    return getattr_of_package
+    return getattr_of_package, lambda: sorted(places)
