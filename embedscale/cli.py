@@ -4,6 +4,8 @@ This is the only module that may import from all three packages. A verb's functi
 that `--help` loads nothing. A `UserError` becomes one line and an exit status, never a traceback.
 """
 
+from __future__ import annotations
+
 import argparse
 import atexit
 import errno
@@ -14,10 +16,13 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Any
 
 from embedscale.errors import FAILED, INTERRUPTED, WRONG, UserError
 from embedscale.imports import load
+
+TYPE_CHECKING = False  # as in `imports`
+if TYPE_CHECKING:
+    from typing import Any
 
 # Errors of the system that no other command would have avoided: disk full, quota, disk failure, reader gone.
 BROKEN = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EPIPE)
