@@ -4,7 +4,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
-# pip would compile every module of every package, for minutes; Python compiles those that are imported, if it may.
+# Without --no-compile, pip compiles every module of every package, which takes minutes. Python compiles the imported
+# modules anyway, if PYTHONDONTWRITEBYTECODE is empty.
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 export PYTHONDONTWRITEBYTECODE =
 
@@ -12,8 +13,8 @@ export PYTHONDONTWRITEBYTECODE =
 
 install: $(VENV)/installed
 
-# All by their exact versions: left to the resolver, it takes twice as long. A second pip unpacks beside the first. Then
-# the resolver adds what the machine's own build of torch asks for: CUDA's libraries where it is built with them.
+# First all packages of constraints.txt, without the resolver, which would take twice as long; two pips in parallel. Then
+# the resolver adds what this machine's build of torch requires, such as the CUDA libraries.
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	sed '/^# documentation/,$$d' constraints.txt | xargs -P 2 -n 31 $(PIP_INSTALL) --no-deps
@@ -31,7 +32,8 @@ quickstart: install
 	$(BIN)/embedscale report runs/quickstart --budget 1e12
 	$(BIN)/embedscale recipe runs/quickstart 1e12
 
-# The oldest supported sentence-transformers, with what it needs, beside the newest: exports are tested with both.
+# The oldest supported sentence-transformers and its requirements, in a folder of their own: exports are tested with both
+# the oldest and the newest release.
 OLDEST := $(VENV)/oldest
 $(OLDEST)/installed: $(VENV)/installed
 	$(PIP_INSTALL) --no-deps --target $(OLDEST) \
@@ -41,8 +43,8 @@ $(OLDEST)/installed: $(VENV)/installed
 test: install $(OLDEST)/installed
 	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
-# Sphinx and its extensions lie in a folder of their own: `make test` stays as fast, and the quickstart's corpus, the
-# Python files of the environment, stays the same.
+# Sphinx and its extensions are in a folder of their own. So `make test` stays as fast, and the quickstart's corpus, which
+# is the Python files of the environment, stays the same.
 DOCS := $(VENV)/docs
 SPHINX := PYTHONPATH=$(DOCS) $(BIN)/python -m
 $(DOCS)/installed: $(VENV)/installed
@@ -59,9 +61,9 @@ notebook: $(DOCS)/installed
 	$(SPHINX) jupyter_client.kernelspecapp list > /dev/null
 	$(SPHINX) nbclient --inplace docs/notebooks/tour.ipynb
 
-# Under two minutes, and no daemons: for the time between two edits.
+# Under two minutes on two idle cores, without SLURM or a browser: for the time between two edits.
 test-quick: install
-	$(BIN)/python -m pytest -n 3 -m "not slow and not slurm"
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m "not slow and not slurm"
 
 lint: install
 	$(BIN)/ruff check .

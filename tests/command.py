@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 
 class Command:
-    """`embedscale WORDS` in a process forked from `server`; what the tests use of `subprocess.Popen`."""
+    """`embedscale WORDS` in a process forked from the fixture `server`, with the methods of `subprocess.Popen`."""
 
     def __init__(self, server, words: list[str], environment: dict[str, str], folder: Path):
         handle, self.output = tempfile.mkstemp(suffix=".out", dir=folder)
@@ -31,7 +31,7 @@ class Command:
         return self.process.exitcode
 
     def communicate(self, timeout: float) -> tuple[str, None]:
-        assert self.wait(timeout) is not None, f"still at it after {timeout} s: {self.stdout.read()}"
+        assert self.wait(timeout) is not None, f"still running after {timeout} s: {self.stdout.read()}"
         return self.stdout.read(), None
 
 
@@ -48,7 +48,7 @@ def _run(words: list[str], environment: dict[str, str], folder: str, output: str
 
 
 def in_fresh_process(code: str, *words: str, path: Path | None = None) -> str:
-    """What a Python process without a network prints; `path` shadows installed packages."""
+    """Run Python code in a new process that is offline, and return its output. `path` shadows installed packages."""
     environment = {"PYTHONPATH": str(path)} if path else {}
     offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
     done = subprocess.run(

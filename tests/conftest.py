@@ -1,11 +1,11 @@
-"""What every test may use: saved models and tokenizers in the hub's own format, small and seeded."""
+"""Settings of all tests, and fixtures that every test may use: a small saved backbone, the settings of a small run."""
 
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests compare CPUs with CPUs, often to the last bit
-# Processes beside each other on few cores: threads that wait for each other by spinning take ten times as long.
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests compare results on CPUs, often to the last bit
+# Several processes share few cores: OpenMP threads that wait by spinning would take ten times as long.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import gc
@@ -15,9 +15,10 @@ from pathlib import Path
 import pytest
 from saved import save_backbone, write_pairs
 
-gc.disable()  # until everything is imported: what modules bring stays
+gc.disable()  # until everything is imported, which makes the imports faster
 
-# The files that take minutes, those that mostly wait first: begun last, one of them would end alone.
+# Files that take minutes; those that mostly wait come first. Started last, one of them would run alone at the end.
+# `make test-quick` leaves them out.
 LONG = [
     "survival",
     "node",
@@ -31,14 +32,19 @@ LONG = [
     "scoring",
     "status",
     "prefetch",
+    "prepare_interrupted",
+    "docs",
     "loss",
 ]
 
 
 def pytest_collection_modifyitems(items):
-    """Long files first, each beside the others; `--dist loadfile --no-loadscope-reorder` keeps this order."""
+    """Sort long files to the front and mark them slow. `--dist loadfile --no-loadscope-reorder` keeps this order."""
     place = {f"test_{name}": number for number, name in enumerate(LONG)}
     items.sort(key=lambda item: place.get(item.path.stem, len(LONG)))
+    for item in items:
+        if item.path.stem in place:
+            item.add_marker("slow")
 
 
 def pytest_collection_finish():
@@ -47,7 +53,7 @@ def pytest_collection_finish():
 
 
 def pytest_terminal_summary(terminalreporter):
-    """Show what tests have recorded as "shown", whichever process they ran in."""
+    """Print what tests recorded under the name "shown", from all worker processes."""
     for report in terminalreporter.getreports("passed"):
         for name, text in report.user_properties:
             if name == "shown":
@@ -56,32 +62,32 @@ def pytest_terminal_summary(terminalreporter):
 
 @pytest.fixture(scope="session")
 def server():
-    """Fresh processes without the seconds of imports: real ones, forked from a server that holds the modules."""
+    """A multiprocessing context whose processes start without imports: they are forked from a server that has them."""
     context = multiprocessing.get_context("forkserver")
-    multiprocessing.forkserver._forkserver._stop()  # one that `prepare` started in this process holds fewer modules
-    # Installed modules only: the server does not see this folder, and would pass over one of it without a word.
+    multiprocessing.forkserver._forkserver._stop()  # `prepare` may have started one with fewer modules
+    # Only installed modules: the server does not see this folder, and ignores modules that it does not find.
     context.set_forkserver_preload(
         ["embedscale.training.train", "transformers.models.gpt_neox.modeling_gpt_neox", "peft"]
     )
-    multiprocessing.forkserver.ensure_running()  # before `prepare` asks for less
+    multiprocessing.forkserver.ensure_running()  # before `prepare` starts one with fewer modules
     return context
 
 
 @pytest.fixture(scope="session")
 def save_decoder():
-    """`save_backbone`, for a test that needs a shape of its own."""
+    """The function `save_backbone`, for tests that need another shape."""
     return save_backbone
 
 
 @pytest.fixture(scope="session")
 def backbone_folder(tmp_path_factory) -> Path:
-    """Four blocks of width 32."""
+    """A saved backbone of four blocks and width 32."""
     return save_backbone(tmp_path_factory.mktemp("hub") / "pythia-tiny")
 
 
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory, backbone_folder) -> list[str]:
-    """The settings of a run of seconds: a prepared store of 3,000 pairs, and everything small. Add a budget."""
+    """The settings of a run that takes seconds, with a prepared store of 3,000 pairs. Tests add a budget."""
     from embedscale.data.prepare import prepare
     from embedscale.run.config import load
 

@@ -1,4 +1,4 @@
-"""Models, tokenizers and pairs in the forms that the hub and users keep them in, small and seeded."""
+"""Small, seeded models, tokenizers and pairs, saved in the formats of the hub and of users."""
 
 import json
 import random
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def save_byte_tokenizer(folder: Path) -> Path:
-    """A tokenizer of the 256 bytes, each its own symbol, in the hub's format."""
+    """Save a tokenizer whose 256 symbols are the bytes."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -19,7 +19,7 @@ def save_byte_tokenizer(folder: Path) -> Path:
 
 
 def save_backbone(folder: Path, width: int = 32, blocks: int = 4, heads: int = 2, seed: int = 0, dtype=None, **more):
-    """A GPT-NeoX decoder over bytes with seeded random weights, saved with its tokenizer."""
+    """Save a GPT-NeoX decoder over bytes, with seeded random weights, and its tokenizer."""
     import torch
     from transformers import GPTNeoXConfig, GPTNeoXModel
 
@@ -43,7 +43,7 @@ WORDS = (
 
 
 def write_pairs(path: Path, pairs: int, seed: int = 0) -> Path:
-    """JSON lines in BAAI-MTP's form: a query of three words, a positive that holds them among others, a negative."""
+    """Write JSON lines in the form of BAAI-MTP: a query of three words, a positive that contains them, a negative."""
     rng = random.Random(seed)
     words = WORDS.split()
     with path.open("w") as file:

@@ -55,3 +55,11 @@ def test_the_examples_run(tmp_path, tiny_run):
     ranked = said("embed_texts.py", str(run)).splitlines()
     similarities = [float(line.split()[0]) for line in ranked]
     assert len(ranked) == 2 and similarities == sorted(similarities, reverse=True)
+
+
+def test_the_citation_names_this_version():
+    import yaml
+
+    import embedscale
+
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == embedscale.__version__
