@@ -42,7 +42,8 @@ def fold(body: nn.Module, precision: str) -> "FoldedPythia | None":
         return None
     config = body.config
     known = config.use_parallel_residual and config.hidden_act == "gelu" and config.attention_bias
-    if not known or drops(body):
+    variants = any(getattr(module, "lora_variant", None) for module in body.modules())  # such as DoRA
+    if not known or variants or drops(body):
         return None
     return FoldedPythia(body, torch.bfloat16 if precision == "bf16" else torch.float32)
 
