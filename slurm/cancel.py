@@ -47,7 +47,7 @@ def cancel(sweep: Sweep, scheduler: Scheduler, confirmed: bool = False) -> None:
 
 
 def _described(sweep: Sweep, going: dict[str, Job]) -> Sequence[str]:
-    """Return what would be cancelled: jobs, their runs, and those of the runs that nobody asked for."""
+    """Return what would be cancelled: jobs, their runs, and how many of these runs the sweep file does not have."""
     jobs = len({job.handle for job in going.values()})
     running = sum(job.running for job in going.values())
     parts = [f"{jobs:,} jobs with {len(going):,} runs, {running:,} of them in jobs that run now"]

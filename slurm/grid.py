@@ -265,7 +265,7 @@ def _condition(origin: str, given: Any) -> Row:
 
 
 def _matches(condition: Row, run: RunConfig) -> bool:
-    """Return whether the run has all of the given values; of a list, any value of it."""
+    """Return whether the run has all of the given values. A list matches if the run has one of its values."""
     return all(
         any(_same(key, _setting(run, key), value) for value in (wanted if isinstance(wanted, list) else [wanted]))
         for key, wanted in condition.items()

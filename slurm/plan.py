@@ -73,9 +73,9 @@ class Estimate:
     tokens: int = 0
     """Tokens that the budget pays for."""
     pairs: int = 0
-    """Pairs with so many tokens, by the mean."""
+    """Number of pairs: `tokens` divided by the mean tokens of a pair."""
     steps: int = 0
-    """Steps with so many pairs."""
+    """Number of steps: `pairs` divided by the batch size, rounded up."""
     spent_flop: int = 0
     """FLOP that the budget pays for, by the paper's convention."""
     spent_flop_exact: int = 0

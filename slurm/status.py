@@ -1,4 +1,4 @@
-"""Where a sweep stands: run directories first, the scheduler's queue second, accounting where there is any.
+"""Where a sweep stands: run directories first, the scheduler's queue second, accounting (if available) third.
 
 A run is done when its record says so, whatever the scheduler says about its job. The queue only separates runs that
 will go on by themselves from runs that wait for the next `submit`. Accounting only explains what ended a job. Both may
@@ -195,9 +195,9 @@ def _hours(attempt: AttemptRecord, now: bool = False) -> float:
 def wasted_hours(attempts: Sequence[AttemptRecord]) -> float:
     """Return the hours of work that a later attempt had to repeat, because no checkpoint held the work.
 
-    An attempt keeps the FLOP with which its successor began, out of the FLOP that it had reached. A killed attempt did
-    not say what it had reached: lost is its time beyond what its successor kept, at the speed of the run's other
-    attempts. A failed last attempt has lost all of its time.
+    The work of an attempt is kept up to the FLOP at which the next attempt began. A killed attempt did not say which
+    FLOP it reached: the kept FLOP are converted into hours at the speed of the run's other attempts, and its other hours
+    are wasted. All hours of a failed last attempt are wasted.
     """
     flop = seconds = 0.0
     for attempt in attempts:

@@ -1,7 +1,7 @@
 """This machine as a scheduler: `submit` runs the jobs itself, on the machine's GPUs or, without GPUs, on its cores.
 
 Run directories, retries and the rules for stopping are the same as on a cluster. There is no queue: a second submit of
-the sweep would see the same runs as missing, and leave those alone that another process has begun.
+the sweep also starts the runs that wait here, and skips only runs that another process has begun.
 """
 
 import os

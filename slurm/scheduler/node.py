@@ -74,7 +74,7 @@ def _become_rank(allocation: Allocation) -> None:
 
 
 def self_test(gpus: int, memory_gb: float) -> str | None:
-    """Return what is wrong with this node, or None if it has so many GPUs and so much free memory (80 % of it).
+    """Return what is wrong with this node, or None if its GPUs work and 80 % of the promised memory are free.
 
     The GPUs compute in a process of their own: a broken driver may hang or crash.
     """

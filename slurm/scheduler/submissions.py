@@ -160,7 +160,7 @@ class Submissions:
         return note
 
     def processes(self, host: str) -> list[Process]:
-        """Return the noted processes: those of `host` that are alive, and those of other hosts, which nobody can
-        check from here."""
+        """Return the noted processes: those of `host` if they are alive, and all of other hosts, because a process can
+        only be checked on its own host."""
         found = [noted for note in self.path.glob("*.process") if (noted := sound(Process.read(note)))]
         return [each for each in found if each.host != host or process_alive(each.pid, each.born)]

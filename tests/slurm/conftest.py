@@ -59,7 +59,7 @@ def bare_cluster():
 
 @pytest.fixture(scope="module")
 def wide_cluster():
-    """Two nodes of sixteen cores, no accounting: more room than a throttle lets a sweep take."""
+    """Two nodes of sixteen cores, no accounting: more cores than `max_gpus` lets a sweep use."""
     yield from _cluster(cpus=16, accounting=False)
 
 
@@ -88,7 +88,7 @@ class Lab:
     def start(
         self, action: str, sweep: Path, *words: str, env: dict[str, str] | None = None
     ) -> Command | subprocess.Popen:
-        """A sweep's command; where it has an environment of its own, with its own imports too."""
+        """Start a command of a sweep. With `env` it is a new interpreter, which imports everything again."""
         line = ["sweep", action, str(sweep), *words]
         if env is None:
             return Command(self.server, line, self.environment, self.folder)
@@ -105,26 +105,26 @@ class Lab:
         return self.cluster.ask(*words).strip()
 
     def queued(self, name: str = "", states: str = "all") -> list[str]:
-        """array_task|state|reason of the jobs whose name begins with `name`."""
+        """Return array_task|state|reason for each job whose name begins with `name`."""
         lines = self.slurm("squeue", "--noheader", "--array", f"--states={states}", "--format=%j|%i|%T|%r").splitlines()
         over = ("COMPLETED", "CANCEL", "FAIL", "TIMEOUT", "PREEMPTED", "NODE_FAIL")
         live = [line.split("|", 1) for line in lines if not line.split("|")[2].startswith(over)]
         return [rest for job, rest in live if job.startswith(name)]
 
     def hurry(self) -> None:
-        """Bring forward what was requeued: SLURM waits two minutes."""
+        """Start requeued jobs now: SLURM would wait two minutes."""
         for line in self.queued(states="PENDING"):
             job, _, reason = line.split("|")
             if reason in ("BeginTime", "None"):
                 self.slurm("scontrol", "update", f"JobId={job}", "StartTime=now")
 
     def limit(self, job: str, seconds: float) -> None:
-        """End a running job's time so soon. A limit of whole minutes would hold for the next attempt too."""
+        """Let a running job reach its time limit in `seconds`. A limit in minutes would also hold for the next attempt."""
         end = datetime.now() + timedelta(seconds=seconds)
         self.slurm("scontrol", "update", f"JobId={job}", f"EndTime={end:%Y-%m-%dT%H:%M:%S}")
 
     def hold(self, directory: RunDirectory) -> int:
-        """Suspend the process that is at a run: on no machine is it done before what is to be done to it."""
+        """Suspend the process of a run, so that the run cannot end before the test does something to it."""
         process = lease_holder(directory.lease)["pid"]
         os.kill(process, signal.SIGSTOP)
         return process
@@ -133,12 +133,12 @@ class Lab:
         return [RunDirectory(path) for path in sorted((self.folder / "runs" / name).glob("[!.]*"))]
 
     def log(self, name: str) -> str:
-        """What the jobs of a sweep have printed."""
+        """Return what the jobs of a sweep have printed."""
         return "\n".join(p.read_text() for p in sorted((self.folder / "runs" / name / ".submissions").glob("*/*.out")))
 
 
 def wait_until(happened, seconds: float = 240, what=lambda: "", between=lambda: None):
-    """The first true value of `happened()`; fails after so long, and says what it waited for."""
+    """Return the first true value of `happened()`; fail after `seconds` with the text of `what()`."""
     deadline = time.monotonic() + seconds
     while not (found := happened()):
         assert time.monotonic() < deadline, f"did not happen within {seconds} s: {what()}"
@@ -148,7 +148,7 @@ def wait_until(happened, seconds: float = 240, what=lambda: "", between=lambda: 
 
 
 def comparable(directory: RunDirectory):
-    """All that two runs of one config must have in common: times, attempts and the code's place aside."""
+    """Return what two runs of one configuration must have in common: all but times, attempts and the code version."""
     times = {"attempt", "tokens_per_second", "seconds"}
     metrics = [{k: v for k, v in row.to_json().items() if k not in times} for row in directory.read_metrics()]
     record = directory.read_record().to_json()
@@ -158,7 +158,7 @@ def comparable(directory: RunDirectory):
 
 
 def _lab(folder: Path, settings: list[str], cluster: DevCluster, server):
-    """A lab that leaves an empty queue."""
+    """Yield a lab, and empty the queue afterwards."""
     yield Lab(folder, settings, cluster, server)
     cluster.ask("scancel", f"--user={getpass.getuser()}")
     wait_until(lambda: not cluster.ask("squeue", "--noheader"))

@@ -1,4 +1,4 @@
-"""The sweep file becomes exactly the runs that it states, each with its id, or one sentence that says what is wrong."""
+"""A sweep file gives exactly the runs that it describes, each with its id, or one line that says what is wrong."""
 
 from collections import Counter
 from fractions import Fraction

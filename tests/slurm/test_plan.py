@@ -1,4 +1,4 @@
-"""The plan's figures against the paper's formula and published counts, its refusals, and that it needs no torch."""
+"""The plan: its figures against the paper's formula and published counts, its refusals, and no import of torch."""
 
 import json
 import re

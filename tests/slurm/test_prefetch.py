@@ -1,4 +1,4 @@
-"""What prefetch brings from a hub (a stand-in that speaks its protocol) is all that a run needs without one."""
+"""After prefetch a run needs no hub. The hub is a stand-in that speaks the same protocol."""
 
 import json
 import shutil
@@ -14,7 +14,7 @@ NAME, COMMIT = "EleutherAI/pythia-14m", "0" * 39 + "1"
 
 @pytest.fixture
 def hub(tmp_path):
-    """A hub with one repository: a folder whose files it serves, and the paths that it was asked for."""
+    """A hub that serves one folder as a repository, and records the paths that it was asked for."""
     folder, asked = tmp_path / "repository", []
     folder.mkdir()
 
@@ -61,7 +61,7 @@ def test_after_prefetch_a_run_asks_no_hub(laptop, hub, tmp_path, save_decoder):
         tmp_path / "local" / "pythia-14m", width=128, blocks=6, heads=4, vocab_size=512, max_position_embeddings=2048
     )
     shutil.copytree(local, hub.folder, dirs_exist_ok=True)
-    (hub.folder / "pytorch_model.bin").write_bytes(b"the same weights, which nobody needs twice")
+    (hub.folder / "pytorch_model.bin").write_bytes(b"the same weights in another format")
     base = {"backbone.name": NAME, "data.store": str(tmp_path / "fetched")}
     sweep = laptop.write("fetched", base=base, axes={"budget": [2e10]}, methods=["full"], expected_pairs=10**6)
     network = {"HF_HOME": str(tmp_path / "hub"), "HF_ENDPOINT": hub.address, "HF_HUB_OFFLINE": "0"}

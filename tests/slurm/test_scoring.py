@@ -1,4 +1,4 @@
-"""Finished runs of a sweep are scored: here, and by jobs of their own on a real SLURM."""
+"""Finished runs of a sweep are scored on this machine, and by jobs on a real SLURM."""
 
 import json
 

@@ -1,11 +1,11 @@
-"""Whatever the cluster does, every run of a sweep ends with the bits of the run that was left alone.
+"""Whatever the cluster does, every run of a sweep ends with the same bits as an undisturbed run.
 
-A sweep of twelve runs begins on this machine, goes to a real SLURM of two nodes, and there is preempted, requeued, hit
-by its time limit, killed with its node, cancelled and submitted again. The summary shows what was done to each run.
+A sweep of twelve runs begins on this machine and goes to a real SLURM with two nodes. There it is preempted, requeued,
+stopped by its time limit, killed with its node, cancelled and submitted again. The test's summary shows what was done
+to each run.
 """
 
 import contextlib
-import json
 import os
 import re
 import signal
@@ -18,15 +18,17 @@ import pytest
 from embedscale.run.directory import RunDirectory
 from embedscale.run.lease import lease_holder
 from slurm.scheduler.processes import POLL_SECONDS
+from slurm.scheduler.submissions import Submissions
 
 LONG_SECONDS = 8  # undisturbed, at the full speed
 METHODS = ["full", "bias", {"name": "freeze", "active_fraction": 0.5}, {"name": "lora", "rank": 4}]
 
 
 class Script:
-    """What is done to the jobs of a sweep, each deed as soon as the run that it is meant for has steps to lose.
+    """The things that are done to the jobs of a sweep, each as soon as its run has steps that it can lose.
 
-    A long run that has them is held still until something is done to it: on no machine is it done before."""
+    A long run with such steps is suspended until something is done to it, so that it cannot end before.
+    """
 
     def __init__(self, lab, name, long, until):
         self.lab, self.name, self.long, self.until = lab, name, long, until
@@ -36,23 +38,24 @@ class Script:
         self.begun = time.monotonic()
 
     def running(self):
-        """(job, its node, the directory of the run that it is at) for each running job."""
-        noted = {}
-        for file in (self.lab.folder / "runs" / self.name / ".submissions").glob("*.json"):
-            submission = json.loads(file.read_text())
-            noted[submission["name"]] = submission["tasks"]
+        """Yield (job, its node, the directory of its current run) for each running job."""
+        noted = Submissions(self.lab.folder / "runs" / self.name).noted()
         lines = self.lab.slurm("squeue", "--noheader", "--states=RUNNING", "--format=%j|%F_%K|%N").splitlines()
         for job_name, job, node in (line.split("|") for line in lines):
             index = int(job.split("_")[1]) if "N/A" not in job else 0
             for directory in self.lab.directories(self.name):
                 run = directory.path.name
-                if run in noted.get(job_name, {index: ()})[index] and lease_holder(directory.lease):
+                if job_name in noted and run in noted[job_name].tasks[index] and lease_holder(directory.lease):
                     self.nodes[run].add(node)
                     yield job.removesuffix("_N/A"), node, directory
 
     def find(self, wanted, patience=10):
-        """A job, its node and its run, which has a checkpoint newer than its attempt's beginning, no earlier deed where
-        `patience` seconds bring such a one, and no deed that still waits for its time limit beside it on the node."""
+        """Return a job, its node and its run, such that `wanted(run, node, held)` is true and the run has a checkpoint
+        newer than the beginning of its attempt.
+
+        `held` are the nodes on which a run waits for its time limit. For `patience` seconds, a run to which nothing was
+        done yet is preferred.
+        """
         deadline = time.monotonic() + patience
 
         def ready():
@@ -65,7 +68,7 @@ class Script:
         return self.until(ready, 240, self.tell)
 
     def look(self):
-        """(job, its node, its run) where the run has steps to lose; long ones are held still until `let_go`."""
+        """Return (job, its node, its run) for runs that have steps to lose; suspend long runs until `let_go`."""
         found = []
         for job, node, directory in self.running():
             run, attempts, holder = directory.path.name, directory.read_attempts(), lease_holder(directory.lease)
@@ -86,7 +89,7 @@ class Script:
         return f"{dict(self.deeds)} {self.lab.queued()} {self.lab.log(self.name)[-3000:]}"
 
     def waiting(self):
-        """The limited runs whose time limit has not stopped them yet."""
+        """Return the runs with a new time limit that has not stopped them yet."""
         return [run for run, number in self.limited.items() if number == self.running_attempt(run)]
 
     def running_attempt(self, run):
@@ -107,9 +110,9 @@ class Script:
         self.note(run, "time limit")
         self.limited[run] = self.running_attempt(run)
         process = lease_holder(RunDirectory(self.lab.folder / "runs" / self.name / run).lease)["pid"]
-        # SLURM looks every 30 s, and warns 20 s ahead or at the look before: later than this it might just kill.
+        # SLURM checks every 30 s and warns 20 s ahead. With a later limit it might kill the job without a warning.
         self.lab.limit(job, 40)
-        # It would need many more steps to be at work until then; held still, it finds the warning when it goes on.
+        # Suspended, the run cannot end before the warning; it finds the warning when it continues.
         os.kill(process, signal.SIGSTOP)
         threading.Timer(25, go_on, (process,)).start()
 
@@ -142,7 +145,7 @@ def test_every_run_ends_with_the_bits_of_the_undisturbed_one(lab, until, same, r
     axes = {"budget": [1e10], "training.seed": [0, 1]}
     file = {"methods": METHODS, "base": {"resources.log_every": 1}}
     assert "8 done" in lab.sweep("submit", lab.write("alone", axes=axes, **file), "--to", "here")
-    # Four more are long, by this machine's measure: long enough for all that is to be done to them.
+    # Four more runs are long on this machine: long enough for everything that is done to them.
     longer = longer_budget(lab)
     file["include"] = [{"budget": longer, "training.seed": seed, "method.name": "full"} for seed in range(4)]
     short = {directory.path.name for directory in lab.directories("alone")}
@@ -150,7 +153,7 @@ def test_every_run_ends_with_the_bits_of_the_undisturbed_one(lab, until, same, r
     assert "alone: 4 done" in lab.sweep("submit", alone, "--to", "here")
     long = {directory.path.name for directory in lab.directories("alone")} - short
 
-    # Two short runs share a job; the long ones have one each. A checkpoint every half second leaves steps to lose.
+    # Two short runs share a job; each long run has its own. A checkpoint every half second leaves steps to lose.
     file["base"] = file["base"] | {"resources.checkpoint_minutes": 0.01}
     sweep = lab.write("sweep", axes=axes, cluster={"bundle_minutes": 0.05, "max_gpus": 4}, **file)
     script = Script(lab, "sweep", long, until)
@@ -158,7 +161,7 @@ def test_every_run_ends_with_the_bits_of_the_undisturbed_one(lab, until, same, r
     begun = until(lambda: [d for d in lab.directories("sweep") if any(d.checkpoints.glob("step-*.pt"))])
     held = [lab.hold(directory) for directory in begun]
     laptop.send_signal(signal.SIGINT)
-    time.sleep(2 * POLL_SECONDS)  # in which it is passed on
+    time.sleep(2 * POLL_SECONDS)  # until the parent has passed it on
     for process in held:
         go_on(process)
     assert laptop.wait(240) == 75, laptop.stdout.read()
@@ -177,7 +180,7 @@ def test_every_run_ends_with_the_bits_of_the_undisturbed_one(lab, until, same, r
     def over():
         lab.hurry()
         time.sleep(2)
-        # Another submit, which costs a process, only where it may find something to do.
+        # A submit costs a process: call it only if it may find something to do.
         return not lab.queued("sweep") and "12 done; 0 to submit" in lab.sweep("submit", sweep)
 
     until(over, 300, lambda: f"{lab.queued()} {lab.sweep('status', sweep)} {lab.log('sweep')[-3000:]}")
@@ -197,13 +200,13 @@ def test_every_run_ends_with_the_bits_of_the_undisturbed_one(lab, until, same, r
 
 
 def go_on(process):
-    """Where SLURM's own signals have not let it go on, and come to its end, before."""
+    """Continue a suspended process, if it still exists."""
     with contextlib.suppress(ProcessLookupError):
         os.kill(process, signal.SIGCONT)
 
 
 def longer_budget(lab):
-    """FLOP of LONG_SECONDS at the speed of the full runs that are done, in one digit; twice what these had at least."""
+    """Return the FLOP that a full run spends in LONG_SECONDS, rounded to one digit; at least twice the short budget."""
     speeds = []
     for directory in lab.directories("alone"):
         record = directory.read_record()
