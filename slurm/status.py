@@ -196,8 +196,8 @@ def wasted_hours(attempts: Sequence[AttemptRecord]) -> float:
     """Return the hours of work that a later attempt had to repeat, because no checkpoint held the work.
 
     The work of an attempt is kept up to the FLOP at which the next attempt began. A killed attempt did not say which
-    FLOP it reached: the kept FLOP are converted into hours at the speed of the run's other attempts, and its other hours
-    are wasted. All hours of a failed last attempt are wasted.
+    FLOP it reached: the kept FLOP become hours at the speed of the run's other attempts, and the rest of its hours are
+    wasted. All hours of a failed last attempt are wasted.
     """
     flop = seconds = 0.0
     for attempt in attempts:

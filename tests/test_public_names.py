@@ -12,7 +12,10 @@ ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "docs" / "examples"
 
 
-@pytest.mark.parametrize("package", ["embedscale", "embedscale.data", "embedscale.serving", "embedscale.training"])
+PACKAGES = ["embedscale", "embedscale.data", "embedscale.serving", "embedscale.training", "slurm"]
+
+
+@pytest.mark.parametrize("package", PACKAGES)
 def test_every_public_name_exists_and_is_listed(package):
     module = importlib.import_module(package)
     for name in module.__all__:
@@ -23,7 +26,7 @@ def test_every_public_name_exists_and_is_listed(package):
 
 
 def test_the_packages_are_imported_without_torch_numpy_or_pandas():
-    code = "import sys, embedscale, embedscale.data, embedscale.serving, embedscale.training\n"
+    code = f"import sys, {', '.join(PACKAGES)}\n"
     code += "sys.exit(bool({'torch', 'numpy', 'pandas', 'omegaconf'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 

@@ -119,7 +119,7 @@ class Lab:
                 self.slurm("scontrol", "update", f"JobId={job}", "StartTime=now")
 
     def limit(self, job: str, seconds: float) -> None:
-        """Let a running job reach its time limit in `seconds`. A limit in minutes would also hold for the next attempt."""
+        """Let a running job reach its time limit in `seconds`. A limit in minutes would hold for later attempts too."""
         end = datetime.now() + timedelta(seconds=seconds)
         self.slurm("scontrol", "update", f"JobId={job}", f"EndTime={end:%Y-%m-%dT%H:%M:%S}")
 
