@@ -1,16 +1,20 @@
-"""What fits say of one method at any size and budget, and what a budget may be: the ground that a recipe stands on."""
+"""What the fits of one method say at any size and budget, and what a budget may be: the basis of a recipe.
+
+No pandas here, because `embedscale recipe` starts without it.
+"""
 
 import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Literal
 
 import numpy as np
 
-from analysis.fitting.laws import CHINCHILLA, Array, interval
+from analysis.fits import Interval, MethodFit, Point
+from analysis.fitting.laws import Array, interval, size_law
 from embedscale.errors import UserError
-from embedscale.run.families import SUITE
+from embedscale.run.families import family_with
 
 UNITS = {"flop": 1.0, "flops": 1.0, "": 1.0} | {
     f"{letter}{word}": 10.0 ** (3 * power) * seconds
@@ -18,13 +22,14 @@ UNITS = {"flop": 1.0, "flops": 1.0, "": 1.0} | {
     for word, seconds in (("flop", 1.0), ("flops", 1.0), ("flop-day", 86400.0), ("flop-days", 86400.0))
 }
 HOURS = ("gpu-hour", "gpu-hours", "gpuh", "gpu-h")
-MOST = 1e30  # FLOP, as of a run
-REACH = 1e4  # how far beyond the sizes that were run a joint law's best size is looked for
+MOST = 1e30  # FLOP; the largest budget of a run
+REACH = 1e4  # factor beyond the sizes that were run within which a joint law's best size is looked for
+Basis = Literal["power laws", "joint law", "best run", ""]
 
 
 @dataclass(frozen=True)
 class Limit:
-    """What is given: FLOP or GPU-hours (one of them, or none), and at most so many tokens (or none)."""
+    """What a run may use: FLOP or GPU-hours (one of them, or neither), and a number of tokens (or none)."""
 
     flop: float | None = None
     gpu_hours: float | None = None
@@ -38,14 +43,17 @@ class Limit:
 
 
 def parse_limit(budget: str | None, tokens: str | None = None) -> Limit:
-    """`1e17`, `100 PFLOP`, `2 PFLOP-days`, `24 GPU-hours`; tokens `2e9`. Raises UserError for what is no amount."""
+    """Return the limit of `1e17`, `100 PFLOP`, `2 PFLOP-days` or `24 GPU-hours`, and of tokens such as `2e9`.
+
+    Raises UserError for a text that is not an amount.
+    """
     limit: dict[str, float] = {}
     if budget is not None:
         found = re.fullmatch(r"\s*([-+]?[\d.,_]+(?:e[-+]?\d+)?)\s*([a-z-]*)\s*", budget.lower())
         unit = found[2] if found else ""
         if not found or (unit not in UNITS and unit not in HOURS):
             raise UserError(
-                f"budget: {budget!r} is no amount with a unit we know; allowed: 1e17, "
+                f"budget: {budget!r} is not an amount with a known unit; allowed: 1e17, "
                 "100 PFLOP, 2 PFLOP-days, 24 GPU-hours"
             )
         limit["gpu_hours" if unit in HOURS else "flop"] = _amount("budget", found[1]) * UNITS.get(unit, 1.0)
@@ -59,150 +67,156 @@ def parse_limit(budget: str | None, tokens: str | None = None) -> Limit:
 
 
 def _amount(name: str, text: str) -> float:
-    # A comma between other groups of digits would be a decimal one.
+    # A comma between other groups of digits would be a decimal comma.
     if "," in text and not re.fullmatch(r"[-+]?\d{1,3}(,\d{3})+(\.\d*)?(e[-+]?\d+)?", text.lower()):
-        raise UserError(f"{name}: {text!r} has a comma that separates no thousands; allowed: 1.5e17 or 1,500,000")
+        raise UserError(f"{name}: {text!r} has a comma that does not separate thousands; write 1.5e17 or 1,500,000")
     try:
         value = float(text.replace(",", ""))
     except ValueError:
-        raise UserError(f"{name}: {text!r} is no number") from None
+        raise UserError(f"{name}: {text!r} is not a number; write 1.5e17 or 1,500,000") from None
     if not (math.isfinite(value) and value > 0):
         raise UserError(f"{name}: {text} is out of range; allowed: above 0")
     return value
 
 
 def same_budget(a: float, b: float) -> bool:
-    """Whether runs of these budgets can be compared: nearly equal ones form a profile (`optima.group_budgets`)."""
+    """Return whether runs of these budgets can be compared: within 10 %, as in `optima.group_budgets`."""
     return math.isclose(a, b, rel_tol=0.1)
 
 
+def log_distance(a: float, b: float) -> float:
+    """Return |ln a − ln b|."""
+    return abs(math.log(a / b))
+
+
 class Evidence:
-    """One method's points and laws as functions of size and budget."""
+    """The points and laws of one method as functions of size and budget."""
 
-    def __init__(self, name: str, facts: Mapping[str, Any], names: Mapping[float, str]):
+    def __init__(self, name: str, fit: MethodFit, names: Mapping[float, str]):
         self.name = name
-        self.points = facts["points"]
-        self.optima = facts["optima"]
+        self.fit = fit
+        self.points = fit.points
         self.names = names
-        self.lines = facts["power_laws"]
-        law = facts["joint_laws"].get(CHINCHILLA.name) or {}
-        self.law = law if "E" in law else None
-        self.interior = [row for row in self.optima if row["state"] == "interior"]
-        curves = [row["curve"]["curvature"] for row in self.interior if row["curve"]]
+        self.lines = fit.power_laws
+        self.law = size_law(fit.joint_laws)
+        curves = [row.curve.curvature for row in fit.interior if row.curve]
         self.curvature = float(np.median(curves)) if curves else 0.0
-        self.sizes = np.unique([point["params"] for point in self.points])
+        self.sizes = np.unique([point.n_parameters for point in self.points])
 
-    def basis(self, limit: Limit, reach: float = 1.1) -> str:
-        """What tells of this limit: a law, the best run, or nothing.
+    @property
+    def not_fixed(self) -> tuple[str, ...]:
+        """Coefficients of the joint law that the data do not fix."""
+        return self.fit.joint_laws[self.law.law.name].not_fixed if self.law else ()
 
-        Where the nearest budget that was run, at most `reach` times smaller, has no optimum inside the grid, what was
-        measured there is known better than what a law extends to it: more FLOP lose nothing.
+    def basis(self, limit: Limit, reach: float = 1.1) -> Basis:
+        """Return what a prediction for this limit rests on: a law, the best run, or nothing.
+
+        The best run is preferred to a law where the nearest budget that was run, at most `reach` times smaller, has no
+        optimum inside the grid: what was measured there is known better than what a law extends to it.
         """
-        lines = "power laws" if self.lines["loss"] and self.lines["n_opt"] else None
-        law = "joint law" if self.law else None
+        lines: Basis = "power laws" if self.lines.loss and self.lines.n_opt else ""
+        law: Basis = "joint law" if self.law else ""
         if limit.tokens:  # a parabola says nothing far from its vertex
-            return law or ""
+            return law
         if limit.gpu_hours:
-            return (law or lines or "") if self._rates() else ""
-        known = [(row["budget"], row["state"]) for row in self.optima if row["best"]]
+            return (law or lines) if self._rates() else ""
+        known = [(row.budget_flop, row.interior) for row in self.fit.optima if row.best]
         if limit.flop and known:
             flop = limit.flop
-            budget, state = min(known, key=lambda each: abs(math.log(each[0] / flop)))
-            if state != "interior" and (same_budget(flop, budget) or 1 < flop / budget <= reach):
+            budget, interior = min(known, key=lambda each: log_distance(each[0], flop))
+            if not interior and (same_budget(flop, budget) or 1 < flop / budget <= reach):
                 return "best run"
         return lines or law or "best run"
 
-    def cost(self, params: Array, budget: float | None = None) -> Array:
-        """FLOP a token: the points' ratio to N, between sizes interpolated, beyond them held."""
+    def cost(self, sizes: Array, budget: float | None = None) -> Array:
+        """Return FLOP a token of sizes [k]: its ratio to N is interpolated between the points, and constant beyond."""
         nearest = self._nearest_points(budget)
-        sizes = np.array([point["params"] for point in nearest])
-        ratio = np.array([point["flop_per_token"] for point in nearest]) / sizes
-        return params * np.interp(np.log(params), np.log(sizes), ratio)
+        known = np.array([point.n_parameters for point in nearest])
+        ratio = np.array([point.flop_per_token for point in nearest]) / known
+        return sizes * np.interp(np.log(sizes), np.log(known), ratio)
 
-    def _nearest_points(self, budget: float | None) -> list[Mapping[str, Any]]:
-        """Of each size the point nearest in budget, by ascending size."""
-        log_budget = math.log(budget) if budget else math.inf
+    def _nearest_points(self, budget: float | None) -> list[Point]:
+        """Return the point of each size that is nearest in budget, by ascending size; without a budget, the largest."""
+        log_budget = min(math.log(budget) if budget else math.inf, 700.0)
         found = []
         for size in self.sizes:
-            own = [point for point in self.points if point["params"] == size]
-            found.append(min(own, key=lambda point: abs(math.log(point["budget"]) - min(log_budget, 700.0))))
+            own = [point for point in self.points if point.n_parameters == size]
+            found.append(min(own, key=lambda point: abs(math.log(point.budget_flop) - log_budget)))
         return found
 
     def nearest_budget(self, budget: float) -> float:
-        """The nearest budget that was run."""
-        found: float = min((point["budget"] for point in self.points), key=lambda each: abs(math.log(each / budget)))
-        return found
+        """Return the nearest budget that was run."""
+        return min((point.budget_flop for point in self.points), key=lambda each: log_distance(each, budget))
 
-    def measured(self, budget: float | None) -> list[Mapping[str, Any]]:
-        """The points at the nearest budget that was run, one a size, by ascending size."""
+    def measured(self, budget: float | None) -> list[Point]:
+        """Return the points at the nearest budget that was run, one a size, by ascending size."""
         assert budget is not None
         nearest = self.nearest_budget(budget)
-        return [each for each in self._nearest_points(nearest) if same_budget(each["budget"], nearest)]
+        return [each for each in self._nearest_points(nearest) if same_budget(each.budget_flop, nearest)]
 
     def _rates(self) -> list[tuple[float, float]]:
-        """(size, FLOP a GPU-hour) of the sizes whose runs carry timings; the longest run tells most."""
+        """Return (size, FLOP a GPU-hour) of each size whose runs carry timings, by its longest run."""
         rates = []
         for size in self.sizes:
-            timed = [point for point in self.points if point["params"] == size and (point.get("gpu_hours") or 0) > 0]
-            if timed:
-                longest = max(timed, key=lambda point: point["gpu_hours"])
-                rates.append((float(size), longest["budget"] / longest["gpu_hours"]))
+            timed = [(point.gpu_hours or 0.0, point.budget_flop) for point in self.points if point.n_parameters == size]
+            hours, flop = max(timed, key=lambda each: each[0])
+            if hours > 0:
+                rates.append((float(size), flop / hours))
         return rates
 
-    def rate(self, params: Array) -> Array | None:
+    def rate(self, sizes: Array) -> Array | None:
+        """Return FLOP a GPU-hour of sizes [k], or None where no run carries timings."""
         rates = self._rates()
         if not rates:
             return None
-        sizes, values = np.log(np.array(rates)).T
-        return np.exp(np.interp(np.log(params), sizes, values))
+        known, values = np.log(np.array(rates)).T
+        return np.exp(np.interp(np.log(sizes), known, values))
 
-    def budget_of(self, params: Array, limit: Limit) -> Array:
-        """The FLOP that the limit allows for each size."""
-        allowed = np.full(len(params), np.inf)
+    def budget_of(self, sizes: Array, limit: Limit) -> Array:
+        """Return the FLOP that the limit allows for each size."""
+        allowed = np.full(len(sizes), np.inf)
         if limit.flop:
-            allowed = np.full(len(params), limit.flop)
+            allowed = np.full(len(sizes), limit.flop)
         if limit.gpu_hours:
-            rate = self.rate(params)
+            rate = self.rate(sizes)
             assert rate is not None
             allowed = limit.gpu_hours * rate
         if limit.tokens:
-            allowed = np.minimum(allowed, limit.tokens * self.cost(params))
+            allowed = np.minimum(allowed, limit.tokens * self.cost(sizes))
         return allowed
 
-    def log_loss(self, params: Array, budget: Array, basis: str) -> tuple[Array, Array | None]:
-        """ln L of each size at its budget [k], and draws of it [draws, k]."""
+    def log_loss(self, sizes: Array, budget: Array, basis: Basis) -> tuple[Array, Array | None]:
+        """Return ln L of each size at its budget [k], and draws of it [draws, k]."""
         if basis == "power laws":
-            centre = np.array([[math.log(self.lines[key]["coefficient"]), self.lines[key]["exponent"]] for key in
-                               ("loss", "n_opt")])  # fmt: skip
-            values: Array = self._bowl(centre[:, None], params, budget)[0]
-            drawn = [np.asarray(self.lines[key]["draws"], float) for key in ("loss", "n_opt")]
-            return values, self._bowl(np.stack(drawn), params, budget) if len(drawn[0]) else None
+            lines = [self.lines.loss, self.lines.n_opt]
+            centre = np.array([[math.log(line.coefficient), line.exponent] for line in lines if line])
+            drawn = np.array([np.asarray(line.draws, float) for line in lines if line])
+            values: Array = self._bowl(centre[:, None], sizes, budget)[0]
+            return values, self._bowl(drawn, sizes, budget) if drawn.size else None
         if basis == "joint law":
             assert self.law is not None
-            tokens = budget / self.cost(params)
-            law = np.array([self.law[name] for name in CHINCHILLA.names])
+            tokens = budget / self.cost(sizes)
             with np.errstate(invalid="ignore"):
-                drawn_loss = np.log(CHINCHILLA.predict(np.asarray(self.law["draws"], float), params, tokens))
-            return np.log(np.ravel(CHINCHILLA.predict(law, params, tokens))), drawn_loss
-        losses = {point["params"]: point["loss"] for point in self.measured(float(budget[0]))}
-        return np.log([losses[size] for size in params]), None
+                drawn = np.log(self.law.drawn(sizes, tokens))
+            return np.log(self.law.loss(sizes, tokens)), drawn
+        losses = {point.n_parameters: point.loss for point in self.measured(float(budget[0]))}
+        return np.log([losses[size] for size in sizes]), None
 
-    def _bowl(self, laws: Array, params: Array, budget: Array) -> Array:
-        """ln L = ln L*(C) + curvature (ln N − ln N*(C))² for laws [2, draws, 2]: [draws, sizes]."""
+    def _bowl(self, laws: Array, sizes: Array, budget: Array) -> Array:
+        """Return ln L = ln L*(C) + curvature (ln N − ln N*(C))² [draws, sizes] for laws [2, draws, 2] of L* and N*."""
         lowest, size = (law[:, :1] + law[:, 1:] * np.log(budget) for law in laws)
-        return lowest + self.curvature * (np.log(params) - size) ** 2
+        return lowest + self.curvature * (np.log(sizes) - size) ** 2
 
-    def optimum(self, limit: Limit, basis: str, confidence: float) -> tuple[float, list[float] | None]:
-        """The continuous best size, with its interval; for the best run, its size."""
-        if basis == "power laws" and limit.flop:
-            law = self.lines["n_opt"]
-            draws = np.asarray(law["draws"], float)
+    def optimum(self, limit: Limit, basis: Basis, confidence: float) -> tuple[float, Interval | None]:
+        """Return the best size, not rounded to a backbone, with its interval; for the best run, its size."""
+        line = self.lines.n_opt
+        if basis == "power laws" and limit.flop and line:
+            draws = np.asarray(line.draws, float)
             spread = draws[:, 0] + draws[:, 1] * math.log(limit.flop) if len(draws) else np.array([])
-            return law["coefficient"] * limit.flop ** law["exponent"], interval(np.exp(spread), confidence)
+            return line.at(limit.flop), interval(np.exp(spread), confidence)
         if basis == "best run":
-            lowest = min(self.measured(limit.flop), key=lambda point: point["loss"])
-            return float(lowest["params"]), None
-        reach = 1.0 if limit.tokens else REACH  # with the data fixed, larger is better for ever
+            return min(self.measured(limit.flop), key=lambda point: point.loss).n_parameters, None
+        reach = 1.0 if limit.tokens else REACH  # with the data fixed, the loss falls with the size without end
         low, high = math.log(self.sizes[0] / reach), math.log(self.sizes[-1] * reach)
         grid = np.exp(np.linspace(low, high, max(401, round(50 * (high - low)))))
         values, drawn = self.log_loss(grid, self.budget_of(grid, limit), basis)
@@ -211,24 +225,22 @@ class Evidence:
             return float(grid[best]), None
         return float(grid[best]), interval(grid[np.nan_to_num(drawn, nan=np.inf).argmin(1)], confidence)
 
-    def nearest(self, params: float, budget: float) -> Mapping[str, Any]:
-        """The point whose size, and then whose budget, is nearest: its hyper-parameters are taken."""
+    def nearest(self, size: float, budget: float) -> Point:
+        """Return the point nearest in size, and then in budget: its hyper-parameters are taken."""
 
-        def distance(point: Mapping[str, Any]) -> tuple[float, float]:
-            size, spent = (abs(math.log(point[key] / value)) for key, value in (("params", params), ("budget", budget)))
-            return round(size, 6), spent
+        def distance(point: Point) -> tuple[float, float]:
+            return round(log_distance(point.n_parameters, size), 6), log_distance(point.budget_flop, budget)
 
-        found: Mapping[str, Any] = min(self.points, key=distance)
-        return found
+        return min(self.points, key=distance)
 
-    def available(self, limit: Limit, basis: str) -> list[tuple[str, float]]:
-        """Backbones that may be used, by ascending size.
+    def available(self, limit: Limit, basis: Basis) -> list[tuple[str, float]]:
+        """Return the backbones (name, size) that may be used, by ascending size.
 
-        The Pythia suite where the runs are of it and a law reaches beyond them, else the sizes that were run; for the
-        best run those that were run at its budget.
+        For the best run these are the sizes that were run at its budget. A law reaches beyond: to a whole family if all
+        sizes that were run are of that family, else to all sizes that were run.
         """
-        suite = {float(row.parameters): row.name for row in SUITE.values()}
-        if basis != "best run" and set(map(float, self.sizes)) <= set(suite):
-            return sorted(((name, size) for size, name in suite.items()), key=lambda each: each[1])
-        sizes = [point["params"] for point in self.measured(limit.flop)] if basis == "best run" else self.sizes
+        family = family_with(self.sizes)
+        if basis != "best run" and family:
+            return [(row.name, float(row.parameters)) for row in family.sizes.values()]
+        sizes = [point.n_parameters for point in self.measured(limit.flop)] if basis == "best run" else self.sizes
         return [(self.names.get(float(size), f"{size:.4g} parameters"), float(size)) for size in sizes]

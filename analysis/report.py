@@ -1,89 +1,101 @@
-"""`embedscale report`: one self-contained HTML page, the recipe first, with every figure and what it stands on.
+"""`embedscale report`: one HTML page with the recipe first, every figure, the laws, and what the page rests on.
 
-The figures lie beside it as PNG, PDF and CSV, and inside it as data, so that the page alone can be sent.
+The page holds its figures as data, so it can be sent alone; they also lie beside it as PNG, PDF and CSV. This module
+collects what the page shows; how it looks is in `templates/`, where jinja2 escapes every text. The price of one file is
+its size: about 100 kB a figure.
 """
 
 import base64
-import html
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
 from analysis import evidence, recipe, study
-from analysis import fits as fits_file
-from analysis.fits import HYPERPARAMETERS
-from analysis.runs import EXCLUDED
+from analysis.columns import EXCLUDED, HYPERPARAMETERS
+from analysis.evidence import Limit
+from analysis.fits import Fits
+from analysis.fitting.laws import LAWS
+from analysis.recipe import Recipe, Row
 from analysis.study import Study
-from analysis.summary import number, spread
+from analysis.summary import SIGNS, number, spread
 from embedscale.errors import UserError
 from embedscale.files import write_atomically
+from embedscale.progress import Bar
+
+if TYPE_CHECKING:
+    from analysis.figures.catalogue import Written
 
 FILE = "report.html"
 FOLDER = "figures"
+MANY_BUDGETS = 8  # above which recipes are given for SOME_BUDGETS between the smallest and the largest
+SOME_BUDGETS = 6
+FARTHER = 4  # the last recipe's budget / the largest budget that was run
+SHOWN_OPTIMA = 80  # above which budgets with too few sizes are not listed
+SHOWN_COMPARISONS = 20  # budgets above which methods are not compared at each
 SHOWN_ROWS = 60  # of the runs left out; all of them are in excluded.csv
-
-CSS = """
-:root { color-scheme: light; }
-* { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 72rem; padding: 1rem 1.2rem 4rem; color: #1c1c1c; background: #fff;
-  font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; overflow-wrap: anywhere; }
-h1 { font-size: 1.6rem; line-height: 1.2; margin: .5rem 0 .2rem; }
-h2 { font-size: 1.25rem; margin: 2.4rem 0 .6rem; border-bottom: 1px solid #ccc; padding-bottom: .2rem; }
-h3 { font-size: 1rem; margin: 1.4rem 0 .3rem; }
-p { margin: .4rem 0; } .quiet { color: #555; font-size: .88rem; }
-.warning { background: #fff4d6; border-left: 4px solid #c98a00; padding: .5rem .8rem; }
-#recipe { background: #eef4fa; border: 1px solid #b8cfe4; border-radius: 6px; padding: .6rem 1rem 1rem;
-  margin-top: .8rem; }
-#recipe h2 { border: 0; margin: .2rem 0; }
-dl { display: grid; grid-template-columns: minmax(7rem, max-content) 1fr; gap: .15rem 1rem; margin: .4rem 0; }
-dt { color: #555; } dd { margin: 0; font-variant-numeric: tabular-nums; }
-.wide { overflow-x: auto; margin: .4rem 0; }
-table { border-collapse: collapse; font-size: .86rem; font-variant-numeric: tabular-nums; }
-th, td { text-align: left; padding: .18rem .7rem .18rem 0; border-bottom: 1px solid #e4e4e4; vertical-align: top;
-  overflow-wrap: normal; } th { border-bottom-color: #999; white-space: nowrap; }
-figure { margin: 1.4rem 0; } figcaption { font-size: .88rem; color: #333; max-width: 46rem; }
-figure img { display: block; max-width: 100%; height: auto; }
-nav a { margin-right: .9rem; } .missing { color: #8a4b00; }
-@media (max-width: 640px) { body { padding: .6rem .7rem 3rem; font-size: 15px; }
-  dl { grid-template-columns: 1fr; gap: 0; } dt { margin-top: .35rem; font-size: .85rem; }
-  figure img.two { max-width: none; width: 44rem; } }
-"""
+TWO_COLUMNS = 1000  # pixels of a figure above which it is two columns wide
+CONTENTS = (
+    ("figures", "Figures"),
+    ("laws", "Laws"),
+    ("left-out", "What was left out"),
+    ("notes", "Notes"),
+    ("settings", "Settings"),
+    ("costs", "Costs"),
+    ("checklist", "Reproducibility"),
+)
+Terms = list[tuple[str, str]]
 
 
-def _e(value: Any) -> str:
-    return html.escape(str(value))
+@dataclass(frozen=True)
+class Table:
+    """A table of the page; `more` stands below it."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Any]]
+    more: str = ""
 
 
-def _table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    head = "".join(f"<th>{_e(column)}</th>" for column in columns)
-    body = "".join("<tr>" + "".join(f"<td>{_e(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+@dataclass(frozen=True)
+class Shown:
+    """A figure of the page."""
+
+    name: str
+    title: str
+    caption: str
+    image: str  # PNG, base64
+    width: int  # pixels
+
+    @property
+    def two_columns(self) -> bool:
+        return self.width > TWO_COLUMNS
+
+    @property
+    def shown_width(self) -> int:
+        return int(self.width / 1.6) if self.two_columns else self.width // 2
+
+    @property
+    def csv(self) -> str:
+        return f"{FOLDER}/{self.name}.csv"
 
 
-def _definitions(rows: Iterable[tuple[str, str]]) -> str:
-    return "<dl>" + "".join(f"<dt>{_e(name)}</dt><dd>{_e(text)}</dd>" for name, text in rows) + "</dl>"
+# --- Recipes and figures ---------------------------------------------------------------------------------------------
 
 
-def _percent(fits: Mapping[str, Any]) -> str:
-    return f"{100 * fits['settings']['confidence']:.0f} %"
-
-
-# --- Sections --------------------------------------------------------------------------------------------------------
-
-
-def _recipes(fits: Mapping[str, Any], runs: list[dict[str, str]], budgets: Sequence[str]) -> str:
-    """The recipe of the first budget in full, and of all budgets as a table."""
-    every = [float(budget) for budget in fits["runs"]["budgets"]]
-    if len(every) > 8:
-        every = [float(each) for each in np.geomspace(every[0], every[-1], 6)]
+def _recipes(fits: Fits, runs: Sequence[Row], budgets: Sequence[str]) -> tuple[Recipe | None, Table]:
+    """Return the recipe that is shown in full, the first of `budgets` or the largest that was run, and all recipes."""
+    every = list(fits.runs.budgets)
+    if len(every) > MANY_BUDGETS:
+        every = np.geomspace(every[0], every[-1], SOME_BUDGETS).tolist()
     asked = [evidence.parse_limit(budget) for budget in budgets]
-    limits = asked + [evidence.Limit(flop=budget) for budget in [*every, 4 * every[-1]]]
+    limits = asked + [Limit(flop=budget) for budget in [*every, FARTHER * every[-1]]]
+    full = asked[0] if asked else limits[-2]
     columns = ["budget (FLOP)", "method", "model", "best size", "tokens", "pairs", "steps", "peak rate"]
-    columns += [f"expected loss ({_percent(fits)})", "next best loses", "extrapolates"]
+    columns += [f"expected loss ({fits.settings.percent})", "next best loses", "extrapolates"]
     rows, first = [], None
     for limit in limits:
         try:
@@ -91,10 +103,10 @@ def _recipes(fits: Mapping[str, Any], runs: list[dict[str, str]], budgets: Seque
         except UserError as error:
             rows.append([limit.text, str(error), *[""] * (len(columns) - 2)])
             continue
-        best = found.best
-        if limit is (asked[0] if asked else limits[-2]):
+        if limit is full:
             first = found
-        rival = min((each for each in found.others if each["lost"] > 0), key=lambda each: each["lost"], default=None)
+        best = found.best
+        rival = min((each for each in found.others if each.lost > 0), key=lambda each: each.lost, default=None)
         rows.append(
             [
                 limit.text.removesuffix(" FLOP"),
@@ -104,131 +116,152 @@ def _recipes(fits: Mapping[str, Any], runs: list[dict[str, str]], budgets: Seque
                 f"{best.tokens:.3g}",
                 f"{best.pairs:,.0f}",
                 f"{best.steps:,}",
-                "–" if best.learning_rate is None else f"{best.learning_rate:.2g}",
+                number(best.learning_rate, 2),
                 f"{best.loss:.4g} ({spread(best.loss_interval, 4)})",
-                f"{rival['what']}: +{100 * rival['lost']:.1f} %" if rival else "–",
+                f"{rival.what}: +{100 * rival.lost:.1f} %" if rival else "–",
                 "; ".join(found.extrapolates) or "no",
             ]
         )
-    full = _definitions(recipe.lines(first, fits["settings"]["confidence"])) if first else ""
-    title = f"What to train for {first.limit.text}" if first else "What to train"
-    return f'<section id="recipe"><h2>{_e(title)}</h2>{full}</section>\n<h3>Every budget</h3>{_table(columns, rows)}'
+    return first, Table("Every budget", columns, rows)
 
 
-def _figures(written: Sequence[Any]) -> str:
-    parts = []
+def _figures(written: Iterable["Written"]) -> list[Shown]:
+    found = []
     for each in written:
-        if each.png is None:
-            continue
-        data = each.png.read_bytes()
-        width = int.from_bytes(data[16:20])
-        image = base64.b64encode(data).decode()
-        kind = "two" if width > 1000 else "one"
-        style = f"width:{width // 2 if kind == 'one' else int(width / 1.6)}px"
-        parts.append(
-            f'<figure id="{each.name}"><h3>{_e(each.title)}</h3><div class="wide"><img class="{kind}" style="{style}" '
-            f'alt="{_e(each.caption)}" src="data:image/png;base64,{image}"></div>'
-            f"<figcaption>{_e(each.caption)} <span class=quiet>{FOLDER}/{each.name}.csv</span></figcaption></figure>"
-        )
-    return "\n".join(parts) or "<p>No figure could be drawn.</p>"
+        if each.png is not None:
+            data = each.png.read_bytes()
+            width = int.from_bytes(data[16:20])  # where PNG has it
+            found.append(Shown(each.name, each.title, each.caption, base64.b64encode(data).decode(), width))
+    return found
 
 
-def _laws(fits: Mapping[str, Any]) -> str:
-    power, joint, held, optima = [], [], [], []
-    for name, method in fits["methods"].items():
-        for row in method["optima"]:
-            optima.append(
-                [name, number(row["budget"]), row["state"], number(row["n_opt"]), spread(row["n_opt_interval"])]
-                + [number(row["d_opt"]), number(row["loss"], 4), spread(row["loss_interval"], 4)]
-                + [number(row[each] and row[each]["n_opt"]) for each in ("akima", "law")] + [row["why"]]
-            )  # fmt: skip
-        for key, sign in (("n_opt", "N*"), ("d_opt", "D*"), ("loss", "L*")):
-            law = method["power_laws"][key]
-            if law:
-                weighted = law["weighted"] or {}
-                power.append(
-                    [
-                        name,
-                        f"{sign} = k C^a",
-                        number(law["exponent"], 4),
-                        spread(law["exponent_interval"]),
-                        number(law["coefficient"], 4),
-                        spread(law["coefficient_interval"]),
-                        number(weighted.get("exponent"), 4),
-                        law["points"],
-                    ]
-                )
-        for key, law in method["joint_laws"].items():
-            if "refused" in law:
-                joint.append([name, key, "none", law["refused"], "", ""])
-                continue
-            done = law["convergence"]
-            for i, (coefficient, ends) in enumerate(law["intervals"].items()):
-                fixed = coefficient not in law["not_fixed"]
-                value = number(law[coefficient], 4) if fixed else "not fixed by the data"
-                told = f"{done['agreeing']} of {done['starts']} starts agree, spread of ln L {law['log_residual']:.2g}"
-                joint.append([name, key, coefficient, value, spread(ends) if fixed else "", told if not i else ""])
-        for row in method["hold_out"]:
-            held.append(
-                [
-                    name,
-                    f"{row['left_out']} {number(row['value'])}",
-                    row["law"],
-                    number(row["predicted"], 4),
-                    number(row["found"], 4),
-                    f"{100 * row['error']:.2f} %",
-                    f"{100 * row['bias']:+.2f} %",
-                ]
-            )
-    percent = _percent(fits)
-    shown = optima if len(optima) <= 80 else [row for row in optima if row[2] != "too few"]
-    compared = [
-        [
-            number(each["budget"]),
-            each["a"],
-            each["b"],
-            f"{100 * np.expm1(each['difference']):+.2f} %",
-            {True: "yes", False: "no", None: "unknown"}[each["distinguishable"]],
-        ]
-        for each in fits["frontier"]["comparisons"]
-        if len(fits["runs"]["budgets"]) <= 20
-    ]
-    crossings = [
-        [each["below"], each["above"], number(each["budget"]), spread(each["interval"])]
-        for each in fits["frontier"]["crossings"]
-    ]
-    parts = [
-        ("Power laws of the optima", ["method", "law", "a", percent, "k", percent, "a, weighted", "optima"], power),
-        ("Joint laws", ["method", "law", "coefficient", "value", percent, "fit"], joint),
-        ("Held out", ["method", "without", "law", "predicted", "found", "error", "bias"], held),
-        ("Where the best method changes", ["up to", "from", "budget (FLOP)", percent], crossings),
-        ("Methods compared", ["budget", "a", "b", "loss of a over b", "distinguishable"], compared),
-        (
+# --- Laws ------------------------------------------------------------------------------------------------------------
+
+
+def _laws(fits: Fits) -> list[Table]:
+    percent = fits.settings.percent
+    return [
+        Table(
+            "Power laws of the optima",
+            ["method", "law", "a", percent, "k", percent, "a, weighted", "optima"],
+            _power_laws(fits),
+        ),
+        Table("Joint laws", ["method", "law", "coefficient", "value", percent, "fit"], _joint_laws(fits)),
+        Table("Held out", ["method", "without", "law", "predicted", "found", "error", "bias"], _held_out(fits)),
+        Table(
+            "Where the best method changes",
+            ["up to", "from", "budget (FLOP)", percent],
+            [
+                [each.below, each.above, number(each.budget_flop), spread(each.interval)]
+                for each in fits.frontier.crossings
+            ],
+        ),
+        Table("Methods compared", ["budget", "a", "b", "loss of a over b", "distinguishable"], _compared(fits)),
+        Table(
             "Optima",
             ["method", "budget", "state", "N*", percent, "D*", "loss", percent, "N*, Akima", "N*, law", "why"],
-            shown,
+            _optima(fits),
         ),
     ]
-    return "".join(f"<h3>{_e(title)}</h3>{_table(columns, rows)}" for title, columns, rows in parts if rows)
 
 
-def _left_out(found: Study, written: Sequence[Any]) -> str:
-    counts = found.excluded["reason"].value_counts()
-    told = ", ".join(f"{count} {reason}" for reason, count in counts.items()) or "none"
+def _power_laws(fits: Fits) -> list[list[Any]]:
+    rows = []
+    for name, method in fits.methods.items():
+        for quantity, sign in SIGNS.items():
+            law = getattr(method.power_laws, quantity)
+            if law:
+                exponent = number(law.exponent, 4), spread(law.exponent_interval)
+                coefficient = number(law.coefficient, 4), spread(law.coefficient_interval)
+                weighted = number(law.weighted.exponent if law.weighted else None, 4)
+                rows.append([name, f"{sign} = k C^a", *exponent, *coefficient, weighted, law.points])
+    return rows
+
+
+def _joint_laws(fits: Fits) -> list[list[Any]]:
+    rows = []
+    for name, method in fits.methods.items():
+        for law in LAWS:
+            if law in method.refused:
+                rows.append([name, law, "none", method.refused[law], "", ""])
+            if law not in method.joint_laws:
+                continue
+            fitted = method.joint_laws[law]
+            done = fitted.convergence
+            told = f"{done.agreeing} of {done.starts} starts agree, spread of ln L {number(fitted.log_residual, 2)}"
+            for coefficient, ends in fitted.intervals.items():
+                value, within = number(fitted.coefficients[coefficient], 4), spread(ends)
+                if coefficient in fitted.not_fixed:
+                    value, within = "not fixed by the data", ""
+                rows.append([name, law, coefficient, value, within, told])
+                told = ""
+    return rows
+
+
+def _held_out(fits: Fits) -> list[list[Any]]:
+    return [
+        [
+            name,
+            f"{row.left_out} {number(row.value)}",
+            row.law,
+            number(row.predicted, 4),
+            number(row.found, 4),
+            f"{100 * row.error:.2f} %",
+            f"{100 * row.bias:+.2f} %",
+        ]
+        for name, method in fits.methods.items()
+        for row in method.hold_out
+    ]
+
+
+def _compared(fits: Fits) -> list[list[Any]]:
+    if len(fits.runs.budgets) > SHOWN_COMPARISONS:
+        return []
+    words = {True: "yes", False: "no", None: "unknown"}
+    return [
+        [
+            number(each.budget_flop),
+            each.a,
+            each.b,
+            f"{100 * np.expm1(each.difference):+.2f} %",
+            words[each.distinguishable],
+        ]
+        for each in fits.frontier.comparisons
+    ]
+
+
+def _optima(fits: Fits) -> list[list[Any]]:
+    every = [(name, row) for name, method in fits.methods.items() for row in method.optima]
+    return [
+        [name, number(row.budget_flop), row.state, number(row.n_opt), spread(row.n_opt_interval)]
+        + [number(row.d_opt), number(row.loss, 4), spread(row.loss_interval, 4)]
+        + [number(each.n_opt if each else None) for each in (row.akima, row.law)]
+        + [row.why]
+        for name, row in every
+        if len(every) <= SHOWN_OPTIMA or row.state != "too few"
+    ]
+
+
+# --- What the page rests on ------------------------------------------------------------------------------------------
+
+
+def _reasons(found: Study) -> str:
+    return ", ".join(f"{count} {reason}" for reason, count in found.excluded["reason"].value_counts().items())
+
+
+def _left_out(found: Study) -> Table:
     rows = found.excluded.head(SHOWN_ROWS).fillna("").to_numpy().tolist()
     more = len(found.excluded) - len(rows)
-    parts = [f"<p>{len(found.table)} runs are used. Left out: {_e(told)}.</p>"]
-    if rows:
-        parts.append(_table(EXCLUDED, rows))
-    if more > 0:
-        parts.append(f'<p class="quiet">and {more} more, in excluded.csv</p>')
-    missing = [[each.title, each.missing] for each in written if each.missing]
-    if missing:
-        parts.append("<h3>Figures that could not be drawn</h3>" + _table(["figure", "why"], missing))
-    return "".join(parts)
+    return Table("", EXCLUDED, rows, f"and {more} more, in excluded.csv" if more > 0 else "")
+
+
+def _missing(written: Iterable["Written"]) -> Table:
+    rows = [[each.title, each.missing] for each in written if each.missing]
+    return Table("Figures that could not be drawn", ["figure", "why"], rows)
 
 
 def _distinct(table: pd.DataFrame, name: str, most: int = 8) -> str:
+    """Return the distinct values of a column as a text; empty where there are none."""
     if name not in table or table[name].isna().all():
         return ""
     values = sorted(table[name].dropna().unique())
@@ -236,117 +269,110 @@ def _distinct(table: pd.DataFrame, name: str, most: int = 8) -> str:
     return told + (f", … ({len(values)} values)" if len(values) > most else "")
 
 
-def _settings(found: Study) -> str:
+def _settings(found: Study) -> Terms:
     fits = found.fits
-    rows = [(f"fit: {name}", str(value)) for name, value in fits["settings"].items()]
-    rows += [(f"same for all: {name}", f"{value}") for name, value in fits["comparable"].items()]
+    rows = [(f"fit: {name}", str(value)) for name, value in fits.settings.to_json().items()]
+    rows += [(f"same for all: {name}", f"{value}") for name, value in fits.comparable.items()]
     rows += [(f"varied or fixed: {name}", _distinct(found.table, name)) for name in HYPERPARAMETERS]
-    return _definitions((name, value) for name, value in rows if value)
+    return [(name, value) for name, value in rows if value]
 
 
-def _costs(found: Study) -> str:
+def _costs(found: Study) -> Table:
     table, rows = found.table, []
     for method in [*found.methods, None]:
         part = table if method is None else table[table["method"] == method]
         row: list[Any] = [method or "all", len(part)]
-        for name in ("budget", "spent_flop", "spent_flop_exact", "tokens", "gpu_hours"):
+        for name in ("budget_flop", "spent_flop", "spent_flop_exact", "tokens", "gpu_hours"):
             known = name in part and part[name].notna().any()
             row.append(f"{part[name].sum():.4g}" if known else "not recorded")
         rows.append(row)
     columns = ["method", "runs", "budgets (FLOP)", "spent (FLOP, paper)", "spent (FLOP, exact)", "tokens", "GPU-hours"]
-    return _table(columns, rows) + "<p class=quiet>Used runs alone; what was left out is not counted.</p>"
+    return Table("", columns, rows, "Of the used runs only; runs that were left out are not counted.")
 
 
-def _checklist(found: Study) -> str:
-    """What a reader needs to do it again, each with its answer or the word that it is not recorded."""
+def _checklist(found: Study) -> Table:
+    """Return what a reader needs to repeat the work, each with its answer or "not recorded"."""
     fits, table = found.fits, found.table
-    settings, same, noise = fits["settings"], fits["comparable"], fits["noise"]
+    settings, same, noise = fits.settings, fits.comparable, fits.noise
     seeds = table["seed"].nunique() if "seed" in table and table["seed"].notna().any() else 0
-    starts = {
-        law["convergence"]["starts"]
-        for method in fits["methods"].values()
-        for law in method["joint_laws"].values()
-        if "convergence" in law
-    }
+    starts = {law.convergence.starts for method in fits.methods.values() for law in method.joint_laws.values()}
     evaluation = [f"{name.split('.')[1]} {value}" for name, value in same.items() if name.startswith("evaluation.")]
     varied = [name for name in HYPERPARAMETERS if name in table and table[name].nunique() > 1]
-    reasons = found.excluded["reason"].value_counts()
     schedule = [f"{name} {_distinct(table, name)}" for name in ("warmup_fraction", "final_fraction") if name in table]
     answers = [
-        ("Form of the laws", "N*, D*, L* = k C^a; L(N, D) = E + A/N^α + B/D^β; "
-         "L(S, N, D) = E + (a_d ln D + b_d)/N^α + (a_s (1−S)^b_s + c_s)/D^β"),
+        ("Form of the laws", "; ".join(["N*, D*, L* = k C^a", *(f"{law.symbol} = {law.formula}" for law in
+         LAWS.values())])),
         ("N", "parameters of the backbone without the token embedding"),
-        ("D", "real tokens of queries and positives that were processed, padding not included"),
+        ("D", "tokens of queries and positives that were processed, without padding"),
         ("C", "2 (N_F + N_B + N_U) D, the paper's convention; budgets group the runs"),
         ("Loss", "contrastive, held out, in nats; " + ", ".join(evaluation) if evaluation else ""),
         ("Data", _distinct(table, "data_digest") or _distinct(table, "data")),
         ("Batch size and context", ", ".join(f"{same[name]:g}" for name in ("batch_size", "context") if name in same)),
-        ("Which checkpoints", "the end of a finished schedule alone; unfinished runs are left out"),
+        ("Which checkpoints", "the end of a finished schedule only; unfinished runs are left out"),
         ("Learning rates", _distinct(table, "learning_rate")),
         ("Schedule", "; ".join(schedule)),
         ("Hyper-parameters compared", ", ".join(varied) or "none: one value each"),
         ("Seeds", f"{seeds}" if seeds else ""),
-        ("Noise of ln L", f"{number(noise['log_loss'])}, from {noise['source']}" if noise["log_loss"] else ""),
-        ("Fit", f"residual {settings['residual']}, δ {settings['delta']:g}, "
+        ("Noise of ln L", f"{number(noise.log_loss)}, from {noise.source}" if noise.log_loss else ""),
+        ("Fit", f"residual {settings.residual}, δ {settings.delta:g}, "
          f"{', '.join(map(str, sorted(starts))) or 'no'} starts; "
-         f"optima by {settings['optimum']}, window {settings['window']:g}"),
-        ("Intervals", f"{_percent(fits)} percentile, {settings['bootstrap']} draws, seed {settings['seed']}"),
-        ("Left out", ", ".join(f"{count} {reason}" for reason, count in reasons.items()) or "nothing"),
+         f"optima by {settings.optimum}, window {settings.window:g}"),
+        ("Intervals", f"{settings.percent} percentile, {settings.bootstrap} draws, seed {settings.seed}"),
+        ("Left out", _reasons(found) or "nothing"),
         ("Hardware", _distinct(table, "device")),
         ("Precision", _distinct(table, "precision")),
         ("Code of the runs", "; ".join(found.code)),
-        ("Code of the fits", f"embedscale {fits['version']}, {fits['made']}"),
-        ("Every run", "runs.csv and excluded.csv beside this page; each figure's values in its own CSV"),
+        ("Code of the fits", f"embedscale {fits.version}, {fits.made}"),
+        ("Every run", "runs.csv and excluded.csv beside this page; the values of each figure are in its own CSV"),
     ]  # fmt: skip
     rows = [("✓" if answer else "✗", question, answer or "not recorded by these runs") for question, answer in answers]
-    return _table(["", "what", "here"], rows)
+    return Table("", ["", "what", "here"], rows)
 
 
-def page(found: Study, written: Sequence[Any], runs: list[dict[str, str]], budgets: Sequence[str] = ()) -> str:
-    """The whole page."""
+# --- The page and the verb -------------------------------------------------------------------------------------------
+
+
+def page(found: Study, written: Sequence["Written"], runs: Sequence[Row], budgets: Sequence[str] = ()) -> str:
+    """Return the page as HTML. `written` are the figures, `runs` the rows of runs.csv, `budgets` asked for first."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    templates = Environment(
+        loader=PackageLoader("analysis"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True,
+    )  # fmt: skip
     fits = found.fits
-    counts = fits["runs"]
-    warning = fits_file.miniature(fits)
-    sections = [
-        ("figures", "Figures", _figures(written)),
-        ("laws", "Laws", _laws(fits)),
-        ("left-out", "What was left out", _left_out(found, written)),
-        ("notes", "Notes", "<ul>" + "".join(f"<li>{_e(note)}</li>" for note in fits["notes"]) + "</ul>"),
-        ("settings", "Settings", _settings(found)),
-        ("costs", "Costs", _costs(found)),
-        ("checklist", "Reproducibility", _checklist(found)),
-    ]
-    links = "".join(f'<a href="#{name}">{_e(title)}</a>' for name, title, _ in sections)
-    body = "".join(f'<h2 id="{name}">{_e(title)}</h2>\n{text}\n' for name, title, text in sections)
-    told = f'<p class="warning">This is {_e(warning)}.</p>' if warning else ""
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>embedscale: {_e(Path(fits['source']).name)}</title><style>{CSS}</style></head><body>\n"
-        f"<h1>Compute-optimal recipe</h1><p class=quiet>{_e(fits['source'])}: {counts['used']} runs, "
-        f"{len(counts['budgets'])} budgets, {len(counts['sizes'])} sizes; {counts['excluded']} left out. "
-        f"embedscale {_e(fits['version'])}, {_e(fits['made'])}.</p>{told}\n"
-        f"{_recipes(fits, runs, budgets)}\n<nav>{links}</nav>\n{body}</body></html>\n"
+    asked, recipes = _recipes(fits, runs, budgets)
+    return templates.get_template("report.html").render(
+        name=Path(fits.source).name,
+        fits=fits,
+        asked=asked,
+        asked_lines=recipe.lines(asked, fits.settings.confidence) if asked else [],
+        recipes=recipes,
+        contents=CONTENTS,
+        figures=_figures(written),
+        laws=_laws(fits),
+        reasons=_reasons(found),
+        left_out=_left_out(found),
+        missing=_missing(written),
+        settings=_settings(found),
+        costs=_costs(found),
+        checklist=_checklist(found),
     )
 
 
 def command(args: Any) -> int:
-    """`embedscale report FITS`: write report.html and the figures."""
-    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
+    """Run `embedscale report FITS`: write report.html and the figures."""
     for budget in args.budget or []:
         evidence.parse_limit(budget)
     found = study.load(args.fits)
     if args.compare:
         found = replace(found, other=study.load(args.compare))
-    from analysis.figures import catalogue as figures  # matplotlib, once there is something to draw
+    from analysis.figures import catalogue  # imports matplotlib, so only once there is something to draw
 
     _, runs = recipe.read(args.fits)
     folder = Path(args.out) if args.out else Path(args.fits) if Path(args.fits).is_dir() else Path(args.fits).parent
-    bar = Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), transient=True)
-    with bar:
-        task = bar.add_task("figures")
-        written = figures.write(found, folder / FOLDER, lambda what: bar.update(task, description=what))
+    with Bar("figures") as bar:
+        written = catalogue.write(found, folder / FOLDER, bar.say)
     text = page(found, written, runs, args.budget or [])
     write_atomically(folder / FILE, lambda file: file.write(text.encode()))
     drawn = sum(each.png is not None for each in written)
@@ -354,7 +380,7 @@ def command(args: Any) -> int:
     for each in written:
         if each.missing:
             print(f"  not drawn: {each.title}: {each.missing}")
-    if fits_file.miniature(found.fits):
-        print(f"note: {fits_file.miniature(found.fits)}")
+    if found.fits.miniature:
+        print(f"note: {found.fits.miniature}")
     print(f"written: {folder / FILE}")
     return 0

@@ -1,48 +1,120 @@
-"""A sweep checked before it is paid for: draw its losses from a stated law, fit them, compare with the truth.
+"""Check a sweep before it is paid for: draw its losses from a stated law, fit them, and compare with the truth.
 
-`simulate` says how well a grid would recover the law, how far each estimator's optima are off (a parabola is off
-without any noise where the grid is wide or off-centre, trap A16), and what a recipe made from such fits would lose.
-`draw` gives one such sweep's runs, for figures and reports.
+`simulate` tells how well a grid would recover the law, how far off the optima of each estimator are, and what a recipe
+made from such fits would lose. (A parabola is biased, even without noise, where the grid is wide or off-centre.)
+`draw` returns the runs of one such sweep, for figures and reports. The price is that the law has to be guessed: from a
+similar sweep, or from published coefficients.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 
-from analysis.fitting import fit as fits_file
+from analysis import fits as fits_file
+from analysis.columns import renames
+from analysis.fits import Interval
 from analysis.fitting import optima, solver
-from analysis.fitting.laws import CHINCHILLA, LAWS, Law, power_law
-from analysis.fitting.uncertainty import interval
-from analysis.runs import COLUMNS, flop_per_token, load_grid, parse_assignments
+from analysis.fitting.laws import LAWS, Array, Law, StatedLaw, fraction_law, interval, lowest_point, power_law, size_law
+from analysis.runs import flop_per_token
 from embedscale.errors import UserError
-from embedscale.files import write_json
+from embedscale.values import Value
 
-Array = NDArray[np.float64]
-NEEDED = ("method", "params", "budget")
+NEEDED = ("method", "n_parameters", "budget_flop")
+NOISE = 0.005  # standard deviation of ln L of one run, where the user states none
+EXAMPLE = "E=1.8,A=480,B=2080,alpha=0.35,beta=0.37"
 
 
 @dataclass(frozen=True)
-class StatedLaw:
-    """A joint law with its coefficients, in the order of `law.names`."""
+class Spread(Value):
+    """What the simulated sweeps give for one quantity."""
 
-    law: Law
-    values: Array
+    median: float
+    interval: Interval | None
 
-    def loss(self, rows: pd.DataFrame) -> Array:
-        n, d, s = (rows[name].to_numpy(float) for name in ("params", "tokens", "trainable_fraction"))
-        return np.ravel(self.law.predict(self.values, n, d, s))
+
+@dataclass(frozen=True)
+class Recovered(Value):
+    """A coefficient of the law as the simulated sweeps recover it."""
+
+    truth: float
+    mean: float
+    interval: Interval | None
+    bias: float | None
+    """mean / truth − 1."""
+
+
+@dataclass(frozen=True)
+class RecoveredOptimum(Value):
+    """The best size at one budget; `parabola` and `law` are estimate / truth."""
+
+    budget_flop: float
+    truth: float | None = None
+    """N*; None where it lies outside the sizes of the grid."""
+    missing: float = 1.0
+    """Share of the sweeps whose parabola has no minimum."""
+    bias_without_noise: float | None = None
+    """Estimate / truth − 1 of a parabola through losses without noise."""
+    parabola: Spread | None = None
+    law: Spread | None = None
+
+
+@dataclass(frozen=True)
+class RecoveredExponent(Value):
+    """The exponent of N* ∝ C^exponent."""
+
+    truth: float | None = None
+    law: Spread | None = None
+    parabola: Spread | None = None
+
+
+@dataclass(frozen=True)
+class Lost(Value):
+    """Loss of the advised size over the lowest loss, less 1."""
+
+    mean: float
+    high: float
+    """Upper percentile."""
+
+
+@dataclass(frozen=True)
+class Advice(Value):
+    """What the advised size loses at one budget, by the joint law and by the power law through the parabolas."""
+
+    budget_flop: float
+    law: Lost | None = None
+    parabola: Lost | None = None
+
+
+@dataclass(frozen=True)
+class Simulated(Value):
+    """What simulated sweeps of one method show."""
+
+    law: str
+    noise: float
+    """Standard deviation of ln L."""
+    repeats: int
+    runs: int
+    refused: str = ""
+    """Why the law cannot be fitted to the grid; empty where it can."""
+    not_fixed: tuple[str, ...] = ()
+    coefficients: dict[str, Recovered] = field(default_factory=dict)
+    n_exponent: RecoveredExponent = RecoveredExponent()
+    optima: tuple[RecoveredOptimum, ...] = ()
+    recipe: tuple[Advice, ...] = ()
+    """At each budget, and at four times the largest."""
+
+
+# --- The law and the grid --------------------------------------------------------------------------------------------
 
 
 def stated_laws(text: str) -> dict[str, StatedLaw]:
-    """METHOD → law; the method "*" stands for all.
+    """Return {method: law}; the method "*" stands for all methods.
 
-    `text` is `E=1.8,A=480,B=2080,alpha=0.35,beta=0.37`, the eight coefficients of the trainable-fraction law likewise,
-    several such for methods apart (`full: …; lora: …`), or a fits.json or its folder. Raises UserError for others.
+    `text` is `E=1.8,A=480,B=2080,alpha=0.35,beta=0.37`, or the coefficients of another law of `laws.LAWS`, or a law
+    for each of several methods (`full: …; lora: …`), or a fits.json or its folder. Raises UserError for other texts.
     """
     if "=" not in text:
         return _laws_of_fits(text)
@@ -60,64 +132,64 @@ def _parse(text: str) -> StatedLaw:
         try:
             values[name.strip()] = float(number)
         except ValueError:
-            raise UserError(f"simulate: {word.strip()!r} is no COEFFICIENT=NUMBER") from None
+            raise UserError(f"simulate: {word.strip()!r} was found; write COEFFICIENT=NUMBER") from None
     for law in LAWS.values():
-        if set(values) == set(law.names):
-            found = np.array([values[name] for name in law.names])
-            if not np.isfinite(found).all() or min(values["E"], values["alpha"], values["beta"]) <= 0:
-                raise UserError("simulate: E, alpha and beta must be above 0, and all coefficients finite")
-            return StatedLaw(law, found)
-    allowed = " or ".join(", ".join(law.names) for law in LAWS.values())
-    raise UserError(f"simulate: {', '.join(values)} are no law's coefficients; allowed: {allowed}")
+        if set(values) == set(law.coefficients):
+            outside = [name for name, (low, high) in law.bounds.items() if not low < values[name] < high]
+            if outside or not np.isfinite(list(values.values())).all():
+                *some, last = law.bounds
+                raise UserError(f"simulate: {', '.join(some)} and {last} must be above 0, and all coefficients finite")
+            return StatedLaw.of(law, values)
+    allowed = " or ".join(", ".join(law.coefficients) for law in LAWS.values())
+    raise UserError(f"simulate: {', '.join(values)} are not the coefficients of a law; allowed: {allowed}")
 
 
 def _laws_of_fits(path: str) -> dict[str, StatedLaw]:
     if not Path(path).exists():
-        raise UserError(
-            f"simulate: {path!r} is neither a law such as E=1.8,A=480,B=2080,alpha=0.35,beta=0.37 nor a file"
-        )
-    laws = {}
-    for method, facts in fits_file.read(path)["methods"].items():
-        for name in ("trainable_fraction", "chinchilla"):
-            law = facts["joint_laws"].get(name) or {}
-            if method not in laws and "E" in law:
-                laws[method] = StatedLaw(LAWS[name], np.array([law[each] for each in LAWS[name].names]))
+        raise UserError(f"simulate: {path!r} is neither a law such as {EXAMPLE} nor a file")
+    fits = fits_file.read(path)
+    found = {name: fraction_law(fit.joint_laws) or size_law(fit.joint_laws) for name, fit in fits.methods.items()}
+    laws = {name: law for name, law in found.items() if law}
     if not laws:
-        raise UserError(f"simulate: {path} holds no joint law")
+        raise UserError(f"simulate: {path} holds no joint law; give a law such as {EXAMPLE}")
     return laws
 
 
 def grid(rows: pd.DataFrame) -> pd.DataFrame:
-    """The runs of a sweep as `method`, `params`, `budget`, `tokens`, `flop_per_token`, `trainable_fraction`.
+    """Return the runs of a sweep with `tokens`, `flop_per_token` and `trainable_fraction` in every row.
 
     Cost and tokens follow from the paper's formula where the rows lack them. Raises UserError for a missing column.
     """
+    rows = rows.rename(columns=renames(list(rows.columns)))
     for name in NEEDED:
         if name not in rows:
             raise UserError(f"simulate: column {name!r} is missing; a grid has {', '.join(NEEDED)}")
-    rows = rows.reset_index(drop=True).copy()
+    rows = rows.reset_index(drop=True)
     if "trainable_fraction" not in rows:
         rows["trainable_fraction"] = 1.0
     cost = [
         flop_per_token(m, n, s)
-        for m, n, s in zip(rows["method"], rows["params"], rows["trainable_fraction"], strict=True)
+        for m, n, s in zip(rows["method"], rows["n_parameters"], rows["trainable_fraction"], strict=True)
     ]
     rows["flop_per_token"] = rows["flop_per_token"].fillna(pd.Series(cost)) if "flop_per_token" in rows else cost
-    tokens = rows["budget"] / rows["flop_per_token"]
+    tokens = rows["budget_flop"] / rows["flop_per_token"]
     rows["tokens"] = rows["tokens"].fillna(tokens) if "tokens" in rows else tokens
     return rows
 
 
 def draw(rows: pd.DataFrame, laws: Mapping[str, StatedLaw], noise: float, seed: int = 0) -> pd.DataFrame:
-    """The grid with a `loss`: the law's, times exp(noise × a standard normal)."""
+    """Return the grid with a `loss`: that of the law times exp(noise × a standard normal number)."""
     rows = grid(rows)
     rng = np.random.default_rng(seed)
     rows["loss"] = np.nan
     for method, part in rows.groupby("method"):
-        rows.loc[part.index, "loss"] = _law_of(laws, str(method)).loss(part)
+        rows.loc[part.index, "loss"] = _loss(_law_of(laws, str(method)), part)
     if not (rows["loss"] > 0).all():
         row = rows[~(rows["loss"] > 0)].iloc[0]
-        raise UserError(f"simulate: the law gives {row['loss']:.4g} at {row['params']:.4g} parameters, no loss above 0")
+        raise UserError(
+            f"simulate: the law gives {row['loss']:.4g} at {row['n_parameters']:.4g} parameters, no loss above 0; "
+            "change its coefficients"
+        )
     rows["loss"] *= np.exp(noise * rng.standard_normal(len(rows)))
     return rows
 
@@ -128,40 +200,43 @@ def _law_of(laws: Mapping[str, StatedLaw], method: str) -> StatedLaw:
     return laws[method] if method in laws else laws["*"]
 
 
+def _loss(law: StatedLaw, rows: pd.DataFrame) -> Array:
+    n, d, s = (rows[name].to_numpy(float) for name in ("n_parameters", "tokens", "trainable_fraction"))
+    return law.loss(n, d, s)
+
+
+# --- The simulation --------------------------------------------------------------------------------------------------
+
+
 def simulate(
     rows: pd.DataFrame,
-    laws: Mapping[str, StatedLaw],
-    noise: float,
+    laws: str | Mapping[str, StatedLaw],
+    noise: float = NOISE,
     repeats: int = 200,
     window: float = 4.0,
     confidence: float = 0.95,
     seed: int = 0,
-) -> dict[str, Any]:
-    """How well the grid recovers the law, over `repeats` sweeps drawn with `noise` (standard deviation of ln L).
+) -> dict[str, Simulated]:
+    """Return {method: how well the grid recovers the law}, over `repeats` sweeps.
 
-    METHOD → {law, noise, repeats, runs, or refused: why;
-    coefficients: {name: {truth, mean, interval, bias (mean / truth − 1)}}; n_exponent: {truth, law, parabola};
-    optima: a row a budget {budget, truth, bias_without_noise, parabola, law, missing (share of sweeps whose parabola
-    has no minimum)}, the estimates as {median, interval} of estimate / truth;
-    recipe: a row a budget, and four times the largest, {budget, law, parabola}: the loss of the size that the law or
-    the line through the optima advises, over the lowest, less 1, as {mean, high} with the upper percentile}.
-
-    Raises UserError for a noise that is not positive, and for rows that are no grid.
+    `rows` are the runs of the grid (`NEEDED`), and `laws` are laws or their text (`stated_laws`). `noise` is the
+    standard deviation of ln L, `window` that of `fit`. Raises UserError for a noise that is not positive, and for rows
+    that are not a grid.
     """
     optima.check_estimator("parabola", window)
     if seed < 0:
         raise UserError(f"seed: {seed} is out of range; allowed: at least 0")
     if not 0 < noise <= 1:
         raise UserError(f"noise: {noise} is out of range; allowed: above 0, at most 1, the standard deviation of ln L")
+    laws = stated_laws(laws) if isinstance(laws, str) else laws
     rows, rng = grid(rows), np.random.default_rng(seed)
-    draw(rows, laws, noise)  # the law is a loss everywhere on the grid
-    result: dict[str, Any] = {}
-    for method, part in rows.groupby("method", sort=False):
-        stated = _law_of(laws, str(method))
-        result[str(method)] = _simulate_method(
-            part.reset_index(drop=True), stated, noise, repeats, window, confidence, rng
+    draw(rows, laws, noise)  # checks that the law gives a loss everywhere on the grid
+    return {
+        str(method): _simulate_method(
+            part.reset_index(drop=True), _law_of(laws, str(method)), noise, repeats, window, confidence, rng
         )
-    return result
+        for method, part in rows.groupby("method", sort=False)
+    }
 
 
 def _simulate_method(
@@ -172,60 +247,67 @@ def _simulate_method(
     window: float,
     confidence: float,
     rng: np.random.Generator,
-) -> dict[str, Any]:
-    truth = stated.loss(rows)
-    n, d, s = (rows[name].to_numpy(float) for name in ("params", "tokens", "trainable_fraction"))
+) -> Simulated:
+    truth = _loss(stated, rows)
+    n, d, s = (rows[name].to_numpy(float) for name in ("n_parameters", "tokens", "trainable_fraction"))
     drawn = truth * np.exp(noise * rng.standard_normal((repeats, len(rows))))
-    facts: dict[str, Any] = {"law": stated.law.name, "noise": noise, "repeats": repeats, "runs": len(rows)}
     try:
         first = solver.fit_joint(stated.law, n, d, drawn[0], s, residual="log")
     except solver.TooFewRuns as error:
-        return facts | {"refused": str(error)}
+        return Simulated(stated.law.name, noise, repeats, len(rows), refused=str(error))
     fitted = first.refit(loss=drawn)  # [repeats, coefficients]
-    facts["not_fixed"] = list(first.not_fixed)
-    facts["coefficients"] = {
-        name: {
-            "truth": stated.values[i],
-            "mean": fitted[:, i].mean(),
-            "interval": interval(fitted[:, i], confidence),
-            "bias": fitted[:, i].mean() / stated.values[i] - 1 if stated.values[i] else None,
-        }
-        for i, name in enumerate(stated.law.names)
-    }
-    optima_rows, parabolas = _optima(rows, stated, truth, drawn, fitted, window, confidence)
-    facts["optima"] = optima_rows
-    facts["n_exponent"] = _exponents(rows, stated, fitted, optima_rows, parabolas, confidence)
-    facts["recipe"] = _regret(rows, stated, fitted, optima_rows, parabolas, confidence)
-    return fits_file.plain(facts)
+    found, parabolas = _optima(rows, stated, truth, drawn, fitted, window, confidence)
+    return Simulated(
+        law=stated.law.name,
+        noise=noise,
+        repeats=repeats,
+        runs=len(rows),
+        not_fixed=first.not_fixed,
+        coefficients={
+            name: Recovered(
+                truth=float(true),
+                mean=float(column.mean()),
+                interval=interval(column, confidence),
+                bias=float(column.mean() / true - 1) if true else None,
+            )
+            for name, true, column in zip(stated.law.coefficients, stated.values, fitted.T, strict=True)
+        },
+        n_exponent=_exponents(rows, stated, fitted, found, parabolas, confidence),
+        optima=tuple(found),
+        recipe=tuple(_regret(rows, stated, fitted, found, parabolas, confidence)),
+    )
 
 
 @dataclass(frozen=True)
 class _Sizes:
-    """A grid's sizes as a continuum, with every trainable fraction or rank that it tries as a branch of its own."""
+    """The sizes of a grid as a continuum, with a branch for each trainable fraction or rank of the grid."""
 
-    log_n: Array  # [801], ascending
-    branches: list[tuple[Array, Array, Array]]  # ln (FLOP a token), S, and whether the branch is there; each [801]
+    log_n: Array  # [optima.LAW_STEPS], ascending
+    branches: list[tuple[Array, Array, Array]]  # ln (FLOP a token), S, and whether the branch exists, at each ln N
 
     @staticmethod
     def of(rows: pd.DataFrame) -> "_Sizes":
-        log_n = np.linspace(np.log(rows["params"].min()), np.log(rows["params"].max()), 801)
-        # A rank is a branch along which S falls with the size; a fraction of blocks is the same for all sizes.
+        smallest, largest = np.log(rows["n_parameters"].min()), np.log(rows["n_parameters"].max())
+        log_n = np.linspace(smallest, largest, optima.LAW_STEPS)
+        # Along a rank, S falls with the size; a fraction of the blocks is the same at every size.
         parts = [rows]
         for key in ("rank", "trainable_fraction"):
-            if key in rows and (rows.groupby("params")[key].nunique() > 1).any():
+            if key in rows and (rows.groupby("n_parameters")[key].nunique() > 1).any():
                 parts = [part for _, part in rows.groupby(key)]
                 break
         branches = []
         for part in parts:
-            part = part.drop_duplicates("params").sort_values("params")
-            known, cost, s = (part[name].to_numpy(float) for name in ("params", "flop_per_token", "trainable_fraction"))
+            part = part.drop_duplicates("n_parameters").sort_values("n_parameters")
+            known, cost, s = (
+                part[name].to_numpy(float) for name in ("n_parameters", "flop_per_token", "trainable_fraction")
+            )
             known = np.log(known)
             there = (log_n >= known[0] - 1e-9) & (log_n <= known[-1] + 1e-9)
             branches.append((np.interp(log_n, known, np.log(cost)), np.interp(log_n, known, s), there))
         return _Sizes(log_n, branches)
 
     def losses(self, law: Law, values: Array, budget: float) -> Array:
-        """The lowest loss of any branch [draws, 801] for coefficients [draws, p]."""
+        """Return the lowest loss of any branch [draws, sizes] for coefficients [draws, p]."""
         n = np.exp(self.log_n)
         return np.minimum.reduce(
             [
@@ -236,108 +318,111 @@ class _Sizes:
 
 
 def _best_of_sizes(rows: pd.DataFrame, losses: Array) -> tuple[Array, Array]:
-    """ln N ascending and the lowest ln L of each size [draws, sizes], over fractions and ranks."""
-    sizes = np.unique(rows["params"].to_numpy(float))
-    best = np.stack([losses[:, (rows["params"] == size).to_numpy()].min(1) for size in sizes], 1)
+    """Return ln N, ascending, and the lowest ln L of each size [draws, sizes] over fractions and ranks."""
+    sizes = np.unique(rows["n_parameters"].to_numpy(float))
+    best = np.stack([losses[:, (rows["n_parameters"] == size).to_numpy()].min(1) for size in sizes], 1)
     return np.log(sizes), np.log(best)
 
 
 def _optima(
     rows: pd.DataFrame, stated: StatedLaw, truth: Array, drawn: Array, fitted: Array, window: float, confidence: float
-) -> tuple[list[dict[str, Any]], dict[float, Array]]:
+) -> tuple[list[RecoveredOptimum], dict[float, Array]]:
+    """Return the optimum of each budget, and ln N* of the parabolas [repeats] at each budget with three sizes."""
     found, parabolas = [], {}
-    for budget in np.unique(rows["budget"].to_numpy(float)):
-        here = (rows["budget"] == budget).to_numpy()
+    for budget in map(float, np.unique(rows["budget_flop"].to_numpy(float))):
+        here = (rows["budget_flop"] == budget).to_numpy()
         part = rows[here]
-        row: dict[str, Any] = {"budget": float(budget), "truth": None, "missing": 1.0}
-        row |= dict.fromkeys(("parabola", "law", "bias_without_noise"))
-        found.append(row)
-        if part["params"].nunique() < 3:
+        if part["n_parameters"].nunique() < 3:
+            found.append(RecoveredOptimum(budget))
             continue
         log_n, clean = _best_of_sizes(part, truth[None, here])
         drawn_best = optima.parabola(log_n, _best_of_sizes(part, drawn[:, here])[1], window)[0]
-        parabolas[float(budget)] = drawn_best
-        row["missing"] = float(np.isnan(drawn_best).mean())
+        parabolas[budget] = drawn_best
+        missing = float(np.isnan(drawn_best).mean())
         sizes = _Sizes.of(part)
-        best = float(optima.lowest_point(sizes.log_n, np.log(sizes.losses(stated.law, stated.values, budget)))[0][0])
+        best = float(lowest_point(sizes.log_n, np.log(sizes.losses(stated.law, stated.values, budget)))[0][0])
         if not np.isfinite(best):
+            found.append(RecoveredOptimum(budget, missing=missing))
             continue
-        by_law = optima.lowest_point(sizes.log_n, np.log(sizes.losses(stated.law, fitted, budget)))[0]
+        by_law = lowest_point(sizes.log_n, np.log(sizes.losses(stated.law, fitted, budget)))[0]
         unbiased = optima.parabola(log_n, clean, window)[0][0]
-        row["truth"] = float(np.exp(best))
-        row["parabola"], row["law"] = _ratios(drawn_best - best, confidence), _ratios(by_law - best, confidence)
-        row["bias_without_noise"] = float(np.exp(unbiased - best) - 1) if np.isfinite(unbiased) else None
+        found.append(
+            RecoveredOptimum(
+                budget_flop=budget,
+                truth=float(np.exp(best)),
+                missing=missing,
+                bias_without_noise=float(np.exp(unbiased - best) - 1) if np.isfinite(unbiased) else None,
+                parabola=_ratios(drawn_best - best, confidence),
+                law=_ratios(by_law - best, confidence),
+            )
+        )
     return found, parabolas
 
 
-def _ratios(log_ratio: Array, confidence: float) -> dict[str, Any] | None:
+def _ratios(log_ratio: Array, confidence: float) -> Spread | None:
     finite = log_ratio[np.isfinite(log_ratio)]
-    if not len(finite):
-        return None
-    return {"median": float(np.exp(np.median(finite))), "interval": interval(np.exp(log_ratio), confidence)}
+    return Spread(float(np.exp(np.median(finite))), interval(np.exp(log_ratio), confidence)) if len(finite) else None
 
 
-def _exponents(rows, stated, fitted, optima_rows, parabolas, confidence) -> dict[str, Any]:
-    """Exponents of N*(C): the law's own where it has a closed form, else the slope of its optima."""
-    known = [row for row in optima_rows if row["truth"]]
-    budgets = np.array([row["budget"] for row in known])
-    result: dict[str, Any] = {"truth": None, "law": None, "parabola": None}
-    if stated.law is CHINCHILLA and (rows["method"] == "full").all():
-        alpha, beta = fitted[:, 3], fitted[:, 4]
-        result["truth"] = float(stated.values[4] / (stated.values[3] + stated.values[4]))
-        result["law"] = _spread(beta / (alpha + beta), confidence)
-    elif len(known) >= 2:
-        result["truth"] = float(power_law(budgets, np.array([row["truth"] for row in known]))[1])
-    if len(parabolas) >= 2:
-        drawn = np.exp(np.stack(list(parabolas.values()), 1))
-        result["parabola"] = _spread(power_law(np.array(list(parabolas)), drawn)[1], confidence)
-    return result
-
-
-def _spread(draws: Array, confidence: float) -> dict[str, Any] | None:
+def _spread(draws: Array, confidence: float) -> Spread | None:
     finite = draws[np.isfinite(draws)]
-    return {"median": float(np.median(finite)), "interval": interval(draws, confidence)} if len(finite) else None
+    return Spread(float(np.median(finite)), interval(draws, confidence)) if len(finite) else None
 
 
-def _regret(rows, stated, fitted, optima_rows, parabolas, confidence) -> list[dict[str, Any]]:
-    """What the advised size loses against the best one, over the sizes of the grid, taken as continuous."""
+def _exponents(
+    rows: pd.DataFrame,
+    stated: StatedLaw,
+    fitted: Array,
+    found: Sequence[RecoveredOptimum],
+    parabolas: Mapping[float, Array],
+    confidence: float,
+) -> RecoveredExponent:
+    """Return the exponents of N*(C): by the law's closed form where it has one, else by the slope of the optima."""
+    known = [(row.budget_flop, row.truth) for row in found if row.truth]
+    truth, by_law, by_parabola = None, None, None
+    # The closed form holds where a token's cost is proportional to N.
+    proportional = optima.costs_in_proportion(rows)
+    closed = stated.law.size_exponent(stated.values) if proportional else None
+    drawn = stated.law.size_exponent(fitted)
+    if closed is not None and drawn is not None:
+        truth, by_law = float(closed), _spread(drawn, confidence)
+    elif len(known) >= 2:
+        truth = float(power_law(*np.array(known).T)[1])
+    if len(parabolas) >= 2:
+        sizes = np.exp(np.stack(list(parabolas.values()), 1))
+        by_parabola = _spread(power_law(np.array(list(parabolas)), sizes)[1], confidence)
+    return RecoveredExponent(truth, by_law, by_parabola)
+
+
+def _regret(
+    rows: pd.DataFrame,
+    stated: StatedLaw,
+    fitted: Array,
+    found: Sequence[RecoveredOptimum],
+    parabolas: Mapping[float, Array],
+    confidence: float,
+) -> list[Advice]:
+    """Return what the advised size loses against the best size between the smallest and the largest of the grid."""
     sizes = _Sizes.of(rows)
     log_n = sizes.log_n
     line = None
     if len(parabolas) >= 2:
         line = power_law(np.array(list(parabolas)), np.exp(np.stack(list(parabolas.values()), 1)))
-    budgets = [float(row["budget"]) for row in optima_rows]
+    budgets = [row.budget_flop for row in found]
     result = []
     for budget in [*budgets, 4 * max(budgets)]:
         loss = sizes.losses(stated.law, stated.values, budget)[0]
-        advised: dict[str, Any] = {"law": sizes.losses(stated.law, fitted, budget).argmin(1), "parabola": None}
+
+        def lost(chosen: Array, loss: Array = loss) -> Lost | None:
+            if not len(chosen):
+                return None
+            over = loss[chosen] / loss.min() - 1
+            return Lost(float(over.mean()), float(np.percentile(over, 50 + 50 * confidence)))
+
+        by_law, by_parabola = lost(sizes.losses(stated.law, fitted, budget).argmin(1)), None
         if line is not None:
             sized = line[0] + line[1] * np.log(budget)
             sized = sized[np.isfinite(sized)]
-            advised["parabola"] = np.clip(np.searchsorted(log_n, sized), 0, len(log_n) - 1)
-        row: dict[str, Any] = {"budget": budget}
-        for name, chosen in advised.items():
-            row[name] = None
-            if chosen is not None and len(chosen):
-                lost = loss[chosen] / loss.min() - 1
-                row[name] = {"mean": float(lost.mean()), "high": float(np.percentile(lost, 50 + 50 * confidence))}
-        result.append(row)
+            by_parabola = lost(np.clip(np.searchsorted(log_n, sized), 0, len(log_n) - 1))
+        result.append(Advice(budget, by_law, by_parabola))
     return result
-
-
-def command(args: Any, rows: pd.DataFrame | None) -> int:
-    """`embedscale fit SWEEP --simulate LAW`: print what the sweep would find; `rows` are a sweep file's runs."""
-    from analysis import summary
-
-    if args.where:
-        raise UserError("--where: is for runs; a sweep is narrowed by its own file")
-    laws = stated_laws(args.simulate)
-    if rows is None:
-        rows = load_grid(args.runs, parse_assignments("columns", args.columns, COLUMNS))
-    result = simulate(rows, laws, 0.005 if args.noise is None else args.noise, window=args.window, seed=args.seed)
-    summary.show_simulation(result, summary.console())
-    if args.out:
-        Path(args.out).mkdir(parents=True, exist_ok=True)
-        write_json(Path(args.out) / "simulation.json", result)
-        print(f"\nwritten: {Path(args.out) / 'simulation.json'}")
-    return 0

@@ -1,4 +1,4 @@
-"""What figures and report are made from: a folder's fits with the runs beside them, their curves and their scores."""
+"""A folder that `embedscale fit` wrote: its fits, its table of runs, and what figures need of the run directories."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -10,27 +10,31 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from analysis import fits as fits_file
 from analysis import runs
-from analysis.fitting import fit as fits_file
+from analysis.columns import EXCLUDED
+from analysis.fits import Fits
 from analysis.fitting import joint, optima
+from analysis.runs import Runs
 from embedscale.errors import UserError
-from embedscale.files import read_json
+from embedscale.files import read_json, write_atomically, write_json
 from embedscale.run.directory import RunDirectory
 from embedscale.run.record import RunRecord
+
+TABLE, LEFT_OUT = "runs.csv", "excluded.csv"
 
 
 @dataclass(frozen=True)
 class Study:
     """An experiment after `embedscale fit`.
 
-    `table` has a row a run (`runs.Runs`); `curves` a row a logged step of the best runs: `run`, `method`, `params`,
-    `budget`, `spent_flop`, `train_loss` (of the batch), `loss` (held-out); `scores` a row a run and task: `run`,
-    `task`, `score`.
-    The last two are empty where the run directories are not at hand. `code` are the commits that the runs name.
-    `other` is a second sweep, whose runs may not be compared with these but may be predicted (figure 23).
+    `table` has a row a run (`runs.Runs`). `curves` has a row a logged step of the best runs: `run`, `method`,
+    `n_parameters`, `budget_flop`, `spent_flop`, `train_loss`, `loss` (held out). `scores` has a row a run and task:
+    `run`, `task`, `score`. Both are empty where the run directories are not there. `code` are the commits that the
+    runs name. `other` is a second sweep whose runs cannot be compared with these but can be predicted (figure 23).
     """
 
-    fits: Mapping[str, Any]
+    fits: Fits
     table: pd.DataFrame
     excluded: pd.DataFrame
     curves: pd.DataFrame = field(default_factory=pd.DataFrame)
@@ -40,22 +44,22 @@ class Study:
 
     @cached_property
     def methods(self) -> list[str]:
-        return runs.Runs(self.table, self.excluded, "").methods
+        return runs.in_order(self.table["method"].unique())
 
     @cached_property
     def budgets(self) -> list[float]:
-        return list(self.fits["runs"]["budgets"])
+        return list(self.fits.runs.budgets)
 
     @cached_property
     def sizes(self) -> list[float]:
-        return list(self.fits["runs"]["sizes"])
+        return list(self.fits.runs.sizes)
 
     @cached_property
     def names(self) -> dict[float, str]:
-        """Size → what to call it: its backbone where one has that size, else its parameters."""
+        """The name of each size: its backbone if exactly one has that size, else the number of its parameters."""
         found = {size: short_number(size) for size in self.sizes}
         if "backbone" in self.table:
-            for size, rows in by_number(self.table.dropna(subset=["backbone"]), "params"):
+            for size, rows in by_number(self.table.dropna(subset=["backbone"]), "n_parameters"):
                 if rows["backbone"].nunique() == 1:
                     found[size] = str(rows["backbone"].iloc[0])
         return found
@@ -71,59 +75,76 @@ class Study:
         return {method: optima.best_points(cells) for method, cells in self.cells.items()}
 
     def left_out(self, method: str | None = None) -> pd.DataFrame:
-        """Excluded runs of a method, or all, as rows for a figure's table."""
+        """Return the excluded runs of a method, or of all, as rows for the table of a figure."""
         rows = self.excluded if method is None else self.excluded[self.excluded["method"] == method]
-        return rows.rename(columns={"reason": "state"})[["method", "budget", "params", "state", "run"]]
+        return rows.rename(columns={"reason": "state"})[["method", "budget_flop", "n_parameters", "state", "run"]]
 
 
 def by_number(rows: pd.DataFrame, column: str) -> Iterator[tuple[float, pd.DataFrame]]:
-    """Each value of a numeric column with its rows, ascending."""
+    """Yield each value of a numeric column with its rows, in ascending order."""
     for value in np.unique(rows[column].dropna().to_numpy(float)):
         yield float(value), rows[rows[column] == value]
 
 
 def short_number(value: float) -> str:
-    """1.2M, 85k, 1.2B."""
+    """Return a number as 1.2M, 85k or 1.2B."""
     for limit, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if value >= 0.9995 * limit:
             return f"{value / limit:.3g}{letter}"
     return f"{value:.3g}"
 
 
+def write(fits: Fits, runs: Runs, folder: str | Path) -> Path:
+    """Write fits.json into a folder, with the runs.csv and excluded.csv it was made from; return its path."""
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise UserError(f"out: {folder} is a file; give a folder") from None
+    write_atomically(folder / TABLE, lambda file: file.write(runs.table.to_csv(index=False).encode()))
+    write_atomically(folder / LEFT_OUT, lambda file: file.write(runs.excluded.to_csv(index=False).encode()))
+    write_json(folder / fits_file.FILE, fits.to_json())
+    return folder / fits_file.FILE
+
+
 def load(folder: str | Path) -> Study:
-    """The study of a folder that `embedscale fit` wrote into. Raises UserError where it holds none."""
+    """Return the study of a folder that `embedscale fit` wrote. Raise UserError where it holds none."""
     folder = Path(folder)
     fits = fits_file.read(folder)
     folder = folder if folder.is_dir() else folder.parent
-    if not (folder / "runs.csv").exists():
-        raise UserError(f"{folder / 'runs.csv'}: does not exist; embedscale fit writes it beside its fits.json")
-    table = runs.load(folder / "runs.csv").table
-    excluded = pd.DataFrame(fits["excluded"], columns=runs.EXCLUDED)
+    if not (folder / TABLE).exists():
+        raise UserError(f"{folder / TABLE}: does not exist; embedscale fit writes it beside its fits.json")
+    table = runs.load(folder / TABLE).table
     directories = {
         str(run): RunDirectory(path)
         for run, path in zip(table["run"], table.get("path", pd.Series(dtype=object)), strict=False)
         if isinstance(path, str) and Path(path).is_dir()
     }
-    best = {str(row.get("run")) for method in fits["methods"].values() for row in method["points"]}
+    best = {point.run for method in fits.methods.values() for point in method.points}
     return Study(
         fits,
         table,
-        excluded,
+        pd.DataFrame([row.to_json() for row in fits.excluded], columns=list(EXCLUDED)),
         _curves(table, {run: each for run, each in directories.items() if run in best}),
         _scores(directories),
         _code(directories),
     )
 
 
+def of(fits: Fits, runs: Runs) -> Study:
+    """Return the study of fits that are not in a folder: a table's, with neither curves nor scores."""
+    return Study(fits, runs.table, runs.excluded)
+
+
 def _curves(table: pd.DataFrame, directories: Mapping[str, RunDirectory]) -> pd.DataFrame:
     rows: list[dict[str, Any]] = []
-    facts = table.set_index("run")[["method", "params", "budget"]]
+    facts = table.set_index("run")[["method", "n_parameters", "budget_flop"]]
     for run, directory in directories.items():
         own = {str(name): facts.at[run, name] for name in facts}
         metrics = directory.read_metrics()
         last = max((row.step for row in metrics), default=0)
         for row in metrics:
-            # The last batch is cut to the budget: its loss, among fewer negatives, is none to compare.
+            # The last batch is cut to the budget: with fewer negatives, its loss is not comparable.
             train_loss = row.train_loss if row.step < last else None
             if train_loss is not None or row.loss is not None:
                 values = {"spent_flop": row.spent_flop, "step": row.step, "train_loss": train_loss, "loss": row.loss}

@@ -1,26 +1,38 @@
-"""What `embedscale fit` prints: optima, laws with their intervals, hold-outs, the frontier, and what to know."""
+"""Print what `embedscale fit` found: optima, laws with their intervals, hold-outs, the frontier, and the notes."""
 
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
-from analysis.fits import miniature
+from analysis.columns import parse_assignments
+from analysis.fits import Fits, Frontier, MethodFit
+from analysis.simulate import Simulated
+from embedscale.errors import UserError
+from embedscale.files import write_json
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+SIGNS = {"n_opt": "N*", "d_opt": "D*", "loss": "L*"}  # how a reader sees the quantities of an optimum
 
 
 def console() -> Console:
-    """Standard output; where that is no terminal, wide enough that no column is cut."""
+    """Return standard output; where it is not a terminal, wide enough that no column is cut."""
     found = Console(highlight=False)
     return found if found.is_terminal else Console(highlight=False, width=160)
 
 
-def number(value: Any, digits: int = 3) -> str:
+def number(value: float | None, digits: int = 3) -> str:
+    """Return a number with so many significant digits, or a dash for None."""
     return "–" if value is None else f"{value:.{digits}g}"
 
 
-def spread(ends: Any, digits: int = 3) -> str:
+def spread(ends: Sequence[float] | None, digits: int = 3) -> str:
+    """Return an interval with so many significant digits, or a dash for None."""
     return "–" if ends is None else f"{ends[0]:.{digits}g} … {ends[1]:.{digits}g}"
 
 
@@ -31,119 +43,158 @@ def _table(title: str, *columns: str) -> Table:
     return table
 
 
-def show_fits(fits: Mapping[str, Any], console: Console) -> None:
-    """Print the fits of `fit.fit`. A coefficient that the data do not fix is named, without digits."""
-    counts = fits["runs"]
+def show_fits(fits: Fits, console: Console) -> None:
+    """Print fits. A coefficient that the data do not fix is named, without digits."""
+    counts, percent = fits.runs, fits.settings.percent
     console.print(
-        f"{counts['used']} runs of {len(counts['budgets'])} budgets and {len(counts['sizes'])} sizes; "
-        f"{counts['excluded']} left out"
+        f"{counts.used} runs of {len(counts.budgets)} budgets and {len(counts.sizes)} sizes; {counts.excluded} left out"
     )
     reasons: dict[str, int] = {}
-    for row in fits["excluded"]:
-        reasons[row["reason"]] = reasons.get(row["reason"], 0) + 1
+    for row in fits.excluded:
+        reasons[row.reason] = reasons.get(row.reason, 0) + 1
     for reason, count in reasons.items():
         console.print(f"  left out: {count} {reason}")
-    noise = fits["noise"]
-    console.print(f"noise of ln L: {number(noise['log_loss'])} ({noise['source']})")
-    percent = f"{100 * fits['settings']['confidence']:.0f} %"
-    for name, method in fits["methods"].items():
+    console.print(f"noise of ln L: {number(fits.noise.log_loss)} ({fits.noise.source})")
+    for name, method in fits.methods.items():
         _show_optima(name, method, percent, console)
         _show_laws(name, method, percent, console)
-    _show_frontier(fits["frontier"], percent, console)
-    if miniature(fits):
-        console.print(f"note: {miniature(fits)}", soft_wrap=True)
-    for note in fits["notes"]:
+    _show_frontier(fits.frontier, percent, console)
+    for note in ((fits.miniature,) if fits.miniature else ()) + fits.notes:
         console.print(f"note: {note}", soft_wrap=True)
 
 
-def _show_optima(name: str, method: Mapping[str, Any], percent: str, console: Console) -> None:
+def _show_optima(name: str, method: MethodFit, percent: str, console: Console) -> None:
     table = _table(f"\n{name}: optima", "budget", "state", "N*", percent, "D*", "loss", percent, "Akima N*", "law N*")
-    for row in method["optima"]:
-        other = [number(row[each] and row[each]["n_opt"]) for each in ("akima", "law")]
-        ends = spread(row["n_opt_interval"]), spread(row["loss_interval"], 4)
-        own = number(row["n_opt"]), ends[0], number(row["d_opt"]), number(row["loss"], 4), ends[1]
-        table.add_row(number(row["budget"]), row["state"], *own, *other)
+    for row in method.optima:
+        others = [number(each.n_opt if each else None) for each in (row.akima, row.law)]
+        own = number(row.n_opt), spread(row.n_opt_interval), number(row.d_opt)
+        table.add_row(
+            number(row.budget_flop), row.state, *own, number(row.loss, 4), spread(row.loss_interval, 4), *others
+        )
     console.print(table)
 
 
-def _show_laws(name: str, method: Mapping[str, Any], percent: str, console: Console) -> None:
+def _show_laws(name: str, method: MethodFit, percent: str, console: Console) -> None:
     table = _table(f"\n{name}: laws", "law", "coefficient", "value", percent)
-    for law, facts in method["power_laws"].items():
-        if facts:
-            sign = {"n_opt": "N*", "d_opt": "D*", "loss": "L*"}[law]
-            table.add_row(f"{sign} = k C^a", "a", number(facts["exponent"], 4), spread(facts["exponent_interval"]))
-            table.add_row("", "k", number(facts["coefficient"], 4), spread(facts["coefficient_interval"]))
-    for law, facts in method["joint_laws"].items():
-        if "refused" in facts:
-            continue
-        for i, (coefficient, ends) in enumerate(facts["intervals"].items()):
-            fixed = coefficient not in facts["not_fixed"]
-            shown = (number(facts[coefficient], 4), spread(ends)) if fixed else ("not fixed by the data", "")
+    for quantity, sign in SIGNS.items():
+        line = getattr(method.power_laws, quantity)
+        if line:
+            table.add_row(f"{sign} = k C^a", "a", number(line.exponent, 4), spread(line.exponent_interval))
+            table.add_row("", "k", number(line.coefficient, 4), spread(line.coefficient_interval))
+    for law, fitted in method.joint_laws.items():
+        for i, (coefficient, ends) in enumerate(fitted.intervals.items()):
+            shown = (number(fitted.coefficients[coefficient], 4), spread(ends))
+            if coefficient in fitted.not_fixed:
+                shown = ("not fixed by the data", "")
             table.add_row(law if i == 0 else "", coefficient, *shown)
-        done = facts["convergence"]
-        told = f"{done['agreeing']} of {done['starts']} starts agree, gradient {done['gradient']:.1g}"
-        table.add_row("", "fit", told, f"spread of ln L {number(facts['log_residual'])}")
+        done = fitted.convergence
+        told = f"{done.agreeing} of {done.starts} starts agree, gradient {number(done.gradient, 1)}"
+        table.add_row("", "fit", told, f"spread of ln L {number(fitted.log_residual)}")
     if table.row_count:
         console.print(table)
     table = _table(f"\n{name}: held out", "without", "law", "predicted", "found", "error", "bias")
-    for row in method["hold_out"]:
-        left = f"{row['left_out']} {number(row['value'])}"
-        errors = (f"{100 * row[each]:.2f} %" for each in ("error", "bias"))
-        table.add_row(left, row["law"], number(row["predicted"], 4), number(row["found"], 4), *errors)
+    for row in method.hold_out:
+        errors = (f"{100 * row.error:.2f} %", f"{100 * row.bias:.2f} %")
+        without = f"{row.left_out} {number(row.value)}"
+        table.add_row(without, row.law, number(row.predicted, 4), number(row.found, 4), *errors)
     if table.row_count:
         console.print(table)
 
 
-def _show_frontier(frontier: Mapping[str, Any], percent: str, console: Console) -> None:
+def _show_frontier(frontier: Frontier, percent: str, console: Console) -> None:
     table = _table("\nfrontier", "from", "to", "method")
-    for row in frontier["segments"]:
-        table.add_row(number(row["from"]), number(row["to"]), row["method"])
+    for row in frontier.segments:
+        table.add_row(number(row.from_flop), number(row.to_flop), row.method)
     if table.row_count:
         console.print(table)
-    for row in frontier["crossings"]:
+    for each in frontier.crossings:
         console.print(
-            f"{row['below']} to {row['above']} at {number(row['budget'])} FLOP, {percent}: {spread(row['interval'])}"
+            f"{each.below} to {each.above} at {number(each.budget_flop)} FLOP, {percent}: {spread(each.interval)}"
         )
 
 
-def show_simulation(result: Mapping[str, Any], console: Console) -> None:
-    """Print what `simulate.simulate` found."""
-    for name, method in result.items():
-        console.print(f"\n{name}: {method['runs']} runs, noise of ln L {number(method['noise'])}", style="bold")
-        if "refused" in method:
-            console.print(f"refused: {method['refused']}")
+def show_simulation(result: Mapping[str, Simulated], console: Console) -> None:
+    """Print the result of `simulate.simulate`."""
+    for name, found in result.items():
+        console.print(f"\n{name}: {found.runs} runs, noise of ln L {number(found.noise)}", style="bold")
+        if found.refused:
+            console.print(f"refused: {found.refused}")
             continue
-        table = _table(f"{method['law']} law, {method['repeats']} sweeps", "coefficient", "truth", "mean", "95 %")
-        for coefficient, facts in method["coefficients"].items():
-            table.add_row(
-                coefficient, *(number(facts[each], 4) for each in ("truth", "mean")), spread(facts["interval"])
-            )
-        exponents = method["n_exponent"]
-        for each in ("law", "parabola"):
-            if exponents[each]:
-                facts = exponents[each]
-                shown = number(exponents["truth"], 4), number(facts["median"], 4), spread(facts["interval"])
-                table.add_row(f"exponent of N*, {each}", *shown)
+        table = _table(f"{found.law} law, {found.repeats} sweeps", "coefficient", "truth", "mean", "95 %")
+        for coefficient, each in found.coefficients.items():
+            table.add_row(coefficient, number(each.truth, 4), number(each.mean, 4), spread(each.interval))
+        exponent = found.n_exponent
+        for estimator, by in (("law", exponent.law), ("parabola", exponent.parabola)):
+            if by:
+                shown = number(exponent.truth, 4), number(by.median, 4), spread(by.interval)
+                table.add_row(f"exponent of N*, {estimator}", *shown)
         console.print(table)
         table = _table(
             "optima, as shares of the truth", "budget", "true N*", "parabola", "95 %", "without noise", "law", "95 %"
         )
-        for row in method["optima"]:
-            pairs = []
-            for each in ("parabola", "law"):
-                facts = row[each] or {"median": None, "interval": None}
-                pairs.append((number(facts["median"]), spread(facts["interval"])))
-            bias = row["bias_without_noise"]
-            clean = "–" if bias is None else number(1 + bias)
-            table.add_row(
-                number(row["budget"]), number(row["truth"]) if row["truth"] else "edge", *pairs[0], clean, *pairs[1]
-            )
+        for row in found.optima:
+            shares = [(number(by.median), spread(by.interval)) if by else ("–", "–") for by in (row.parabola, row.law)]
+            clean = number(None if row.bias_without_noise is None else 1 + row.bias_without_noise)
+            truth = number(row.truth) if row.truth else "edge"
+            table.add_row(number(row.budget_flop), truth, *shares[0], clean, *shares[1])
         console.print(table)
         table = _table("loss above the best, at the advised size", "budget", "law", "at worst", "parabola", "at worst")
-        for row in method["recipe"]:
-            cells = []
-            for each in ("law", "parabola"):
-                facts = row[each] or {"mean": math.nan, "high": math.nan}
-                cells += [f"{100 * facts['mean']:.3f} %", f"{100 * facts['high']:.3f} %"]
-            table.add_row(number(row["budget"]), *cells)
+        for advice in found.recipe:
+            lost = [
+                f"{100 * value:.3f} %"
+                for by in (advice.law, advice.parabola)
+                for value in ((by.mean, by.high) if by else (math.nan, math.nan))
+            ]
+            table.add_row(number(advice.budget_flop), *lost)
         console.print(table)
+
+
+def command(args: Any) -> int:
+    """Run `embedscale fit`: load, fit, write fits.json, and print what it says."""
+    from analysis import runs as loading
+    from analysis import study
+    from analysis.fitting.fit import fit
+    from embedscale.progress import Bar
+
+    where: dict[str, str] = {}
+    for word in args.where or []:
+        where |= parse_assignments("where", word)
+    runs = loading.load(args.runs, parse_assignments("columns", args.columns), where)
+    with Bar("fit") as bar:
+        fits = fit(
+            runs,
+            residual=args.residual,
+            delta=args.delta,
+            optimum=args.optimum,
+            window=args.window,
+            noise=args.noise,
+            bootstrap=args.bootstrap,
+            seed=args.seed,
+            where=where,
+            advance=bar.say,
+        )
+    path = study.write(fits, runs, args.out or (args.runs if Path(args.runs).is_dir() else "."))
+    output = console()
+    show_fits(fits, output)
+    output.print(f"\nwritten: {path}", soft_wrap=True)
+    return 0
+
+
+def simulation(args: Any, rows: "pd.DataFrame | None") -> int:
+    """Run `embedscale fit SWEEP --simulate LAW`: print what the sweep would find; `rows` are a sweep file's runs."""
+    from analysis import simulate
+    from analysis.runs import load_grid
+
+    if args.where:
+        raise UserError("--where: selects finished runs; change the sweep file to select runs of a sweep")
+    laws = simulate.stated_laws(args.simulate)  # first, so that a mistyped law is told at once
+    if rows is None:
+        rows = load_grid(args.runs, parse_assignments("columns", args.columns))
+    noise = simulate.NOISE if args.noise is None else args.noise
+    result = simulate.simulate(rows, laws, noise, window=args.window, seed=args.seed)
+    show_simulation(result, console())
+    if args.out:
+        Path(args.out).mkdir(parents=True, exist_ok=True)
+        write_json(Path(args.out) / "simulation.json", {name: found.to_json() for name, found in result.items()})
+        print(f"\nwritten: {Path(args.out) / 'simulation.json'}")
+    return 0

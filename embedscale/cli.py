@@ -74,9 +74,9 @@ def encode(args: argparse.Namespace) -> int:
 
 def fit(args: argparse.Namespace) -> int:
     if args.simulate is None:
-        return load("analysis.fitting.fit:command")(args)
+        return load("analysis.summary:command")(args)
     grid = _grid(args.runs) if args.runs.endswith((".yaml", ".yml")) else None
-    return load("analysis.simulate:command")(args, grid)
+    return load("analysis.summary:simulation")(args, grid)
 
 
 def _file_and_words(args: argparse.Namespace) -> tuple[str | None, list[str]]:
@@ -106,7 +106,7 @@ def _grid(file: str) -> Any:
             refused += 1
             continue
         rows.append(
-            {"run": run.run_id, "method": run.method.name, "params": cost.n_parameters, "budget": run.budget}
+            {"run": run.run_id, "method": run.method.name, "n_parameters": cost.n_parameters, "budget_flop": run.budget}
             | {"flop_per_token": cost.flop_per_token, "trainable_fraction": cost.trainable_fraction}
             | {"rank": run.method.rank, "learning_rate": run.training.learning_rate, "seed": run.training.seed}
         )
@@ -228,7 +228,9 @@ def _fit_verb(verbs: Any) -> None:
         help="folder of runs, or a .csv, .parquet or .jsonl table; with --simulate a sweep file",
     )
     verb.add_argument(
-        "--columns", metavar="OURS=THEIRS,…", help="names of a table's columns: params=N,tokens=D,budget=C,loss=loss"
+        "--columns",
+        metavar="OURS=THEIRS,…",
+        help="names of a table's columns: n_parameters=N,tokens=D,budget_flop=C,loss=loss",
     )
     verb.add_argument("--where", action="append", metavar="NAME=VALUE", help="use only these runs; may be repeated")
     verb.add_argument(

@@ -1,4 +1,7 @@
-"""Figures of what was run: frontier (1), IsoFLOP profiles (2, 4), fractions and ranks (3, 5), model sizes (6, 13)."""
+"""Figures of what was run: frontier (1), IsoFLOP profiles (2, 4), fractions and ranks (3, 5), model sizes (6, 13).
+
+The numbers are those of the paper's figures.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -8,14 +11,16 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
-from numpy.typing import NDArray
 
 from analysis.figures import style
 from analysis.figures.style import Drawn, NotDrawn
+from analysis.fits import Interval, Optimum, PowerLaw
+from analysis.fitting.laws import Array
 from analysis.study import Study
+from embedscale.run.method import METHODS, Choice
 
-Array = NDArray[np.float64]
-HOLLOW = "Hollow marks are no interior optima (edge of the grid, too few sizes, or diverged) and enter no line."
+HOLLOW = "Hollow marks are not interior optima (edge of the grid, too few sizes, or diverged) and enter no line."
+MANY = 12  # budgets above which those with fewer than three sizes are not drawn
 
 
 def _present(study: Study, methods: Sequence[str]) -> list[str]:
@@ -25,26 +30,26 @@ def _present(study: Study, methods: Sequence[str]) -> list[str]:
     return found
 
 
-def _error(value: float, ends: Sequence[float] | None) -> list[list[float]] | None:
-    """Interval ends as the distances that error bars take."""
+def _error(value: float, ends: Interval | None) -> list[list[float]] | None:
+    """Return the ends of an interval as the distances that error bars take."""
     return None if ends is None else [[max(value - ends[0], 0)], [max(ends[1] - value, 0)]]
 
 
-def line_band(law: Mapping[str, Any], budgets: Array, confidence: float) -> tuple[Array, Array | None]:
-    """A power law over budgets, and its interval [2, budgets] from the draws."""
-    value = law["coefficient"] * budgets ** law["exponent"]
-    if not law["draws"]:
+def line_band(law: PowerLaw, budgets: Array, confidence: float) -> tuple[Array, Array | None]:
+    """Return a power law over budgets, and its interval [2, budgets] from the draws."""
+    value = law.at(budgets)
+    if not law.draws:
         return value, None
-    drawn = np.asarray(law["draws"], float)
+    drawn = np.asarray(law.draws, float)
     drawn = drawn[np.isfinite(drawn).all(1)]
     tail = 50 * (1 - confidence)
     return value, np.exp(np.percentile(drawn[:, :1] + drawn[:, 1:] * np.log(budgets), [tail, 100 - tail], axis=0))
 
 
-def _draw_line(axes: Axes, law: Mapping[str, Any], study: Study, inside: Sequence[float], look: dict) -> None:
-    """The law over the optima that it is fitted to, thinner over the other budgets, with its interval."""
+def _draw_line(axes: Axes, law: PowerLaw, study: Study, inside: Sequence[float], look: dict[str, Any]) -> None:
+    """Draw the law over the optima that it is fitted to, and thinner over the other budgets, with its interval."""
     budgets = np.geomspace(0.8 * min(study.budgets), 1.25 * max(study.budgets), 60)
-    value, band = line_band(law, budgets, study.fits["settings"]["confidence"])
+    value, band = line_band(law, budgets, study.fits.settings.confidence)
     own = (budgets >= min(inside) * 0.999) & (budgets <= max(inside) * 1.001)
     axes.plot(budgets, value, color=look["color"], linestyle=look["linestyle"], linewidth=0.6)
     axes.plot(budgets[own], value[own], color=look["color"], linestyle=look["linestyle"])
@@ -53,41 +58,39 @@ def _draw_line(axes: Axes, law: Mapping[str, Any], study: Study, inside: Sequenc
 
 
 def frontier(study: Study) -> Drawn:
-    """Figure 1: the lowest loss of each method against the budget."""
+    """Draw figure 1: the lowest loss of each method against the budget."""
     figure, (axes,) = style.panels(1, height=2.9)
     rows, handles = [], []
     for method in study.methods:
-        facts = study.fits["methods"][method]
+        fit = study.fits.methods[method]
         look = style.method_style(method, study.methods)
-        inside = [row for row in facts["optima"] if row["state"] == "interior"]
-        for row in facts["optima"]:
-            loss = row["loss"] if row["state"] == "interior" else (row["best"] or {}).get("loss")
-            ends = row["loss_interval"] if row["state"] == "interior" else None
+        for row in fit.optima:
+            loss, ends = row.lowest_loss, row.loss_interval
             rows.append(
-                {"method": method, "budget": row["budget"], "state": row["state"], "why": row["why"], "loss": loss}
+                {"method": method, "budget_flop": row.budget_flop, "state": row.state, "why": row.why, "loss": loss}
                 | {"low": ends and ends[0], "high": ends and ends[1]}
             )
-            if loss is None or (row["state"] == "too few" and len(study.budgets) > 12):
+            if loss is None or (row.state == "too few" and len(study.budgets) > MANY):
                 continue
-            marks = look | {"linestyle": "none"} if row in inside else style.hollow(look)
-            axes.errorbar(row["budget"], loss, _error(loss, ends), linewidth=0.8, **marks)
-        law = facts["power_laws"]["loss"]
-        if law:
-            _draw_line(axes, law, study, [row["budget"] for row in inside], look)
+            marks = look | {"linestyle": "none"} if row.interior else style.hollow(look)
+            axes.errorbar(row.budget_flop, loss, _error(loss, ends), linewidth=0.8, **marks)
+        if fit.power_laws.loss:
+            _draw_line(axes, fit.power_laws.loss, study, [row.budget_flop for row in fit.interior], look)
         handles.append(Line2D([], [], label=style.label(method), **look))
-    segments = study.fits["frontier"]["segments"]
-    for segment in segments:
-        law = study.fits["methods"][segment["method"]]["power_laws"]["loss"]
-        budgets = np.array([segment["from"], segment["to"]])
-        axes.plot(budgets, line_band(law, budgets, 0.95)[0], color="black", alpha=0.25, linewidth=5, zorder=0.5)
-    if segments:
+    line = study.fits.frontier
+    for segment in line.segments:
+        law = study.fits.methods[segment.method].power_laws.loss
+        budgets = np.array([segment.from_flop, segment.to_flop])
+        if law:
+            axes.plot(budgets, law.at(budgets), color="black", alpha=0.25, linewidth=5, zorder=0.5)
+    if line.segments:
         handles.append(Line2D([], [], color="black", alpha=0.25, linewidth=5, label="optimal frontier"))
-    for crossing in study.fits["frontier"]["crossings"]:
-        axes.axvline(crossing["budget"], color=style.GREY, linewidth=0.7, linestyle=":")
-        if crossing["interval"]:
-            axes.axvspan(*crossing["interval"], color="black", alpha=0.06, linewidth=0)
+    for crossing in line.crossings:
+        axes.axvline(crossing.budget_flop, color=style.GREY, linewidth=0.7, linestyle=":")
+        if crossing.interval:
+            axes.axvspan(*crossing.interval, color="black", alpha=0.06, linewidth=0)
         axes.annotate(
-            style.power_of_ten(crossing["budget"]) + " FLOP", (crossing["budget"], 1), (2, -2),
+            style.power_of_ten(crossing.budget_flop) + " FLOP", (crossing.budget_flop, 1), (2, -2),
             xycoords=("data", "axes fraction"), textcoords="offset points", va="top", fontsize=6.5,
             color=style.GREY, rotation=90,
         )  # fmt: skip
@@ -110,52 +113,62 @@ def frontier(study: Study) -> Drawn:
 # --- IsoFLOP profiles ------------------------------------------------------------------------------------------------
 
 
+def choice_of(method: str) -> Choice | None:
+    """Return the hyper-parameter that a sweep of the method compares: rank or share of active blocks, or none."""
+    return METHODS[method].choice if method in METHODS else None
+
+
 def _choice(method: str, row: Mapping[Any, Any]) -> str:
-    """What stands beside a point: the best rank, or the best share of active blocks."""
-    if method == "lora" and np.isfinite(row.get("rank") or np.nan):
-        return f"{row['rank']:.0f}"
-    share = row.get("trainable_fraction")
-    return f"{share:.2g}" if method == "freeze" and share is not None and np.isfinite(share) else ""
+    """Return the text beside a point: the best rank, or the best share of active blocks."""
+    choice = choice_of(method)
+    value = row.get(choice.column) if choice else None
+    return choice.write(value) if choice and value and np.isfinite(value) else ""
 
 
-def _profile(axes: Axes, study: Study, method: str, optimum: Mapping[str, Any], rows: list[dict[str, Any]]) -> bool:
-    """One budget's points, its parabola and its optimum; false where nothing is there."""
-    budget = optimum["budget"]
+def _profile(axes: Axes, study: Study, method: str, optimum: Optimum, rows: list[dict[str, Any]]) -> bool:
+    """Draw the points of one budget, their parabola and its optimum. Return False if the budget has no points."""
+    budget = optimum.budget_flop
     points = study.points[method]
-    points = points[np.isclose(points["budget"], budget, rtol=0.1)].sort_values("params")
+    points = points[np.isclose(points["budget_flop"], budget, rtol=0.1)].sort_values("n_parameters")
     if points.empty:
         return False
     look = style.budget_style(budget, study)
-    size, loss = points["params"].to_numpy(float), points["loss"].to_numpy(float)
+    size, loss = points["n_parameters"].to_numpy(float), points["loss"].to_numpy(float)
     axes.plot(size, loss, linestyle="none", **look)
     best = int(loss.argmin())
     for number, row in enumerate(points.to_dict("records")):
         choice = _choice(method, row)
         rows.append(
-            {"method": method, "budget": budget, "params": row["params"], "loss": row["loss"], "choice": choice}
-            | {"seeds": row["seeds"], "state": optimum["state"] if number == best else "", "run": row.get("run")}
+            {
+                "method": method,
+                "budget_flop": budget,
+                "n_parameters": row["n_parameters"],
+                "loss": row["loss"],
+                "choice": choice,
+            }
+            | {"seeds": row["seeds"], "state": optimum.state if number == best else "", "run": row.get("run")}
         )
         if choice:
             axes.annotate(
-                choice, (row["params"], row["loss"]), (0, 3), textcoords="offset points",
+                choice, (row["n_parameters"], row["loss"]), (0, 3), textcoords="offset points",
                 ha="center", fontsize=5.5, color="0.2", path_effects=style.HALO,
             )  # fmt: skip
-    curve = optimum["curve"]
-    if optimum["state"] == "interior" and curve:
-        lowest = optimum["parabola"]["loss"]
-        window = np.log(study.fits["settings"]["window"])
+    curve = optimum.curve
+    if optimum.interior and curve and optimum.parabola and optimum.n_opt and optimum.loss:
+        window = np.log(study.fits.settings.window)
         near = np.abs(np.log(size) - np.log(size[best])) <= window + 1e-9
         near[max(best - 1, 0) : best + 2] = True
         grid = np.geomspace(size[near].min(), size[near].max(), 80)
-        axes.plot(grid, lowest * np.exp(curve["curvature"] * (np.log(grid) - curve["log_n"]) ** 2), color=look["color"])
+        bowl = optimum.parabola.loss * np.exp(curve.curvature * (np.log(grid) - curve.log_n) ** 2)
+        axes.plot(grid, bowl, color=look["color"])
         axes.plot(size, loss, color=look["color"], linewidth=0.4)
         axes.errorbar(
-            optimum["n_opt"], optimum["loss"], _error(optimum["loss"], optimum["loss_interval"]),
-            _error(optimum["n_opt"], optimum["n_opt_interval"]), marker="*", markersize=8, color="black",
+            optimum.n_opt, optimum.loss, _error(optimum.loss, optimum.loss_interval),
+            _error(optimum.n_opt, optimum.n_opt_interval), marker="*", markersize=8, color="black",
             markerfacecolor=look["color"], markeredgewidth=0.6, linewidth=0.8, zorder=4,
         )  # fmt: skip
         rows.append(
-            {"method": method, "budget": budget, "params": optimum["n_opt"], "loss": optimum["loss"]}
+            {"method": method, "budget_flop": budget, "n_parameters": optimum.n_opt, "loss": optimum.loss}
             | {"choice": "", "seeds": None, "state": "optimum", "run": None}
         )
     else:
@@ -164,17 +177,20 @@ def _profile(axes: Axes, study: Study, method: str, optimum: Mapping[str, Any], 
     return True
 
 
+def _worth_drawing(optima: Sequence[Optimum]) -> list[Optimum]:
+    """Return the optima, of very many only those with at least three sizes."""
+    return [row for row in optima if len(optima) <= MANY or row.state != "too few"]
+
+
 def isoflop(study: Study, methods: Sequence[str], letters: str = "ab") -> Drawn:
-    """Figures 2 and 4: loss against size, a curve a budget; the best fraction or rank beside each point."""
+    """Draw figures 2 and 4: loss against size, a curve a budget, with the best fraction or rank beside each point."""
     found = _present(study, methods)
     figure, every = style.panels(len(found), height=3.0)
     rows: list[dict[str, Any]] = []
     shown: set[float] = set()
     for axes, method in zip(every, found, strict=True):
-        optima = study.fits["methods"][method]["optima"]
-        if len(optima) > 12:  # a cloud of budgets: those with a profile
-            optima = [row for row in optima if row["state"] != "too few"]
-        drawn = [row["budget"] for row in optima if _profile(axes, study, method, row, rows)]
+        optima = _worth_drawing(study.fits.methods[method].optima)
+        drawn = [row.budget_flop for row in optima if _profile(axes, study, method, row, rows)]
         shown |= set(drawn)
         axes.margins(0.06)
         style.log_axis(axes.xaxis, "sizes")
@@ -188,8 +204,7 @@ def isoflop(study: Study, methods: Sequence[str], letters: str = "ab") -> Drawn:
     title = "budget (FLOP)" if len(budgets) <= 10 else f"budget (FLOP), {len(budgets)} of them"
     style.legend_below(figure, style.budget_handles(study, budgets), title, 3 if len(found) == 1 else 6)
     lost = pd.concat([study.left_out(method) for method in found])
-    beside = {"lora": "the best LoRA rank", "freeze": "the best share of active blocks"}
-    told = [beside[method] for method in found if method in beside]
+    told = [f"the best {choice.title}" for choice in map(choice_of, found) if choice]
     return Drawn(
         figure,
         pd.concat([pd.DataFrame(rows), lost], ignore_index=True) if len(lost) else pd.DataFrame(rows),
@@ -203,26 +218,27 @@ def isoflop(study: Study, methods: Sequence[str], letters: str = "ab") -> Drawn:
 # --- Fractions and ranks ---------------------------------------------------------------------------------------------
 
 
-def by_choice(study: Study, method: str, column: str) -> Drawn:
-    """Figures 3 and 5: loss against the share of active blocks, or the rank; a panel a size, a colour a budget."""
+def by_choice(study: Study, method: str) -> Drawn:
+    """Draw figures 3 and 5: loss against the share of active blocks or the rank, a panel a size, a colour a budget."""
     _present(study, [method])
-    cells = study.cells[method]
-    if column not in cells or cells[column].nunique() < 2:
-        raise NotDrawn(f"{style.label(method)} has no two values of {column}")
-    drawn = choice_panels(study, cells, column, "loss")
+    drawn = choice_panels(study, study.cells[method], method, "loss")
     return replace(drawn, rows=pd.concat([drawn.rows.assign(state=""), study.left_out(method)], ignore_index=True))
 
 
-def choice_panels(study: Study, rows: pd.DataFrame, column: str, measure: str) -> Drawn:
-    """Panels of figures 3 and 5 with the lowest loss, of 9 and 11 with the highest score."""
-    low = measure == "loss"
-    cells = rows.dropna(subset=[column]).groupby(["budget", "params", column])[measure]
+def choice_panels(study: Study, rows: pd.DataFrame, method: str, measure: str) -> Drawn:
+    """Draw the panels of figures 3 and 5, with the lowest loss, and of figures 9 and 11, with the highest score."""
+    choice = METHODS[method].choice
+    assert choice
+    column, low = choice.column, measure == "loss"
+    if column not in rows or rows[column].nunique() < 2:
+        raise NotDrawn(f"{style.label(method)} has no {measure} at two values of {column}")
+    cells = rows.dropna(subset=[column]).groupby(["budget_flop", "n_parameters", column])[measure]
     best = (cells.min() if low else cells.max()).reset_index()
-    sizes = [size for size in study.sizes if (best["params"] == size).any()]
+    sizes = [size for size in study.sizes if (best["n_parameters"] == size).any()]
     figure, every = style.panels(len(sizes), 4 if len(sizes) > 4 else len(sizes), 1.75, sharex=True, sharey=True)
     for axes, size in zip(every, sizes, strict=True):
         for budget in study.budgets:
-            part = best[(best["params"] == size) & np.isclose(best["budget"], budget, rtol=0.1)]
+            part = best[(best["n_parameters"] == size) & np.isclose(best["budget_flop"], budget, rtol=0.1)]
             if part.empty:
                 continue
             look = style.budget_style(budget, study)
@@ -245,14 +261,13 @@ def choice_panels(study: Study, rows: pd.DataFrame, column: str, measure: str) -
             axes.set_xlim(0, 1.05)
     if low:
         style.log_axis(every[0].yaxis, "plain")
-    name = {"rank": "LoRA rank", "trainable_fraction": "share of active blocks S"}[column]
-    style.outer_labels(every, name, style.LOSS if low else "mean score")
+    style.outer_labels(every, choice.title, style.LOSS if low else "mean score")
     style.legend_below(figure, style.budget_handles(study, study.budgets), "budget (FLOP)")
     return Drawn(
         figure,
         best,
-        f"{'Held-out loss' if low else 'Score'} against the {name}, for each size. The ringed mark is the best; hollow "
-        "where it is the first or the last value tried.",
+        f"{'Held-out loss' if low else 'Score'} against the {choice.title}, for each size. The ringed mark is "
+        "the best; it is hollow where it is the first or the last value tried.",
     )
 
 
@@ -260,39 +275,37 @@ def choice_panels(study: Study, rows: pd.DataFrame, column: str, measure: str) -
 
 
 def sizes(study: Study, methods: Sequence[str]) -> Drawn:
-    """Figures 6 and 13: the optimal size against the budget."""
+    """Draw figures 6 and 13: the optimal size against the budget."""
     found = _present(study, methods)
     figure, every = style.panels(len(found), height=2.7, sharex=True, sharey=True)
     rows = []
     for axes, method in zip(every, found, strict=True):
-        facts = study.fits["methods"][method]
+        fit = study.fits.methods[method]
         look = style.method_style(method, study.methods)
-        optima = [row for row in facts["optima"] if row["best"]]
-        if len(optima) > 12:
-            optima = [row for row in optima if row["state"] != "too few"]
+        optima = _worth_drawing([row for row in fit.optima if row.best])
         for row in optima:
-            size, ends = row["n_opt"], row["n_opt_interval"]
-            if row["state"] != "interior":
-                size, ends = row["best"]["params"], None
-            marks = look | {"linestyle": "none"} if row["n_opt"] else style.hollow(look)
-            axes.errorbar(row["budget"], size, _error(size, ends), linewidth=0.9, **marks)
+            size = row.n_opt if row.n_opt else row.best and row.best.n_parameters
+            assert size
+            ends = row.n_opt_interval
+            marks = look | {"linestyle": "none"} if row.n_opt else style.hollow(look)
+            axes.errorbar(row.budget_flop, size, _error(size, ends), linewidth=0.9, **marks)
             rows.append(
-                {"method": method, "budget": row["budget"], "params": size, "state": row["state"], "why": row["why"]}
-                | {"low": ends and ends[0], "high": ends and ends[1]}
-                | {"law": row["law"] and row["law"]["n_opt"], "akima": row["akima"] and row["akima"]["n_opt"]}
+                {"method": method, "budget_flop": row.budget_flop, "n_parameters": size, "state": row.state}
+                | {"why": row.why, "low": ends and ends[0], "high": ends and ends[1]}
+                | {"law": row.law and row.law.n_opt, "akima": row.akima and row.akima.n_opt}
             )
-        by_law = [(row["budget"], row["law"]["n_opt"]) for row in optima if row["law"]]
+        by_law = [(row.budget_flop, row.law.n_opt) for row in optima if row.law]
         if by_law:
             axes.plot(*zip(*by_law, strict=True), color=style.GREY, linestyle=":", label="joint law")
-        law = facts["power_laws"]["n_opt"]
+        law = fit.power_laws.n_opt
         if law:
-            _draw_line(axes, law, study, [row["budget"] for row in optima if row["n_opt"]], look)
-            ends = law["exponent_interval"]
+            _draw_line(axes, law, study, [row.budget_flop for row in optima if row.n_opt], look)
+            ends = law.exponent_interval
             told = f" ({ends[0]:.2f} … {ends[1]:.2f})" if ends else ""
             axes.text(
                 0.03,
                 0.97,
-                f"$N^* \\propto C^{{{law['exponent']:.3f}}}${told}",
+                f"$N^* \\propto C^{{{law.exponent:.3f}}}${told}",
                 transform=axes.transAxes,
                 va="top",
                 fontsize=7,

@@ -1,4 +1,4 @@
-"""Figures of the runs' own files: loss curves against FLOP spent, and MTEB scores (8 to 12, 15, 16)."""
+"""Figures of the files in run directories: loss curves, and MTEB scores (8 to 12, 15, 16)."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,15 +13,15 @@ from analysis.study import Study, by_number
 
 
 def curves(study: Study) -> Drawn:
-    """Loss against FLOP spent, of the best run of each method, size and budget."""
+    """Draw loss against FLOP spent, of the best run of each method, size and budget."""
     if study.curves.empty:
-        raise NotDrawn("the run directories, which hold the curves, are not at hand")
+        raise NotDrawn("the run directories, which hold the curves, are missing")
     methods = [method for method in study.methods if (study.curves["method"] == method).any()]
     figure, every = style.panels(len(methods), height=2.4, sharex=True, sharey=True)
     for axes, method in zip(every, methods, strict=True):
         own = study.curves[study.curves["method"] == method]
         for _, rows in own.groupby("run"):
-            look = style.size_style(float(rows["params"].iloc[0]), study)
+            look = style.size_style(float(rows["n_parameters"].iloc[0]), study)
             batch, held_out = rows.dropna(subset=["train_loss"]), rows.dropna(subset=["loss"])
             axes.plot(batch["spent_flop"], batch["train_loss"], color=look["color"], linewidth=0.4, alpha=0.6)
             axes.plot(held_out["spent_flop"], held_out["loss"], linewidth=0.9, **look | {"markersize": 3})
@@ -40,7 +40,7 @@ def curves(study: Study) -> Drawn:
 
 
 def _scored(study: Study) -> pd.DataFrame:
-    """Runs with the mean score over the tasks that all scored runs have."""
+    """Return the scored runs with their mean score over the tasks that all of them have."""
     if study.scores.empty:
         raise NotDrawn("no run has scores; embedscale evaluate RUN writes them")
     wide = study.scores.pivot_table(index="run", columns="task", values="score")
@@ -53,58 +53,59 @@ def _scored(study: Study) -> pd.DataFrame:
 
 
 def score_frontier(study: Study) -> Drawn:
-    """Figure 12: the score of the run with the lowest loss, against the budget."""
+    """Draw figure 12: the score of the run with the lowest loss, against the budget."""
     runs = _scored(study)
-    best = runs.loc[runs.groupby(["method", "budget"])["loss"].idxmin()].sort_values("budget")
+    best = runs.loc[runs.groupby(["method", "budget_flop"])["loss"].idxmin()].sort_values("budget_flop")
     figure, (axes,) = style.panels(1, height=2.9)
     for method in study.methods:
         part = best[best["method"] == method]
-        axes.plot(part["budget"], part["score"], label=style.label(method), **style.method_style(method, study.methods))
+        axes.plot(
+            part["budget_flop"], part["score"], label=style.label(method), **style.method_style(method, study.methods)
+        )
     style.log_axis(axes.xaxis)
     axes.set(xlabel=style.BUDGET, ylabel="mean score")
     style.legend_below(figure, axes.get_lines(), columns=2)
     return Drawn(
         figure,
-        best[["method", "budget", "params", "loss", "score", "run"]],
+        best[["method", "budget_flop", "n_parameters", "loss", "score", "run"]],
         f"Score of the run with the lowest loss, for each method and budget. Mean over {runs.attrs['tasks']}.",
     )
 
 
 def score_profiles(study: Study, methods: Sequence[str] = ()) -> Drawn:
-    """Figures 8, 10 and 15: score against size, a panel a method (of `methods`, or of all), a curve a budget."""
+    """Draw figures 8, 10 and 15: score against size, a panel a method, a curve a budget. No `methods` means all."""
     runs = _scored(study)
-    best = runs.loc[runs.groupby(["method", "budget", "params"])["loss"].idxmin()].sort_values("params")
+    best = runs.loc[runs.groupby(["method", "budget_flop", "n_parameters"])["loss"].idxmin()].sort_values(
+        "n_parameters"
+    )
     methods = [each for each in methods or study.methods if (best["method"] == each).any()]
     if not methods:
-        raise NotDrawn("none of its methods has scores")
+        raise NotDrawn("none of the figure's methods has scores")
     best = best[best["method"].isin(methods)]
     figure, every = style.panels(len(methods), height=2.4, sharex=True, sharey=True)
     for axes, method in zip(every, methods, strict=True):
-        for budget, part in by_number(best[best["method"] == method], "budget"):
-            axes.plot(part["params"], part["score"], **style.budget_style(budget, study))
+        for budget, part in by_number(best[best["method"] == method], "budget_flop"):
+            axes.plot(part["n_parameters"], part["score"], **style.budget_style(budget, study))
         axes.set_title(style.label(method))
     style.log_axis(every[0].xaxis, "sizes")
     style.outer_labels(every, style.PARAMETERS, "mean score")
-    style.legend_below(figure, style.budget_handles(study, sorted(best["budget"].unique())), "budget (FLOP)", 4)
+    style.legend_below(figure, style.budget_handles(study, sorted(best["budget_flop"].unique())), "budget (FLOP)", 4)
     return Drawn(
         figure,
-        best[["method", "budget", "params", "loss", "score", "run"]],
+        best[["method", "budget_flop", "n_parameters", "loss", "score", "run"]],
         f"IsoFLOP profiles of the score of the run with the lowest loss of each size. Mean over {runs.attrs['tasks']}.",
     )
 
 
-def score_by_choice(study: Study, method: str, column: str) -> Drawn:
-    """Figures 9 and 11: score against the share of active blocks, or the rank."""
+def score_by_choice(study: Study, method: str) -> Drawn:
+    """Draw figures 9 and 11: score against the share of active blocks, or the rank."""
     scored = _scored(study)
-    rows = scored[scored["method"] == method]
-    if column not in rows or rows[column].nunique() < 2:
-        raise NotDrawn(f"{style.label(method)} has no scores at two values of {column}")
-    drawn = choice_panels(study, rows, column, "score")
+    drawn = choice_panels(study, scored[scored["method"] == method], method, "score")
     return replace(drawn, caption=f"{drawn.caption} Mean over {scored.attrs['tasks']}.")
 
 
 def score_and_loss(study: Study) -> Drawn:
-    """Figure 16: score against loss, with Spearman's correlation."""
+    """Draw figure 16: score against loss, with Spearman's correlation."""
     runs = _scored(study)
     figure, (axes,) = style.panels(1, height=2.9)
     for method in study.methods:
@@ -121,6 +122,6 @@ def score_and_loss(study: Study) -> Drawn:
     style.legend_below(figure, axes.get_lines(), columns=2)
     return Drawn(
         figure,
-        runs[["method", "budget", "params", "loss", "score", "run"]],
+        runs[["method", "budget_flop", "n_parameters", "loss", "score", "run"]],
         f"Score against held-out loss. Mean over {runs.attrs['tasks']}.",
     )

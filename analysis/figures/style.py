@@ -1,7 +1,8 @@
-"""One look for all figures: print sizes, colours that the colour-blind and a grey printer tell apart, axes with units.
+"""The look of all figures: print sizes, colours, axes with units, and legends.
 
-Methods go by colour, marker and line style; budgets and sizes by two ordered palettes that darken, with markers. A
-budget has one colour in all figures of a sweep. What is no interior optimum is drawn hollow.
+A method has a colour, a marker and a line style. Budgets and sizes have two palettes that darken in order, with
+markers, so that readers who do not see colours and grey printers can tell them apart. A budget has the same colour in
+all figures of a sweep. A point that is not an interior optimum is drawn hollow.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,11 +20,11 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from analysis.study import Study, short_number
+from embedscale.run.method import METHODS
 
-ONE, TWO = 3.5, 7.0  # inches: one column, and two
-LABELS = {"full": "full fine-tuning", "freeze": "block freezing", "bias": "bias-only", "lora": "LoRA"}
+ONE, TWO = 3.5, 7.0  # width of one column and of two, inches
 # Okabe and Ito's palette
-_METHODS = {
+_LOOKS = {
     "full": ("#0072B2", "o", "-"),
     "freeze": ("#009E73", "^", "-."),
     "bias": ("#CC79A7", "D", ":"),
@@ -64,20 +65,21 @@ SETTINGS: dict[str, Any] = {
 
 @contextmanager
 def style() -> Iterator[None]:
-    """The look, for the time of drawing and saving."""
+    """Apply the look while a figure is drawn and saved."""
     with matplotlib.rc_context(SETTINGS):  # type: ignore[arg-type]
         yield
 
 
 def label(method: str) -> str:
-    return LABELS.get(method, method)
+    """Return the name of a method as a reader sees it."""
+    return METHODS[method].title if method in METHODS else method
 
 
 def method_style(method: str, methods: Sequence[str]) -> dict[str, Any]:
-    """Colour, marker and line style of a method, among those of the study."""
-    own = _METHODS.get(method)
+    """Return colour, marker and line style of one of the study's methods."""
+    own = _LOOKS.get(method)
     if own is None:
-        own = _OTHERS[[name for name in methods if name not in _METHODS].index(method) % len(_OTHERS)]
+        own = _OTHERS[[name for name in methods if name not in _LOOKS].index(method) % len(_OTHERS)]
     return dict(zip(("color", "marker", "linestyle"), own, strict=True))
 
 
@@ -89,15 +91,17 @@ def _ordered(value: float, values: Sequence[float], palette: str, low: float, hi
 
 
 def budget_style(budget: float, study: Study) -> dict[str, Any]:
+    """Return colour and marker of a budget."""
     return _ordered(budget, study.budgets, "viridis_r", 0.2, 1.0)
 
 
 def size_style(size: float, study: Study) -> dict[str, Any]:
+    """Return colour and marker of a model size."""
     return _ordered(size, study.sizes, "plasma_r", 0.2, 1.0)
 
 
 def panels(count: int, columns: int = 2, height: float = 2.5, **options: Any) -> tuple[Figure, list[Axes]]:
-    """A figure of `count` panels, in rows of `columns`; one alone is one column wide."""
+    """Return a figure and its `count` panels, in rows of `columns`; a single panel is one column wide."""
     columns = min(columns, count)
     rows = -(-count // columns)
     figure = Figure(figsize=(ONE if columns == 1 else TWO, height * rows))
@@ -105,17 +109,17 @@ def panels(count: int, columns: int = 2, height: float = 2.5, **options: Any) ->
     for axes in grid.flat[count:]:
         axes.remove()
     found = list(grid.flat[:count])
-    if options.get("sharex"):  # a panel above an empty place shows its own ticks
+    if options.get("sharex"):  # a panel above an empty place shows its own tick labels
         for axes in found[-columns:]:
             axes.tick_params(labelbottom=True)
     return figure, found
 
 
 def log_axis(axis: Any, kind: str = "power") -> None:
-    """A logarithmic axis.
+    """Make an axis logarithmic.
 
-    "power" has powers of ten, and what lies between where they are few; "sizes" has 1M and 1B; "plain" has plain
-    numbers, for under a decade or two.
+    `kind` says how its ticks look: "power" as powers of ten, "sizes" as 1M and 1B, "plain" as plain numbers, for less
+    than two decades.
     """
     axes, name = axis.axes, axis.axis_name
     getattr(axes, f"set_{name}scale")("log")
@@ -150,7 +154,7 @@ def _round_ticks(low: float, high: float) -> list[float]:
 
 
 def outer_labels(axes: Sequence[Axes], x: str, y: str) -> None:
-    """Axis labels at the left and the lower edge of a grid of panels alone."""
+    """Label the axes at the left and the lower edge of a grid of panels only."""
     for each in axes:
         place = each.get_subplotspec()
         assert place is not None
@@ -162,7 +166,7 @@ def outer_labels(axes: Sequence[Axes], x: str, y: str) -> None:
 
 
 def power_of_ten(value: float) -> str:
-    """7.8e17."""
+    """Return a number as 7.8e17."""
     return f"{value:.2g}".replace("e+", "e")
 
 
@@ -170,18 +174,19 @@ HALO = [withStroke(linewidth=1.6, foreground="white")]
 
 
 def hollow(style: dict[str, Any]) -> dict[str, Any]:
+    """Return the style with a hollow mark and no line."""
     return {"color": style["color"], "marker": style["marker"], "markerfacecolor": "white", "linestyle": "none"}
 
 
 def legend_below(figure: Figure, handles: Sequence[Any], title: str | None = None, columns: int = 6) -> None:
-    """One legend for all panels, under them, that hides no point."""
+    """Draw one legend for all panels, below them, where it hides no point."""
     if handles:
         shown = min(columns, len(handles))
         figure.legend(handles=list(handles), loc="outside lower center", ncols=shown, title=title)
 
 
 def budget_handles(study: Study, budgets: Sequence[float], most: int = 10) -> list[Line2D]:
-    """Legend entries of budgets; of very many, evenly chosen ones."""
+    """Return legend entries of budgets; of more than `most`, an even selection."""
     chosen = budgets
     if len(budgets) > most:
         chosen = [budgets[i] for i in np.unique(np.linspace(0, len(budgets) - 1, most).round().astype(int))]
@@ -192,13 +197,14 @@ def budget_handles(study: Study, budgets: Sequence[float], most: int = 10) -> li
 
 
 def size_handles(study: Study, sizes: Sequence[float], linestyle: Any = "-") -> list[Line2D]:
+    """Return legend entries of model sizes; of more than twelve, an even selection."""
     chosen = [sizes[i] for i in np.unique(np.linspace(0, len(sizes) - 1, 12).round().astype(int))]
     return [Line2D([], [], linestyle=linestyle, label=study.names[size], **size_style(size, study)) for size in chosen]
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """A figure, the table of what it shows, and what a reader must know to read it."""
+    """A figure, the table of what it shows, and its caption."""
 
     figure: Figure
     rows: pd.DataFrame

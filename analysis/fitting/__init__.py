@@ -1,1 +1,1 @@
-"""Optima, laws and their intervals, fitted to a table of runs."""
+"""Fit optima, laws and their intervals to a table of runs."""

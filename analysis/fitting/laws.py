@@ -1,38 +1,48 @@
 """Laws of the loss: power laws of the compute-optimal run, and joint laws of size, data and trainable fraction.
 
-The joint laws (paper, section 4.4 and appendix C; Hoffmann et al. 2022, approach 3) come with analytic slopes and with
-starting points by variable projection: for given exponents the other coefficients are linear. `solver` fits them.
+A joint law is a class: `Law` says what a law must answer, and each class below `Law` is one law. `LAWS` lists the laws
+that `embedscale fit` tries. To add a law, write its class and add an instance to `LAWS`: `solver` fits it, and the
+summary, the recipe, the figures and the report take it from there.
+
+Fits go through internal coordinates, because the published coefficients are correlated and of very different size.
+The price is that each law translates between the two. Sources: the paper, section 4.4 and appendix C; Hoffmann et al.
+2022, approach 3.
 """
 
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import ClassVar
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
+
+from analysis.fits import JointLaw
 
 Array = NDArray[np.float64]
-TINY = 1e-300  # stands for an E that a fit has driven to nothing
-VALID = 0.5  # of draws must give a value, or there is no interval
+TINY = 1e-300  # replaces an E of 0, whose logarithm does not exist
+VALID = 0.5  # smallest share of finite draws for which an interval is given
+POSITIVE = (0.0, np.inf)
 
 
-def interval(draws: Array, confidence: float = 0.95) -> list[float] | None:
-    """[low, high] percentiles of finite draws [draws]; None where fewer than half are finite."""
+# --- Intervals and power laws ----------------------------------------------------------------------------------------
+
+
+def interval(draws: Array, confidence: float = 0.95) -> tuple[float, float] | None:
+    """Return the percentile interval (low, high) of draws [draws], or None if fewer than half of them are finite."""
     finite = draws[np.isfinite(draws)]
     if len(finite) < max(2, VALID * len(draws)):
         return None
     tail = 50 * (1 - confidence)
     low, high = np.percentile(finite, [tail, 100 - tail])
-    return [float(low), float(high)]
-
-
-# --- Power laws ------------------------------------------------------------------------------------------------------
+    return float(low), float(high)
 
 
 def power_law(budgets: Array, values: Array, weights: Array | None = None) -> tuple[Array, Array]:
-    """ln coefficient and exponent of y = coefficient × C^exponent by (weighted) least squares of ln y on ln C.
+    """Return ln coefficient and exponent of y = coefficient × C^exponent, by least squares of ln y on ln C.
 
-    `values` and `weights` are [..., budgets]; NaN values are left out, row by row. Rows with fewer than two are NaN.
+    `values` and `weights` have the shape [..., budgets]. NaN values are left out, row by row. A row with fewer than
+    two values gives NaN.
     """
     y = np.log(values)
     w = np.isfinite(y) * (1.0 if weights is None else weights)
@@ -49,12 +59,32 @@ def power_law(budgets: Array, values: Array, weights: Array | None = None) -> tu
     return y_mean - slope * x_mean, slope
 
 
-# --- Joint laws ------------------------------------------------------------------------------------------------------
+def lowest_point(grid: Array, log_loss: Array) -> tuple[Array, Array]:
+    """Return the position and the height [draws] of the minimum of smooth curves [draws, grid].
+
+    The minimum is found between the steps of the uniform grid, by a parabola through the three lowest points. It is
+    NaN where the lowest point is the first or the last of the grid.
+    """
+    log_loss = np.where(np.isfinite(log_loss), log_loss, np.inf)
+    best = log_loss.argmin(1)
+    middle = np.clip(best, 1, len(grid) - 2)
+    rows = np.arange(len(best))
+    before, here, after = (log_loss[rows, middle + k] for k in (-1, 0, 1))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        shift = 0.5 * (before - after) / (before - 2 * here + after)
+        lowest = here - 0.25 * (before - after) * shift
+    shift = np.where(np.isfinite(shift), shift, 0.0)
+    inside = middle == best
+    vertex = grid[middle] + shift * (grid[1] - grid[0])
+    return np.where(inside, vertex, np.nan), np.where(inside, np.where(np.isfinite(lowest), lowest, here), np.nan)
+
+
+# --- What a joint law is ---------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Data:
-    """What a joint law is a function of: ln N, ln D and S, each [points], logarithms centred by `centre`."""
+    """The arguments of a joint law: ln N, ln D and S, each [points]. `centre` was subtracted from the logarithms."""
 
     log_n: Array
     log_d: Array
@@ -62,75 +92,108 @@ class Data:
     centre: tuple[float, float]
 
     @staticmethod
-    def of(params: Array, tokens: Array, trainable_fraction: Array | None = None) -> "Data":
-        log_n, log_d = np.log(np.asarray(params, float)), np.log(np.asarray(tokens, float))
+    def of(n_parameters: ArrayLike, tokens: ArrayLike, trainable_fraction: ArrayLike | None = None) -> "Data":
+        log_n, log_d = np.log(np.asarray(n_parameters, float)), np.log(np.asarray(tokens, float))
         s = np.ones_like(log_n) if trainable_fraction is None else np.asarray(trainable_fraction, float)
         centre = (float(log_n.mean()), float(log_d.mean()))
         return Data(log_n - centre[0], log_d - centre[1], s, centre)
 
 
-@dataclass(frozen=True)
-class Law:
-    """A joint law.
+class Law(ABC):
+    """A joint law of the form L = E + a(D) / N^alpha + b(S) / D^beta. A law of another form overrides `parts`.
 
-    `evaluate(theta [b, p], data)` gives the loss [b, points] and d ln L / d theta [b, p, points]. `starts(loss, data,
-    count)` gives starting points [count, p]. `theta` are internal coordinates; `coefficients` and `internal` translate
-    them to and from the published ones, both [b, p]. `positive` marks coefficients whose uncertainty is a factor.
+    `values` are published coefficients [..., p], in the order of `coefficients`. `theta` are internal coordinates
+    [b, p], in the same order, in which the fit runs.
     """
 
-    name: str
-    names: tuple[str, ...]
-    positive: tuple[bool, ...]
-    evaluate: Callable[[Array, Data], tuple[Array, Array]]
-    starts: Callable[[Array, Data, int], Array]
-    coefficients: Callable[[Array, Data], Array]
-    internal: Callable[[Array, Data], Array]
-    predict: Callable[..., Array]
+    name: ClassVar[str]  # in fits.json and in messages
+    symbol: ClassVar[str]  # left side of the formula
+    formula: ClassVar[str]  # right side, as a reader sees it
+    coefficients: ClassVar[tuple[str, ...]]
+    exponents: ClassVar[tuple[str, ...]] = ("alpha", "beta")  # not fixed by the data from a standard error of 0.5 on
+    bounds: ClassVar[Mapping[str, tuple[float, float]]] = {"E": POSITIVE, "alpha": POSITIVE, "beta": POSITIVE}  # open
+    needs_fraction: ClassVar[bool] = False  # whether the law depends on the trainable fraction S
+    longest_step: ClassVar[float] = np.inf  # of one solver iteration, in each internal coordinate
+
+    # What each law defines
+
+    @abstractmethod
+    def size_coefficient(self, values: ArrayLike, tokens: ArrayLike) -> Array:
+        """Return a(D), the numerator of the size term."""
+
+    @abstractmethod
+    def data_coefficient(self, values: ArrayLike, trainable_fraction: ArrayLike) -> Array:
+        """Return b(S), the numerator of the data term."""
+
+    @abstractmethod
+    def gradient(self, theta: Array, data: Data) -> tuple[Array, Array]:
+        """Return the loss [b, points] and d ln L / d theta [b, p, points]."""
+
+    @abstractmethod
+    def starts(self, loss: Array, data: Data, count: int) -> Array:
+        """Return `count` starting points theta [count, p] for the loss [points], the most promising first."""
+
+    @abstractmethod
+    def published(self, theta: Array, data: Data) -> Array:
+        """Return the published coefficients [b, p] of internal coordinates."""
+
+    @abstractmethod
+    def internal(self, values: Array, data: Data) -> Array:
+        """Return the internal coordinates [b, p] of published coefficients."""
+
+    # What follows from it
+
+    def named(self, values: ArrayLike) -> dict[str, Array]:
+        """Return each coefficient by its name, [..., 1], so that it broadcasts against points."""
+        return dict(zip(self.coefficients, np.moveaxis(np.asarray(values, float), -1, 0)[..., None], strict=True))
+
+    def parts(
+        self, values: ArrayLike, n_parameters: ArrayLike, tokens: ArrayLike, trainable_fraction: ArrayLike = 1.0
+    ) -> tuple[Array, Array, Array]:
+        """Return the floor E, the size term and the data term of the loss (nats), [..., points]."""
+        c = self.named(values)
+        size = self.size_coefficient(values, tokens) * np.exp(-c["alpha"] * np.log(n_parameters))
+        data = self.data_coefficient(values, trainable_fraction) * np.exp(-c["beta"] * np.log(tokens))
+        return c["E"], size, data
+
+    def predict(
+        self, values: ArrayLike, n_parameters: ArrayLike, tokens: ArrayLike, trainable_fraction: ArrayLike = 1.0
+    ) -> Array:
+        """Return the loss (nats) [..., points] of coefficients [..., p]."""
+        floor, size, data = self.parts(values, n_parameters, tokens, trainable_fraction)
+        return floor + size + data
+
+    def size_exponent(self, values: ArrayLike) -> Array | None:
+        """Return the exponent of N* ∝ C^exponent where a token's cost is proportional to N; None without such a form.
+
+        Hoffmann et al. 2022, equation 4: beta / (alpha + beta).
+        """
+        if self.needs_fraction:
+            return None
+        c = self.named(values)
+        return (c["beta"] / (c["alpha"] + c["beta"]))[..., 0]
+
+    def optimum(
+        self, values: ArrayLike, budget_flop: float, log_n: Array, log_cost: Array, trainable_fraction: ArrayLike = 1.0
+    ) -> tuple[Array, Array, Array]:
+        """Return ln N*, ln D* and ln L* [draws] of coefficients [draws, p] or [p] at a budget.
+
+        The minimum is solved for on a uniform grid of sizes ln N [grid], with ln (FLOP a token) and S of each size.
+        It is NaN where it lies at an end of the grid.
+        """
+        with np.errstate(invalid="ignore"):
+            loss = self.predict(values, np.exp(log_n), budget_flop / np.exp(log_cost), trainable_fraction)
+            log_loss = np.log(np.atleast_2d(loss))
+        vertex, lowest = lowest_point(log_n, log_loss)
+        return vertex, np.log(budget_flop) - np.interp(vertex, log_n, log_cost), lowest
 
 
-def predict_chinchilla(c: Array, params: Array, tokens: Array, s: Any = 1.0) -> Array:
-    """E + A / N^α + B / D^β; coefficients [..., 5] against points, or broadcast with a trailing axis of 1."""
-    e, a, b, alpha, beta = np.moveaxis(np.asarray(c, float), -1, 0)[..., None]
-    return e + a * np.exp(-alpha * np.log(params)) + b * np.exp(-beta * np.log(tokens))
+def projected(design: Array, loss: Array) -> tuple[Array, Array]:
+    """Return the linear coefficients [m, k] and the squared residuals [m] of designs [m, points, k].
 
-
-def predict_trainable_fraction(c: Array, params: Array, tokens: Array, s: Any = 1.0) -> Array:
-    """E + (a_d ln D + b_d) / N^α + (a_s (1−S)^b_s + c_s) / D^β; S above 1 (a large rank) counts as 1."""
-    e, a_d, b_d, a_s, b_s, c_s, alpha, beta = np.moveaxis(np.asarray(c, float), -1, 0)[..., None]
-    frozen = np.clip(1 - np.asarray(s, float), 0, 1)
-    log_d = np.log(tokens)
-    by_size = (a_d * log_d + b_d) * np.exp(-alpha * np.log(params))
-    return e + by_size + (a_s * frozen**b_s + c_s) * np.exp(-beta * log_d)
-
-
-def _chinchilla_evaluate(theta: Array, data: Data) -> tuple[Array, Array]:
-    e, a, b, alpha, beta = theta.T[:, :, None]
-    size, amount = np.exp(a - alpha * data.log_n), np.exp(b - beta * data.log_d)
-    floor = np.exp(e)
-    loss = floor + size + amount
-    slopes = np.empty((len(theta), 5, len(data.log_n)))
-    np.divide(floor, loss, out=slopes[:, 0])
-    np.divide(size, loss, out=slopes[:, 1])
-    np.divide(amount, loss, out=slopes[:, 2])
-    np.multiply(slopes[:, 1], -data.log_n, out=slopes[:, 3])
-    np.multiply(slopes[:, 2], -data.log_d, out=slopes[:, 4])
-    return loss, slopes
-
-
-def _chinchilla_coefficients(theta: Array, data: Data) -> Array:
-    e, a, b, alpha, beta = theta.T
-    n, d = data.centre
-    return np.stack([np.exp(e), np.exp(a + alpha * n), np.exp(b + beta * d), alpha, beta], 1)
-
-
-def _chinchilla_internal(coefficients: Array, data: Data) -> Array:
-    e, a, b, alpha, beta = coefficients.T
-    n, d = data.centre
-    return np.stack([np.log(np.maximum(e, TINY)), np.log(a) - alpha * n, np.log(b) - beta * d, alpha, beta], 1)
-
-
-def _projected(design: Array, loss: Array) -> tuple[Array, Array]:
-    """Least squares of relative residuals for many designs [m, points, k]: coefficients [m, k], squares [m]."""
+    For given exponents a law is linear in its other coefficients. Least squares of the relative residuals then gives
+    a starting point for each pair of exponents (variable projection).
+    """
     scaled = design / loss[:, None]
     gram = scaled.transpose(0, 2, 1) @ scaled
     ridge = 1e-12 * np.trace(gram, axis1=1, axis2=2)[:, None, None] * np.eye(design.shape[2])
@@ -138,93 +201,172 @@ def _projected(design: Array, loss: Array) -> tuple[Array, Array]:
     return solution, np.square((scaled @ solution[..., None])[..., 0] - 1).sum(1)
 
 
-def _chinchilla_starts(loss: Array, data: Data, count: int) -> Array:
-    grid = np.geomspace(0.03, 1.5, 14)
-    alpha, beta = (axis.ravel() for axis in np.meshgrid(grid, grid))
-    design = np.stack(
-        [np.ones((len(alpha), len(loss))), np.exp(-np.outer(alpha, data.log_n)), np.exp(-np.outer(beta, data.log_d))], 2
+# --- The laws --------------------------------------------------------------------------------------------------------
+
+
+class Chinchilla(Law):
+    """Hoffmann et al. 2022. Internal coordinates: ln E, the logarithms of A and B at the centre, alpha, beta."""
+
+    name = "chinchilla"
+    symbol = "L(N, D)"
+    formula = "E + A/N^α + B/D^β"
+    coefficients = ("E", "A", "B", "alpha", "beta")
+    longest_step = 2.0
+
+    def size_coefficient(self, values: ArrayLike, tokens: ArrayLike) -> Array:
+        return self.named(values)["A"]
+
+    def data_coefficient(self, values: ArrayLike, trainable_fraction: ArrayLike) -> Array:
+        return self.named(values)["B"]
+
+    def gradient(self, theta: Array, data: Data) -> tuple[Array, Array]:
+        e, a, b, alpha, beta = theta.T[:, :, None]
+        size, amount = np.exp(a - alpha * data.log_n), np.exp(b - beta * data.log_d)
+        floor = np.exp(e)
+        loss = floor + size + amount
+        slopes = np.empty((len(theta), 5, len(data.log_n)))
+        np.divide(floor, loss, out=slopes[:, 0])
+        np.divide(size, loss, out=slopes[:, 1])
+        np.divide(amount, loss, out=slopes[:, 2])
+        np.multiply(slopes[:, 1], -data.log_n, out=slopes[:, 3])
+        np.multiply(slopes[:, 2], -data.log_d, out=slopes[:, 4])
+        return loss, slopes
+
+    def starts(self, loss: Array, data: Data, count: int) -> Array:
+        grid = np.geomspace(0.03, 1.5, 14)
+        alpha, beta = (axis.ravel() for axis in np.meshgrid(grid, grid))
+        by_n, by_d = np.exp(-np.outer(alpha, data.log_n)), np.exp(-np.outer(beta, data.log_d))
+        linear, squares = projected(np.stack([np.ones_like(by_n), by_n, by_d], 2), loss)
+        # The coefficients are positive: one that least squares drives below zero starts small instead.
+        linear = np.maximum(linear, 0.02 * loss.min())
+        best = np.argsort(squares)[:count]
+        return np.column_stack([np.log(linear[best]), alpha[best], beta[best]])
+
+    def published(self, theta: Array, data: Data) -> Array:
+        e, a, b, alpha, beta = theta.T
+        n, d = data.centre
+        return np.stack([np.exp(e), np.exp(a + alpha * n), np.exp(b + beta * d), alpha, beta], 1)
+
+    def internal(self, values: Array, data: Data) -> Array:
+        e, a, b, alpha, beta = values.T
+        n, d = data.centre
+        return np.stack([np.log(np.maximum(e, TINY)), np.log(a) - alpha * n, np.log(b) - beta * d, alpha, beta], 1)
+
+
+class TrainableFraction(Law):
+    """The paper's law of N, D and S (appendix C). An S above 1, which a large LoRA rank gives, counts as 1.
+
+    Internal coordinates: ln E, a_d and b_d at the centre of N, a_s and c_s at the centre of D, ln b_s, alpha, beta.
+    """
+
+    name = "trainable_fraction"
+    symbol = "L(S, N, D)"
+    formula = "E + (a_d ln D + b_d)/N^α + (a_s (1−S)^b_s + c_s)/D^β"
+    coefficients = ("E", "a_d", "b_d", "a_s", "b_s", "c_s", "alpha", "beta")
+    needs_fraction = True
+
+    def size_coefficient(self, values: ArrayLike, tokens: ArrayLike) -> Array:
+        c = self.named(values)
+        return c["a_d"] * np.log(tokens) + c["b_d"]
+
+    def data_coefficient(self, values: ArrayLike, trainable_fraction: ArrayLike) -> Array:
+        c = self.named(values)
+        frozen = np.clip(1 - np.asarray(trainable_fraction, float), 0, 1)
+        return c["a_s"] * frozen ** c["b_s"] + c["c_s"]
+
+    def gradient(self, theta: Array, data: Data) -> tuple[Array, Array]:
+        e, slope, level, gain, log_power, rest, alpha, beta = theta.T[:, :, None]
+        power = np.exp(np.clip(log_power, -6, 4))
+        frozen = np.clip(1 - data.s, 0, 1)
+        log_frozen = np.log(np.where(frozen > 0, frozen, 1.0))
+        share = np.where(frozen > 0, np.exp(power * log_frozen), 0.0)  # (1−S)^b_s
+        by_n, by_d = np.exp(-alpha * data.log_n), np.exp(-beta * data.log_d)
+        size, amount = (slope * data.log_d + level) * by_n, (gain * share + rest) * by_d
+        loss = np.exp(e) + size + amount
+        slopes = np.empty((len(theta), 8, len(data.log_n)))
+        slopes[:, 0] = np.exp(e)
+        slopes[:, 1] = data.log_d * by_n
+        slopes[:, 2] = by_n
+        slopes[:, 3] = share * by_d
+        slopes[:, 4] = gain * share * by_d * log_frozen * power
+        slopes[:, 5] = by_d
+        slopes[:, 6] = -size * data.log_n
+        slopes[:, 7] = -amount * data.log_d
+        with np.errstate(divide="ignore", invalid="ignore"):
+            slopes /= loss[:, None]
+        return loss, slopes
+
+    def starts(self, loss: Array, data: Data, count: int) -> Array:
+        grid = np.geomspace(0.04, 1.2, 9)
+        alpha, beta, power = (axis.ravel() for axis in np.meshgrid(grid, grid, [0.5, 1.0, 2.0, 4.0]))
+        frozen = np.clip(1 - data.s, 0, 1)
+        by_n, by_d = np.exp(-np.outer(alpha, data.log_n)), np.exp(-np.outer(beta, data.log_d))
+        share = np.where(frozen > 0, frozen ** power[:, None], 0.0)
+        design = np.stack([np.ones_like(by_n), data.log_d * by_n, by_n, share * by_d, by_d], 2)
+        linear, squares = projected(design, loss)
+        best = np.argsort(squares)[:count]
+        e, slope, level, gain, rest = linear[best].T
+        e = np.log(np.maximum(e, 0.02 * loss.min()))
+        return np.stack([e, slope, level, gain, np.log(power[best]), rest, alpha[best], beta[best]], 1)
+
+    def published(self, theta: Array, data: Data) -> Array:
+        e, slope, level, gain, log_power, rest, alpha, beta = theta.T
+        n, d = data.centre
+        by_n, by_d = np.exp(alpha * n), np.exp(beta * d)
+        power = np.exp(np.clip(log_power, -6, 4))
+        with np.errstate(over="ignore"):  # a bootstrap resample that cannot hold the law
+            columns = [np.exp(e), slope * by_n, (level - slope * d) * by_n, gain * by_d, power, rest * by_d]
+        return np.stack([*columns, alpha, beta], 1)
+
+    def internal(self, values: Array, data: Data) -> Array:
+        e, a_d, b_d, a_s, b_s, c_s, alpha, beta = values.T
+        n, d = data.centre
+        by_n, by_d = np.exp(-alpha * n), np.exp(-beta * d)
+        floor = np.log(np.maximum(e, TINY))
+        columns = [floor, a_d * by_n, (b_d + a_d * d) * by_n, a_s * by_d, np.log(b_s), c_s * by_d, alpha, beta]
+        return np.stack(columns, 1)
+
+
+CHINCHILLA, TRAINABLE_FRACTION = Chinchilla(), TrainableFraction()
+# In order of preference: the recipe uses the first law without S that could be fitted.
+LAWS: dict[str, Law] = {law.name: law for law in (CHINCHILLA, TRAINABLE_FRACTION)}
+
+
+@dataclass(frozen=True)
+class StatedLaw:
+    """A joint law with published coefficients: one set [p] in `values`, and perhaps draws of them [draws, p]."""
+
+    law: Law
+    values: Array
+    draws: Array
+
+    @staticmethod
+    def of(law: Law, coefficients: Mapping[str, float | None], draws: ArrayLike = ()) -> "StatedLaw":
+        """Return the law with coefficients by their names."""
+        values = np.array([coefficients[name] for name in law.coefficients], float)
+        return StatedLaw(law, values, np.asarray(draws, float).reshape(-1, len(values)))
+
+    @staticmethod
+    def fitted(found: JointLaw) -> "StatedLaw":
+        """Return a law of fits.json."""
+        return StatedLaw.of(LAWS[found.law], found.coefficients, np.asarray(found.draws, float))
+
+    def loss(self, n_parameters: ArrayLike, tokens: ArrayLike, trainable_fraction: ArrayLike = 1.0) -> Array:
+        """Return the loss (nats) [points]."""
+        return np.ravel(self.law.predict(self.values, n_parameters, tokens, trainable_fraction))
+
+    def drawn(self, n_parameters: ArrayLike, tokens: ArrayLike, trainable_fraction: ArrayLike = 1.0) -> Array:
+        """Return the loss (nats) [draws, points] of each draw of the coefficients."""
+        return self.law.predict(self.draws, n_parameters, tokens, trainable_fraction)
+
+
+def size_law(found: Mapping[str, JointLaw]) -> StatedLaw | None:
+    """Return the first of a method's fitted laws that depends on N and D alone; None if it has none."""
+    return next(
+        (StatedLaw.fitted(found[name]) for name in LAWS if name in found and not LAWS[name].needs_fraction), None
     )
-    linear, squares = _projected(design, loss)
-    # What a positive coefficient would have to be below zero for begins small instead.
-    linear = np.maximum(linear, 0.02 * loss.min())
-    best = np.argsort(squares)[:count]
-    return np.column_stack([np.log(linear[best]), alpha[best], beta[best]])
 
 
-def _fraction_evaluate(theta: Array, data: Data) -> tuple[Array, Array]:
-    e, slope, level, gain, log_power, rest, alpha, beta = theta.T[:, :, None]
-    power = np.exp(np.clip(log_power, -6, 4))
-    frozen = np.clip(1 - data.s, 0, 1)
-    log_frozen = np.log(np.where(frozen > 0, frozen, 1.0))
-    share = np.where(frozen > 0, np.exp(power * log_frozen), 0.0)  # (1−S)^b_s
-    by_n, by_d = np.exp(-alpha * data.log_n), np.exp(-beta * data.log_d)
-    size, amount = (slope * data.log_d + level) * by_n, (gain * share + rest) * by_d
-    loss = np.exp(e) + size + amount
-    slopes = np.empty((len(theta), 8, len(data.log_n)))
-    slopes[:, 0] = np.exp(e)
-    slopes[:, 1] = data.log_d * by_n
-    slopes[:, 2] = by_n
-    slopes[:, 3] = share * by_d
-    slopes[:, 4] = gain * share * by_d * log_frozen * power
-    slopes[:, 5] = by_d
-    slopes[:, 6] = -size * data.log_n
-    slopes[:, 7] = -amount * data.log_d
-    with np.errstate(divide="ignore", invalid="ignore"):
-        slopes /= loss[:, None]
-    return loss, slopes
-
-
-def _fraction_coefficients(theta: Array, data: Data) -> Array:
-    e, slope, level, gain, log_power, rest, alpha, beta = theta.T
-    n, d = data.centre
-    by_n, by_d = np.exp(alpha * n), np.exp(beta * d)
-    power = np.exp(np.clip(log_power, -6, 4))
-    with np.errstate(over="ignore"):  # a resample that cannot hold the law
-        columns = [np.exp(e), slope * by_n, (level - slope * d) * by_n, gain * by_d, power, rest * by_d, alpha, beta]
-    return np.stack(columns, 1)
-
-
-def _fraction_internal(coefficients: Array, data: Data) -> Array:
-    e, a_d, b_d, a_s, b_s, c_s, alpha, beta = coefficients.T
-    n, d = data.centre
-    by_n, by_d = np.exp(-alpha * n), np.exp(-beta * d)
-    floor = np.log(np.maximum(e, TINY))
-    columns = [floor, a_d * by_n, (b_d + a_d * d) * by_n, a_s * by_d, np.log(b_s), c_s * by_d, alpha, beta]
-    return np.stack(columns, 1)
-
-
-def _fraction_starts(loss: Array, data: Data, count: int) -> Array:
-    grid = np.geomspace(0.04, 1.2, 9)
-    alpha, beta, power = (axis.ravel() for axis in np.meshgrid(grid, grid, [0.5, 1.0, 2.0, 4.0]))
-    frozen = np.clip(1 - data.s, 0, 1)
-    by_n, by_d = np.exp(-np.outer(alpha, data.log_n)), np.exp(-np.outer(beta, data.log_d))
-    share = np.where(frozen > 0, frozen ** power[:, None], 0.0)
-    design = np.stack([np.ones_like(by_n), data.log_d * by_n, by_n, share * by_d, by_d], 2)
-    linear, squares = _projected(design, loss)
-    best = np.argsort(squares)[:count]
-    e, slope, level, gain, rest = linear[best].T
-    e = np.log(np.maximum(e, 0.02 * loss.min()))
-    return np.stack([e, slope, level, gain, np.log(power[best]), rest, alpha[best], beta[best]], 1)
-
-
-CHINCHILLA = Law(
-    "chinchilla",
-    ("E", "A", "B", "alpha", "beta"),
-    (True, True, True, False, False),
-    _chinchilla_evaluate,
-    _chinchilla_starts,
-    _chinchilla_coefficients,
-    _chinchilla_internal,
-    predict_chinchilla,
-)
-TRAINABLE_FRACTION = Law(
-    "trainable_fraction",
-    ("E", "a_d", "b_d", "a_s", "b_s", "c_s", "alpha", "beta"),
-    (True, False, False, False, True, False, False, False),
-    _fraction_evaluate,
-    _fraction_starts,
-    _fraction_coefficients,
-    _fraction_internal,
-    predict_trainable_fraction,
-)
-LAWS = {law.name: law for law in (CHINCHILLA, TRAINABLE_FRACTION)}
+def fraction_law(found: Mapping[str, JointLaw]) -> StatedLaw | None:
+    """Return the first of a method's fitted laws that depends on S too; None if it has none."""
+    return next((StatedLaw.fitted(found[name]) for name in LAWS if name in found and LAWS[name].needs_fraction), None)

@@ -1,38 +1,37 @@
-"""IsoFLOP optima: at each budget, which model size reaches the lowest loss, and whether the grid can say so.
+"""IsoFLOP optima: which model size reaches the lowest loss at each budget, and whether the grid of sizes can tell.
 
-The best hyper-parameters are chosen for each size first (paper, section 4.2). Then a parabola in ln N within a window
-about the best size, or an Akima interpolation (Porian et al. 2024), or the joint law gives the optimum. A minimum at
-the end of a grid is no optimum (trap A17): every budget has a state, and only interior optima enter a law. A parabola
-is biased even without noise where the grid is wide or off-centre (trap A16), so that all three are kept.
+The best hyper-parameters are chosen for each size first (paper, section 4.2). Then the optimum is estimated by a
+parabola in ln N within a window about the best size, by an Akima interpolation (Porian et al. 2024), or by the joint
+law. A minimum at the end of the grid is not an optimum: every budget has a state, and only interior optima enter a law.
+A parabola is biased, even without noise, where the grid is wide or off-centre; therefore all three estimates are kept.
 
-Everything is batched: `losses` are [draws, sizes], and the bootstrap's draws cost little more than one.
+Everything is batched: losses have the shape [draws, sizes], and a thousand draws cost little more than one.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast, get_args
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 
-from analysis.fits import BACKBONE, HYPERPARAMETERS
+from analysis.columns import BACKBONE, HYPERPARAMETERS
+from analysis.fits import Estimator, State
+from analysis.fitting.laws import Array, Law
 from embedscale.errors import UserError
-from embedscale.run.families import SUITE
+from embedscale.run.families import family_with
 
-Array = NDArray[np.float64]
-ESTIMATORS = ("parabola", "akima", "law")
-STATES = ("interior", "edge", "too few", "diverged")
-AKIMA_STEPS = 25  # of the interpolation for each interval between sizes, as in Porian et al.
+ESTIMATORS = get_args(Estimator)
+AKIMA_STEPS = 25  # grid points for each interval between sizes, as in Porian et al.
+LAW_STEPS = 801  # grid points between the smallest and the largest size
 
 
 # --- Points: the best run of each method, budget and size ------------------------------------------------------------
 
 
 def group_budgets(budgets: Array, tolerance: float = 0.1) -> Array:
-    """Each budget replaced by the geometric mean of those within `tolerance` above the smallest of its group.
+    """Replace each budget by the geometric mean of its group: those up to `tolerance` above the group's smallest.
 
-    Budgets that were not planned as profiles, read off a figure, form profiles so.
+    Budgets that were not planned as profiles, such as those read off a figure, become profiles in this way.
     """
     ordered = np.unique(budgets)
     grouped = np.empty_like(ordered)
@@ -46,22 +45,22 @@ def group_budgets(budgets: Array, tolerance: float = 0.1) -> Array:
 
 
 def varied(table: pd.DataFrame) -> list[str]:
-    """The hyper-parameters that take several values among these runs."""
+    """Return the hyper-parameters that take several values among these runs."""
     found = [name for name in HYPERPARAMETERS if name in table and table[name].nunique(dropna=False) > 1]
-    # A rank sets the trainable fraction of a size; the fraction that follows is no choice of its own.
+    # The rank sets the trainable fraction of a size, so the fraction is not a choice of its own.
     if "rank" in found and "trainable_fraction" in found:
         found.remove("trainable_fraction")
     return found
 
 
 def settings(table: pd.DataFrame) -> pd.DataFrame:
-    """A row for each setting of a method: replicates averaged, `loss` their mean and `seeds` their number.
+    """Return a row for each setting in a table of one method's runs.
 
-    `table` holds runs of one method. `losses` keeps the replicates' own.
+    `loss` is the mean of the replicates, `losses` are their losses and `seeds` is their number.
     """
-    # Equal budgets may differ in their last digits; nearly equal ones are no replicates.
-    table = table.assign(budget=group_budgets(table["budget"].to_numpy(float), 1e-6))
-    keys = ["budget", "params", *(name for name in BACKBONE if name in table), *varied(table)]
+    # Equal budgets may differ in their last digits. Budgets that are only nearly equal do not make replicates.
+    table = table.assign(budget=group_budgets(table["budget_flop"].to_numpy(float), 1e-6))
+    keys = ["budget_flop", "n_parameters", *(name for name in BACKBONE if name in table), *varied(table)]
     rows = []
     for _, group in table.groupby(keys, dropna=False, sort=True):
         row = group.iloc[0].to_dict()
@@ -72,12 +71,12 @@ def settings(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def best_points(cells: pd.DataFrame, by: tuple[str, ...] = ("budget", "params")) -> pd.DataFrame:
-    """The best of `settings` for each budget and size, with `tried` and `at_grid_end`.
+def best_points(cells: pd.DataFrame, by: tuple[str, ...] = ("budget_flop", "n_parameters")) -> pd.DataFrame:
+    """Return the best of `settings` for each budget and size, with the number of settings that were `tried`.
 
-    `at_grid_end` names the hyper-parameters whose best value is the first or the last of three or more tried.
+    `at_grid_end` names the hyper-parameters whose best value is the first or the last of at least three values.
     """
-    # The ends of trainable fractions and of blocks are nature's, not the grid's.
+    # A fraction cannot exceed 1, nor can there be more active blocks than blocks: their ends are not the grid's.
     chosen = [name for name in varied(cells) if name not in (*by, "trainable_fraction", "active_blocks")]
     choices = [name for name in chosen if pd.api.types.is_numeric_dtype(cells[name])]
     rows = []
@@ -94,7 +93,7 @@ def best_points(cells: pd.DataFrame, by: tuple[str, ...] = ("budget", "params"))
 
 
 def noise_of(cells: pd.DataFrame) -> tuple[float | None, int]:
-    """The standard deviation of ln L among replicates, pooled, and its degrees of freedom; None without replicates."""
+    """Return the pooled standard deviation of ln L among replicates, or None, and its degrees of freedom."""
     groups = [np.log(losses) for losses in cells["losses"] if len(losses) > 1]
     freedom = sum(len(group) - 1 for group in groups)
     if not freedom:
@@ -106,11 +105,11 @@ def noise_of(cells: pd.DataFrame) -> tuple[float | None, int]:
 
 
 def parabola(log_n: Array, log_loss: Array, window: float = 4.0) -> tuple[Array, Array, Array]:
-    """Vertex ln N, ln L there and curvature [draws] of a parabola through the points near the best size.
+    """Return ln N at the vertex, ln L there and the curvature [draws] of a parabola through points near the best size.
 
     `log_n` [sizes] ascends; `log_loss` is [draws, sizes]. The window holds the sizes within a factor `window` of the
-    best one and always its two neighbours; NaN where the best size is the first or the last, where the parabola has
-    no minimum, and where that lies outside the grid.
+    best size, and always its two neighbours. NaN where the best size is the first or the last, where the parabola has
+    no minimum, and where the minimum lies outside the grid.
     """
     draws, sizes = log_loss.shape
     vertex, lowest, curvature = (np.full(draws, np.nan) for _ in range(3))
@@ -134,7 +133,7 @@ def parabola(log_n: Array, log_loss: Array, window: float = 4.0) -> tuple[Array,
 
 
 def akima(log_n: Array, log_loss: Array) -> tuple[Array, Array]:
-    """ln N and ln L [draws] at the lowest point of an Akima interpolation; NaN at an end of the grid."""
+    """Return ln N and ln L [draws] at the lowest point of an Akima interpolation; NaN at an end of the grid."""
     from scipy.interpolate import Akima1DInterpolator
 
     grid = np.linspace(log_n[0], log_n[-1], AKIMA_STEPS * (len(log_n) - 1))
@@ -145,42 +144,18 @@ def akima(log_n: Array, log_loss: Array) -> tuple[Array, Array]:
     return np.where(inside, grid[best], np.nan), np.where(inside, lowest, np.nan)
 
 
-def law_optimum(
-    predict: Callable[[Array, Array, Array], Array], points: pd.DataFrame, budget: float
-) -> tuple[Array, Array, Array]:
-    """ln N*, ln D*, ln L* [draws] of a joint law at a budget, over sizes from the smallest to the largest of `points`.
+def law_optimum(law: Law, values: Array, points: pd.DataFrame, budget_flop: float) -> tuple[Array, Array, Array]:
+    """Return ln N*, ln D* and ln L* [draws] of a joint law's coefficients [draws, p] or [p] at a budget.
 
-    `predict(params, tokens, s)` gives losses [draws, sizes]. The cost a token and S of sizes in between are
-    interpolated. NaN where the best size is an end.
+    The sizes range from the smallest to the largest of `points`. Between sizes, ln (FLOP a token) and S are
+    interpolated. NaN where the best size is the smallest or the largest.
     """
-    sizes = points.groupby("params")[["flop_per_token", "trainable_fraction"]].median()
+    sizes = points.groupby("n_parameters")[["flop_per_token", "trainable_fraction"]].median()
     log_n = np.log(sizes.index.to_numpy(float))
-    grid = np.linspace(log_n[0], log_n[-1], 801)
+    grid = np.linspace(log_n[0], log_n[-1], LAW_STEPS)
     log_cost = np.interp(grid, log_n, np.log(sizes["flop_per_token"]))
     s = np.interp(grid, log_n, sizes["trainable_fraction"].fillna(1.0))
-    with np.errstate(invalid="ignore"):
-        log_loss = np.log(np.atleast_2d(predict(np.exp(grid), budget / np.exp(log_cost), s)))
-    vertex, lowest = lowest_point(grid, log_loss)
-    return vertex, np.log(budget) - np.interp(vertex, grid, log_cost), lowest
-
-
-def lowest_point(grid: Array, log_loss: Array) -> tuple[Array, Array]:
-    """ln N and ln L [draws] at the minimum of smooth curves [draws, grid], between the steps of a uniform grid.
-
-    NaN at an end of the grid.
-    """
-    log_loss = np.where(np.isfinite(log_loss), log_loss, np.inf)
-    best = log_loss.argmin(1)
-    middle = np.clip(best, 1, len(grid) - 2)
-    rows = np.arange(len(best))
-    before, here, after = (log_loss[rows, middle + k] for k in (-1, 0, 1))
-    with np.errstate(invalid="ignore", divide="ignore"):
-        shift = 0.5 * (before - after) / (before - 2 * here + after)
-        lowest = here - 0.25 * (before - after) * shift
-    shift = np.where(np.isfinite(shift), shift, 0.0)
-    inside = middle == best
-    vertex = grid[middle] + shift * (grid[1] - grid[0])
-    return np.where(inside, vertex, np.nan), np.where(inside, np.where(np.isfinite(lowest), lowest, here), np.nan)
+    return law.optimum(values, budget_flop, grid, log_cost, s)
 
 
 # --- The optimum of each budget, and its state -----------------------------------------------------------------------
@@ -188,7 +163,7 @@ def lowest_point(grid: Array, log_loss: Array) -> tuple[Array, Array]:
 
 @dataclass(frozen=True)
 class Profile:
-    """One IsoFLOP profile: a method's best points at one budget, by ascending size."""
+    """An IsoFLOP profile: the best points of a method at one budget, by ascending size."""
 
     budget: float
     points: pd.DataFrame
@@ -196,20 +171,20 @@ class Profile:
 
     @property
     def log_n(self) -> Array:
-        return np.log(self.points["params"].to_numpy(float))
+        return np.log(self.points["n_parameters"].to_numpy(float))
 
     @property
     def log_loss(self) -> Array:
         return np.log(self.points["loss"].to_numpy(float))
 
     def tokens_at(self, log_n: Array) -> Array:
-        """D at any size: ln (FLOP a token) is interpolated between sizes, which for full fine-tuning is exact."""
+        """Return D at sizes ln N. ln (FLOP a token) is interpolated, which is exact for full fine-tuning."""
         log_cost = np.log(self.points["flop_per_token"].to_numpy(float))
         return self.budget / np.exp(np.interp(log_n, self.log_n, log_cost))
 
-    def state(self) -> tuple[str, str, float | None]:
-        """State, the reason in words, and the parameters of the size to add."""
-        sizes = self.points["params"].to_numpy(float)
+    def state(self) -> tuple[State, str, float | None]:
+        """Return the state, the reason in words, and the parameters of the size to add."""
+        sizes = self.points["n_parameters"].to_numpy(float)
         if len(sizes) < 3:
             if len(sizes) + len(self.diverged) >= 3:
                 return "diverged", f"{len(self.diverged)} of {len(sizes) + len(self.diverged)} sizes diverged", None
@@ -217,7 +192,7 @@ class Profile:
         best = int(self.log_loss.argmin())
         if 0 < best < len(sizes) - 1:
             between = [size for size in self.diverged if sizes[best - 1] < size < sizes[best + 1]]
-            if between:  # the minimum may lie there
+            if between:  # the minimum may lie among the sizes that diverged
                 return "diverged", f"the best size is beside {between[0]:.4g}, whose runs diverged", None
             return "interior", "", None
         below = best == 0
@@ -231,12 +206,15 @@ class Profile:
 
 
 def next_size(sizes: Array, below: bool) -> float:
-    """The size to add beyond the grid: the nearest Pythia at least a factor 1.5 away, else one more like step."""
+    """Return the size to add beyond the grid: of the sizes' family if they have one, else one more step like the last.
+
+    The size of a family is the nearest that is at least a factor 1.5 away.
+    """
     end = sizes.min() if below else sizes.max()
-    suite = sorted(row.parameters for row in SUITE.values())
-    # A Pythia helps only a grid of Pythias.
-    if set(sizes) <= set(suite):
-        found = [n for n in suite if (n < end / 1.5 if below else n > end * 1.5)]
+    family = family_with(sizes)
+    if family:
+        every = [row.parameters for row in family.sizes.values()]
+        found = [n for n in every if (n < end / 1.5 if below else n > end * 1.5)]
         if found:
             return float(found[-1] if below else found[0])
     ordered = np.sort(sizes)
@@ -245,26 +223,37 @@ def next_size(sizes: Array, below: bool) -> float:
 
 
 def profiles(points: pd.DataFrame, diverged: pd.DataFrame) -> list[Profile]:
-    """A profile for each budget, those among them at which every run diverged.
+    """Return a profile for each budget, including budgets at which every run diverged.
 
-    `diverged` are the excluded runs of the method that diverged (`params`, `budget`; unknown ones are ignored).
+    `diverged` are the method's excluded runs that diverged. Those of unknown size or budget are ignored.
     """
-    lost = diverged.dropna(subset=["params", "budget"]).astype({"params": float, "budget": float})
-    budgets = np.unique(points["budget"].to_numpy(float))
-    # A lost run belongs to the nearest budget that has points, or else stands for one of its own.
-    nearest = budgets[np.abs(np.log(lost["budget"].to_numpy()[:, None] / budgets)).argmin(1)]
-    close = np.isclose(lost["budget"], nearest, rtol=0.1)
-    of_lost = np.where(close, nearest, lost["budget"])
+    lost = diverged.dropna(subset=["n_parameters", "budget_flop"]).astype({"n_parameters": float, "budget_flop": float})
+    budgets = np.unique(points["budget_flop"].to_numpy(float))
+    # A lost run belongs to the nearest budget with points if that is nearly equal, else to a budget of its own.
+    nearest = budgets[np.abs(np.log(lost["budget_flop"].to_numpy()[:, None] / budgets)).argmin(1)]
+    close = np.isclose(lost["budget_flop"], nearest, rtol=0.1)
+    of_lost = np.where(close, nearest, lost["budget_flop"])
     result = []
     for budget in np.union1d(budgets, of_lost):
-        here = points[points["budget"] == budget].sort_values("params")
-        gone = set(lost["params"][of_lost == budget]) - set(here["params"])
+        here = points[points["budget_flop"] == budget].sort_values("n_parameters")
+        gone = set(lost["n_parameters"][of_lost == budget]) - set(here["n_parameters"])
         result.append(Profile(float(budget), here, tuple(sorted(gone))))
     return result
 
 
-def check_estimator(name: str, window: float) -> None:
+def costs_in_proportion(points: pd.DataFrame) -> bool:
+    """Return whether the cost of a token is proportional to N, to within 1 %.
+
+    Adapters and frozen blocks cost small models more for their size; then N* is not a power of C.
+    """
+    cost = points["flop_per_token"] / points["n_parameters"]
+    return bool(cost.max() < 1.01 * cost.min())
+
+
+def check_estimator(name: str, window: float) -> Estimator:
+    """Return the estimator of that name. Raise UserError for an unknown name or a window out of range."""
     if name not in ESTIMATORS:
         raise UserError(f"optimum: {name!r} is unknown; allowed: {', '.join(ESTIMATORS)}")
     if not window > 1:
         raise UserError(f"window: {window} is out of range; allowed: above 1")
+    return cast(Estimator, name)

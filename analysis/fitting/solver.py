@@ -1,30 +1,31 @@
-"""The batched solver behind every joint law, and a fit with what can be said of it.
+"""The batched solver behind every joint law, and what is known of a fit.
 
-Every start, bootstrap resample or simulated sweep is a row of the same arrays, so that 4,000 refits cost seconds. The
-solver is Levenberg–Marquardt on iteratively re-weighted least squares with analytic Jacobians, in logarithms centred
-on the data (a badly scaled L-BFGS stopped earlier replications too soon, trap D1).
+Every start, bootstrap resample or simulated sweep is a row of the same arrays, so 4,000 refits take seconds. The solver
+is Levenberg–Marquardt on iteratively re-weighted least squares with analytic Jacobians. It works in logarithms that are
+centred on the data, because a badly scaled L-BFGS stops too soon (Besiroglu et al. 2024). The price is that each law
+must supply its derivatives.
 """
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
-from analysis.fitting.laws import CHINCHILLA, Array, Data, Law
+from analysis.fitting.laws import Array, Data, Law
 from embedscale.errors import UserError
 
 RESIDUALS = ("huber", "lad", "log", "raw")
-LAD_DELTA = 1e-6  # Huber's δ where least absolute deviations are meant: far below any noise
+LAD_DELTA = 1e-6  # Huber's δ for least absolute deviations: far below any noise of ln L
 
 
 class TooFewRuns(UserError):
-    """The points cannot hold the law."""
+    """There are too few points for the law."""
 
 
 @dataclass
 class Solution:
-    """theta [b, p], objective [b] (sum over points), gradient [b] (largest scaled component), iterations taken."""
+    """theta [b, p], objective [b] (sum over points), gradient [b] (largest scaled component), iterations."""
 
     theta: Array
     objective: Array
@@ -33,17 +34,17 @@ class Solution:
 
 
 def objective(residual: Array, weights: Array, delta: float | None) -> Array:
-    """Σ w ρ(r) over the last axis: Huber's ρ for `delta`, half squares for None. Overflowed rows are infinite."""
+    """Return Σ w ρ(r) over the last axis: Huber's ρ for `delta`, half squares for None; infinite after an overflow."""
     size = np.abs(residual)
     rho = 0.5 * size**2 if delta is None else np.where(size <= delta, 0.5 * size**2, delta * (size - 0.5 * delta))
-    with np.errstate(invalid="ignore"):  # no weight times an overflow
+    with np.errstate(invalid="ignore"):  # a weight of zero times an overflow
         total = (weights * rho).sum(-1)
     return np.where(np.isfinite(total), total, np.inf)
 
 
 def _residuals(law: Law, theta: Array, data: Data, target: Array, raw: bool) -> tuple[Array, Array]:
     with np.errstate(all="ignore"):
-        loss, slopes = law.evaluate(theta, data)
+        loss, slopes = law.gradient(theta, data)
         if raw:
             return loss - np.exp(target), slopes * loss[:, None]
         return np.where(loss > 0, np.log(np.where(loss > 0, loss, 1.0)) - target, np.inf), slopes
@@ -60,10 +61,11 @@ def minimise(
     iterations: int = 300,
     tolerance: float = 1e-10,
 ) -> Solution:
-    """Minimise the residuals' objective from every row of `theta` [b, p]; `loss` and `weights` are [b or 1, points].
+    """Minimise the objective of the residuals from every row of `theta` [b, p].
 
-    Each step solves (Jᵀ W J + λ Jᵀ W' J + tiny) step = −gradient. W holds the points where Huber's ρ is a parabola and
-    W' its majorising weights elsewhere: λ = 1 is iteratively re-weighted least squares, λ → 0 is Newton's step.
+    `loss` and `weights` have the shape [b or 1, points]. Each step solves
+    (Jᵀ W J + λ Jᵀ W' J + tiny) step = −gradient. W holds the points where Huber's ρ is a parabola, and W' its
+    majorising weights elsewhere. λ = 1 is iteratively re-weighted least squares, and λ → 0 is Newton's step.
     """
     huber = {"huber": delta, "lad": LAD_DELTA}.get(residual)
     theta = theta.copy()
@@ -71,14 +73,26 @@ def minimise(
     target = np.broadcast_to(np.log(loss), (batch, loss.shape[-1]))
     weights = np.broadcast_to(weights, target.shape)
     final = Solution(theta, np.full(batch, np.inf), np.full(batch, np.inf), 0)
-    # Blocks that fit into the cache, whose converged rows drop out.
+    # In blocks that fit into the cache; rows that have converged are removed from their block.
     for first in range(0, batch, 128):
         rows = np.arange(first, min(first + 128, batch))
         _minimise_block(law, final, rows, data, target, weights, residual == "raw", huber, iterations, tolerance)
     return final
 
 
-def _minimise_block(law, final, rows, data, target, weights, raw, delta, iterations, tolerance) -> None:
+def _minimise_block(
+    law: Law,
+    final: Solution,
+    rows: NDArray[np.int_],
+    data: Data,
+    target: Array,
+    weights: Array,
+    raw: bool,
+    delta: float | None,
+    iterations: int,
+    tolerance: float,
+) -> None:
+    """Minimise for some `rows` of `final`, and write their results into it."""
     p = final.theta.shape[1]
     theta, target, weights = final.theta[rows], target[rows], weights[rows]
     r, jacobian = _residuals(law, theta, data, target, raw)
@@ -101,7 +115,7 @@ def _minimise_block(law, final, rows, data, target, weights, raw, delta, iterati
         ridge = 1e-9 + (damping if delta is None else np.maximum(damping - 1, 0.0) + 1e-4 * damping)
         matrix = curvature / (scale[:, :, None] * scale[:, None]) + ridge[:, None, None] * np.eye(p)
         step = -np.linalg.solve(matrix, (gradient / scale)[..., None])[..., 0] / scale
-        trial = theta + np.clip(step, -2.0, 2.0) if law is CHINCHILLA else theta + step
+        trial = theta + np.clip(step, -law.longest_step, law.longest_step)
         trial_r, trial_jacobian = _residuals(law, trial, data, target, raw)
         trial_value = objective(trial_r, weights, delta)
         better = trial_value < value
@@ -116,7 +130,7 @@ def _minimise_block(law, final, rows, data, target, weights, raw, delta, iterati
         if done.any():
             left = rows[done]
             final.theta[left], final.objective[left] = theta[done], value[done]
-            # Scaled so that 1 means: a coefficient moves the objective by as much as it weighs.
+            # Scaled so that 1 is a slope as large as the objective.
             final.gradient[left] = np.abs(gradient[done] / scale[done]).max(1) / np.sqrt(
                 np.maximum(value[done], 1e-300)
             )
@@ -129,17 +143,17 @@ def _minimise_block(law, final, rows, data, target, weights, raw, delta, iterati
             damping, stalled = damping[keep], stalled[keep]
 
 
-# --- A fit and what can be said of it --------------------------------------------------------------------------------
+# --- A fit and what is known of it -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class JointFit:
     """A joint law fitted to `loss` [points].
 
-    `coefficients` are named as the law's; `not_fixed` are those of them that the data leave open; `condition` is that
-    of the scaled normal matrix; `agreeing` of `starts` ended within 1e-6 of the best objective; `gradient` is scaled
-    so that 1 would be a slope as large as the objective; `log_residual` is the standard deviation of ln L about the
-    law, with its degrees of freedom taken off.
+    `agreeing` of the `starts` ended within 1e-6 of the best objective. `gradient` is scaled so that 1 is a slope as
+    large as the objective. `condition` is that of the scaled normal matrix. `not_fixed` names the coefficients that the
+    data do not fix. `log_residual` is the standard deviation of ln L about the law, corrected for the degrees of
+    freedom.
     """
 
     law: Law
@@ -161,28 +175,29 @@ class JointFit:
     @property
     def values(self) -> Array:
         """The published coefficients [p]."""
-        return self.law.coefficients(self.theta[None], self.data)[0]
+        return self.law.published(self.theta[None], self.data)[0]
 
     @property
     def coefficients(self) -> dict[str, float]:
-        return dict(zip(self.law.names, map(float, self.values), strict=True))
+        return dict(zip(self.law.coefficients, map(float, self.values), strict=True))
 
-    def predict(self, params: Array, tokens: Array, s: Any = 1.0) -> Array:
-        return self.law.predict(self.values, params, tokens, s)
+    def predict(self, n_parameters: Array, tokens: Array, trainable_fraction: ArrayLike = 1.0) -> Array:
+        """Return the loss (nats) [points]."""
+        return self.law.predict(self.values, n_parameters, tokens, trainable_fraction)
 
     def refit(self, weights: Array | None = None, loss: Array | None = None) -> Array:
-        """Coefficients [b, p] for other weights or losses [b, points], each fit begun at this one's."""
+        """Return coefficients [b, p] for other weights or losses [b, points]; each fit starts at this one."""
         weights = self.weights[None] if weights is None else weights
         loss = self.loss[None] if loss is None else loss
         theta = np.tile(self.theta, (max(len(weights), len(loss)), 1))
-        # To a hundredth of a standard error; valleys that the data leave flat are not walked to their end.
+        # Accurate to a hundredth of a standard error. Directions that the data leave flat are not followed to the end.
         found = minimise(self.law, theta, self.data, loss, weights, self.residual, self.delta, 60, 1e-8)
-        return self.law.coefficients(found.theta, self.data)
+        return self.law.published(found.theta, self.data)
 
 
 def fit_joint(
     law: Law,
-    params: Array,
+    n_parameters: Array,
     tokens: Array,
     loss: Array,
     trainable_fraction: Array | None = None,
@@ -191,28 +206,28 @@ def fit_joint(
     delta: float = 1e-3,
     starts: int = 24,
 ) -> JointFit:
-    """Fit a joint law to points [points]; `residual` is one of `RESIDUALS`, `delta` that of Huber on ln L.
+    """Fit a joint law to points [points]; `residual` is one of `RESIDUALS`, `delta` is Huber's δ on ln L.
 
-    Raises UserError for an unknown residual and a δ that is not positive, TooFewRuns for data that cannot hold the
-    law: no more points than coefficients, or under three sizes.
+    Raises UserError for an unknown residual and a δ that is not positive. Raises TooFewRuns where there are no more
+    points than coefficients, or fewer than three sizes.
     """
     if residual not in RESIDUALS:
         raise UserError(f"residual: {residual!r} is unknown; allowed: {', '.join(RESIDUALS)}")
     if not 0 < delta < math.inf:
         raise UserError(f"delta: {delta} is out of range; allowed: above 0, and finite")
     loss = np.asarray(loss, float)
-    p, sizes = len(law.names), len(np.unique(params))
+    p, sizes = len(law.coefficients), len(np.unique(n_parameters))
     if len(loss) <= p:
         raise TooFewRuns(f"the {law.name} law has {p} coefficients and needs more runs than that; found {len(loss)}")
     if sizes < 3:
         raise TooFewRuns(f"the {law.name} law needs at least 3 sizes; found {sizes}")
     weights = np.ones_like(loss) if weights is None else np.asarray(weights, float)
-    data = Data.of(params, tokens, trainable_fraction)
+    data = Data.of(n_parameters, tokens, trainable_fraction)
 
     def solve(theta: Array, kind: str, step: float = delta, iterations: int = 300) -> Solution:
         return minimise(law, theta, data, loss[None], weights[None], kind, step, iterations)
 
-    # A smooth objective first: from afar, nearly every point lies on the straight part of a small Huber δ.
+    # A smooth objective first: far from the minimum, nearly all points lie on the straight part of Huber's ρ.
     found = solve(law.starts(loss, data, starts), "raw" if residual == "raw" else "log")
     rough = found.theta[np.isfinite(found.objective)]
     if residual in ("huber", "lad"):
@@ -220,7 +235,7 @@ def fit_joint(
         for step in (each for each in (0.1, 0.03, 0.01, 3e-3, 1e-3, 1e-4, 1e-5) if each > last):
             found = solve(found.theta, "huber", step, iterations=40)
         found = solve(found.theta, "huber", last)
-        # Others go straight from the least-squares fits to the last δ.
+        # The same starts once more, from the least-squares fits to the last δ in one step.
         again = solve(rough, "huber", last)
         found = Solution(
             np.concatenate([found.theta, again.theta]),
@@ -254,12 +269,12 @@ def fit_joint(
 
 
 def _least_absolute(law: Law, theta: Array, data: Data, loss: Array, weights: Array) -> tuple[Array, float]:
-    """The exact minimum of Σ w |ln L − ln law| near `theta`: linear programmes within a shrinking box around it.
+    """Return the exact minimum of Σ w |ln L − ln law| near `theta`, by linear programmes in a shrinking box around it.
 
-    At a minimum of absolute deviations the law goes through as many points as it has coefficients, which no
-    smoothed objective reaches.
+    At a minimum of absolute deviations the law goes through as many points as it has coefficients. A smoothed objective
+    does not reach it.
     """
-    from scipy.optimize import linprog  # here, for it takes a third of a second to import
+    from scipy.optimize import linprog  # imported here, because it takes a third of a second
 
     target, (n, p) = np.log(loss)[None], (len(loss), len(theta))
     r, jacobian = _residuals(law, theta[None], data, target, False)
@@ -290,10 +305,10 @@ def _least_absolute(law: Law, theta: Array, data: Data, loss: Array, weights: Ar
 def _identifiability(
     law: Law, theta: Array, data: Data, loss: Array, weights: Array
 ) -> tuple[float, tuple[str, ...], float]:
-    """Condition of the scaled normal matrix, the coefficients that the data do not fix, the spread of ln L.
+    """Return the condition of the scaled normal matrix, the coefficients that are not fixed, and the spread of ln L.
 
-    A coefficient is not fixed where it takes part in a direction along which the law does not change, or where its
-    standard error (Gauss–Newton) is a factor e of a positive one, half of an exponent, or all of another.
+    The data do not fix a coefficient if the law does not change along a direction in which it takes part, or if its
+    standard error (Gauss–Newton) is larger than half of it (exponents) or than all of it (other coefficients).
     """
     p = len(theta)
     r, jacobian = _residuals(law, theta[None], data, np.log(loss)[None], False)
@@ -308,11 +323,11 @@ def _identifiability(
     flat = (values < 1e-11 * values[-1])[None] & (np.abs(vectors) > 0.05)
     inverse = (vectors / np.maximum(values, 1e-14 * values[-1])) @ vectors.T / np.outer(scale, scale)
     step = 1e-6
-    moved = law.coefficients(theta + step * np.eye(p), data) - law.coefficients(theta - step * np.eye(p), data)
+    moved = law.published(theta + step * np.eye(p), data) - law.published(theta - step * np.eye(p), data)
     chain = moved.T / (2 * step)  # d coefficient / d theta, [p, p]
     error = spread * np.sqrt(np.maximum(np.diag(chain @ inverse @ chain.T), 0))
-    ratio = error / np.maximum(np.abs(law.coefficients(theta[None], data)[0]), 1e-300)
-    limit = np.array([0.5 if name in ("alpha", "beta") else 1.0 for name in law.names])
-    # Internal coordinates stand in the same order as the published coefficients.
+    ratio = error / np.maximum(np.abs(law.published(theta[None], data)[0]), 1e-300)
+    limit = np.array([0.5 if name in law.exponents else 1.0 for name in law.coefficients])
+    # Internal coordinates have the order of the published coefficients.
     open_ = (ratio > limit) | dead | flat.any(1)
-    return condition, tuple(name for name, is_open in zip(law.names, open_, strict=True) if is_open), spread
+    return condition, tuple(name for name, is_open in zip(law.coefficients, open_, strict=True) if is_open), spread

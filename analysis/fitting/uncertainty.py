@@ -1,29 +1,31 @@
-"""Intervals: bootstrap over runs for joint laws, noise on losses for optima and what follows from them.
+"""Intervals: bootstrap over runs for joint laws, noise on the losses for optima and what follows from them.
 
-A profile of five sizes cannot be resampled (a parabola needs its points), so optima, power laws and crossings get
-their spread from draws of the losses' noise, known from replicates, given, or taken from the residuals of the joint
-law. Joint laws are fitted again to resampled runs. All intervals are percentile intervals.
+Joint laws are fitted again to resampled runs. A profile of five sizes cannot be resampled, because a parabola needs its
+points. Optima, power laws and crossings therefore get their spread from noise that is drawn and added to ln L. The
+price is that this noise has to be known: from replicates, from the user, or from the residuals of the joint law. All
+intervals are percentile intervals.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from analysis.fitting.laws import interval, power_law
+from analysis.fits import HoldOut
+from analysis.fitting.laws import Array, interval, power_law
 from analysis.fitting.optima import Profile, akima, parabola
 from analysis.fitting.solver import JointFit
 
-Array = NDArray[np.float64]
 __all__ = ["OptimumDraws", "interval", "optimum_draws", "resampled"]
 
 
 def resampled(fit: JointFit, losses: list[Array], count: int, rng: np.random.Generator) -> Array:
-    """Coefficients [count, p] of the law fitted to resampled points.
+    """Return coefficients [count, p] of the law fitted to `count` resamples of the points.
 
-    A point is a setting, drawn with all its seeds, for they share the law's misfit there; `losses` [points] holds each
-    point's replicates, which are drawn anew within it.
+    A point is drawn with all its seeds, because they share the law's misfit at that point. `losses` [points] holds the
+    replicates of each point, which are then resampled within the point.
     """
     points = len(losses)
     weights = rng.multinomial(points, np.full(points, 1 / points), count) * fit.weights
@@ -34,17 +36,17 @@ def resampled(fit: JointFit, losses: list[Array], count: int, rng: np.random.Gen
             r = len(each)
             if r > 1:
                 means = each[rng.integers(r, size=(count, r))].mean(1)
-                # r draws out of r spread by (r − 1) / r too little.
+                # The variance of r draws out of r is too small by the factor (r − 1) / r.
                 drawn[:, i] = each.mean() + (means - each.mean()) * np.sqrt(r / (r - 1))
-    # A law with p coefficients leaves residuals too small by (points − p) / points, and so do its refits.
+    # A fit of p coefficients leaves a variance that is too small by (points − p) / points, and so do its refits.
     widening = np.sqrt(points / (points - len(fit.theta)))
     theta = fit.law.internal(fit.refit(weights=weights, loss=drawn), fit.data)
-    return fit.law.coefficients(fit.theta + widening * (theta - fit.theta), fit.data)
+    return fit.law.published(fit.theta + widening * (theta - fit.theta), fit.data)
 
 
 @dataclass(frozen=True)
 class OptimumDraws:
-    """Draws [draws] of ln N*, ln D*, ln L* at one budget; NaN where a draw had its minimum at an end."""
+    """Draws [draws] of ln N*, ln D* and ln L* at one budget; NaN where a draw has its minimum at an end of the grid."""
 
     log_n: Array
     log_d: Array
@@ -58,7 +60,7 @@ class OptimumDraws:
 def optimum_draws(
     profile: Profile, estimator: str, window: float, noise: float, count: int, rng: np.random.Generator
 ) -> OptimumDraws:
-    """Optima of a profile whose ln L get noise of standard deviation `noise` / √seeds, by "parabola" or "akima"."""
+    """Return `count` optima of a profile by "parabola" or "akima", with noise of `noise` / √seeds added to ln L."""
     scale = noise / np.sqrt(profile.points["seeds"].to_numpy(float))
     drawn = profile.log_loss + scale * rng.standard_normal((count, len(scale)))
     if estimator == "akima":
@@ -69,9 +71,9 @@ def optimum_draws(
 
 
 def floored_spread(draws: Array, floor: Array) -> Array:
-    """Standard deviation of each budget's draws [budgets, draws], not below `floor`, over the share of valid draws.
+    """Return each budget's standard deviation of draws [budgets, draws], at least `floor`, / share of finite draws.
 
-    Porian et al. (2024) weigh a power law's points by its inverse square.
+    Porian et al. (2024) weight the points of a power law by its inverse square.
     """
     share = np.isfinite(draws).mean(1)
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -80,23 +82,40 @@ def floored_spread(draws: Array, floor: Array) -> Array:
 
 
 def power_law_draws(budgets: Array, draws: Array, weights: Array | None = None) -> Array:
-    """ln coefficient and exponent [draws, 2] of power laws through draws of ln y [budgets, draws]."""
+    """Return ln coefficient and exponent [draws, 2] of power laws through draws of ln y [budgets, draws]."""
     return np.stack(power_law(budgets, np.exp(draws.T), weights), 1)
 
 
 def crossing(a: Array, b: Array) -> Array:
-    """ln C at which two power laws (ln coefficient, exponent), each [..., 2], meet; NaN where they are parallel."""
+    """Return ln C at which two power laws (ln coefficient, exponent), each [..., 2], meet; NaN if they are parallel."""
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.where(a[..., 1] == b[..., 1], np.nan, (b[..., 0] - a[..., 0]) / (a[..., 1] - b[..., 1]))
 
 
+LARGEST: dict[Literal["largest budget", "largest size"], str] = {
+    "largest budget": "budget_flop",
+    "largest size": "n_parameters",
+}  # what a hold-out leaves out, and its column
+
+
 def held_out_rows(points: pd.DataFrame, column: str) -> tuple[NDArray[np.bool_], float]:
-    """The rows of the largest budget or size, and that value."""
+    """Return which rows have the largest budget or size, and that value."""
     largest = float(points[column].max())
     return np.isclose(points[column], largest, rtol=1e-9), largest
 
 
-def prediction_errors(predicted: Array, found: Array) -> dict[str, float | int]:
-    """Mean absolute and mean signed relative error of predictions."""
+def judged(
+    left_out: Literal["largest budget", "largest size"], value: float, law: str, predicted: Array, found: Array
+) -> HoldOut:
+    """Return the errors of predictions [points] of what was left out."""
     ratio = predicted / found - 1
-    return {"error": float(np.abs(ratio).mean()), "bias": float(ratio.mean()), "points": len(ratio)}
+    return HoldOut(
+        left_out=left_out,
+        value=value,
+        law=law,
+        predicted=float(predicted.mean()),
+        found=float(found.mean()),
+        error=float(np.abs(ratio).mean()),
+        bias=float(ratio.mean()),
+        points=len(ratio),
+    )

@@ -10,8 +10,8 @@ from sweeps import BUDGETS, fitted, paper_like
 def paper_folder(tmp_path_factory) -> Path:
     table = paper_like()
     # One run lost, and no optimum inside the grid for bias-only at the largest budget.
-    table.loc[(table["method"] == "full") & (table["params"] == 302_311_424) & (table["budget"] == 6e15), "status"] = (
-        "diverged"
-    )
-    edge = (table["method"] == "bias") & (table["budget"] == BUDGETS[-1]) & (table["params"] > 18_915_328)
+    table.loc[
+        (table["method"] == "full") & (table["n_parameters"] == 302_311_424) & (table["budget_flop"] == 6e15), "status"
+    ] = "diverged"
+    edge = (table["method"] == "bias") & (table["budget_flop"] == BUDGETS[-1]) & (table["n_parameters"] > 18_915_328)
     return fitted(table[~edge], tmp_path_factory.mktemp("paper"))

@@ -7,9 +7,9 @@ import numpy as np
 import pandas as pd
 from records import record
 
-from analysis import runs
-from analysis.fitting import fit as fits_file
-from analysis.fitting.laws import predict_chinchilla, predict_trainable_fraction
+from analysis import runs, study
+from analysis.fitting.fit import fit
+from analysis.fitting.laws import CHINCHILLA, TRAINABLE_FRACTION
 from embedscale.run.cost import cost_of
 from embedscale.run.families import PYTHIA
 from embedscale.run.method import Method
@@ -41,13 +41,13 @@ def paper_like(noise: float = 0.004, batch: int = 1024, context: int = 75, seed:
             for budget in BUDGETS:
                 tokens = budget / cost.flop_per_token
                 if method.name == "freeze":
-                    loss = predict_trainable_fraction(LAWS["freeze"], row.parameters, tokens, share)
+                    loss = TRAINABLE_FRACTION.predict(LAWS["freeze"], row.parameters, tokens, share)
                 else:
-                    loss = predict_chinchilla(LAWS[method.name], row.parameters, tokens)
+                    loss = CHINCHILLA.predict(LAWS[method.name], row.parameters, tokens)
                 worse = RANK_PENALTY.get(method.rank, 1.0) * np.exp(noise * rng.standard_normal())
                 pairs = tokens / 78
                 rows.append(
-                    {"method": method.name, "backbone": row.name, "params": row.parameters, "budget": budget}
+                    {"method": method.name, "backbone": row.name, "n_parameters": row.parameters, "budget_flop": budget}
                     | {"tokens": tokens, "flop_per_token": cost.flop_per_token, "trainable_fraction": share}
                     | {"rank": method.rank, "loss": float(np.ravel(loss)[0] * worse), "batch_size": batch}
                     | {"context": context, "pairs": pairs, "steps": np.ceil(pairs / batch), "seed": 0}
@@ -59,8 +59,8 @@ def paper_like(noise: float = 0.004, batch: int = 1024, context: int = 75, seed:
 
 def fitted(table: pd.DataFrame, folder: Path, **settings) -> Path:
     """The table's fits in a folder, as `embedscale fit` leaves it."""
-    loaded = runs.from_table(table)
-    fits_file.write(fits_file.fit(loaded, **{"bootstrap": 100} | settings), loaded, folder)
+    loaded = runs.load(table)
+    study.write(fit(loaded, **{"bootstrap": 100} | settings), loaded, folder)
     return folder
 
 

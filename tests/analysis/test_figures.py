@@ -31,7 +31,9 @@ def study(paper_folder, tmp_path_factory) -> studies.Study:
     other = studies.load(fitted(other, tmp_path_factory.mktemp("other")))
     best = found.points["full"]
     scores = found.table[["run"]].assign(task="STS15", score=0.8 - 0.1 * np.log(found.table["loss"]))
-    curves = best[["run", "method", "params", "budget"]].assign(spent_flop=best["budget"], loss=best["loss"])
+    curves = best[["run", "method", "n_parameters", "budget_flop"]].assign(
+        spent_flop=best["budget_flop"], loss=best["loss"]
+    )
     curves = pd.concat(
         [curves.assign(spent_flop=curves["spent_flop"] * f, loss=curves["loss"] / f**0.1) for f in (0.2, 1)]
     )
@@ -42,10 +44,10 @@ def study(paper_folder, tmp_path_factory) -> studies.Study:
 def drawn(study) -> dict[str, style.Drawn]:
     with style.style(), warnings.catch_warnings():
         warnings.simplefilter("error")  # a figure that warns is a figure with a flaw
-        return {name: draw(study) for name, _, draw in figures.FIGURES}
+        return {figure.name: figure.draw(study) for figure in figures.FIGURES}
 
 
-NAMES = [name for name, _, _ in figures.FIGURES]
+NAMES = [figure.name for figure in figures.FIGURES]
 
 
 @pytest.mark.parametrize("number", range(1, 24))
@@ -77,16 +79,16 @@ def test_each_has_a_table_of_what_it_shows_and_a_caption(drawn, name):
 
 
 def test_the_tables_hold_the_fits_own_values(drawn, study):
-    optima = study.fits["methods"]["full"]["optima"]
+    optima = study.fits.methods["full"].optima
     rows = drawn["figure_01_frontier"].rows
     full = rows[rows["method"] == "full"]
-    assert full["loss"].tolist() == [row["loss"] for row in optima]
+    assert full["loss"].tolist() == [row.loss for row in optima]
     assert (full["low"] < full["loss"]).all() and (full["loss"] < full["high"]).all()
-    bias = rows[(rows["method"] == "bias") & (rows["budget"] == BUDGETS[-1])].iloc[0]
+    bias = rows[(rows["method"] == "bias") & (rows["budget_flop"] == BUDGETS[-1])].iloc[0]
     assert bias["state"] != "interior" and bias["why"]
     profiles = drawn["figure_02_isoflop"].rows
     found = profiles[(profiles["method"] == "full") & (profiles["state"] == "optimum")]
-    assert found["params"].tolist() == [row["n_opt"] for row in optima]
+    assert found["n_parameters"].tolist() == [row.n_opt for row in optima]
     ranks = drawn["figure_04_isoflop"].rows
     assert set(ranks[ranks["method"] == "lora"]["choice"]) <= {"8", "32", "512", ""}
 
@@ -94,7 +96,7 @@ def test_the_tables_hold_the_fits_own_values(drawn, study):
 def test_a_figures_table_tells_what_was_left_out(drawn):
     rows = drawn["figure_02_isoflop"].rows
     lost = rows[rows["state"] == "diverged"]
-    assert lost[["params", "budget"]].to_numpy().tolist() == [[302_311_424, 6e15]]
+    assert lost[["n_parameters", "budget_flop"]].to_numpy().tolist() == [[302_311_424, 6e15]]
 
 
 def test_edges_are_hollow_and_interior_optima_are_not(drawn, study):
@@ -105,7 +107,7 @@ def test_edges_are_hollow_and_interior_optima_are_not(drawn, study):
         if line.get_marker() == look["marker"] and len(line.get_xdata()) == 1:
             face = matplotlib.colors.to_hex(line.get_markerfacecolor())
             filled[float(line.get_xdata()[0])] = face != "#ffffff"
-    states = {row["budget"]: row["state"] == "interior" for row in study.fits["methods"]["bias"]["optima"]}
+    states = {row.budget_flop: row.state == "interior" for row in study.fits.methods["bias"].optima}
     assert filled == states
     assert not all(states.values())
 
@@ -115,7 +117,7 @@ def test_captions_tell_what_is_drawn_and_what_lies_outside(tmp_path):
     by_rank = paper_like().query("method == 'lora'")
     few = paper_like(noise=0.05)
     few = pd.concat([few.assign(trainable_fraction=s, loss=few["loss"] * (2 - s)) for s in (0.25, 0.5, 1.0)])
-    few = few.query("method == 'freeze'").drop_duplicates(["params", "budget", "trainable_fraction"])
+    few = few.query("method == 'freeze'").drop_duplicates(["n_parameters", "budget_flop", "trainable_fraction"])
     for number, table in enumerate((by_rank, few)):
         found = studies.load(fitted(table, tmp_path / str(number)))
         for draw in (figures_laws.fraction_trend, figures_laws.coefficient_trend):
@@ -162,8 +164,8 @@ def test_scores_that_fall_with_the_loss_choose_what_the_loss_chooses(drawn, of_l
     losses, scores = (drawn[f"figure_{name}"].rows for name in (of_loss, of_score))
     losses = losses[losses["state"] == ""]
     cells = (
-        losses.groupby(["budget", "params"])["loss"].idxmin(),
-        scores.groupby(["budget", "params"])["score"].idxmax(),
+        losses.groupby(["budget_flop", "n_parameters"])["loss"].idxmin(),
+        scores.groupby(["budget_flop", "n_parameters"])["score"].idxmax(),
     )
     column = scores.columns[2]
     assert list(losses.loc[cells[0], column]) == list(scores.loc[cells[1], column])
@@ -177,12 +179,12 @@ def test_a_sweep_with_holes_leaves_figures_out_with_a_reason(seed, tmp_path):
         table = table.drop(columns=["steps", "backbone"])
     study = studies.load(fitted(table, tmp_path))
     told = 0
-    for name, _, draw in figures.FIGURES:
+    for figure in figures.FIGURES:
         try:
             with style.style():
-                FigureCanvasAgg(draw(study).figure).draw()
+                FigureCanvasAgg(figure.draw(study).figure).draw()
         except style.NotDrawn as reason:
-            assert str(reason), name
+            assert str(reason), figure.name
             told += 1
     assert told >= 5  # scores, curves and the second sweep at the least
 
@@ -191,8 +193,8 @@ def test_one_method_alone_and_methods_of_other_names(tmp_path):
     table = paper_like().query("method == 'full'")
     table = pd.concat([table.assign(method="adam"), table.assign(method="muon", loss=table["loss"] * 0.97)])
     study = studies.load(fitted(table, tmp_path))
-    names = {name for name, _, _ in figures._others(study)}
-    assert names == {"isoflop_other_1", "isoflop_other_2"}
+    names = [figure.name for figure in figures.figures_of(study)]
+    assert names == [*NAMES, "isoflop_other_1", "isoflop_other_2"]
     with style.style():
         assert len(figures_optima.isoflop(study, methods=("muon",)).rows)
         figures_optima.frontier(study)
@@ -200,15 +202,16 @@ def test_one_method_alone_and_methods_of_other_names(tmp_path):
             figures_optima.isoflop(study, methods=("full", "freeze"))
 
 
-def test_files_are_the_same_for_the_same_runs(study, tmp_path, monkeypatch):
-    monkeypatch.setattr(figures, "FIGURES", figures.FIGURES[:1])
+def test_files_are_the_same_for_the_same_runs(study, tmp_path):
     for name in ("a", "b"):
-        figures.write(study, tmp_path / name)
+        (tmp_path / name).mkdir()
+        with style.style():
+            figures.save(figures_optima.frontier(study), tmp_path / name / "figure_01_frontier")
     for ending in ("png", "pdf", "csv"):
         first, second = ((tmp_path / name / f"figure_01_frontier.{ending}").read_bytes() for name in ("a", "b"))
         assert first == second
     (tmp_path / "taken").write_text("")
-    with pytest.raises(UserError, match="is no folder"):
+    with pytest.raises(UserError, match="is a file; give a folder"):
         figures.write(study, tmp_path / "taken")
 
 

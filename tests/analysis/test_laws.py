@@ -48,13 +48,13 @@ def test_slopes_are_the_derivatives_and_coordinates_go_both_ways(law):
     n, d, s = grid()
     data = Data.of(n, d, s)
     theta = law.internal(TRUE[law.name][None], data)
-    assert law.coefficients(theta, data)[0] == pytest.approx(TRUE[law.name], rel=1e-12)
-    loss, slopes = law.evaluate(theta, data)
+    assert law.published(theta, data)[0] == pytest.approx(TRUE[law.name], rel=1e-12)
+    loss, slopes = law.gradient(theta, data)
     assert loss[0] == pytest.approx(np.ravel(law.predict(TRUE[law.name], n, d, s)), rel=1e-12)
-    for i in range(len(law.names)):
+    for i in range(len(law.coefficients)):
         step = np.zeros_like(theta)
         step[0, i] = 1e-6
-        above, below = (np.log(law.evaluate(theta + sign * step, data)[0][0]) for sign in (1, -1))
+        above, below = (np.log(law.gradient(theta + sign * step, data)[0][0]) for sign in (1, -1))
         assert slopes[0, i] == pytest.approx((above - below) / 2e-6, abs=1e-7)
 
 
@@ -163,19 +163,17 @@ def test_coefficients_that_the_data_leave_open_are_named():
     rng = np.random.default_rng(0)
     # Every size saw the same data: neither B nor beta nor E can be told apart.
     n, d = np.geomspace(1e6, 1e9, 12), np.full(12, 1e10)
-    loss = laws.predict_chinchilla(TRUE["chinchilla"], n, d) * np.exp(0.002 * rng.standard_normal(12))
+    loss = CHINCHILLA.predict(TRUE["chinchilla"], n, d) * np.exp(0.002 * rng.standard_normal(12))
     assert {"B", "beta"} <= set(fit_joint(CHINCHILLA, n, d, loss).not_fixed)
     # One trainable fraction: nothing is known of how the loss depends on it.
     n, d, _ = grid(fractions=1)
-    loss = laws.predict_trainable_fraction(TRUE["trainable_fraction"], n, d) * np.exp(
-        0.002 * rng.standard_normal(len(n))
-    )
+    loss = TRAINABLE_FRACTION.predict(TRUE["trainable_fraction"], n, d) * np.exp(0.002 * rng.standard_normal(len(n)))
     assert {"a_s", "b_s"} <= set(fit_joint(TRAINABLE_FRACTION, n, d, loss, np.full(len(n), 0.5)).not_fixed)
 
 
 def test_outliers_move_huber_and_lad_less_than_squares():
     n, d, _s = grid()
-    loss = laws.predict_chinchilla(TRUE["chinchilla"], n, d)
+    loss = CHINCHILLA.predict(TRUE["chinchilla"], n, d)
     loss[::40] *= 1.5
     error = {
         kind: abs(fit_joint(CHINCHILLA, n, d, loss, residual=kind).coefficients["alpha"] / 0.34 - 1)
@@ -187,7 +185,7 @@ def test_outliers_move_huber_and_lad_less_than_squares():
 
 def test_a_rank_that_trains_more_than_there_is_counts_as_all():
     law, sizes = np.array([0.1, 1.0, 9.0, 5.0, 2.0, 30.0, 0.3, 0.3]), np.full(3, 1e7)
-    whole, more, half = laws.predict_trainable_fraction(law, sizes, sizes, np.array([1.0, 1.7, 0.5]))
+    whole, more, half = TRAINABLE_FRACTION.predict(law, sizes, sizes, np.array([1.0, 1.7, 0.5]))
     assert whole == more < half
 
 

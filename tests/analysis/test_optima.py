@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from analysis.fitting import optima, uncertainty
-from analysis.fitting.laws import power_law, predict_chinchilla
+from analysis.fitting.laws import CHINCHILLA, lowest_point, power_law
 from analysis.fitting.optima import Profile
 from embedscale.errors import UserError
 from embedscale.run.families import PYTHIA
@@ -18,7 +18,9 @@ needs_porian = pytest.mark.skipif(not PORIAN.exists(), reason="Porian et al.'s s
 
 def profile(sizes, losses, diverged=(), budget: float = 1e17) -> Profile:
     sizes = np.asarray(sizes, float)
-    points = pd.DataFrame({"params": sizes, "loss": losses, "flop_per_token": 6 * sizes, "seeds": 1, "budget": budget})
+    points = pd.DataFrame(
+        {"n_parameters": sizes, "loss": losses, "flop_per_token": 6 * sizes, "seeds": 1, "budget_flop": budget}
+    )
     return Profile(budget, points, tuple(diverged))
 
 
@@ -95,13 +97,13 @@ def test_a_vertex_beyond_the_sizes_is_none():
 
 def test_the_lowest_point_of_a_curve_lies_between_the_steps_of_its_grid():
     grid = np.linspace(0, 1, 11)
-    vertex, lowest = optima.lowest_point(grid, 3 * (grid - np.array([[0.43], [0.5]])) ** 2 + 0.2)
+    vertex, lowest = lowest_point(grid, 3 * (grid - np.array([[0.43], [0.5]])) ** 2 + 0.2)
     assert vertex == pytest.approx([0.43, 0.5]) and lowest == pytest.approx([0.2, 0.2])
 
 
 def test_a_run_that_diverged_belongs_to_the_nearly_equal_budget():
-    points = pd.DataFrame({"params": [1e6, 2e6, 4e6] * 2, "budget": [1e15] * 3 + [4e15] * 3, "loss": 1.0})
-    lost = pd.DataFrame({"params": [8e6, 9e6], "budget": [1.05e15, 2e15]})
+    points = pd.DataFrame({"n_parameters": [1e6, 2e6, 4e6] * 2, "budget_flop": [1e15] * 3 + [4e15] * 3, "loss": 1.0})
+    lost = pd.DataFrame({"n_parameters": [8e6, 9e6], "budget_flop": [1.05e15, 2e15]})
     found = {each.budget: each.diverged for each in optima.profiles(points, lost)}
     assert found == {1e15: (8e6,), 2e15: (9e6,), 4e15: ()}
 
@@ -118,11 +120,11 @@ def test_the_laws_optimum_is_the_closed_form(alpha, beta):
     """Hoffmann et al. 2022, equation 4."""
     values, budget = np.array([0.4, 300.0, 900.0, alpha, beta]), 1e18
     points = profile(np.geomspace(1e5, 1e11, 4), [1, 1, 1, 1]).points.assign(trainable_fraction=1.0)
-    found = optima.law_optimum(lambda n, d, s: predict_chinchilla(values, n, d), points, budget)
+    found = optima.law_optimum(CHINCHILLA, values, points, budget)
     share = (alpha * 300 / (beta * 900)) ** (1 / (alpha + beta))
     assert np.exp(found[0]) == pytest.approx([share * (budget / 6) ** (beta / (alpha + beta))], rel=1e-4)
     assert 6 * np.exp(found[0] + found[1]) == pytest.approx([budget], rel=1e-9)
-    at_an_end = optima.law_optimum(lambda n, d, s: predict_chinchilla(values, n, d), points, 1e9)
+    at_an_end = optima.law_optimum(CHINCHILLA, values, points, 1e9)
     assert np.isnan(at_an_end[0]).all()
 
 
@@ -159,8 +161,8 @@ def test_every_state_is_told_with_the_size_to_add(case, state, add, told):
 def test_hyperparameters_are_chosen_before_sizes_are_compared():
     rows = [
         {
-            "budget": 1e15,
-            "params": n,
+            "budget_flop": 1e15,
+            "n_parameters": n,
             "tokens": 1e15 / 6 / n,
             "rank": r,
             "learning_rate": rate,

@@ -19,7 +19,7 @@ SIZES = [row.parameters for row in list(PYTHIA.sizes.values())[:8]]
 
 def grid(sizes=SIZES, budgets=BUDGETS, method="full", fractions=(1.0,)) -> pd.DataFrame:
     rows = [(method, n, c, s) for n in sizes for c in budgets for s in fractions]
-    return pd.DataFrame(rows, columns=["method", "params", "budget", "trainable_fraction"])
+    return pd.DataFrame(rows, columns=["method", "n_parameters", "budget_flop", "trainable_fraction"])
 
 
 def test_the_papers_grid_recovers_both_laws():
@@ -27,16 +27,16 @@ def test_the_papers_grid_recovers_both_laws():
     found = simulate.simulate(rows, simulate.stated_laws(f"full: {LAW}; freeze: {FRACTION_LAW}"), 0.005, repeats=100)
     for method, law in (("full", "chinchilla"), ("freeze", "trainable_fraction")):
         facts = found[method]
-        assert (facts["law"], facts["not_fixed"]) == (law, [])
-        for coefficient in facts["coefficients"].values():
-            low, high = coefficient["interval"]
-            assert low < coefficient["truth"] < high
-        for row in facts["optima"]:
-            assert row["law"]["median"] == pytest.approx(1, abs=0.01)
-            assert row["parabola"]["median"] == pytest.approx(1 + row["bias_without_noise"], abs=0.02)
-        assert max(row["law"]["high"] for row in facts["recipe"]) < 1e-3
-    assert found["full"]["n_exponent"]["truth"] == pytest.approx(0.35 / 0.8)
-    assert found["full"]["optima"][0]["truth"] == pytest.approx(
+        assert (facts.law, facts.not_fixed) == (law, ())
+        for coefficient in facts.coefficients.values():
+            low, high = coefficient.interval
+            assert low < coefficient.truth < high
+        for row in facts.optima:
+            assert row.law.median == pytest.approx(1, abs=0.01)
+            assert row.parabola.median == pytest.approx(1 + row.bias_without_noise, abs=0.02)
+        assert max(row.law.high for row in facts.recipe) < 1e-3
+    assert found["full"].n_exponent.truth == pytest.approx(0.35 / 0.8)
+    assert found["full"].optima[0].truth == pytest.approx(
         (0.45 / 0.35) ** (1 / 0.8) * (BUDGETS[0] / 6) ** (0.35 / 0.8), rel=1e-3
     )
 
@@ -47,25 +47,25 @@ def test_a_wide_off_centre_grid_biases_the_parabola_but_not_the_law():
     rows = pd.concat(
         [grid(sizes=n * np.geomspace(0.3, 100, 7), budgets=[c]) for n, c in zip(best, BUDGETS, strict=True)]
     )
-    rows = simulate.simulate(rows, simulate.stated_laws(LAW), 0.002, repeats=50, window=1e4)["full"]["optima"]
-    assert all(row["bias_without_noise"] < -0.1 for row in rows)
-    assert all(abs(row["law"]["median"] - 1) < 0.02 for row in rows)
+    rows = simulate.simulate(rows, simulate.stated_laws(LAW), 0.002, repeats=50, window=1e4)["full"].optima
+    assert all(row.bias_without_noise < -0.1 for row in rows)
+    assert all(abs(row.law.median - 1) < 0.02 for row in rows)
 
 
 def test_a_grid_beside_its_optima_says_so():
     found = simulate.simulate(grid(sizes=SIZES[-4:]), simulate.stated_laws(LAW), 0.005, repeats=20)["full"]
-    assert [row["truth"] for row in found["optima"]] == [None] * 6
-    assert found["recipe"][0]["parabola"] is None or found["optima"][0]["missing"] < 1
+    assert [row.truth for row in found.optima] == [None] * 6
+    assert found.recipe[0].parabola is None or found.optima[0].missing < 1
 
 
 def test_a_grid_too_small_is_refused_with_the_reason():
     found = simulate.simulate(grid(sizes=SIZES[:2]), simulate.stated_laws(LAW), 0.005)["full"]
-    assert "needs at least 3 sizes; found 2" in found["refused"]
+    assert "needs at least 3 sizes; found 2" in found.refused
 
 
 def test_drawn_losses_are_the_laws_with_the_noise_asked_for():
     rows = grid(sizes=np.geomspace(1e6, 1e9, 200))
-    clean = 0.3 + 900 / rows["params"] ** 0.45 + 900 / (rows["budget"] / 6 / rows["params"]) ** 0.35
+    clean = 0.3 + 900 / rows["n_parameters"] ** 0.45 + 900 / (rows["budget_flop"] / 6 / rows["n_parameters"]) ** 0.35
     drawn = np.log(simulate.draw(rows, simulate.stated_laws(LAW), 0.01)["loss"] / clean)
     assert drawn.std() == pytest.approx(0.01, rel=0.1)
     assert simulate.draw(rows, simulate.stated_laws(LAW), 0.01, seed=1)["loss"].iloc[0] != drawn.iloc[0]
@@ -74,8 +74,8 @@ def test_drawn_losses_are_the_laws_with_the_noise_asked_for():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("E=1,A=2", "E, A are no law's coefficients; allowed: E, A, B, alpha, beta or E, a_d"),
-        ("E=one", "'E=one' is no COEFFICIENT=NUMBER"),
+        ("E=1,A=2", "E, A are not the coefficients of a law; allowed: E, A, B, alpha, beta or E, a_d"),
+        ("E=one", "'E=one' was found; write COEFFICIENT=NUMBER"),
         ("E=0,A=1,B=1,alpha=1,beta=1", "E, alpha and beta must be above 0"),
         ("nowhere", "'nowhere' is neither a law such as .* nor a file"),
     ],
@@ -91,8 +91,8 @@ def test_what_cannot_be_simulated_is_refused():
         simulate.simulate(grid(), laws, 0)
     with pytest.raises(UserError, match="no law for the method 'lora'; allowed: full"):
         simulate.simulate(grid(method="lora"), laws, 0.01)
-    with pytest.raises(UserError, match="column 'budget' is missing"):
-        simulate.simulate(grid().drop(columns="budget"), laws, 0.01)
+    with pytest.raises(UserError, match="column 'budget_flop' is missing"):
+        simulate.simulate(grid().drop(columns="budget_flop"), laws, 0.01)
     with pytest.raises(UserError, match="no loss above 0"):
         simulate.simulate(grid(), simulate.stated_laws("E=0.3,A=-9e9,B=900,alpha=0.45,beta=0.35"), 0.01)
 
@@ -117,6 +117,6 @@ def test_a_sweep_file_is_tried_from_the_command_line(tmp_path, capsys):
 
 
 def test_a_grid_may_be_a_table_without_losses(tmp_path, capsys):
-    grid().rename(columns={"params": "N"}).to_csv(tmp_path / "grid.csv", index=False)
+    grid().rename(columns={"n_parameters": "N"}).to_csv(tmp_path / "grid.csv", index=False)
     assert main(["fit", str(tmp_path / "grid.csv"), "--columns", "params=N", "--simulate", LAW]) == 0
     assert "exponent of N*, law" in capsys.readouterr().out

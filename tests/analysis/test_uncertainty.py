@@ -53,7 +53,7 @@ def test_intervals_cover_the_truth(law, alpha, beta, shift):
     covered = np.mean(hits, 0)
     print(
         f"\n{law.name} alpha={alpha} beta={beta} shift={shift}:",
-        dict(zip((*law.names, "future"), covered, strict=True)),
+        dict(zip((*law.coefficients, "future"), covered, strict=True)),
     )
     assert covered.min() >= 0.90
     assert covered.max() <= 0.98
@@ -80,7 +80,9 @@ def test_an_optimum_spreads_as_its_parabola_says():
     h, curvature, noise = np.log(3), 0.05, 1e-4
     x = np.log(1e8) + h * np.arange(-1, 2)
     loss = np.exp(curvature * (x - x[1]) ** 2)
-    points = pd.DataFrame({"params": np.exp(x), "loss": loss, "flop_per_token": 6 * np.exp(x), "seeds": [1, 1, 1]})
+    points = pd.DataFrame(
+        {"n_parameters": np.exp(x), "loss": loss, "flop_per_token": 6 * np.exp(x), "seeds": [1, 1, 1]}
+    )
     draws = uncertainty.optimum_draws(Profile(1e18, points), "parabola", 4, noise, 20000, np.random.default_rng(0))
     assert draws.log_n.std() == pytest.approx(noise / (2 * curvature * h * np.sqrt(2)), rel=0.03)
     assert draws.valid_share == 1
@@ -90,7 +92,7 @@ def test_an_optimum_spreads_as_its_parabola_says():
 def test_seeds_make_a_point_surer():
     x = np.log(np.geomspace(1e6, 1e9, 7))
     points = pd.DataFrame(
-        {"params": np.exp(x), "loss": np.exp(0.02 * (x - x[3]) ** 2), "flop_per_token": 6 * np.exp(x)}
+        {"n_parameters": np.exp(x), "loss": np.exp(0.02 * (x - x[3]) ** 2), "flop_per_token": 6 * np.exp(x)}
     )
     spreads = [
         uncertainty.optimum_draws(
