@@ -364,8 +364,9 @@ def configuration(folder: str, budget: str, config: str | None, words: Sequence[
     hyper-parameters the recipe has or, where that is missing, of the most similar run. The settings in `words` come
     last. Raises UserError where the folder of the backbone is unknown.
     """
-    from embedscale.run.config import RunConfig, read_yaml, structured
+    from embedscale.run.config import RunConfig
     from embedscale.run.directory import RunDirectory
+    from embedscale.run.settings import read_yaml, structured
 
     fits, runs = read(folder)
     best = recipe(fits, parse_limit(budget), runs).best

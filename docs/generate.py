@@ -1,65 +1,57 @@
-"""Pages that follow from the code: written before each build, never by hand, and not kept in the repository."""
+"""Pages and JSON Schemas that follow from the code: `python docs/generate.py` writes them all.
 
-import inspect
-import re
-from dataclasses import MISSING, Field, fields, is_dataclass
+The pages are written before each build of the site and are not kept in the repository. The schemas in docs/schemas are
+kept, because other programs may read them; a test compares them with the code.
+"""
+
+import json
+import sys
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
-from embedscale.run.config import RunConfig, Source
-from slurm.cluster import Cluster, ResourceClass
-from slurm.grid import SweepFile
+HERE = Path(__file__).resolve().parent
 
-ROW = re.compile(r"^    (\w+): [^#\n]*#\s*(.*)$", re.MULTILINE)
-BELOW = re.compile(r'^    (\w+): .*\n    """(.*?)"""$', re.MULTILINE)
+
+def pages() -> dict[str, str]:
+    """Return the generated pages by file name."""
+    from embedscale.run.config import RunConfig
+    from embedscale.run.settings import markdown
+    from slurm.cluster import Cluster, ResourceClass
+    from slurm.grid import SweepFile
+
+    return {
+        "run.md": markdown(RunConfig),
+        "sweep.md": markdown(SweepFile),
+        "cluster.md": markdown(Cluster, nested=False),
+        "class.md": markdown(ResourceClass),
+    }
+
+
+def schemas() -> dict[str, dict[str, Any]]:
+    """Return the JSON Schema of each file that a run writes, by file name."""
+    from embedscale.run.record import Metric, RunRecord
+    from embedscale.training.plan import PlanFile
+    from embedscale.values import schema_file
+
+    kinds = {"record.json": RunRecord, "metrics.jsonl": Metric, "plan.json": PlanFile}
+    return {f"{name.split('.')[0]}.schema.json": schema_file(kind, name) for name, kind in kinds.items()}
 
 
 def write_all(folder: Path) -> None:
     """Write every generated page into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    pages = {
-        "run.md": run_settings(),
-        "sweep.md": table(SweepFile),
-        "cluster.md": table(Cluster),
-        "class.md": table(ResourceClass),
-    }
-    for name, text in pages.items():
+    for name, text in pages().items():
         (folder / name).write_text(text, encoding="utf-8")
 
 
-def schemas() -> list[type]:
-    """Every dataclass whose fields a user may set."""
-    sections = [hint for hint in get_type_hints(RunConfig).values() if is_dataclass(hint)]
-    return [RunConfig, *sections, Source, SweepFile, Cluster, ResourceClass]
+def write_schemas(folder: Path) -> None:
+    """Write every JSON Schema into `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, schema in schemas().items():
+        (folder / name).write_text(json.dumps(schema, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def run_settings() -> str:
-    """All settings of a run: the top level, then a table a section."""
-    hints = get_type_hints(RunConfig)
-    parts = ["### budget, output\n", table(RunConfig)]
-    for each in fields(RunConfig):
-        if is_dataclass(hints[each.name]):
-            section = hints[each.name]
-            parts += [f"### {each.name}\n", f"{inspect.getdoc(section)}\n", table(section, f"{each.name}.")]
-            if each.name == "data":
-                parts += ["Each entry of `data.sources`:\n", table(Source)]
-    return "\n".join(parts)
-
-
-def table(schema: type, prefix: str = "") -> str:
-    """A Markdown table of the plain fields of a dataclass: name, default, the line that describes it."""
-    source = inspect.getsource(schema)
-    notes = dict(ROW.findall(source)) | dict(BELOW.findall(source))
-    rows = ["| setting | default | meaning |", "|---|---|---|"]
-    for each in fields(schema):
-        if is_dataclass(get_type_hints(schema)[each.name]):
-            continue
-        rows.append(f"| `{prefix}{each.name}` | {_default(each)} | {notes.get(each.name, '')} |")
-    return "\n".join(rows) + "\n"
-
-
-def _default(item: Field) -> str:
-    value: Any = item.default if item.default_factory is MISSING else item.default_factory()
-    if isinstance(value, list) and value and is_dataclass(value[0]):
-        return f"{len(value)} of them"
-    return "–" if value is None or value == "" else f"`{value}`"
+if __name__ == "__main__":
+    sys.path.insert(0, str(HERE.parent))
+    write_all(HERE / "reference" / "generated")
+    write_schemas(HERE / "schemas")

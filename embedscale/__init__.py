@@ -27,7 +27,7 @@ _PLACES = {
     "encode": "embedscale.serving.encode:encode",
     "evaluate": "embedscale.serving.evaluate:evaluate",
     "export": "embedscale.serving.export:export",
-    "load_config": "embedscale.run.config:load",
+    "load_config": "embedscale.run.settings:load",
     "prepare": "embedscale.data.prepare:prepare",
     "train": "embedscale.training.train:train",
 }

@@ -17,7 +17,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
-from embedscale.errors import FAILED, INTERRUPTED, WRONG, UserError
+from embedscale.errors import DONE, FAILED, INTERRUPTED, WRONG, UserError
 from embedscale.imports import load
 
 TYPE_CHECKING = False  # as in `imports`
@@ -26,6 +26,13 @@ if TYPE_CHECKING:
 
 # Errors of the system that no other command would have avoided: disk full, quota, disk failure, reader gone.
 BROKEN = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EPIPE)
+
+# The dataclass with the settings of each kind of configuration file.
+SCHEMAS = {
+    "run": "embedscale.run.config:RunConfig",
+    "sweep": "slurm.grid:SweepFile",
+    "cluster": "slurm.cluster:Cluster",
+}
 
 Verb = Callable[[argparse.Namespace], int]
 
@@ -72,6 +79,13 @@ def encode(args: argparse.Namespace) -> int:
     return run(args.run_folder, args.texts, args.out, args.column, args.format)
 
 
+def config(args: argparse.Namespace) -> int:
+    from embedscale.run.settings import commented, read
+
+    print(commented(read(load(SCHEMAS[args.of]), *_file_and_words(args))))
+    return DONE
+
+
 def fit(args: argparse.Namespace) -> int:
     if args.simulate is None:
         return load("analysis.summary:command")(args)
@@ -86,7 +100,7 @@ def _file_and_words(args: argparse.Namespace) -> tuple[str | None, list[str]]:
 
 
 def _config(args: argparse.Namespace) -> Any:
-    return load("embedscale.run.config:load")(*_file_and_words(args))
+    return load("embedscale.run.settings:load")(*_file_and_words(args))
 
 
 def _grid(file: str) -> Any:
@@ -126,6 +140,8 @@ def _with_config(verbs: Any, name: str, run: Verb, text: str) -> argparse.Argume
 
 def _run_verbs(verbs: Any) -> None:
     _with_config(verbs, "prepare", prepare, "tokenise text pairs into a store; run it again to continue")
+    shown = _with_config(verbs, "config", config, "print every setting with its value, default and meaning, as YAML")
+    shown.add_argument("--of", choices=list(SCHEMAS), default="run", help="what the file configures (default: run)")
     costs = _with_config(verbs, "flops", flops, "show what a run costs, without loading a model")
     costs.add_argument("--budgets", nargs="+", metavar="FLOP", help="budgets to show (default: that of the settings)")
     trained = _with_config(verbs, "train", train, "train one run; run it again to resume it")

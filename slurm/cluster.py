@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from embedscale.errors import UserError
-from embedscale.run.config import bounded, read_yaml, structured
+from embedscale.run.config import bounded
 from embedscale.run.families import SUITES, shape_by_name
+from embedscale.run.settings import read_yaml, structured
 from embedscale.run.shape import BackboneShape
 
 

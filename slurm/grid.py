@@ -31,9 +31,10 @@ from pathlib import Path
 from typing import Any, get_origin, get_type_hints
 
 from embedscale.errors import UserError
-from embedscale.run.config import Backbone, RunConfig, blaming, bounded, read_yaml, structured
+from embedscale.run.config import Backbone, RunConfig, bounded
 from embedscale.run.families import short_name
 from embedscale.run.method import METHODS, Method
+from embedscale.run.settings import blaming, read_yaml, structured
 from slurm import cluster as clusters
 from slurm.cluster import Cluster, ResourceClass
 

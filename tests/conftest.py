@@ -89,7 +89,7 @@ def backbone_folder(tmp_path_factory) -> Path:
 def tiny_run(tmp_path_factory, backbone_folder) -> list[str]:
     """The settings of a run that takes seconds, with a prepared store of 3,000 pairs. Tests add a budget."""
     from embedscale.data.prepare import prepare
-    from embedscale.run.config import load
+    from embedscale.run.settings import load
 
     folder = tmp_path_factory.mktemp("tiny")
     source = write_pairs(folder / "pairs.jsonl", 3000)

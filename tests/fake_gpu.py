@@ -52,7 +52,7 @@ def step(method: str, *words: str, chunk: int | None = None, fit: bool = False) 
     from torch.utils._python_dispatch import TorchDispatchMode
 
     from embedscale.model.packing import pack
-    from embedscale.run import config as configs
+    from embedscale.run.settings import load
     from embedscale.training.batches import Batch
     from embedscale.training.calibrate import build, config_of, module_of, paper_lengths, paper_tokens
     from embedscale.training.memory import _Live, fitting_chunk
@@ -68,7 +68,7 @@ def step(method: str, *words: str, chunk: int | None = None, fit: bool = False) 
 
     gpu = torch.device("cuda", 0)
     settings = ["training.batch_size=256", "training.learning_rate=1e-5", *words]
-    config = config_of(configs.load(None, settings), "pythia-14m", method)
+    config = config_of(load(None, settings), "pythia-14m", method)
     lengths = paper_lengths(config, 0)
     if fit:
         chunk = fitting_chunk(module_of(build("pythia-14m"), config))

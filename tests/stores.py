@@ -12,7 +12,7 @@ from embedscale import cli
 from embedscale.data.corpora import UNIT_SIZE, UnitSize
 from embedscale.data.prepare import BUCKET_BYTES, prepare
 from embedscale.data.store import PairStore
-from embedscale.run.config import load
+from embedscale.run.settings import load
 
 WORDS = WORDS.split()
 

@@ -1,23 +1,17 @@
-"""What a run is: `RunConfig`, read from a YAML file and `key=value` words, checked, and named by its science.
+"""The settings of a run as frozen dataclasses, checked when they are built, and the run's id.
 
-A run's id hashes the fields that change its result, and only where they differ from the default.
-Paths, hardware, logging and the speed settings stay outside: the same run may move between machines.
+A run's id is a hash of the settings that change its result, and only where they differ from the default. Paths,
+hardware, logging and the speed settings stay outside: the same run may move between machines. `embedscale.run.settings`
+reads these dataclasses from YAML files and from the command line.
 """
 
-import difflib
 import hashlib
 import json
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field
 from functools import cache
-from itertools import combinations
 from pathlib import Path
-from typing import Any, get_args
-
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
-from yaml import YAMLError
+from typing import Any
 
 from embedscale.errors import UserError
 from embedscale.run.families import short_name
@@ -31,13 +25,17 @@ PRECISIONS = ("float32", "bf16")
 LOGGERS = ("tensorboard", "wandb")
 
 
-def allowed(name: str, value: Any, choices: Sequence[str]) -> None:
+def allowed(name: str, value: str, choices: Sequence[str]) -> None:
+    """Raise UserError if a setting is not one of the choices."""
     if value not in choices:
         raise UserError(f"{name}: {value!r} is unknown; allowed: {', '.join(choices)}")
 
 
 def bounded(name: str, value: float | None, low: float, high: float = float("inf"), above: bool = False) -> None:
-    """Refuse a number outside [low, high], or (low, high] where `above`; None passes. NaN is outside of everything."""
+    """Raise UserError if a number is outside [low, high], or outside (low, high] with `above`.
+
+    None passes; NaN does not.
+    """
     if value is None:
         return
     if not (low < value if above else low <= value) or not value <= high:
@@ -52,32 +50,46 @@ def bounded(name: str, value: float | None, low: float, high: float = float("inf
 class Source:
     """One corpus of text pairs."""
 
-    kind: str = "jsonl"  # jsonl, parquet, dataset (a Hugging Face name or folder), or installed-python
-    path: str = ""  # a file, a folder or a glob; for dataset, the hub name or a folder
-    query: str = "query"  # column of one text a row
-    positive: str = "pos"  # column; where it holds a list, its first text
-    negative: str | None = None  # column of hard negatives: a text or a list of texts
-    subset: str | None = None  # dataset: its configuration
-    split: str = "train"  # dataset
-    weight: float | None = None  # share in the mixture, which ends with the source that first runs out; default all
+    kind: str = "jsonl"
+    """Where the pairs are: jsonl or parquet files, dataset (of the Hugging Face hub, or a folder), installed-python."""
+    path: str = ""
+    """A file, a folder or a glob; for a dataset, its hub name or folder."""
+    query: str = "query"
+    """Column of the query: one text a row."""
+    positive: str = "pos"
+    """Column of the positive: a text, or a list whose first text is used."""
+    negative: str | None = None
+    """Column of hard negatives: a text, or a list of texts; default: none."""
+    subset: str | None = None
+    """Configuration of a dataset; default: the dataset's own default."""
+    split: str = "train"
+    """Split of a dataset."""
+    weight: float | None = None
+    """Share in the mixture, which ends when the first source is used up; default: all pairs of every source."""
 
     def __post_init__(self) -> None:
         allowed("data.sources.kind", self.kind, SOURCES)
         bounded("data.sources.weight", self.weight, 0, above=True)
         if not self.path and self.kind != "installed-python":
-            raise UserError(f"data.sources.path: nothing is given; a source of kind {self.kind!r} needs one")
+            raise UserError(f"data.sources.path: no path is given; a source of kind {self.kind!r} needs one")
 
 
 @dataclass(frozen=True)
 class Data:
-    """Text pairs and the store they are prepared into (paper, section 4.1)."""
+    """The text pairs, and the store that they are prepared into (paper, section 4.1)."""
 
-    store: str = "stores/pairs"  # folder of the PairStore; its last component names the data in run ids
+    store: str = "stores/pairs"
+    """Folder of the prepared pairs; its last component names the data in run ids."""
     sources: list[Source] = field(default_factory=list)
-    tokenizer: str | None = None  # hub name or folder; default the backbone's
-    context: int = 75  # tokens a text is cut at
-    held_out: float = 0.01  # share of the queries, by content hash
-    repeat: bool = False  # allow a budget of more than one epoch
+    """Corpora that the store is prepared from."""
+    tokenizer: str | None = None
+    """Hub name or folder of the tokenizer; default: the backbone's."""
+    context: int = 75
+    """Tokens after which a text is cut."""
+    held_out: float = 0.01
+    """Share of the queries that is held out, chosen by a hash of their text."""
+    repeat: bool = False
+    """Allow a budget that needs more than one epoch."""
 
     def __post_init__(self) -> None:
         bounded("data.context", self.context, 1)
@@ -88,10 +100,14 @@ class Data:
 class Backbone:
     """The decoder that becomes an embedding model."""
 
-    name: str = "EleutherAI/pythia-14m"  # hub name or local folder in the hub's format
+    name: str = "EleutherAI/pythia-14m"
+    """Hub name, or a local folder in the hub's format."""
     revision: str | None = None
-    weights: str = "pretrained"  # or random: initialised from the configuration and the seed
-    pooling: str = "mean"  # mean, last (token) or weighted (by position)
+    """Revision on the hub; default: its main one."""
+    weights: str = "pretrained"
+    """pretrained, or random: initialised from the model's configuration and the seed."""
+    pooling: str = "mean"
+    """How token states become one vector: mean, last (the last token's), or weighted (by position)."""
 
     def __post_init__(self) -> None:
         allowed("backbone.weights", self.weights, WEIGHTS)
@@ -100,12 +116,16 @@ class Backbone:
 
 @dataclass(frozen=True)
 class Loss:
-    """InfoNCE over in-batch negatives (paper, section 3.3)."""
+    """InfoNCE over the negatives of a batch (paper, section 3.3)."""
 
-    form: str = "symmetric"  # symmetric, one_directional (query to positive) or gte (all similarities)
+    form: str = "symmetric"
+    """symmetric, one_directional (query to positive), or gte (all similarities of the batch)."""
     temperature: float = 0.025
-    hard_negatives: int = 0  # a pair
-    mask_equal_texts: bool = False  # a text equal to the positive is no negative
+    """Temperature that similarities are divided by."""
+    hard_negatives: int = 0
+    """Hard negatives of each pair."""
+    mask_equal_texts: bool = False
+    """Leave texts that equal the positive out of the negatives."""
 
     def __post_init__(self) -> None:
         allowed("loss.form", self.form, LOSSES)
@@ -115,16 +135,24 @@ class Loss:
 
 @dataclass(frozen=True)
 class Training:
-    """Optimisation (paper, section 4.1 and appendix E)."""
+    """Optimisation with AdamW (paper, section 4.1 and appendix E)."""
 
-    batch_size: int = 1024  # pairs, over all GPUs
-    learning_rate: float | None = None  # peak; default the paper's rule (cost.peak_learning_rate)
+    batch_size: int = 1024
+    """Pairs in a step, over all GPUs."""
+    learning_rate: float | None = None
+    """Peak of the schedule; default: the paper's rule, from the method and the backbone (section 4.1)."""
     weight_decay: float = 0.1
-    warmup_fraction: float = 0.1  # of the steps
-    final_fraction: float = 0.0  # of the peak, at the last step
-    clip: float | None = None  # gradient norm
-    precision: str = "float32"  # or bf16 autocast; master weights are float32 either way
+    """Weight decay of AdamW."""
+    warmup_fraction: float = 0.1
+    """Fraction of the steps in which the learning rate rises."""
+    final_fraction: float = 0.0
+    """Learning rate of the last step, as a fraction of the peak."""
+    clip: float | None = None
+    """Largest norm of the gradient; default: no clipping."""
+    precision: str = "float32"
+    """float32, or bf16 (autocast); master weights are float32 in both."""
     seed: int = 0
+    """Seed of the order of the pairs, of dropout and of random weights."""
 
     def __post_init__(self) -> None:
         bounded("training.batch_size", self.batch_size, 2)
@@ -139,12 +167,16 @@ class Training:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The held-out loss that decides: same pool, negatives and temperature for every run of a store."""
+    """The held-out loss that the laws use: same pool, negatives and temperature for every run of a store."""
 
-    pool: int = 4096  # held-out pairs
-    negatives: int = 1023  # a query, beside its positive
+    pool: int = 4096
+    """Held-out pairs; a multiple of negatives + 1."""
+    negatives: int = 1023
+    """Negatives of each query, beside its positive."""
     temperature: float = 0.025
-    at: list[float] = field(default_factory=lambda: [0.25, 0.5, 0.75])  # fractions of the budget; the end always
+    """Temperature of the held-out loss."""
+    at: list[float] = field(default_factory=lambda: [0.25, 0.5, 0.75])
+    """Fractions of the budget after which to evaluate; the end is always evaluated."""
 
     def __post_init__(self) -> None:
         bounded("evaluation.negatives", self.negatives, 1)
@@ -160,19 +192,30 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Resources:
-    """How a run runs. Nothing here changes its result beyond rounding, or its id."""
+    """How a run uses the machine. Nothing here changes its id, or its result beyond rounding."""
 
-    devices: int = 1  # processes, one a GPU
+    devices: int = 1
+    """Processes on each node, one a GPU."""
     nodes: int = 1
-    workers: int = 0  # loader processes
-    chunk_tokens: int | None = None  # GradCache: most tokens in one forward pass; default what the memory takes
-    memory_gb: float | None = None  # of a GPU, or of this process on a CPU; default its share of what there is
+    """Nodes."""
+    workers: int = 0
+    """Processes that load batches, for each training process; 0: the training process loads them."""
+    chunk_tokens: int | None = None
+    """Most tokens in one forward pass of GradCache; default: as many as the memory holds."""
+    memory_gb: float | None = None
+    """Memory to use, GB, of a GPU or of this process on a CPU; default: its share of the machine."""
     activation_checkpointing: bool = False
-    shard: bool = False  # FSDP2: each process keeps a part of weights, gradients and moments
-    compile: bool = False  # torch.compile of the blocks, for GPUs: a CPU has its own faster way
+    """Recompute activations in the backward pass, to save memory."""
+    shard: bool = False
+    """Share weights, gradients and moments among the processes (FSDP2); needs several."""
+    compile: bool = False
+    """Compile the blocks with torch.compile; for GPUs."""
     checkpoint_minutes: float = 10.0
-    log_every: int = 10  # steps
-    loggers: list[str] = field(default_factory=list)  # tensorboard, wandb (WANDB_MODE is offline unless set)
+    """Minutes between checkpoints."""
+    log_every: int = 10
+    """Steps between rows of metrics.jsonl."""
+    loggers: list[str] = field(default_factory=list)
+    """Loggers beside metrics.jsonl: tensorboard, wandb (offline unless WANDB_MODE says otherwise)."""
 
     def __post_init__(self) -> None:
         bounded("resources.devices", self.devices, 1)
@@ -183,7 +226,7 @@ class Resources:
         if self.shard and self.devices * self.nodes == 1:
             raise UserError("resources.shard: one process has nothing to share; allowed: with several devices or nodes")
         if self.shard and self.compile:
-            raise UserError("resources.compile: does not go with resources.shard; allowed: one of the two")
+            raise UserError("resources.compile: cannot be combined with resources.shard; allowed: one of the two")
         bounded("resources.checkpoint_minutes", self.checkpoint_minutes, 0)
         bounded("resources.log_every", self.log_every, 1)
         for logger in self.loggers:
@@ -194,8 +237,10 @@ class Resources:
 class RunConfig:
     """One run, completely."""
 
-    budget: float = 1.5e15  # FLOP, by the paper's convention
-    output: str = "runs"  # the run directory is output/RUN_ID
+    budget: float = 1.5e15
+    """FLOP to spend, by the paper's convention 2 (N_F + N_B + N_U) D (section 3.5)."""
+    output: str = "runs"
+    """Folder of run directories; the run directory is output/RUN_ID."""
     backbone: Backbone = field(default_factory=Backbone)
     method: Method = field(default_factory=Method)
     data: Data = field(default_factory=Data)
@@ -208,8 +253,8 @@ class RunConfig:
         bounded("budget", self.budget, 0, 1e30, above=True)
 
     def science(self) -> dict[str, Any]:
-        """The fields that change the result, as plain values. Two configs with equal science are one run."""
-        # Not asdict, which copies everything: a sweep asks ten thousand times.
+        """Return the settings that change the result, as plain values. Two configs with equal science are one run."""
+        # vars, because asdict copies everything and a sweep asks ten thousand times.
         values: dict[str, Any] = {
             name: dict(vars(getattr(self, name))) for name in ("backbone", "method", "loss", "training", "evaluation")
         }
@@ -227,9 +272,9 @@ class RunConfig:
 
     @property
     def run_id(self) -> str:
-        """A readable name and a hash of the scientific fields that differ from the defaults.
+        """A readable name and a hash of the scientific settings that differ from the defaults.
 
-        Fields at their default are left out, so that a new setting does not rename old runs.
+        Settings at their default are left out, so that a new setting does not rename old runs.
         """
         differing = _without(self.science(), _default_science())
         digest = hashlib.sha256(json.dumps(differing, sort_keys=True).encode()).hexdigest()[:8]
@@ -239,6 +284,7 @@ class RunConfig:
 
     @property
     def folder(self) -> Path:
+        """The run directory."""
         return Path(self.output) / self.run_id
 
 
@@ -257,123 +303,3 @@ def _without(values: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]
         elif key not in defaults or value != defaults[key]:
             differing[key] = value
     return differing
-
-
-def read_yaml(path: str | Path) -> dict[str, Any]:
-    """A YAML file's mapping. Raises UserError for a missing, unreadable or malformed file."""
-    try:
-        loaded = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
-    except FileNotFoundError:
-        raise UserError(f"{path}: there is no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({type(error).__name__})") from None
-    except (YAMLError, OmegaConfBaseException) as error:
-        raise UserError(f"{path}: no valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(loaded, dict):
-        raise UserError(f"{path}: holds a {type(loaded).__name__}; expected a mapping of settings")
-    return {str(key): value for key, value in loaded.items()}
-
-
-def structured(schema: type, values: dict[str, Any], words: Sequence[str] = (), origin: str = "") -> Any:
-    """`values` and then `key=value` words merged into the dataclass `schema`, checked.
-
-    Raises UserError with one line naming the field, for unknown keys with the nearest known one.
-    """
-    layers = [_defaults(schema), OmegaConf.create(values), _of_words(words)]
-    try:
-        return OmegaConf.to_object(OmegaConf.merge(*layers))
-    except ConfigKeyError as error:
-        key = str(error.full_key or error.key)
-        # OmegaConf knows its own nearest key only in later releases, and only within one level.
-        known = known_keys(schema)
-        nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.5) or [
-            name
-            for last in difflib.get_close_matches(key, [name.rsplit(".", 1)[-1] for name in known], n=1)
-            for name in known
-            if name.rsplit(".", 1)[-1] == last
-        ]
-        hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
-        message = f"{key}: unknown setting{hint}"
-    except UserError as error:
-        message = str(error)
-    except (OmegaConfBaseException, TypeError) as error:
-        key = str(getattr(error, "full_key", None) or "")
-        misfits = (_misfit(*pair) for pair in combinations(map(OmegaConf.to_container, layers), 2))
-        if isinstance(error.__cause__, UserError):
-            message = str(error.__cause__)
-        elif not key and (found := next(filter(None, misfits), None)):
-            message = found
-        elif isinstance(error, OmegaConfBaseException):
-            said = str(getattr(error, "msg", None) or error).split("\n")[0]
-            message = f"{key}: {said}" if key else said
-        else:
-            raise
-    raise UserError(blaming(message, origin, words))
-
-
-def blaming(message: str, origin: str, words: Sequence[str]) -> str:
-    """The message behind the file's name, unless the setting that it begins with is one of the `words`."""
-    key = re.split(r"[:\[]", message, maxsplit=1)[0]
-    given = [re.split(r"[=\[]", word, maxsplit=1)[0] for word in words]
-    mine = any(f"{key}.".startswith(f"{name}.") or name.startswith(f"{key}.") for name in given)
-    return message if mine or not origin else f"{origin}: {message}"
-
-
-def _of_words(words: Sequence[str]) -> DictConfig:
-    for word in words:
-        if word.find("=") < 1:
-            raise UserError(f"{word!r} is no key=value word; one configuration file may stand before these")
-        try:
-            OmegaConf.from_dotlist([word])
-        except (OmegaConfBaseException, YAMLError):
-            raise UserError(f"{word!r}: is no valid YAML behind the '='") from None
-    return OmegaConf.from_dotlist(list(words))
-
-
-def _misfit(known: Any, given: Any, key: str = "") -> str | None:
-    """What is wrong with the first setting that is a mapping in one and no mapping in the other.
-
-    OmegaConf refuses it too, but without its name.
-    """
-    if isinstance(known, dict) and isinstance(given, dict):
-        names = (name for name in known if name in given)
-        found = (_misfit(known[name], given[name], f"{key}.{name}".lstrip(".")) for name in names)
-        return next(filter(None, found), None)
-    if isinstance(known, dict):
-        return f"{key}: {given!r} is given; expected a mapping of settings to values"
-    return (
-        f"{key}: a mapping is given; expected a list" if isinstance(known, list) and isinstance(given, dict) else None
-    )
-
-
-@cache
-def _defaults(schema: type) -> Any:
-    """To merge into, which copies it. Before 2.4, OmegaConf lets nothing be merged into parts of a frozen dataclass."""
-    config = OmegaConf.structured(schema)
-    for node in (config, *config.values()):
-        if OmegaConf.is_config(node):
-            OmegaConf.set_readonly(node, None)
-    return config
-
-
-def known_keys(schema: type, prefix: str = "") -> list[str]:
-    """Every dotted key of a dataclass."""
-    keys = []
-    for item in fields(schema):
-        keys.append(prefix + item.name)
-        for part in (item.type, *get_args(item.type)):
-            if is_dataclass(part) and isinstance(part, type):
-                keys += known_keys(part, f"{prefix}{item.name}.")
-    return keys
-
-
-def load(path: str | Path | None = None, words: Sequence[str] = ()) -> RunConfig:
-    """The `RunConfig` of a YAML file (or of the defaults alone) with `key=value` words over it."""
-    values = read_yaml(path) if path else {}
-    config: RunConfig = structured(RunConfig, values, words, origin=str(path) if path else "")
-    return config
-
-
-def to_yaml(config: RunConfig) -> str:
-    """The complete, resolved configuration; `load` reads it back to an equal one."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))

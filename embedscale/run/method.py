@@ -20,15 +20,24 @@ BLOCKS = ("last", "first", "one")
 class Method:
     """Which parameters train (paper, section 4.1; appendix H for LoRA)."""
 
-    name: str = "full"  # full, freeze, bias or lora
-    active_blocks: int | None = None  # freeze: blocks that train
-    active_fraction: float | None = None  # freeze: the same as a fraction of all blocks
-    blocks: str = "last"  # freeze: "last", "first", or "one" (the block numbered active_blocks, from 0)
-    rank: int | None = None  # lora
-    alpha: float | None = None  # lora: scale × rank; default the rank, so that the scale is 1
-    dropout: float = 0.0  # lora: on the adapters' input
-    targets: list[str] = field(default_factory=list)  # lora: layers; default every dense layer of the blocks
-    embedding: bool = False  # lora: adapt the token embedding too
+    name: str = "full"
+    """full, freeze, bias or lora."""
+    active_blocks: int | None = None
+    """freeze: number of blocks that train."""
+    active_fraction: float | None = None
+    """freeze: the same as a fraction of all blocks."""
+    blocks: str = "last"
+    """freeze: which blocks train: last, first, or one (the block numbered active_blocks, counted from 0)."""
+    rank: int | None = None
+    """lora: rank of the adapters."""
+    alpha: float | None = None
+    """lora: scale of the adapters times the rank; default: the rank, so that the scale is 1."""
+    dropout: float = 0.0
+    """lora: dropout on the adapters' input."""
+    targets: list[str] = field(default_factory=list)
+    """lora: names of the layers that get an adapter; default: every dense layer of the blocks."""
+    embedding: bool = False
+    """lora: put an adapter on the token embedding too."""
 
     def __post_init__(self) -> None:
         if self.name not in METHODS:

@@ -19,10 +19,10 @@ from embedscale.model.body import Inference
 from embedscale.model.encoder import Encoder
 from embedscale.model.methods import apply_method, merge_adapters
 from embedscale.model.packing import pack
-from embedscale.run import config as configs
 from embedscale.run.config import RunConfig
 from embedscale.run.directory import RunDirectory
 from embedscale.run.record import RunRecord, sound
+from embedscale.run.settings import load
 
 TEXTS_AT_ONCE = 16384  # texts tokenised and sorted by length together
 # Tokens in one forward pass. On a CPU, so few that the activations stay in a core's cache.
@@ -62,7 +62,7 @@ class Embedder:
         """
         directory = RunDirectory(run)
         record = finished(directory)
-        config = configs.load(directory.config)
+        config = load(directory.config)
         body = load_body(config.backbone, config.training.seed)
         _check(directory, "backbone_digest", record.backbone_digest, digest_of(dict(body.named_parameters())))
         torch.manual_seed(config.training.seed)

@@ -16,10 +16,11 @@ from embedscale.data.tokens import load_tokenizer, tokenizer_of
 from embedscale.errors import DONE, INTERRUPTED, UserError
 from embedscale.files import now, write_json
 from embedscale.model.hardware import keep_freed_memory
-from embedscale.run.config import RunConfig, load
+from embedscale.run.config import RunConfig
 from embedscale.run.directory import RunDirectory
 from embedscale.run.record import RunRecord, sound
 from embedscale.run.score import Score
+from embedscale.run.settings import load
 from embedscale.run.stop import StopRequest
 from embedscale.serving.embedder import Embedder, finished
 from embedscale.serving.tasks import HELD_OUT, load_data, mteb_package, names_of, task_of

@@ -27,12 +27,12 @@ from embedscale.errors import DONE, FAILED, INTERRUPTED, UserError
 from embedscale.files import write_atomically, write_json
 from embedscale.model.backbone import digest_of, load_body, shape_of, shape_without_weights
 from embedscale.model.hardware import keep_freed_memory, training_device
-from embedscale.run import config as configs
 from embedscale.run.config import RunConfig
 from embedscale.run.directory import Attempt, RunDirectory
 from embedscale.run.families import short_name
 from embedscale.run.lease import Lease, leased
 from embedscale.run.record import CodeVersion, Device, EvaluationRecord, Hyperparameters, Metric, RunRecord, sound
+from embedscale.run.settings import load, to_yaml
 from embedscale.run.stop import STOP_SIGNALS, StopRequest, end_with_parent
 from embedscale.training.batches import Batches
 from embedscale.training.callbacks import (
@@ -98,7 +98,7 @@ def train(config: RunConfig, stop: StopRequest | None = None, sharing: int = 1, 
     with leased(directory, lambda: stop.request("another process has taken this run over")) as lease:
         if directory.record.exists():  # another process ended it since the first look
             return train(config, stop, sharing, beside)
-        write_atomically(directory.config, lambda file: file.write(configs.to_yaml(config).encode()))
+        write_atomically(directory.config, lambda file: file.write(to_yaml(config).encode()))
         write_json(directory.plan, replace(facts, chunk_tokens=chunk).to_json())
         directory.clear_up(lease.left_behind)
         attempt = directory.begin_attempt(sharing=sharing)
@@ -160,7 +160,7 @@ def _build(config: RunConfig, plan: TrainingPlan, store: PairStore) -> tuple[Con
 def _refuse_another_config(directory: RunDirectory, config: RunConfig) -> None:
     if not directory.config.exists():
         return
-    found = configs.load(directory.config).science()
+    found = load(directory.config).science()
     wanted = config.science()
     for part in wanted:
         if found[part] != wanted[part]:

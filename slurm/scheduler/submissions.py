@@ -11,8 +11,9 @@ from datetime import datetime
 from pathlib import Path
 
 from embedscale.files import now, read_json, write_json
-from embedscale.run.config import RunConfig, structured
+from embedscale.run.config import RunConfig
 from embedscale.run.lease import process_alive
+from embedscale.run.settings import structured
 from embedscale.values import Value, sound
 from slurm.scheduler.scheduler import Job
 from slurm.scheduler.snapshot import CodeCopy

@@ -29,8 +29,8 @@ from turns import Contestant
 
 from embedscale.data.installed_python import documented_functions, installed_files
 from embedscale.model.hardware import keep_freed_memory
-from embedscale.run.config import load
 from embedscale.run.families import PYTHIA
+from embedscale.run.settings import load
 from embedscale.serving.embedder import Embedder
 from embedscale.serving.export import _write_model
 from embedscale.training.calibrate import build

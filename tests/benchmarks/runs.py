@@ -34,11 +34,11 @@ from rich.table import Table
 
 from embedscale.data.prepare import prepare
 from embedscale.errors import INTERRUPTED
-from embedscale.run import config as configs
 from embedscale.run.config import Backbone, RunConfig
 from embedscale.run.cost import cost_of
 from embedscale.run.directory import RunDirectory
 from embedscale.run.families import PYTHIA
+from embedscale.run.settings import load, to_yaml
 from embedscale.run.stop import StopRequest
 from embedscale.training import callbacks, train
 from embedscale.training.calibrate import build, config_of
@@ -73,14 +73,14 @@ def furnish(folder: Path, sizes: list[str]) -> None:
     corpus = folder / "pairs.jsonl"
     write_corpus(corpus, 4000, np.array([f"{number:x}" for number in range(30_000)]))
     save_tokenizer(folder / "tokenizer", corpus)
-    prepare(configs.load(None, settings(folder)))
+    prepare(load(None, settings(folder)))
     torch.manual_seed(0)
     for size in sizes:
         build(size).save_pretrained(folder / size)  # type: ignore[operator]
 
 
 def run_of(folder: Path, size: str, label: str) -> RunConfig:
-    config = config_of(configs.load(None, settings(folder)), size, label)
+    config = config_of(load(None, settings(folder)), size, label)
     budget = 2.0 * STEPS * PAIRS * config.data.context * cost_of(PYTHIA.sizes[size].shape, config.method).flop_per_token
     return replace(config, backbone=Backbone(str(folder / size)), budget=budget)
 
@@ -90,7 +90,7 @@ def by_command(config: RunConfig, stop: signal.Signals) -> tuple[float, dict[str
     the row. Then the command is stopped.
     """
     directory, file = RunDirectory(config.folder), Path(config.output).with_suffix(".yaml")
-    file.write_text(configs.to_yaml(config))
+    file.write_text(to_yaml(config))
     before = max((row.step for row in directory.read_metrics()), default=0)
     begun = time.perf_counter()
     child = subprocess.Popen([sys.executable, "-m", "embedscale.cli", "train", str(file)], stdout=subprocess.DEVNULL)
@@ -218,7 +218,7 @@ def main() -> None:
             for size in args.sizes:
                 for label in args.methods:
                     reports[size, label].append(turn(run_of(folder, size, label), clock))
-    show(reports, float(np.median(imports)), configs.load(None).resources.checkpoint_minutes)
+    show(reports, float(np.median(imports)), load(None).resources.checkpoint_minutes)
 
 
 def show(reports: dict[tuple[str, str], list[Report]], imports: float, minutes: float) -> None:

@@ -28,10 +28,10 @@ from turns import Contestant
 
 from embedscale.model.hardware import keep_freed_memory, matrix_product_peak
 from embedscale.model.packing import pack
-from embedscale.run import config as configs
 from embedscale.run.cost import cost_of
 from embedscale.run.families import PYTHIA
 from embedscale.run.method import Method
+from embedscale.run.settings import load
 from embedscale.training.batches import Batch
 from embedscale.training.calibrate import METHODS, build, config_of, module_of, paper_lengths, paper_tokens
 from embedscale.training.loss import info_nce
@@ -71,7 +71,7 @@ def save_model(body: nn.Module, folder: Path, vocabulary: int) -> None:
 
 def setting(words: list[str], size: str, label: str, folder: Path) -> tuple[Any, nn.Module, list, torch.device]:
     """What each of our contestants starts from."""
-    config = config_of(configs.load(None, words), size, label)
+    config = config_of(load(None, words), size, label)
     body = AutoModel.from_pretrained(folder / "backbone", dtype=torch.float32)
     keep_freed_memory()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -148,7 +148,7 @@ def theirs(words: list[str], folder: Path, cached: bool) -> Callable[[int], Turn
     from transformers import TrainerCallback
 
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
-    config = configs.load(None, words)
+    config = load(None, words)
     model = SentenceTransformer(str(folder), device=None if torch.cuda.is_available() else "cpu")
     columns: dict[str, list[str]] = {"anchor": [], "positive": []}
     for tokens, lengths in pairs_of(config, model[0].auto_model.config.vocab_size, BATCHES):
@@ -238,7 +238,7 @@ def main() -> None:
                 seconds, loss = contestant.turn(args.steps)
                 taken[name] += seconds
                 losses.setdefault(name, loss)
-    show(args, configs.load(None, words), {n: float(np.median(s)) for n, s in taken.items()}, losses, peak)
+    show(args, load(None, words), {n: float(np.median(s)) for n, s in taken.items()}, losses, peak)
 
 
 def show(args: Any, config: Any, typical: dict[str, float], losses: dict[str, float], peak: float) -> None:

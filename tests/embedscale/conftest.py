@@ -52,7 +52,7 @@ def runs(tmp_path_factory, tiny_run) -> dict[str, Path]:
     """A finished run of each method."""
     from embedscale.data.prepare import prepare
     from embedscale.errors import DONE
-    from embedscale.run.config import load
+    from embedscale.run.settings import load
     from embedscale.training.train import train
 
     folder = tmp_path_factory.mktemp("runs")

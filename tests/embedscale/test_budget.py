@@ -7,9 +7,9 @@ import pytest
 
 from embedscale.data.store import PairStore
 from embedscale.errors import UserError
-from embedscale.run.config import load
 from embedscale.run.cost import cost_of
 from embedscale.run.families import shape_by_name
+from embedscale.run.settings import load
 from embedscale.training.plan import TrainingPlan, plan_run
 
 

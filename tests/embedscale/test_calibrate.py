@@ -11,10 +11,10 @@ from embedscale.errors import UserError
 from embedscale.model.backbone import load_body
 from embedscale.model.hardware import keep_freed_memory, memory_in_use, peak_memory
 from embedscale.model.packing import pack
-from embedscale.run.config import load
 from embedscale.run.cost import cost_of
 from embedscale.run.families import PYTHIA, shape_by_name
 from embedscale.run.method import Method
+from embedscale.run.settings import load
 from embedscale.training import module as contrastive
 from embedscale.training.batches import Batch
 from embedscale.training.calibrate import build, config_of, module_of, paper_lengths, paper_tokens

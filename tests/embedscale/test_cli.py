@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from embedscale import cli
 from embedscale.errors import FAILED, INTERRUPTED, WRONG
 from embedscale.files import write_atomically
-from embedscale.run import config
+from embedscale.run import settings
 from embedscale.training import plan
 
 
@@ -115,7 +115,7 @@ def test_an_interrupt_that_a_library_hides_is_one_all_the_same(capsys, monkeypat
         finally:
             raise UnboundLocalError("of OmegaConf")
 
-    monkeypatch.setattr(config, "load", load)
+    monkeypatch.setattr(settings, "load", load)
     assert cli.main(["flops"]) == INTERRUPTED
     assert said(capsys) == "embedscale: interrupted"
 
@@ -132,12 +132,12 @@ def test_a_terminal_that_lacks_a_character_gets_another():
     [
         ("training=3", "training: 3 is given; expected a mapping of settings"),
         ("data.sources={kind: jsonl}", "data.sources: a mapping is given; expected a list"),
-        ("budget=[1e11", "'budget=[1e11': is no valid YAML"),
+        ("budget=[1e11", "'budget=[1e11': the value after the '=' is not valid YAML"),
         ("training.seed=-1", "training.seed: -1 is out of range"),
         ("trainin.seed=1", "trainin: unknown setting; did you mean 'training'"),
         ("data.sources[0].path=x", "data.sources: a mapping is given; expected a list"),
-        ("another.yaml", "'another.yaml' is no key=value word; one configuration file may stand before these"),
-        ("=1", "'=1' is no key=value word"),
+        ("another.yaml", "'another.yaml' is not a key=value word; only the first word may be a file"),
+        ("=1", "'=1' is not a key=value word"),
     ],
 )
 def test_what_is_wrong_in_a_setting_is_said_by_its_name_and_not_blamed_on_the_file(tmp_path, capsys, word, message):

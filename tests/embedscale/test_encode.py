@@ -12,8 +12,8 @@ from tokenizers import Tokenizer
 
 from embedscale.cli import main
 from embedscale.errors import DONE, UserError
-from embedscale.run.config import load
 from embedscale.run.directory import RunDirectory
+from embedscale.run.settings import load
 from embedscale.serving.embedder import Embedder
 from embedscale.serving.encode import encode
 

@@ -19,8 +19,8 @@ from embedscale.cli import main
 from embedscale.data.prepare import prepare
 from embedscale.data.store import PairStore
 from embedscale.errors import DONE, INTERRUPTED, UserError
-from embedscale.run.config import load
 from embedscale.run.directory import RunDirectory
+from embedscale.run.settings import load
 from embedscale.run.stop import StopRequest
 from embedscale.serving.embedder import Embedder
 from embedscale.serving.evaluate import adapter_of, evaluate, held_out_task, held_out_texts

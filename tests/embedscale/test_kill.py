@@ -11,8 +11,8 @@ import pytest
 from test_train import METHODS, comparable
 
 from embedscale.errors import DONE, INTERRUPTED
-from embedscale.run.config import load
 from embedscale.run.directory import RunDirectory
+from embedscale.run.settings import load
 
 KILLS = 10
 

@@ -39,7 +39,7 @@ BAD = [
     ({"path": "good.jsonl", "kind": "json"}, {}, "data.sources.kind: 'json' is unknown; allowed: jsonl"),
     ({"path": "good.jsonl", "weight": 0}, {}, "data.sources.weight: 0.0 is out of range"),
     ({"path": "good.jsonl", "pth": "x"}, {}, "pth"),
-    ({"kind": "parquet"}, {}, "data.sources.path: nothing is given"),
+    ({"kind": "parquet"}, {}, "data.sources.path: no path is given"),
     ({"path": "empty.jsonl"}, {}, "data.sources[0]: empty.jsonl yields no pair (nothing read)"),
     ({"path": "nulls.jsonl"}, {}, "data.sources[0]: nulls.jsonl yields no pair (7 read, 7 empty)"),
     ({"path": "blank.jsonl"}, {}, "yield no training pair (4 read, 4 empty)"),

@@ -23,10 +23,10 @@ from embedscale import cli
 from embedscale.data.store import PairStore
 from embedscale.errors import DONE, FAILED, INTERRUPTED, WRONG
 from embedscale.files import read_json
-from embedscale.run.config import load
 from embedscale.run.cost import cost_of
 from embedscale.run.directory import RunDirectory
 from embedscale.run.families import shape_by_name
+from embedscale.run.settings import load
 from embedscale.run.stop import StopRequest
 from embedscale.training.batches import Batches
 from embedscale.training.plan import plan_run
@@ -556,7 +556,7 @@ def test_shards_are_fed_in_as_many_chunks_on_each_rank(tiny_run, chunk_tokens):
         (["method.name=adapter"], "method.name: 'adapter' is unknown"),
         (["method.name=lora", "method.rank=1000"], "method.rank: 1000 is out of range"),
         (["method.name=freeze", "method.active_fraction=0.3"], "method.active_fraction: 0.3 of 4 blocks"),
-        (["training.learning_rate=null"], "training.learning_rate: nothing is given"),
+        (["training.learning_rate=null"], "training.learning_rate: no value is given"),
         (["evaluation.pool=32000"], "held-out pairs are asked for"),
         (["loss.hard_negatives=5"], "loss.hard_negatives: 5, but"),
         (["resources.shard=true"], "resources.shard: one process has nothing to share"),

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from embedscale.errors import UserError
-from embedscale.run import config
 from embedscale.run.config import RunConfig
 from embedscale.run.method import Method
+from embedscale.run.settings import load
 from slurm import grid
 from slurm.cluster import Cluster, ResourceClass
 
@@ -84,7 +84,7 @@ def test_a_run_of_a_sweep_is_the_run_that_train_would_make_of_the_same_words():
         "training.precision=bf16",
         "data.store=stores/bge-mtp-english",
     ]
-    assert config.load(None, words).run_id in found.by_id
+    assert load(None, words).run_id in found.by_id
 
 
 def test_axes_combine_and_a_methods_lists_belong_to_it_alone(tmp_path):

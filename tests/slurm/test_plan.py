@@ -147,7 +147,7 @@ def test_measured_speeds_replace_the_assumption(tmp_path, capsys):
 def test_a_store_that_is_there_is_counted(tmp_path, tiny_run, save_decoder):
     """The figures of a prepared store, against the exact plan that training makes."""
     from embedscale.data.store import PairStore
-    from embedscale.run.config import load
+    from embedscale.run.settings import load
     from embedscale.training.plan import plan_run
     from slurm.cluster import shape_of
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from embedscale.errors import DONE
-from embedscale.run.config import load
+from embedscale.run.settings import load
 from embedscale.run.stop import StopRequest
 from slurm.scoring import score_all
 

@@ -1,0 +1,242 @@
+"""Settings from YAML files and `key=value` words into dataclasses, and back: with every default and its meaning.
+
+OmegaConf merges and converts; this module adds messages that name the setting, the file and the nearest known setting,
+and prints a configuration as commented YAML or as a Markdown table.
+"""
+
+import difflib
+import re
+from collections.abc import Sequence
+from dataclasses import MISSING, Field, fields, is_dataclass
+from functools import cache
+from itertools import combinations
+from pathlib import Path
+from typing import Any, TypeVar, get_args, get_type_hints
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+from yaml import YAMLError
+
+from embedscale.errors import UserError
+from embedscale.run.config import RunConfig
+from embedscale.values import descriptions
+
+T = TypeVar("T")
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Return the mapping of a YAML file. Raise UserError for a file that is missing, unreadable or malformed."""
+    try:
+        loaded = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+    except FileNotFoundError:
+        raise UserError(f"{path}: there is no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({type(error).__name__})") from None
+    except (YAMLError, OmegaConfBaseException) as error:
+        raise UserError(f"{path}: is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(loaded, dict):
+        raise UserError(f"{path}: holds a {type(loaded).__name__}; expected a mapping of settings")
+    return {str(key): value for key, value in loaded.items()}
+
+
+def structured(schema: type, values: dict[str, Any], words: Sequence[str] = (), origin: str = "") -> Any:
+    """Return the dataclass `schema` with `values` and then `key=value` words merged into its defaults.
+
+    `origin` is the file that the values are from, for messages. Raise UserError with one line that names the setting,
+    and for an unknown setting the nearest known one.
+    """
+    layers = [_defaults(schema), OmegaConf.create(values), _of_words(words)]
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(*layers))
+    except ConfigKeyError as error:
+        key = str(error.full_key or error.key)
+        # Later releases of OmegaConf name a nearest key too, but only one on the same level.
+        known = known_keys(schema)
+        nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.5) or [
+            name
+            for last in difflib.get_close_matches(key, [name.rsplit(".", 1)[-1] for name in known], n=1)
+            for name in known
+            if name.rsplit(".", 1)[-1] == last
+        ]
+        hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+        message = f"{key}: unknown setting{hint}"
+    except UserError as error:
+        message = str(error)
+    except (OmegaConfBaseException, TypeError) as error:
+        key = str(getattr(error, "full_key", None) or "")
+        misfits = (_misfit(*pair) for pair in combinations(map(OmegaConf.to_container, layers), 2))
+        if isinstance(error.__cause__, UserError):
+            message = str(error.__cause__)
+        elif not key and (found := next(filter(None, misfits), None)):
+            message = found
+        elif isinstance(error, OmegaConfBaseException):
+            said = str(getattr(error, "msg", None) or error).split("\n")[0]
+            message = f"{key}: {said}" if key else said
+        else:
+            raise
+    raise UserError(blaming(message, origin, words))
+
+
+def blaming(message: str, origin: str, words: Sequence[str]) -> str:
+    """Return the message after the file's name, unless the setting that it begins with is one of the `words`."""
+    key = re.split(r"[:\[]", message, maxsplit=1)[0]
+    given = [re.split(r"[=\[]", word, maxsplit=1)[0] for word in words]
+    mine = any(f"{key}.".startswith(f"{name}.") or name.startswith(f"{key}.") for name in given)
+    return message if mine or not origin else f"{origin}: {message}"
+
+
+def _of_words(words: Sequence[str]) -> DictConfig:
+    for word in words:
+        if word.find("=") < 1:
+            raise UserError(f"{word!r} is not a key=value word; only the first word may be a file")
+        try:
+            OmegaConf.from_dotlist([word])
+        except (OmegaConfBaseException, YAMLError):
+            raise UserError(f"{word!r}: the value after the '=' is not valid YAML") from None
+    return OmegaConf.from_dotlist(list(words))
+
+
+def _misfit(known: Any, given: Any, key: str = "") -> str | None:
+    """Describe the first setting that is a mapping in one and not in the other; OmegaConf does not name it."""
+    if isinstance(known, dict) and isinstance(given, dict):
+        names = (name for name in known if name in given)
+        found = (_misfit(known[name], given[name], f"{key}.{name}".lstrip(".")) for name in names)
+        return next(filter(None, found), None)
+    if isinstance(known, dict):
+        return f"{key}: {given!r} is given; expected a mapping of settings to values"
+    return (
+        f"{key}: a mapping is given; expected a list" if isinstance(known, list) and isinstance(given, dict) else None
+    )
+
+
+@cache
+def _defaults(schema: type) -> Any:
+    """Return the defaults, to be merged into. OmegaConf before 2.4 needs the parts of a frozen dataclass writable."""
+    config = OmegaConf.structured(schema)
+    for node in (config, *config.values()):
+        if OmegaConf.is_config(node):
+            OmegaConf.set_readonly(node, None)
+    return config
+
+
+def known_keys(schema: type, prefix: str = "") -> list[str]:
+    """Return every dotted key of a dataclass."""
+    keys = []
+    for item in fields(schema):
+        keys.append(prefix + item.name)
+        for part in (item.type, *get_args(item.type)):
+            if is_dataclass(part) and isinstance(part, type):
+                keys += known_keys(part, f"{prefix}{item.name}.")
+    return keys
+
+
+def read(schema: type[T], path: str | Path | None = None, words: Sequence[str] = ()) -> T:
+    """Return the dataclass `schema` with the settings of a YAML file and then `key=value` words. Raise UserError."""
+    found: T = structured(schema, read_yaml(path) if path else {}, words, origin=str(path or ""))
+    return found
+
+
+def load(path: str | Path | None = None, words: Sequence[str] = ()) -> RunConfig:
+    """Return the `RunConfig` of a YAML file, or of the defaults, with `key=value` words over it. Raise UserError."""
+    return read(RunConfig, path, words)
+
+
+def to_yaml(config: RunConfig) -> str:
+    """Return the complete configuration as YAML; `load` reads an equal one back."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+# --- Every setting with its meaning ----------------------------------------------------------------------------------
+
+
+class _Dumper(yaml.SafeDumper):
+    """YAML as people write it: large numbers as 1.5e+15."""
+
+
+def _number(dumper: yaml.SafeDumper, value: float) -> yaml.Node:
+    short = f"{value:g}" if "." in f"{value:g}" else f"{value:g}".replace("e", ".0e")  # 1.0e+15: YAML wants the dot
+    if 1e6 <= abs(value) < float("inf") and float(short) == value:
+        return dumper.represent_scalar("tag:yaml.org,2002:float", short)
+    return dumper.represent_float(value)
+
+
+_Dumper.add_representer(float, _number)
+
+
+def on_one_line(value: Any) -> str:
+    """Return a plain value as YAML on one line."""
+    text: str = yaml.dump(value, Dumper=_Dumper, default_flow_style=True, width=10**6)
+    return text.removesuffix("\n...\n").strip()
+
+
+def commented(value: Any, indent: str = "") -> str:
+    """Return a dataclass as YAML with a comment behind each setting: its meaning, and its default where it differs.
+
+    The text is a configuration file: `read` gives an equal dataclass back.
+    """
+    lines: list[str] = []
+    schema: Any = type(value)
+    for item in fields(schema):
+        found, part, listed = getattr(value, item.name), *_part_of(schema, item)
+        if part is not None and not listed:
+            lines += [f"{indent}{item.name}:  # {_first_line(part)}", commented(found, indent + "  ")]
+            continue
+        meaning, default = _meaning_of(schema, item), _default_of(item)
+        if found != default and (default not in (None, [], {}, "") or "default:" not in meaning):
+            meaning += f" Default: {_written(default, listed) or 'none'}."
+        if part is not None and found:
+            lines.append(_comment(f"{indent}{item.name}:", meaning))
+            for each in found:
+                first, *rest = commented(each, indent + "    ").splitlines()
+                lines += [f"{indent}  - {first.lstrip()}", *rest]
+        else:
+            lines.append(_comment(f"{indent}{item.name}: {on_one_line(found)}", meaning))
+    return "\n".join(lines)
+
+
+def markdown(schema: type, prefix: str = "", nested: bool = True) -> str:
+    """Return the settings of a dataclass as Markdown: a table, then with `nested` a section for each nested one."""
+    rows, sections = [], []
+    for item in fields(schema):
+        part, listed = _part_of(schema, item)
+        key = f"{prefix}{item.name}"
+        if part is None or listed:
+            default = _written(_default_of(item), listed)
+            rows.append(f"| `{key}` | {f'`{default}`' if default else '–'} | {_meaning_of(schema, item)} |")
+        if part is not None and nested:
+            title = f"Each element of `{key}`" if listed else f"`{key}`"
+            sections += [f"### {title}", "", _first_line(part), "", markdown(part, "" if listed else f"{key}.")]
+    return "\n".join(["| setting | default | meaning |", "|---|---|---|", *rows, "", *sections])
+
+
+def _part_of(schema: type, item: Field[Any]) -> tuple[type | None, bool]:
+    """Return the dataclass that a setting holds, and whether it holds a list of them."""
+    kind = get_type_hints(schema)[item.name]
+    if is_dataclass(kind) and isinstance(kind, type):
+        return kind, False
+    inner = next((each for each in get_args(kind) if is_dataclass(each) and isinstance(each, type)), None)
+    return inner, inner is not None
+
+
+def _default_of(item: Field[Any]) -> Any:
+    return item.default if item.default_factory is MISSING else item.default_factory()
+
+
+def _written(default: Any, listed: bool) -> str:
+    """Return a default for a reader: empty if nothing is set, and for a list of dataclasses their number."""
+    if default in (None, "", [], {}):
+        return ""
+    return f"{len(default)} of them" if listed else on_one_line(default)
+
+
+def _meaning_of(schema: Any, item: Field[Any]) -> str:
+    return descriptions(schema).get(item.name, "")
+
+
+def _comment(line: str, text: str) -> str:
+    return f"{line:<40}  # {text}" if text else line
+
+
+def _first_line(schema: type) -> str:
+    return (schema.__doc__ or "").strip().splitlines()[0]
