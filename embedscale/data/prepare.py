@@ -39,6 +39,7 @@ from embedscale.data.workers import in_parallel, worker_pool
 from embedscale.errors import DONE, FAILED, UserError
 from embedscale.files import read_json, write_json
 from embedscale.run.config import Data, RunConfig, Source
+from embedscale.run.directory import RunDirectory
 from embedscale.run.lease import Lease, lease_holder
 from embedscale.run.stop import StopRequest
 
@@ -147,7 +148,8 @@ def _report_finished(folder: Path, settings: dict[str, Any]) -> bool:
 
 
 def _lease(folder: Path) -> Path:
-    return folder / "work" / "lease.json"
+    """Return the path of the store's lease: the work folder is leased in the same way as a run directory."""
+    return RunDirectory(folder / "work").lease
 
 
 def _remove_work(folder: Path) -> None:

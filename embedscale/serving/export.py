@@ -62,7 +62,7 @@ def export(run: str, folder: str, least_cosine: float = SIMILAR) -> int:
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", suffix=".partial", dir=target.parent) as temporary:
         made = Path(temporary) / "model"
         made.mkdir()
-        _write_model(embedder, made)
+        write_model(embedder, made)
         likeness = _compare(embedder, made, Path(temporary))
         if isinstance(likeness, str) or likeness <= least_cosine:
             found = likeness if isinstance(likeness, str) else f"cosine {likeness:.6f}, expected above {least_cosine}"
@@ -75,7 +75,8 @@ def export(run: str, folder: str, least_cosine: float = SIMILAR) -> int:
     return DONE
 
 
-def _write_model(embedder: Embedder, folder: Path) -> None:
+def write_model(embedder: Embedder, folder: Path) -> None:
+    """Write the files of the sentence-transformers model into an existing, empty folder."""
     config = embedder.config
     body: Any = embedder.encoder.body
     body.save_pretrained(folder)

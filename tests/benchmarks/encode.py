@@ -32,7 +32,7 @@ from embedscale.model.hardware import keep_freed_memory
 from embedscale.run.families import PYTHIA
 from embedscale.run.settings import load
 from embedscale.serving.embedder import Embedder
-from embedscale.serving.export import _write_model
+from embedscale.serving.export import write_model
 from embedscale.training.calibrate import build
 
 BATCHES = (8, 16, 32, 64)  # 32 is their default
@@ -105,7 +105,7 @@ def main() -> None:
         for size in args.sizes:
             embedder = embedder_of(size, folder / "tokenizer", args.context, precision)
             (folder / size).mkdir()
-            _write_model(embedder, folder / size)
+            write_model(embedder, folder / size)
             lengths = [min(len(e.ids), args.context) for e in embedder.tokenizer.encode_batch(texts)]
             own = Contestant(ours, size, folder / "tokenizer", args.context, precision, texts)
             other = Contestant(theirs, folder / size, args.bf16, texts)
