@@ -10,11 +10,14 @@ from embedscale.serving.tasks import HELD_OUT, names_of, task_of
 
 
 def checked(words: Sequence[str]) -> list[str]:
-    """Return the names of the tasks, with suites expanded. Raises UserError for a task that mteb does not know."""
+    """Return the tasks of `--evaluate`, with suites expanded. Raises UserError for a task that mteb does not know."""
     names = names_of(words)
     for name in names:
         if name != HELD_OUT:
-            task_of(name)
+            try:
+                task_of(name)
+            except UserError as error:  # it names the option of `embedscale evaluate`
+                raise UserError(str(error).replace("--tasks:", "--evaluate:", 1)) from None
     return names
 
 

@@ -221,9 +221,10 @@ def command(args: Namespace) -> int:
     sweep = grid.load(args.sweep, args.words)
     plan = plan_sweep(sweep)
     scheduler = scheduler_of(sweep.cluster.scheduler, sweep.folder)
-    limits = scheduler.limits()
-    queues = limits is not None and not limits.foreground
-    to = args.to or (sweep.cluster.scheduler if queues else "here")
+    to = args.to
+    if to is None:
+        limits = scheduler.limits()
+        to = "here" if limits is None or limits.foreground else sweep.cluster.scheduler
     allowed("--to", to, list(dict.fromkeys([sweep.cluster.scheduler, "here"])))
     if to != "here":
         if submit(sweep, plan, scheduler, wish):

@@ -41,7 +41,7 @@ def test_scoring_jobs_score_what_is_done_and_no_run_twice(lab, until):
 def test_a_task_that_mteb_does_not_know_is_refused_before_anything_is_sent(laptop):
     sweep = laptop.write("scored", **FILE)
     said = laptop.sweep("submit", sweep, "--evaluate", "SciFcat", code=2)
-    assert "'SciFcat' is no task of mteb" in said and "did you mean SciFact?" in said
+    assert "--evaluate: 'SciFcat' is neither a task of mteb" in said and "did you mean SciFact?" in said
     assert not laptop.directories("scored")
 
 
