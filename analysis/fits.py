@@ -397,6 +397,8 @@ def read(path: str | Path) -> Fits:
         return Fits.from_json(found)
     except UserError as error:
         raise UserError(f"{path}: {error}; run embedscale fit again") from None
+    except (KeyError, TypeError, AttributeError) as error:  # of a file of format 1
+        raise UserError(f"{path}: is damaged: {error!r}; run embedscale fit again") from None
 
 
 # --- Format 1 --------------------------------------------------------------------------------------------------------
@@ -404,18 +406,14 @@ def read(path: str | Path) -> Fits:
 
 def _from_first_version(old: Mapping[str, Any]) -> dict[str, Any]:
     """Translate format 1: other names of N and C, and hyper-parameters and coefficients beside the other keys."""
-    frontier = old["frontier"]
-    segments = [
-        {"method": row["method"], "from_flop": row["from"], "to_flop": row["to"]} for row in frontier["segments"]
-    ]
+    names = {"from": "from_flop", "to": "to_flop"} | FIRST_VERSION
     return {
         **old,
         "format": FORMAT,
         "methods": {name: _old_method(method) for name, method in old["methods"].items()},
         "frontier": {
-            "segments": segments,
-            "crossings": list(map(_old_names, frontier["crossings"])),
-            "comparisons": list(map(_old_names, frontier["comparisons"])),
+            part: [{names.get(key, key): value for key, value in row.items()} for row in rows]
+            for part, rows in old["frontier"].items()
         },
         "excluded": list(map(_old_names, old["excluded"])),
     }

@@ -12,6 +12,7 @@ import io
 import json
 import math
 import shlex
+from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -430,7 +431,7 @@ def lines(found: Recipe, confidence: float) -> list[tuple[str, str]]:
     return told + [("note", note) for note in found.notes]
 
 
-def command(args: Any) -> int:
+def command(args: Namespace) -> int:
     """Run `embedscale recipe FITS BUDGET`: print what to train."""
     limit = parse_limit(" ".join(args.budget) or None, args.tokens)
     fits, runs = read(args.fits)

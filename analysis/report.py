@@ -6,10 +6,11 @@ its size: about 100 kB a figure.
 """
 
 import base64
+from argparse import Namespace
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -56,7 +57,7 @@ class Table:
 
     title: str
     columns: Sequence[str]
-    rows: Sequence[Sequence[Any]]
+    rows: Sequence[Sequence[object]]
     more: str = ""
 
 
@@ -165,7 +166,7 @@ def _laws(fits: Fits) -> list[Table]:
     ]
 
 
-def _power_laws(fits: Fits) -> list[list[Any]]:
+def _power_laws(fits: Fits) -> Sequence[Sequence[object]]:
     rows = []
     for name, method in fits.methods.items():
         for quantity, sign in SIGNS.items():
@@ -178,7 +179,7 @@ def _power_laws(fits: Fits) -> list[list[Any]]:
     return rows
 
 
-def _joint_laws(fits: Fits) -> list[list[Any]]:
+def _joint_laws(fits: Fits) -> Sequence[Sequence[object]]:
     rows = []
     for name, method in fits.methods.items():
         for law in LAWS:
@@ -198,7 +199,7 @@ def _joint_laws(fits: Fits) -> list[list[Any]]:
     return rows
 
 
-def _held_out(fits: Fits) -> list[list[Any]]:
+def _held_out(fits: Fits) -> Sequence[Sequence[object]]:
     return [
         [
             name,
@@ -214,7 +215,7 @@ def _held_out(fits: Fits) -> list[list[Any]]:
     ]
 
 
-def _compared(fits: Fits) -> list[list[Any]]:
+def _compared(fits: Fits) -> Sequence[Sequence[object]]:
     if len(fits.runs.budgets) > SHOWN_COMPARISONS:
         return []
     words = {True: "yes", False: "no", None: "unknown"}
@@ -230,7 +231,7 @@ def _compared(fits: Fits) -> list[list[Any]]:
     ]
 
 
-def _optima(fits: Fits) -> list[list[Any]]:
+def _optima(fits: Fits) -> Sequence[Sequence[object]]:
     every = [(name, row) for name, method in fits.methods.items() for row in method.optima]
     return [
         [name, number(row.budget_flop), row.state, number(row.n_opt), spread(row.n_opt_interval)]
@@ -281,7 +282,7 @@ def _costs(found: Study) -> Table:
     table, rows = found.table, []
     for method in [*found.methods, None]:
         part = table if method is None else table[table["method"] == method]
-        row: list[Any] = [method or "all", len(part)]
+        row: list[object] = [method or "all", len(part)]
         for name in ("budget_flop", "spent_flop", "spent_flop_exact", "tokens", "gpu_hours"):
             known = name in part and part[name].notna().any()
             row.append(f"{part[name].sum():.4g}" if known else "not recorded")
@@ -360,7 +361,7 @@ def page(found: Study, written: Sequence["Written"], runs: Sequence[Row], budget
     )
 
 
-def command(args: Any) -> int:
+def command(args: Namespace) -> int:
     """Run `embedscale report FITS`: write report.html and the figures."""
     for budget in args.budget or []:
         evidence.parse_limit(budget)

@@ -135,9 +135,10 @@ def _parse(text: str) -> StatedLaw:
             raise UserError(f"simulate: {word.strip()!r} was found; write COEFFICIENT=NUMBER") from None
     for law in LAWS.values():
         if set(values) == set(law.coefficients):
-            outside = [name for name, (low, high) in law.bounds.items() if not low < values[name] < high]
+            bounds = {name: ends for name, ends in law.bounds.items() if name in values}
+            outside = [name for name, (low, high) in bounds.items() if not low < values[name] < high]
             if outside or not np.isfinite(list(values.values())).all():
-                *some, last = law.bounds
+                *some, last = bounds
                 raise UserError(f"simulate: {', '.join(some)} and {last} must be above 0, and all coefficients finite")
             return StatedLaw.of(law, values)
     allowed = " or ".join(", ".join(law.coefficients) for law in LAWS.values())

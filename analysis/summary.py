@@ -1,9 +1,10 @@
 """Print what `embedscale fit` found: optima, laws with their intervals, hold-outs, the frontier, and the notes."""
 
 import math
+from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
@@ -149,7 +150,7 @@ def show_simulation(result: Mapping[str, Simulated], console: Console) -> None:
         console.print(table)
 
 
-def command(args: Any) -> int:
+def command(args: Namespace) -> int:
     """Run `embedscale fit`: load, fit, write fits.json, and print what it says."""
     from analysis import runs as loading
     from analysis import study
@@ -180,7 +181,7 @@ def command(args: Any) -> int:
     return 0
 
 
-def simulation(args: Any, rows: "pd.DataFrame | None") -> int:
+def simulation(args: Namespace, rows: "pd.DataFrame | None") -> int:
     """Run `embedscale fit SWEEP --simulate LAW`: print what the sweep would find; `rows` are a sweep file's runs."""
     from analysis import simulate
     from analysis.runs import load_grid

@@ -28,12 +28,13 @@ def pages() -> dict[str, str]:
 
 
 def schemas() -> dict[str, dict[str, Any]]:
-    """Return the JSON Schema of each file that a run writes, by file name."""
+    """Return the JSON Schema of each file that a run or a fit writes, by file name."""
+    from analysis.fits import Fits
     from embedscale.run.record import Metric, RunRecord
     from embedscale.training.plan import PlanFile
     from embedscale.values import schema_file
 
-    kinds = {"record.json": RunRecord, "metrics.jsonl": Metric, "plan.json": PlanFile}
+    kinds = {"record.json": RunRecord, "metrics.jsonl": Metric, "plan.json": PlanFile, "fits.json": Fits}
     return {f"{name.split('.')[0]}.schema.json": schema_file(kind, name) for name, kind in kinds.items()}
 
 
