@@ -1,4 +1,8 @@
-"""Files that are written whole or not at all."""
+"""Write files whole or not at all, and read and write JSON.
+
+Each file is written beside its target, synchronised with the disk and renamed. A crash at any moment leaves the old
+file or the new one. The price is a wait for the disk with each file.
+"""
 
 import json
 import os
@@ -14,11 +18,11 @@ from embedscale.errors import UserError
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write a file so that, whatever happens, it holds all of the old content or all of the new.
+    """Replace a file by what `write` writes; a reader sees the old content or the new, never a part.
 
-    The temporary file lies beside its target: a rename across file systems would be a copy. Where the system refuses,
-    raises its OSError with the target's name, whatever `write` made of it.
+    Raise the system's OSError with the name of the target, for example for a full disk.
     """
+    # In the same folder, because a rename to another file system would copy.
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
     try:
         _write_to_disk(temporary, write)
@@ -28,7 +32,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
             raise
         raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
-        with suppress(OSError):  # whoever refuses to unlink has refused to write, and that is the error to hear of
+        with suppress(OSError):  # a failed unlink follows a failed write; keep the first error
             temporary.unlink(missing_ok=True)
     folder = os.open(path.parent, os.O_RDONLY)
     try:
@@ -43,11 +47,11 @@ def _write_to_disk(path: Path, write: Callable[[BinaryIO], object]) -> None:
         try:
             write(file)
         except Exception:
-            # torch, NumPy and safetensors have errors of their own for a full disk: it is asked again.
+            # torch, NumPy and safetensors raise errors of their own for a full disk. Writing once more raises OSError.
             file.write(bytes(2**20))
             file.flush()
             raise
-    # safetensors puts a file of its own in this one's place, which its owner alone may read.
+    # safetensors replaces the file by one of its own, which only its owner may read.
     with path.open("rb") as file:
         if stat.S_IMODE(os.fstat(file.fileno()).st_mode) != mode:
             path.chmod(mode)
@@ -55,18 +59,20 @@ def _write_to_disk(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
+    """Write a value as indented JSON, atomically."""
     write_atomically(path, lambda file: file.write((json.dumps(value, indent=2) + "\n").encode()))
 
 
 def read_json(path: Path) -> Any:
-    """The file's value, or None where it is missing. Raises UserError where it is no JSON."""
+    """Return the value of a JSON file; None if there is no file. Raise UserError if it is not valid JSON."""
     try:
         return json.loads(path.read_text())
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (ValueError, UnicodeDecodeError):
-        raise UserError(f"{path}: is no valid JSON") from None
+    except ValueError:  # UnicodeDecodeError is one
+        raise UserError(f"{path}: is not valid JSON") from None
 
 
 def now() -> str:
+    """Return the time, UTC, in ISO 8601 to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")

@@ -144,10 +144,10 @@ def status_of(directory: RunDirectory, run_id: str, budget: float, devices: int,
     if holder is not None:
         return replace(
             so_far,
-            spent_flop=holder.get("spent_flop", 0),
-            seconds_left=holder.get("seconds_left"),
-            host=holder["host"],
-            job_id=holder.get("job_id"),
+            spent_flop=holder.spent_flop,
+            seconds_left=holder.seconds_left,
+            host=holder.host,
+            job_id=holder.job_id,
         )
     if not attempts:
         return _unstarted(run_id, budget, job)

@@ -25,14 +25,6 @@ class Size:
     pretraining_learning_rate: float  # peak, as published
     parameters: int  # non-embedding, as published; tests recount it
 
-    @property
-    def blocks(self) -> int:
-        return self.shape.blocks
-
-    @property
-    def width(self) -> int:
-        return self.shape.width
-
 
 @dataclass(frozen=True)
 class Family:
@@ -89,8 +81,6 @@ PYTHIA = Family(
 )
 
 FAMILIES = (PYTHIA,)
-SUITE = PYTHIA.sizes
-Pythia = Size
 SUITES = " or ".join(family.name for family in FAMILIES)
 """The families' names, for messages."""
 

@@ -1,4 +1,9 @@
-"""Who may write into a run directory: a lease, kept alive by a heartbeat, without a lock server."""
+"""The lease of a run directory: which process may write into it. A file and a heartbeat, no lock server.
+
+A process takes the lease by creating lease.json, and keeps it by writing the file again every HEARTBEAT_SECONDS, with
+its progress. On the holder's own machine the process itself is looked up; from another machine, a lease without a
+heartbeat for STALE_SECONDS counts as left behind. The price is that a run whose machine died waits for that time.
+"""
 
 import json
 import os
@@ -9,25 +14,26 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from embedscale.errors import UserError
-from embedscale.files import now, read_json, write_json
+from embedscale.files import now, write_json
 from embedscale.run.directory import RunDirectory
+from embedscale.values import Amount, Count, Damaged, Value
 
 HEARTBEAT_SECONDS = 20.0
-STALE_SECONDS = 180.0  # a lease of another host without a heartbeat for so long is left behind
+STALE_SECONDS = 180.0
 
 
 def process_alive(pid: int, born: str | None = None) -> bool:
-    """`born`: the `start_time` of the process that is meant; None where it was not noted."""
+    """Whether a process of this machine runs. `born` is its `start_time`; None if it was not noted."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
     except PermissionError:
-        pass  # another user's
+        pass  # another user's process
     try:
         state, started = _state_and_start(pid)
     except OSError:
@@ -37,7 +43,10 @@ def process_alive(pid: int, born: str | None = None) -> bool:
 
 
 def start_time(pid: int) -> str:
-    """Of a process, in clock ticks since boot: tells it from a later one of the same number. Empty where it is gone."""
+    """Return when a process started, in clock ticks since boot; empty if it does not run.
+
+    Number and start together name one process: a number alone is given again to later processes.
+    """
     try:
         state, started = _state_and_start(pid)
     except OSError:
@@ -50,78 +59,94 @@ def _state_and_start(pid: int) -> tuple[str, str]:
     return fields[0], fields[19]
 
 
-def lease_holder(path: Path) -> dict[str, Any] | None:
-    """Who holds the lease, or None where nobody does or its holder is gone.
+@dataclass(frozen=True)
+class Holder(Value):
+    """lease.json: the process that holds a lease, and how far its run is."""
 
-    On the holder's own host the process decides, however long it has been silent; elsewhere, and beside the process
-    where a lease of older code does not tell when that was born, the age of the last heartbeat.
+    host: str = "unknown"
+    """Name of the machine."""
+    pid: int = 0
+    """Number of the process on its machine."""
+    born: str | None = None
+    """`start_time` of the process; null in leases of early code."""
+    token: str | None = None
+    """Text that no other holder has."""
+    start: str | None = None
+    """Time at which the lease was taken, ISO 8601."""
+    job_id: str | None = None
+    """SLURM's number of the job; null outside SLURM."""
+    time: str | None = None
+    """Time of the last heartbeat, ISO 8601; null before the first."""
+    step: Count | None = None
+    """Steps made."""
+    steps: Count | None = None
+    """Steps of the whole run."""
+    spent_flop: Count = 0
+    """FLOP spent so far."""
+    budget_flop: Amount | None = None
+    """FLOP that the run was given."""
+    tokens_per_second: Amount | None = None
+    """Mean speed of the attempt."""
+    seconds_left: Amount | None = None
+    """Estimated time until the budget is spent."""
+
+    @classmethod
+    def of_this_process(cls) -> "Holder":
+        pid = os.getpid()
+        return cls(socket.gethostname(), pid, start_time(pid), uuid.uuid4().hex, now(), os.environ.get("SLURM_JOB_ID"))
+
+
+def lease_holder(path: Path) -> Holder | None:
+    """Return who holds the lease; None if nobody does or the holder is gone.
+
+    On the holder's own machine its process decides, however long it has been silent. From other machines the age of
+    the last heartbeat decides, and also for a lease of early code whose process still runs, or a damaged one.
     """
-    try:
-        text, beaten = path.read_text(), path.stat().st_mtime
-    except FileNotFoundError:
+    holder = Holder.read(path)
+    if holder is None:
         return None
-    holder: dict[str, Any] = {"host": "unknown", "pid": 0}
-    with suppress(ValueError, TypeError):  # of a damaged one the age alone tells
-        holder |= json.loads(text)
-    if holder["host"] == socket.gethostname():
-        # A number may be another process's by now: after a reboot, or in a container that was started again.
-        born = holder.get("born")
-        if not process_alive(holder["pid"], born):
+    if isinstance(holder, Damaged):
+        holder = Holder()
+    if holder.host == socket.gethostname():
+        # The number may be another process's by now: after a reboot, or in a container that was started again.
+        if not process_alive(holder.pid, holder.born):
             return None
-        if born is not None:
+        if holder.born is not None:
             return holder
-    return holder if _clock_of(path.parent) - beaten < STALE_SECONDS else None
+    try:
+        silent = _clock_of(path.parent) - path.stat().st_mtime
+    except FileNotFoundError:  # released since it was read
+        return None
+    return holder if silent < STALE_SECONDS else None
 
 
 def _clock_of(folder: Path) -> float:
-    """The time by the clock that stamps the folder's files: a file server's may not be this machine's."""
+    """Return the time of the clock that stamps the folder's files; a file server's may differ from this machine's."""
     try:
         with tempfile.TemporaryFile(dir=folder) as probe:
             return os.fstat(probe.fileno()).st_mtime
-    except OSError:  # a folder that may be read, not written
+    except OSError:  # the folder may be read but not written
         return time.time()
 
 
 class Lease:
-    """The right to write into a run directory, kept by a heartbeat that also tells the progress.
+    """The right to write into a run directory, kept by a heartbeat that also reports the progress.
 
-    A holder that was silent for too long, suspended say, may find its lease taken over. It then neither beats nor
-    releases any more, and `when_lost` is called once, in whichever thread has noticed.
+    A holder that was silent for too long, for example suspended, may lose its lease to another process. It then writes
+    no heartbeat and releases nothing, and `when_lost` is called once, in whichever thread notices.
     """
 
     def __init__(self, path: Path, when_lost: Callable[[], object] = lambda: None):
         self.path = path
         self.when_lost = when_lost
-        self.facts: dict[str, Any] = {
-            "host": socket.gethostname(),
-            "pid": os.getpid(),
-            "born": start_time(os.getpid()),
-            "token": uuid.uuid4().hex,
-            "start": now(),
-        }
-        self.facts["job_id"] = os.environ.get("SLURM_JOB_ID")
-        self.progress: dict[str, Any] = {}
-        self.left_behind: str | None = None  # the last heartbeat of a dead holder whose lease was taken over
+        self.holder = Holder.of_this_process()
+        self.left_behind: str | None = None  # last heartbeat of a dead holder whose lease was taken over
         self._lost = False
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._beat, daemon=True, name="lease")
 
-    def _create(self) -> bool:
-        # A link appears with its whole content, or fails because another one was first.
-        temporary = self.path.with_name(f".{self.path.name}.{self.facts['token'][:8]}.partial")
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(json.dumps(self.facts))
-            os.link(temporary, self.path)
-            return True
-        except (FileExistsError, FileNotFoundError):  # the latter where another one has just removed the folder
-            return False
-        finally:
-            with suppress(OSError):
-                temporary.unlink(missing_ok=True)
-
     def take(self) -> None:
-        """Make the folder one's own; it need not be there. Raises UserError where another process holds the run."""
+        """Take the lease; the folder is created if needed. Raise UserError if another process holds it."""
         for _ in range(3):
             if self._create():
                 self._thread.start()
@@ -129,10 +154,10 @@ class Lease:
             holder = lease_holder(self.path)
             if holder is not None:
                 raise UserError(
-                    f"{self.path.parent}: another process is at this run "
-                    f"(host {holder['host']}, process {holder['pid']}); nothing was touched"
+                    f"{self.path.parent}: another process is already at work here "
+                    f"(host {holder.host}, process {holder.pid}); nothing was changed"
                 )
-            aside = self.path.with_name(f".{self.path.name}.{self.facts['token'][:8]}.stale")
+            aside = self._beside("stale")
             try:
                 self.path.rename(aside)
             except FileNotFoundError:
@@ -140,47 +165,86 @@ class Lease:
             if lease_holder(aside) is not None:  # a third process took it over between the look and the rename
                 with suppress(OSError):
                     os.link(aside, self.path)
-            with suppress(UserError):
-                self.left_behind = (read_json(aside) or {}).get("time")
+            before = Holder.read(aside)
+            self.left_behind = before.time if isinstance(before, Holder) else None
             aside.unlink()
-        self.path.parent.mkdir(parents=True, exist_ok=True)  # it was no other process where this cannot be
-        raise UserError(f"{self.path.parent}: another process is taking this run; nothing was touched")
+        self.path.parent.mkdir(parents=True, exist_ok=True)  # its error is the reason, if the folder cannot exist
+        raise UserError(f"{self.path.parent}: another process is just beginning here; nothing was changed")
+
+    def _create(self) -> bool:
+        # A link appears with its whole content, or fails because another process was first.
+        temporary = self._beside("partial")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_text(json.dumps(self.holder.to_json()))
+            os.link(temporary, self.path)
+            return True
+        except (FileExistsError, FileNotFoundError):  # the second if another process has just removed the folder
+            return False
+        finally:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+
+    def _beside(self, ending: str) -> Path:
+        return self.path.with_name(f".{self.path.name}.{(self.holder.token or '')[:8]}.{ending}")
 
     def held(self) -> bool:
-        """Whether nobody has taken the lease over. To be asked before each write that another holder might not expect.
+        """Whether no other process has taken the lease; to be asked before each write into the run directory.
 
-        A file server that does not answer takes nothing away.
+        While the file server does not answer, the lease counts as held.
         """
-        with suppress(OSError, UserError):
-            if not self._lost and not self._ours():
+        with suppress(OSError):
+            found = None if self._lost else Holder.read(self.path)
+            # A damaged file is not known to be another holder's.
+            if not self._lost and not isinstance(found, Damaged) and not self._is_own(found):
                 self._lost = True
                 self.when_lost()
         return not self._lost
 
-    def _ours(self) -> bool:
-        return (read_json(self.path) or {}).get("token") == self.facts["token"]
+    def _is_own(self, found: Holder | Damaged | None) -> bool:
+        return isinstance(found, Holder) and found.token == self.holder.token
+
+    def report(
+        self,
+        step: int,
+        steps: int,
+        spent_flop: int,
+        budget_flop: float,
+        tokens_per_second: float | None = None,
+        seconds_left: float | None = None,
+    ) -> None:
+        """Set what the next heartbeat says of the progress."""
+        self.holder = replace(
+            self.holder,
+            step=step,
+            steps=steps,
+            spent_flop=spent_flop,
+            budget_flop=budget_flop,
+            tokens_per_second=tokens_per_second,
+            seconds_left=seconds_left,
+        )
 
     def beat(self) -> None:
-        """Say that the holder lives, and how far it is."""
+        """Write a heartbeat: the holder is alive, and how far its run is."""
         with suppress(OSError):
             if self.held():
-                write_json(self.path, self.facts | self.progress | {"time": now()})
+                write_json(self.path, replace(self.holder, time=now()).to_json())
 
     def _beat(self) -> None:
         while not self._stop.wait(HEARTBEAT_SECONDS):
             self.beat()
 
     def release(self) -> None:
+        """Stop the heartbeat and remove lease.json if it is still this holder's."""
         self._stop.set()
         self._thread.join()
-        with suppress(UserError):
-            if self._ours():
-                self.path.unlink(missing_ok=True)
+        if self._is_own(Holder.read(self.path)):
+            self.path.unlink(missing_ok=True)
 
 
 @contextmanager
 def leased(directory: RunDirectory, when_lost: Callable[[], object] = lambda: None) -> Iterator[Lease]:
-    """Hold a run directory's lease. Raises UserError where another process holds it."""
+    """Hold the lease of a run directory. Raise UserError if another process holds it."""
     lease = Lease(directory.lease, when_lost)
     lease.take()
     try:

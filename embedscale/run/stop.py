@@ -1,4 +1,4 @@
-"""A request to stop: signals and the clock only raise a flag, which the training loop reads between steps."""
+"""Requests to stop: signals and deadlines only set a flag, and the training loop reads it between two steps."""
 
 import os
 import signal
@@ -11,26 +11,28 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class StopRequest:
-    """Raised by a signal, by the clock, or by hand; never lowered."""
+    """A flag that a signal, a deadline or a caller sets, and that stays set."""
 
     def __init__(self, deadline: float | None = None):
         self.reason: str | None = None
-        self.deadline = deadline  # time.time() at which to stop though no signal came
+        self.deadline = deadline  # time.time() at which to stop without a signal
 
     def request(self, reason: str) -> None:
+        """Set the flag. The first reason is kept."""
         self.reason = self.reason or reason
 
     @property
     def requested(self) -> bool:
+        """Whether to stop."""
         if self.reason is None and self.deadline is not None and time.time() >= self.deadline:
             self.request("the time is up")
         return self.reason is not None
 
     def on_signals(self, signals: Iterable[signal.Signals] = STOP_SIGNALS) -> None:
-        """Let each of `signals` raise this flag and do nothing else.
+        """Let each of `signals` set this flag and do nothing else. Only the main thread may call this.
 
-        A child of this process (a loader worker) inherits the handler, and so ignores the signal that SLURM sends
-        to every process of a job; its parent ends it. Only the main thread may call this.
+        A child of this process, such as a loader, inherits the handler and ignores the signal that SLURM sends to every
+        process of a job; its parent ends it.
         """
         owner = os.getpid()
 
@@ -38,7 +40,7 @@ class StopRequest:
             if os.getpid() != owner:
                 return
             if number == signal.SIGINT and self.reason == "SIGINT":
-                raise KeyboardInterrupt  # asked a second time: the user will not wait for the step's end
+                raise KeyboardInterrupt  # the user pressed Ctrl-C again: do not wait for the end of the step
             self.request(signal.Signals(number).name)
 
         for number in signals:
@@ -46,7 +48,7 @@ class StopRequest:
 
 
 def end_with_parent() -> None:
-    """Let this worker process end with the one that started it, whatever kills that."""
+    """End this worker process as soon as the process that started it ends, even by SIGKILL."""
     parent = parent_process()
     assert parent is not None
 

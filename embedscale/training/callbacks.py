@@ -274,14 +274,14 @@ class Show(lightning.Callback):
         rate = (module.tokens - self.start_tokens) / seconds
         share = (module.flop_exact - self.start_exact) / seconds / (self.peak * plan.world_size)
         left = (plan.spent_flop - module.flop) / max((module.flop - self.start) / seconds, 1e-9)
-        self.lease.progress = {
-            "step": module.step,
-            "steps": plan.steps,
-            "spent_flop": module.flop,
-            "budget_flop": plan.budget_flop,
-            "tokens_per_second": round(rate, 1),
-            "seconds_left": round(left, 1),
-        }
+        self.lease.report(
+            step=module.step,
+            steps=plan.steps,
+            spent_flop=module.flop,
+            budget_flop=plan.budget_flop,
+            tokens_per_second=round(rate, 1),
+            seconds_left=round(left, 1),
+        )
         loss = f"{float(module.loss):.4f}"
         held_out = f"{self.held_out.last['loss']:.4f}" if self.held_out.last else "–"
         speed = f"{rate:,.0f} tokens/s, {share:.0%} of peak"

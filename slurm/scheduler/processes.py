@@ -124,8 +124,8 @@ def _ended_before(run: RunConfig, stop: StopRequest) -> str | None:
     # After the loss of a node, SLURM starts the job again before the lease of the lost process counts as stale.
     deadline = time.monotonic() + STALE_SECONDS
     while (holder := lease_holder(directory.lease)) is not None:
-        own = holder.get("job_id") is not None and holder.get("job_id") == os.environ.get("SLURM_JOB_ID")
-        if not own or holder["host"] == socket.gethostname() or stop.requested or time.monotonic() > deadline:
+        own = holder.job_id is not None and holder.job_id == os.environ.get("SLURM_JOB_ID")
+        if not own or holder.host == socket.gethostname() or stop.requested or time.monotonic() > deadline:
             return "elsewhere"
         time.sleep(1)
     if stalled(directory):

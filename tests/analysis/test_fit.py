@@ -243,7 +243,7 @@ def test_fits_of_another_version_are_refused(tmp_path, whole):
     with pytest.raises(UserError, match="does not exist; write it by embedscale fit"):
         fits.read(tmp_path)
     for content, message in (
-        ("{", "is no valid JSON"),
+        ("{", "is not valid JSON"),
         ("{}", "holds no fits"),
         (
             json.dumps(whole.to_json() | {"format": 99, "version": "9.9"}),

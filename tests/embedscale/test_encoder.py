@@ -281,7 +281,7 @@ def test_damaged_folders_are_named_by_what_is_wrong(tmp_path):
     with pytest.raises(UserError, match="config.json: intermediate_size is None; expected a whole number"):
         shape_without_weights(backbone)
     (folder / "config.json").write_text(config[:-9])
-    with pytest.raises(UserError, match="config.json is no valid JSON"):
+    with pytest.raises(UserError, match="config.json is not valid JSON"):
         shape_without_weights(backbone)
     (folder / "config.json").write_text(config)
     with (folder / "model.safetensors").open("r+b") as file:

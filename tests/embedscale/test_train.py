@@ -442,7 +442,7 @@ def test_two_processes_on_one_run_the_second_stops_and_touches_nothing(server, t
         second = Command(server, ["train", *words], dict(os.environ), tmp_path)
         said, _ = second.communicate(timeout=120)
         assert second.returncode == WRONG
-        assert "another process is at this run" in said and len(said.strip().splitlines()) == 1
+        assert "another process is already at work here" in said and len(said.strip().splitlines()) == 1
         assert sorted(directory.attempts.glob("*")) == attempts
         assert read_json(directory.lease)["token"] == token and first.returncode is None
     finally:

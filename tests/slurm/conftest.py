@@ -125,7 +125,7 @@ class Lab:
 
     def hold(self, directory: RunDirectory) -> int:
         """Suspend the process of a run, so that the run cannot end before the test does something to it."""
-        process = lease_holder(directory.lease)["pid"]
+        process = lease_holder(directory.lease).pid
         os.kill(process, signal.SIGSTOP)
         return process
 

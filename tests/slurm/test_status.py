@@ -71,7 +71,7 @@ def test_each_state_is_told_from_directory_and_queue(sweep):
     attempt(running, 0, 1, ended="interrupted", from_flop=0, to_flop=500)
     running.begin_attempt()
     with leased(running) as lease:
-        lease.progress = {"spent_flop": 700, "budget_flop": 1000.0, "seconds_left": 60.0}
+        lease.report(step=7, steps=10, spent_flop=700, budget_flop=1000.0, seconds_left=60.0)
         lease.beat()
         jobs = {each.path.name: job for each in (retried, requeued, queued)}
         found = {each.run_id: each for each in survey(sweep, jobs)}

@@ -75,9 +75,9 @@ class Script:
             newest = max((int(p.stem[5:]) for p in directory.checkpoints.glob("step-*.pt")), default=0)
             if holder and attempts and newest > (newest if attempts[-1].from_step is None else attempts[-1].from_step):
                 found.append((job, node, run))
-                if run in self.long and run not in self.limited and self.still.get(run) != holder["pid"]:
-                    os.kill(holder["pid"], signal.SIGSTOP)
-                    self.still[run] = holder["pid"]
+                if run in self.long and run not in self.limited and self.still.get(run) != holder.pid:
+                    os.kill(holder.pid, signal.SIGSTOP)
+                    self.still[run] = holder.pid
         self.lab.hurry()
         return found
 
@@ -109,7 +109,7 @@ class Script:
         job, _, run = self.find(lambda run, node, held: run in self.long and run not in self.limited, patience=0)
         self.note(run, "time limit")
         self.limited[run] = self.running_attempt(run)
-        process = lease_holder(RunDirectory(self.lab.folder / "runs" / self.name / run).lease)["pid"]
+        process = lease_holder(RunDirectory(self.lab.folder / "runs" / self.name / run).lease).pid
         # SLURM checks every 30 s and warns 20 s ahead. With a later limit it might kill the job without a warning.
         self.lab.limit(job, 40)
         # Suspended, the run cannot end before the warning; it finds the warning when it continues.

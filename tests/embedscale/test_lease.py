@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -34,7 +35,7 @@ def test_a_number_that_was_given_again_holds_no_lease(tmp_path, pid):
     lease = Lease(path)
     lease.take()
     assert lease.left_behind == "2026-01-01T00:00:00+00:00"
-    assert lease_holder(path)["token"] == lease.facts["token"]
+    assert lease_holder(path).token == lease.holder.token
     with pytest.raises(UserError, match=f"process {os.getpid()}"):
         Lease(path).take()
     lease.release()
@@ -43,7 +44,7 @@ def test_a_number_that_was_given_again_holds_no_lease(tmp_path, pid):
 def test_a_lease_of_older_code_is_held_while_its_process_lives_and_beats(tmp_path):
     path = tmp_path / "lease.json"
     left_behind(path, pid=1)
-    assert lease_holder(path)["token"] == "another's"
+    assert lease_holder(path).token == "another's"
     left_behind(path, pid=1, age=2 * STALE_SECONDS)
     assert lease_holder(path) is None
     left_behind(path, pid=2**22 + 1)  # above any number that there can be
@@ -60,7 +61,7 @@ def test_a_process_of_this_host_that_is_silent_but_lives_keeps_its_lease(tmp_pat
         process.send_signal(signal.SIGSTOP)
         then = time.time() - 2 * STALE_SECONDS
         os.utime(path, (then, then))
-        assert lease_holder(path)["pid"] == process.pid
+        assert lease_holder(path).pid == process.pid
         process.kill()
     assert lease_holder(path) is None
 
@@ -81,7 +82,7 @@ def test_the_age_of_a_lease_is_told_by_the_clock_that_stamps_it(tmp_path, monkey
 def test_a_holder_that_was_taken_over_neither_beats_nor_releases(tmp_path):
     said = []
     first, second = Lease(tmp_path / "lease.json", lambda: said.append("lost")), Lease(tmp_path / "lease.json")
-    first.facts["host"] = "elsewhere"
+    first.holder = replace(first.holder, host="elsewhere")
     first.take()
     assert first.held()
     then = time.time() - 2 * STALE_SECONDS  # suspended for so long
