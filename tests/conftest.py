@@ -33,6 +33,7 @@ LONG = [
     "status",
     "prefetch",
     "prepare_interrupted",
+    "report",
     "docs",
     "loss",
 ]
