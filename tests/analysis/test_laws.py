@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from analysis.fitting import laws, solver, uncertainty
-from analysis.fitting.laws import CHINCHILLA, TRAINABLE_FRACTION, Data
+from analysis.fitting.laws import CHINCHILLA, LAWS, TRAINABLE_FRACTION, Data
 from analysis.fitting.solver import fit_joint
 from embedscale.errors import UserError
 
@@ -43,7 +43,7 @@ def columns(runs: pd.DataFrame):
     return (runs[name].to_numpy() for name in ("N", "D", "loss"))
 
 
-@pytest.mark.parametrize("law", [CHINCHILLA, TRAINABLE_FRACTION], ids=lambda law: law.name)
+@pytest.mark.parametrize("law", LAWS.values(), ids=LAWS)
 def test_slopes_are_the_derivatives_and_coordinates_go_both_ways(law):
     n, d, s = grid()
     data = Data.of(n, d, s)
@@ -59,7 +59,7 @@ def test_slopes_are_the_derivatives_and_coordinates_go_both_ways(law):
 
 
 @pytest.mark.parametrize("residual", solver.RESIDUALS)
-@pytest.mark.parametrize("law", [CHINCHILLA, TRAINABLE_FRACTION], ids=lambda law: law.name)
+@pytest.mark.parametrize("law", LAWS.values(), ids=LAWS)
 def test_every_residual_recovers_a_law_without_noise(law, residual):
     n, d, s = grid()
     loss = np.ravel(law.predict(TRUE[law.name], n, d, s))
