@@ -1,4 +1,9 @@
-"""What happens between the steps: log, evaluate, checkpoint, stop, show. One order, the order of `between_steps`."""
+"""What happens between two steps, in one visible order (`between_steps`), and before the first.
+
+Lightning calls one callback. A list of callbacks would hide the order in the list, and the order matters: a row of
+metrics must be written before the checkpoint that makes it final, and the last checkpoint before the last evaluation,
+which may fail.
+"""
 
 import math
 import signal
@@ -9,137 +14,165 @@ from typing import Any
 import lightning
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from embedscale.data.store import PairStore
 from embedscale.files import write_atomically
 from embedscale.model.hardware import compile_seconds, matrix_product_peak
 from embedscale.model.parallel import world_size
+from embedscale.progress import Bar
 from embedscale.run.directory import RunDirectory
-from embedscale.run.lease import Lease
 from embedscale.run.record import Metric
-from embedscale.run.stop import StopRequest
 from embedscale.training.batches import Batch
 from embedscale.training.held_out import evaluate_held_out
-from embedscale.training.module import Contrastive
+from embedscale.training.run import Diverged, Stopped, TrainingRun
 
-KEPT = 2  # checkpoints: should the newest turn out damaged, there is one before
-
-
-class Diverged(Exception):
-    """The loss is no longer finite, since `step`."""
-
-    def __init__(self, step: int):
-        super().__init__(f"the loss is not finite since step {step}")
-        self.step = step
+KEPT = 2  # checkpoints: if the newest one is damaged, the one before serves
+LINE_SECONDS = 20.0  # between two lines of progress in a log file
+BAR_SECONDS = 0.5  # between two looks of a progress bar
+HANDLED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
-class Stopped(Exception):
-    """A stop was requested before the evaluation that the last attempt left open was made."""
+def between_steps(do: "BetweenSteps", trainer: lightning.Trainer) -> None:
+    """Do all that is due after a step, in this order."""
+    run = do.run
+    if run.done:
+        check_spent(run)
+    do.rows.after_step(trainer)
+    if run.done:
+        do.checkpoints.take()
+    if run.module.step in run.plan.evaluate_after:
+        do.evaluate(trainer)
+    asked, due = (False, False) if run.done else do.checkpoints.wishes()
+    if asked or due:
+        do.checkpoints.take()
+    if asked or run.done:
+        trainer.should_stop = True
+    if do.heartbeat is not None:
+        do.heartbeat.note()
+    if do.progress is not None:
+        do.progress.show()
 
 
-class Log(lightning.Callback):
-    """metrics.jsonl, a row every `log_every` steps and at the last; and the optional loggers.
+class BetweenSteps(lightning.Callback):
+    """Calls `between_steps`, and prepares what it needs before the first step."""
 
-    Written by the process that has the lease, which only the first of a run's has, and while it holds it.
-    """
-
-    def __init__(self, directory: RunDirectory, lease: Lease | None, attempt: int, every: int):
-        self.directory, self.lease, self.attempt, self.every = directory, lease, attempt, every
+    def __init__(self, run: TrainingRun):
+        self.run = run
+        self.rows, self.checkpoints = Log(run), Checkpoints(run)
+        # Made in every process; only the one with the lease tells of its progress.
+        self.heartbeat = Heartbeat(run) if run.lease is not None else None
+        self.progress = ProgressLine(run, self.heartbeat) if self.heartbeat is not None else None
+        self._handlers = {number: signal.getsignal(number) for number in HANDLED}
 
     def on_train_start(self, trainer: Any, module: Any) -> None:
-        self._since, self._tokens = time.perf_counter(), module.tokens
+        # Lightning's own SIGTERM handler, set in `fit`, would end a run as if it had succeeded.
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self.rows.start()
+        self.catch_up(trainer)
+        if self.heartbeat is not None:
+            self.heartbeat.start()
+        if self.progress is not None:
+            self.progress.start()
+
+    def on_train_batch_start(self, trainer: Any, module: Any, batch: Batch, batch_idx: int) -> None:
+        refuse_overspending(self.run, batch)
 
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        if module.step % self.every and module.step < module.plan.steps:
+        between_steps(self, trainer)
+
+    def teardown(self, trainer: Any, module: Any, stage: str) -> None:
+        if self.progress is not None:
+            self.progress.stop()
+
+    def catch_up(self, trainer: lightning.Trainer) -> None:
+        """Make the evaluation that the previous attempt left unfinished. Raises Stopped if interrupted by a stop."""
+        run = self.run
+        made = {row.step for row in run.directory.read_metrics() if row.loss is not None}
+        if run.module.step in run.plan.evaluate_after and run.module.step not in made:
+            self.evaluate(trainer)
+            if run.evaluated is None:
+                raise Stopped
+
+    def evaluate(self, trainer: lightning.Trainer) -> None:
+        """Measure the held-out loss and log it. Raises Diverged if it is not finite."""
+        run = self.run
+        run.refuse_divergence()
+        run.evaluated = evaluate_held_out(run.module.encoder, run.store, run.config.evaluation, run.stop)
+        if run.evaluated is not None:
+            if not math.isfinite(run.evaluated["loss"]):  # the last step's weights have no later training loss
+                raise Diverged(run.module.step)
+            self.rows.write(trainer, **run.evaluated)
+
+
+def refuse_overspending(run: TrainingRun, batch: Batch) -> None:
+    """Raise RuntimeError if a step would spend beyond the budget."""
+    if run.module.flop + batch.tokens * run.plan.flop_per_token > run.plan.budget_flop:
+        raise RuntimeError(f"step {batch.step + 1} would spend more than the budget: the store is not the planned one")
+
+
+def check_spent(run: TrainingRun) -> None:
+    """Raise RuntimeError if the run did not spend exactly what was planned."""
+    if run.module.flop != run.plan.spent_flop:
+        raise RuntimeError(f"{run.module.flop} FLOP were spent, {run.plan.spent_flop} planned")
+
+
+class Log:
+    """Writes metrics.jsonl and the optional loggers: a row every `resources.log_every` steps and after the last."""
+
+    def __init__(self, run: TrainingRun):
+        self.run, self.every = run, run.config.resources.log_every
+
+    def start(self) -> None:
+        self._since, self._tokens = time.perf_counter(), self.run.module.tokens
+
+    def after_step(self, trainer: lightning.Trainer) -> None:
+        """Write a row if one is due. Raises Diverged instead of writing a loss that is not finite."""
+        module = self.run.module
+        if module.step % self.every and not self.run.done:
             return
-        refuse_divergence(module)
+        self.run.refuse_divergence()
         seconds = time.perf_counter() - self._since
         self.write(
             trainer,
-            module,
             train_loss=float(module.loss),
-            learning_rate=module.plan.learning_rate_at(batch.step),
+            learning_rate=self.run.plan.learning_rate_at(module.step - 1),
             tokens_per_second=round((module.tokens - self._tokens) / seconds, 1),
             seconds=round(seconds, 4),
         )
-        self._since, self._tokens = time.perf_counter(), module.tokens
+        self.start()
 
-    def write(self, trainer: Any, module: Contrastive, **values: Any) -> None:
-        if self.lease is None or not self.lease.held():
+    def write(self, trainer: lightning.Trainer, **values: Any) -> None:
+        run, module = self.run, self.run.module
+        if not run.may_write():
             return
-        row = Metric(module.step, self.attempt, module.tokens, module.flop, **values)
-        self.directory.append_metric(row)
+        row = Metric(module.step, run.attempt.record.number, module.tokens, module.flop, **values)
+        run.directory.append_metric(row)
         for logger in trainer.loggers:
             logger.log_metrics({"tokens": row.tokens, "spent_flop": row.spent_flop} | values, step=row.step)
 
 
-def refuse_divergence(module: Contrastive) -> None:
-    bad = float(module.first_bad_step)
-    if bad != float("inf"):
-        raise Diverged(int(bad))
+class Checkpoints:
+    """Saves trainable weights, optimiser and counters: by the clock, at a stop request, and after the last step."""
 
-
-class HeldOut(lightning.Callback):
-    """The held-out loss after the planned steps; a resumed run catches up on one that its stop cut short."""
-
-    def __init__(self, store: PairStore, log: Log, stop: StopRequest):
-        self.store, self.writer, self.stop = store, log, stop
-        self.last: dict[str, Any] | None = None
-
-    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if module.step in module.plan.evaluate_after:
-            self.evaluate(trainer, module)
-
-    def on_train_start(self, trainer: Any, module: Any) -> None:
-        self.catch_up(trainer, module)
-
-    def catch_up(self, trainer: Any, module: Contrastive) -> None:
-        """Evaluate if this step's row is due and missing. Raises Stopped where a stop is requested meanwhile."""
-        done = {row.step for row in self.writer.directory.read_metrics() if row.loss is not None}
-        if module.step in module.plan.evaluate_after and module.step not in done:
-            self.evaluate(trainer, module)
-            if self.last is None:
-                raise Stopped
-
-    def evaluate(self, trainer: Any, module: Contrastive) -> None:
-        refuse_divergence(module)
-        self.last = evaluate_held_out(module.encoder, self.store, module.config.evaluation, self.stop)
-        if self.last is not None:
-            if not math.isfinite(self.last["loss"]):  # the last step's weights have no later loss to tell
-                raise Diverged(module.step)
-            self.writer.write(trainer, module, **self.last)
-
-
-class Checkpoints(lightning.Callback):
-    """Trainable weights, optimiser and counters: by the clock and at a stop request.
-
-    Written as the log is: a process that has lost the lease was asked to stop, but must leave no checkpoint.
-    """
-
-    def __init__(self, directory: RunDirectory, lease: Lease | None, run_id: str, minutes: float, stop: StopRequest):
-        self.directory, self.lease, self.run_id, self.seconds, self.stop = directory, lease, run_id, 60 * minutes, stop
+    def __init__(self, run: TrainingRun):
+        self.run, self.seconds = run, 60 * run.config.resources.checkpoint_minutes
         self._saved = time.monotonic()
         self._sent: tuple[torch.Tensor, Any] | None = None
 
-    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if module.step == module.plan.steps:
-            return  # LastCheckpoint has seen to it
-        # Looked at once: a signal between two looks would stop the run without a checkpoint.
-        asked, due = self.stop.requested, time.monotonic() - self._saved >= self.seconds
+    def wishes(self) -> tuple[bool, bool]:
+        """Return whether a stop was requested, and whether a checkpoint is due; the same in all processes."""
+        # The request is read once: a signal between two reads would stop the run without a checkpoint.
+        asked, due = self.run.stop.requested, time.monotonic() - self._saved >= self.seconds
         if world_size() > 1:
-            asked, due = self._agreed(asked, due, module.device)
+            asked, due = self._agreed(asked, due, self.run.module.device)
             if asked:
-                self.stop.request("another process was asked to stop")
-        if asked or due:
-            self.take(module)
-        if asked:
-            trainer.should_stop = True
+                self.run.stop.request("another process was asked to stop")
+        return asked, due
 
     def _agreed(self, asked: bool, due: bool, device: torch.device) -> tuple[bool, bool]:
-        """What any process wished for a step ago: a signal or a clock of one stops or saves all after the same step.
+        """Return what any process wished one step ago, so that all processes stop or save after the same step.
 
-        This step's wishes would be known on a GPU only when it has done all of its work.
+        The wishes of this step would be known only when the GPU has done all of the step's work.
         """
         flags = torch.tensor([asked, due], dtype=torch.int32, device=device)
         torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
@@ -154,37 +187,27 @@ class Checkpoints(lightning.Callback):
         asked, due = map(bool, before[0].tolist())
         return asked, due
 
-    def take(self, module: Any) -> None:
-        refuse_divergence(module)
-        state = module.state()
-        if self.lease is not None and self.lease.held():
-            self.save(module.step, state)
+    def take(self) -> None:
+        """Save a checkpoint. A process that has lost the lease takes part, but writes nothing."""
+        self.run.refuse_divergence()
+        state = self.run.module.state()
+        if self.run.may_write():
+            self.save(self.run.module.step, state)
         self._saved = time.monotonic()
 
     def save(self, step: int, state: dict[str, Any]) -> None:
-        self.directory.secure_metrics()
-        self.directory.checkpoints.mkdir(exist_ok=True)
-        path = self.directory.checkpoint(step)
-        write_atomically(path, lambda file: torch.save(state | {"run_id": self.run_id}, file))
-        for old in self.directory.checkpoint_paths()[:-KEPT]:
+        directory, run_id = self.run.directory, self.run.config.run_id
+        directory.secure_metrics()
+        directory.checkpoints.mkdir(exist_ok=True)
+        write_atomically(directory.checkpoint(step), lambda file: torch.save(state | {"run_id": run_id}, file))
+        for old in directory.checkpoint_paths()[:-KEPT]:
             old.unlink()
 
 
-class LastCheckpoint(lightning.Callback):
-    """The last step's, before its evaluation: were that to fail, the training would not be lost."""
-
-    def __init__(self, checkpoints: Checkpoints):
-        self.checkpoints = checkpoints
-
-    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if module.step == module.plan.steps:
-            self.checkpoints.take(module)
-
-
 def newest_checkpoint(directory: RunDirectory, run_id: str, mapped: bool = False) -> dict[str, Any] | None:
-    """The newest complete checkpoint's state; a damaged one is named and passed over for the one before.
+    """Return the state of the newest complete checkpoint, or None. A damaged one is named, and the one before is tried.
 
-    `mapped`, all processes of a node read one copy of it in memory, but no checksum is looked at.
+    With `mapped`, all processes of a node share one copy in memory, but checksums are not verified.
     """
     for path in reversed(directory.checkpoint_paths()):
         try:
@@ -192,110 +215,81 @@ def newest_checkpoint(directory: RunDirectory, run_id: str, mapped: bool = False
             if state["run_id"] == run_id:
                 return state
             found = f"is of run {state['run_id']}"
-        except Exception as error:  # torch raises whatever the damage leads to
+        except Exception as error:  # torch has no common class of errors for damaged files
             found = f"is damaged ({type(error).__name__})"
         print(f"embedscale: {path} {found}; falling back to the one before", file=sys.stderr)
     return None
 
 
-class Budget(lightning.Callback):
-    """No step may spend beyond the budget, and the last must spend exactly what was planned."""
+class Heartbeat:
+    """Tells how far the run is, through its lease: `sweep status` reads it there."""
 
-    def on_train_batch_start(self, trainer: Any, module: Any, batch: Batch, batch_idx: int) -> None:
-        if module.flop + batch.tokens * module.plan.flop_per_token > module.plan.budget_flop:
-            raise RuntimeError(
-                f"step {batch.step + 1} would spend more than the budget: the store is not the planned one"
-            )
+    def __init__(self, run: TrainingRun):
+        self.run = run
 
-    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        if module.step == module.plan.steps:
-            if module.flop != module.plan.spent_flop:
-                raise RuntimeError(f"{module.flop} FLOP were spent, {module.plan.spent_flop} planned")
-            trainer.should_stop = True
+    def start(self) -> None:
+        self._begun, self._flop, self._tokens = time.monotonic(), self.run.module.flop, self.run.module.tokens
 
-
-class Signals(lightning.Callback):
-    """Put back the handlers from before `fit`: Lightning's own SIGTERM handler ends a run as if it had succeeded."""
-
-    NUMBERS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-
-    def __init__(self) -> None:
-        self.handlers = {number: signal.getsignal(number) for number in self.NUMBERS}
-
-    def on_train_start(self, trainer: Any, module: Any) -> None:
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
-
-
-class Show(lightning.Callback):
-    """FLOP spent of the budget, loss, tokens a second, share of the hardware's peak, time left."""
-
-    LINE_SECONDS = 20.0  # between lines where the output is no terminal
-
-    def __init__(self, lease: Lease, held_out: HeldOut):
-        self.lease, self.held_out = lease, held_out
-        self.console = Console(stderr=True)
-        self.bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.percentage:>3.0f} % of {task.fields[budget]}"),
-            TextColumn("loss {task.fields[loss]}  held-out {task.fields[held_out]}"),
-            TextColumn("{task.fields[speed]}"),
-            TimeRemainingColumn(),
-            console=self.console,
-        )
-
-    def on_train_start(self, trainer: Any, module: Any) -> None:
-        self.peak = matrix_product_peak(module.device, module.config.training.precision)
-        self.begun = self.shown = time.monotonic()
-        self.compiled = 0.0  # seconds
-        self.start, self.start_exact, self.start_tokens = module.flop, module.flop_exact, module.tokens
-        self.task = self.bar.add_task(
-            module.config.run_id,
-            total=module.plan.spent_flop,
-            completed=module.flop,
-            budget=f"{module.plan.budget_flop:.3g} FLOP",
-            loss="–",
-            held_out="–",
-            speed="",
-        )
-        if self.console.is_terminal:
-            self.bar.start()
-
-    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        now = time.monotonic()
-        plan, waiting = module.plan, self.LINE_SECONDS if not self.console.is_terminal else 0.5
-        if now - self.shown < waiting and module.step < plan.steps:
-            return
-        self.shown, seconds = now, max(now - self.begun, 1e-9)
-        if module.config.resources.compile and not self.compiled:
-            self.compiled = compile_seconds()
-            self.console.print(f"{module.config.run_id}: torch.compile took {self.compiled:.0f} s", highlight=False)
-        rate = (module.tokens - self.start_tokens) / seconds
-        share = (module.flop_exact - self.start_exact) / seconds / (self.peak * plan.world_size)
-        left = (plan.spent_flop - module.flop) / max((module.flop - self.start) / seconds, 1e-9)
-        self.lease.report(
+    def note(self) -> None:
+        """Update what the lease's thread writes with its next beat."""
+        run, module = self.run, self.run.module
+        seconds = max(time.monotonic() - self._begun, 1e-9)
+        self.tokens_per_second = (module.tokens - self._tokens) / seconds
+        flop_per_second = max((module.flop - self._flop) / seconds, 1e-9)
+        self.seconds_left = (run.plan.spent_flop - module.flop) / flop_per_second
+        assert run.lease is not None
+        run.lease.report(
             step=module.step,
-            steps=plan.steps,
+            steps=run.plan.steps,
             spent_flop=module.flop,
-            budget_flop=plan.budget_flop,
-            tokens_per_second=round(rate, 1),
-            seconds_left=round(left, 1),
+            budget_flop=run.plan.budget_flop,
+            tokens_per_second=round(self.tokens_per_second, 1),
+            seconds_left=round(self.seconds_left, 1),
         )
-        loss = f"{float(module.loss):.4f}"
-        held_out = f"{self.held_out.last['loss']:.4f}" if self.held_out.last else "–"
-        speed = f"{rate:,.0f} tokens/s, {share:.0%} of peak"
-        if self.console.is_terminal:
-            self.bar.update(self.task, completed=module.flop, loss=loss, held_out=held_out, speed=speed)
-        else:
-            done = module.flop / plan.spent_flop
-            self.console.print(
-                f"{module.config.run_id}: {done:4.0%} of {plan.budget_flop:.3g} FLOP, step {module.step}/{plan.steps}, "
-                f"loss {loss}, held-out {held_out}, {speed}, {left:.0f} s left",
-                soft_wrap=True,
-                highlight=False,
-            )
 
-    def teardown(self, trainer: Any, module: Any, stage: str) -> None:
-        if self.console.is_terminal:  # else it was never started, and would print an empty line
+
+class ProgressLine:
+    """Shows FLOP spent, losses, speed and time left: a bar on a terminal, else a line every LINE_SECONDS."""
+
+    def __init__(self, run: TrainingRun, heartbeat: Heartbeat):
+        self.run, self.heartbeat = run, heartbeat
+        self.console = Console(stderr=True)
+        self.bar: Bar | None = None
+
+    def start(self) -> None:
+        run, module = self.run, self.run.module
+        self._peak = matrix_product_peak(module.device, run.config.training.precision)
+        self._begun = self._shown = time.monotonic()
+        self._exact = module.flop_exact
+        self._compiled = False
+        self.bar = Bar(run.config.run_id, run.plan.spent_flop, module.flop, share=True)
+        self.bar.start()
+
+    def show(self) -> None:
+        run, module, now = self.run, self.run.module, time.monotonic()
+        assert self.bar is not None
+        if now - self._shown < (BAR_SECONDS if self.bar.drawn else LINE_SECONDS) and not run.done:
+            return
+        self._shown = now
+        if run.config.resources.compile and not self._compiled:
+            self._compiled = True
+            self._print(f"torch.compile took {compile_seconds():.0f} s")
+        exact = (module.flop_exact - self._exact) / max(now - self._begun, 1e-9)
+        share = exact / (self._peak * run.plan.world_size)
+        held_out = f"{run.evaluated['loss']:.4f}" if run.evaluated else "–"
+        losses = f"loss {float(module.loss):.4f}, held-out {held_out}"
+        speed = f"{self.heartbeat.tokens_per_second:,.0f} tokens/s, {share:.0%} of peak"
+        if self.bar.drawn:
+            self.bar.say(f"of {run.plan.budget_flop:.3g} FLOP, {losses}, {speed}", completed=module.flop)
+            return
+        self._print(
+            f"{module.flop / run.plan.spent_flop:4.0%} of {run.plan.budget_flop:.3g} FLOP, "
+            f"step {module.step}/{run.plan.steps}, {losses}, {speed}, {self.heartbeat.seconds_left:.0f} s left"
+        )
+
+    def _print(self, text: str) -> None:
+        self.console.print(f"{self.run.config.run_id}: {text}", soft_wrap=True, highlight=False)
+
+    def stop(self) -> None:
+        if self.bar is not None:
             self.bar.stop()

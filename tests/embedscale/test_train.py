@@ -218,13 +218,26 @@ def test_a_stop_during_the_last_evaluation_leaves_only_that_to_do(tmp_path, tiny
     assert comparable(directory) == comparable(whole)
 
 
-def test_an_evaluation_that_fails_at_the_end_loses_no_step(tmp_path, tiny_run, monkeypatch):
+class FailsAtTheEnd(StopRequest):
+    """Raises an error when it is looked at after the last checkpoint: in the last evaluation."""
+
+    def __init__(self, directory, steps):
+        super().__init__()
+        self.directory, self.steps = directory, steps
+
+    @property
+    def requested(self):
+        if self.directory.newest_step == self.steps:
+            raise ZeroDivisionError
+        return False
+
+
+def test_an_evaluation_that_fails_at_the_end_loses_no_step(tmp_path, tiny_run):
     config, whole = run_of(tmp_path / "a", tiny_run, "evaluation.at=[]")
     assert train(config) == DONE
     config, directory = run_of(tmp_path / "b", tiny_run, "evaluation.at=[]")
-    with monkeypatch.context() as patch:
-        patch.setattr("embedscale.training.callbacks.evaluate_held_out", lambda *_: 1 / 0)
-        assert train(config) == FAILED
+    assert train(config, FailsAtTheEnd(directory, whole.read_record().steps)) == FAILED
+    assert directory.read_attempts()[-1].reason == "ZeroDivisionError: "
     assert train(config) == DONE
     assert directory.read_attempts()[-1].from_step == whole.read_record().steps
     assert comparable(directory) == comparable(whole)

@@ -1,0 +1,182 @@
+"""What ends a run: the record, and what the attempt says of its end.
+
+The record is written last of all files. Whoever finds a record knows that everything else is complete.
+"""
+
+import platform
+import shutil
+import subprocess
+import sys
+import traceback
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from embedscale.errors import DONE, FAILED, INTERRUPTED
+from embedscale.files import write_atomically
+from embedscale.model.backbone import digest_of
+from embedscale.model.hardware import training_device
+from embedscale.run.directory import RunDirectory
+from embedscale.run.families import short_name
+from embedscale.run.record import CodeVersion, Device, EvaluationRecord, Hyperparameters, Metric, RunRecord, sound
+from embedscale.training.run import Diverged, TrainingRun
+
+PACKAGES = ("embedscale", "torch", "lightning", "transformers", "peft", "numpy", "pyarrow", "omegaconf")
+
+
+def end_of_steps(run: TrainingRun) -> int:
+    """Record a run whose steps are all made and evaluated; say that any other was interrupted."""
+    weights = run.module.weights() if run.done else {}  # with shards, a call that all processes make
+    if run.lease is None:
+        return DONE if run.done else INTERRUPTED
+    evaluated = run.evaluated is not None or last_evaluation(run) is not None
+    if not run.done or not evaluated or not run.may_write():
+        return interrupted(run, run.stop.reason)
+    run.attempt.end("done", to_step=run.module.step, to_flop=run.module.flop)
+    say_outcome(run.directory, write_record(run, weights, None))
+    return DONE
+
+
+def interrupted(run: TrainingRun, reason: str | None) -> int:
+    """Say in the attempt and to the user that the run can be resumed."""
+    if run.lease is not None:
+        run.attempt.end("interrupted", reason=reason, to_step=run.module.step, to_flop=run.module.flop)
+        print(f"{run.config.run_id}: interrupted ({reason}) at step {run.module.step}; run it again to go on")
+    return INTERRUPTED
+
+
+def diverged(run: TrainingRun, error: Diverged) -> int:
+    """Record a run whose loss is not finite any more; it is not resumed."""
+    weights = run.module.weights()
+    if run.lease is not None:
+        run.attempt.end("diverged", reason=str(error), to_step=error.step, to_flop=run.module.flop)
+        if run.may_write():
+            write_record(run, weights, error.step)
+        print(f"{run.config.run_id}: diverged, {error}", file=sys.stderr)
+    return FAILED
+
+
+def failed(run: TrainingRun, error: Exception) -> int:
+    """Write the traceback into the attempt, and one line for the user."""
+    if run.lease is not None:
+        reason = f"{type(error).__name__}: {error}"
+        end = {"reason": reason, "to_step": run.module.step, "to_flop": run.module.flop}
+        run.attempt.end("failed", "".join(traceback.format_exception(error)), **end)
+        print(f"{run.config.run_id}: failed, {reason} (traceback in {run.attempt.path})", file=sys.stderr)
+    return FAILED
+
+
+def say_outcome(directory: RunDirectory, record: RunRecord) -> None:
+    print(f"{record.run_id} is {record.status}: held-out loss {record.loss}, record {directory.record}")
+
+
+def last_evaluation(run: TrainingRun) -> Metric | None:
+    """Return the row of the evaluation after the last planned step."""
+    rows = [row for row in run.directory.read_metrics() if row.loss is not None and row.step == run.plan.steps]
+    return rows[-1] if rows else None
+
+
+def write_record(run: TrainingRun, weights: dict[str, Tensor], diverged_at_step: int | None) -> RunRecord:
+    """Write the final weights and then the record, and remove the checkpoints.
+
+    `gpu_hours` counts each device once: the seconds of an attempt are divided by the number of runs that its device was
+    planned to serve at the same time, although the last runs of a bundle may have had the device for themselves.
+    """
+    config, directory, module, facts, plan = run.config, run.directory, run.module, run.facts, run.plan
+    evaluation, method = config.evaluation, config.method
+    weights = {name: weight.cpu().contiguous() for name, weight in weights.items()}
+    done = diverged_at_step is None
+    final = last_evaluation(run) if done else None
+    attempts = sound(directory.read_attempts())
+    wall = sum(attempt.seconds for attempt in attempts)
+    device_seconds = sum(attempt.seconds / attempt.sharing for attempt in attempts)
+    if done:
+        directory.model.mkdir(exist_ok=True)
+        write_atomically(directory.weights, lambda file: save_file(weights, file.name))
+    training = asdict(config.training)
+    del training["seed"]
+    training["learning_rate"] = plan.learning_rate
+    record = RunRecord(
+        format=1,
+        status="done" if done else "diverged",
+        run_id=config.run_id,
+        backbone=short_name(config.backbone.name),
+        backbone_weights=config.backbone.weights,
+        backbone_revision=config.backbone.revision,
+        backbone_digest=facts.backbone_digest,
+        n_forward=facts.n_forward,
+        n_backward=facts.n_backward,
+        n_updated=facts.n_updated,
+        n_parameters=facts.n_parameters,
+        blocks=facts.blocks,
+        width=facts.width,
+        tokenizer_digest=facts.tokenizer_digest,
+        method=method.name,
+        hyperparameters=Hyperparameters(
+            **training,
+            context=config.data.context,
+            temperature=config.loss.temperature,
+            loss=config.loss.form,
+            hard_negatives=config.loss.hard_negatives,
+            mask_equal_texts=config.loss.mask_equal_texts,
+            pooling=config.backbone.pooling,
+            **{key: value for key, value in asdict(method).items() if key != "name"},
+            method_label=method.label,
+        ),
+        trainable_fraction=module.cost.trainable_fraction,
+        trainable_tensors=len(facts.trainable),
+        seed=config.training.seed,
+        data=short_name(config.data.store),
+        data_digest=plan.data_digest,
+        budget_flop=plan.budget_flop,
+        spent_flop=module.flop,
+        flop_per_token=plan.flop_per_token,
+        spent_flop_exact=module.flop_exact,
+        tokens=module.tokens,
+        pairs=min(module.step * plan.batch_size, plan.pairs),
+        steps=module.step,
+        loss=final.loss if final else None,
+        train_loss=float(module.averaged) / len(plan.averaged_steps) if final else None,
+        recall_at_1=final.recall_at_1 if final else None,
+        recall_at_10=final.recall_at_10 if final else None,
+        evaluation=EvaluationRecord(
+            evaluation.pool, evaluation.negatives, evaluation.temperature, plan.evaluation_digest
+        ),
+        weights_digest=digest_of(weights),
+        wall_seconds=round(wall, 1),
+        gpu_hours=round(device_seconds * plan.world_size / 3600, 5),
+        device=_device(training_device(), plan.world_size),
+        attempts=attempts,
+        versions={name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
+        code=code_version(),
+        diverged_at_step=diverged_at_step,
+    )
+    directory.secure_metrics()
+    directory.write_record(record)
+    shutil.rmtree(directory.checkpoints, ignore_errors=True)
+    return record
+
+
+def _device(device: torch.device, count: int) -> Device:
+    known = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
+    name = known or platform.machine()
+    return Device(name, count, device.type, torch.get_num_threads())
+
+
+def code_version() -> CodeVersion:
+    """Return the package's version and, for a checkout, its commit and whether it was changed since."""
+    folder = Path(__file__).parent
+
+    def git(*words: str) -> str | None:
+        try:
+            done = subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, timeout=10)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    status = git("status", "--porcelain", "--untracked-files=no")
+    return CodeVersion(version("embedscale"), git("rev-parse", "HEAD"), bool(status))
