@@ -25,6 +25,8 @@ LONG = [
     "export",
     "encode",
     "train",
+    "resume",
+    "together",
     "kill",
     "local",
     "submit",
@@ -35,7 +37,8 @@ LONG = [
     "prepare_interrupted",
     "report",
     "docs",
-    "loss",
+    "gradcache",
+    "parallel",
 ]
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from test_train import METHODS, comparable
+from training_runs import METHODS, comparable
 
 from embedscale.errors import DONE, INTERRUPTED
 from embedscale.run.directory import RunDirectory

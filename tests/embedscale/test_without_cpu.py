@@ -10,15 +10,15 @@ import pytest
 
 import embedscale
 from embedscale.errors import DONE
-from embedscale.run.config import load
 from embedscale.run.directory import RunDirectory
+from embedscale.run.settings import load
 from embedscale.training.train import train
 
 PACKAGE = Path(embedscale.__file__).parent
 TRAIN = """
 import sys
 import embedscale.model.body
-from embedscale.run.config import load
+from embedscale.run.settings import load
 from embedscale.training.train import train
 assert embedscale.__file__.startswith(sys.argv[1]) and not embedscale.model.body.HAS_CPU_BODY
 sys.exit(train(load(None, sys.argv[2:])))
