@@ -37,7 +37,7 @@ def module_for(folder, method, precision="float32", world=1, checkpointing=False
     encoder = Encoder(body, precision=precision)
     if checkpointing:
         encoder.checkpoint_activations()
-    plan = TrainingPlan(1e9, 0, 1, 0, 16, 1, 16, 0, world, 1e-3, 1, 0.0, "", "", [])
+    plan = TrainingPlan(1e9, 0, 1, 1600, 16, 1, 16, 0, world, 1e-3, 1, 0.0, "", "", [])
     module = Contrastive(encoder, trainable, config, plan, cost_of(shape, method))
     encoder.train()
     return module

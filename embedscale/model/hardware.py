@@ -1,4 +1,4 @@
-"""What the machine under a run gives: the speed of a matrix product, and memory."""
+"""Measure and limit what a run uses of its machine: the speed of a matrix product, and memory."""
 
 import ctypes
 import os
@@ -13,16 +13,16 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # malloc.h
 
 
 def training_device() -> torch.device:
-    """Where this process trains: the GPU of its number on the machine, or the CPU."""
+    """Return the device that this process trains on: the GPU with its number on the machine, or the CPU."""
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     return torch.device("cpu")
 
 
 def matrix_product_peak(device: torch.device, precision: str, size: int | None = None) -> float:
-    """FLOP a second of a large square matrix product here: the best of three."""
+    """Return the FLOP per second of a large square matrix product, the best of three measurements."""
     size = size or (4096 if device.type == "cuda" else 768)
-    # Of random numbers: on equal ones a GPU draws less power, and runs faster than it ever would in training.
+    # Random numbers, because equal numbers need less power, and a GPU would run faster than it does in training.
     numbers = torch.Generator(device).manual_seed(0)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     a = torch.randn(size, size, generator=numbers, device=device, dtype=dtype)
@@ -41,45 +41,46 @@ def matrix_product_peak(device: torch.device, precision: str, size: int | None =
 
 
 def compile_seconds() -> float:
-    """That torch.compile has taken in this process."""
+    """Return the seconds that torch.compile has taken in this process."""
+    # torch has no public name for this time.
     from torch._dynamo.utils import calculate_time_spent
 
     return float(calculate_time_spent().get("total_wall_time", 0))
 
 
 def keep_freed_memory() -> None:
-    """Let this process keep the memory it frees; for the commands that train or encode, on a CPU.
+    """Make this process keep the memory that it frees; for the commands that train or encode on a CPU.
 
-    glibc gives every large block back, and the kernel zeroes its pages anew when the next step asks for them: a
-    quarter of a small model's step. Elsewhere than under glibc this does nothing.
+    By default glibc returns every large block to the system, and the kernel zeroes its pages when the next step asks
+    for them: a quarter of the step of a small model. With another C library this function does nothing.
 
-    oneDNN keeps what it compiled for 1,024 shapes, a third of a GB; a step has other lengths than the one before.
+    oneDNN caches compiled code for 1,024 shapes, a third of a GB. Lengths differ from step to step, so 64 are enough.
     """
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
         mallopt(M_MMAP_THRESHOLD, 1 << 30)
         mallopt(M_TRIM_THRESHOLD, -1)
-        mallopt(M_ARENA_MAX, 1)  # what one thread has freed, another may have
+        mallopt(M_ARENA_MAX, 1)  # one heap for all threads: what one thread freed, another can use
 
 
 def give_back_freed_memory(device: torch.device) -> None:
-    """What `keep_freed_memory` kept on a CPU, back to the system: pieces between what is in use, too small for the next
-    step's other lengths, and more from step to step.
-    """
+    """Return heap fragments to the system, on a CPU; without this, fragmentation grows with every step."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None and device.type == "cpu":
         trim(0)
 
 
 def usable_memory(device: torch.device) -> int:
-    """Bytes that all who share the device may take together, the same on every machine of a kind: nine tenths of the
-    GPU's memory, or of the machine's, its control group's or its SLURM job's.
+    """Return the bytes that all runs on a device may use together.
+
+    These are nine tenths of the GPU's memory, or of the smallest limit of the machine, its control group and its SLURM
+    job: a number that does not depend on what is free now, so that equal machines choose equal chunks.
     """
     if device.type == "cuda":
         return int(0.9 * torch.cuda.get_device_properties(device).total_memory)
     limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
-    for file in ("memory.max", "memory/memory.limit_in_bytes"):  # of control groups' two versions
+    for file in ("memory.max", "memory/memory.limit_in_bytes"):  # the two versions of control groups
         with suppress(OSError, ValueError):  # no such file, or "max"
             limits.append(int(Path("/sys/fs/cgroup", file).read_text()))
     with suppress(KeyError, ValueError):
@@ -88,7 +89,7 @@ def usable_memory(device: torch.device) -> int:
 
 
 def memory_in_use(device: torch.device) -> int:
-    """Bytes: allocated on a GPU; of this whole process, libraries included, on a CPU."""
+    """Return the bytes allocated on a GPU, or those of this whole process, libraries included, on a CPU."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
     return _status("VmRSS")
@@ -98,11 +99,11 @@ def reset_peak_memory(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
-        Path("/proc/self/clear_refs").write_text("5")  # Linux: the resident set's high-water mark
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: resets the peak of the resident set
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes since the reset, counted as by `memory_in_use`."""
+    """Return the most bytes in use since the reset, counted like `memory_in_use`."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return _status("VmHWM")

@@ -1,7 +1,7 @@
-"""What several processes do together: sum gradients while the backward pass runs, or keep the model in shards.
+"""Several processes: sum gradients while the backward pass runs, or keep the model in shards.
 
-Each process holds the gradient of the one global loss at its own embeddings (loss.py), so gradients are added, never
-averaged.
+Each process computes the gradient of the one global loss at its own embeddings (training/loss.py). Therefore gradients
+are added, never averaged.
 """
 
 from collections.abc import Iterable, Iterator
@@ -27,12 +27,12 @@ def rank() -> int:
 
 
 class GradientSums:
-    """One step's gradients, summed over all processes, in part while the backward pass still runs.
+    """The sum over all processes of one step's gradients, sent in part while the backward pass still runs.
 
-    Parameters lie in buckets of about 25 MB, from the last registered to the first, as the backward pass comes to
-    them. Every process sends the buckets in this order, whatever order its gradients come in. A parameter without a
-    gradient is left out: the graph decides which have one, the same on all processes, and a gradient of zeros would
-    hide from `Contrastive` that a parameter does not train. A bucket's buffer becomes its parameters' gradients.
+    Parameters are in buckets of about 25 MB, from the last registered to the first, because the backward pass reaches
+    them in this order. Every process sends the buckets in this order too. A parameter without a gradient is left out:
+    it has none on any process, and a gradient of zeros would hide from `Contrastive` that a parameter does not train.
+    The buffer of a bucket becomes the gradients of its parameters.
     """
 
     BYTES = 25 * 2**20
@@ -51,7 +51,7 @@ class GradientSums:
 
     @contextmanager
     def overlapped(self) -> Iterator[None]:
-        """Send a bucket as soon as it and those before it are complete; for the one backward pass that ends them."""
+        """Send each bucket when it and those before it are complete; only for the last backward pass of a step."""
         missing = [len(bucket) for bucket in self.buckets]
 
         def complete(number: int, parameter: Tensor) -> None:
@@ -71,7 +71,7 @@ class GradientSums:
                 hook.remove()
 
     def finish(self) -> None:
-        """Send what is left, and wait for the sums."""
+        """Send the remaining buckets, and wait for all sums."""
         while self.sent < len(self.buckets):
             self._send()
         for message in self._messages:
@@ -89,34 +89,34 @@ class GradientSums:
 
 
 def shard(body: nn.Module, device_type: str) -> None:
-    """FSDP2: leave each process a part of every weight on its device, a block gathered when it computes.
+    """Shard with FSDP2: each process keeps a part of every weight, and a block is gathered when it computes.
 
-    Weights move to the device block by block. Gradients come as parts of the sum over processes.
+    Weights move to their device block by block. Gradients are parts of the sum over processes.
     """
     mesh = init_device_mesh(device_type, (world_size(),))
     for module in (*blocks_of(body), body):
         sharded: Any = fully_shard(module, mesh=mesh)
         sharded.set_gradient_divide_factor(1.0)
-        sharded.set_force_sum_reduction_for_comms(True)  # gloo knows none of NCCL's other reductions
+        sharded.set_force_sum_reduction_for_comms(True)  # gloo has only this reduction
 
 
 def whole(value: Any) -> Any:
-    """Tensors, or dicts of them, with every shard made whole, one after the other, in process 0's main memory.
+    """Return tensors, or dicts of them, with every shard gathered, one after the other, into process 0's main memory.
 
-    All processes must call it; on the others, shards stay what they are.
+    All processes must call it. The other processes get their shards back.
     """
     if isinstance(value, dict):
         return {key: whole(item) for key, item in value.items()}
     if not isinstance(value, DTensor):
         return value
-    # Lightning may have left the shard in main memory, where NCCL does not reach.
+    # Lightning may have left the shard in main memory, which NCCL does not reach.
     reached: Any = value.detach().to(value.device_mesh.device_type)
     full = reached.full_tensor()
     return full.cpu() if rank() == 0 else value
 
 
 def shard_like(value: Tensor, parameter: Tensor) -> Tensor:
-    """This process's part of `value`, where `parameter` of the same shape is in shards; else `value` itself."""
+    """Return this process's part of `value` if `parameter`, of the same shape, is in shards; else `value` itself."""
     if not isinstance(parameter, DTensor) or value.shape != parameter.shape:
         return value
     return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)

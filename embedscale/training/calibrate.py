@@ -40,7 +40,7 @@ from embedscale.run.method import method_of_label
 from embedscale.training.batches import Batch
 from embedscale.training.memory import fitting_chunk
 from embedscale.training.module import Contrastive, assemble
-from embedscale.training.plan import TrainingPlan
+from embedscale.training.plan import PAPER_PAIR, TrainingPlan
 from embedscale.training.train import bare_trainer, begin_worker, quieten
 
 SIZES = {name: family for family in FAMILIES for name in family.sizes}  # by the short name of a size
@@ -201,9 +201,10 @@ def paper_tokens(number: int, vocabulary: int, seed: int) -> np.ndarray:
 
 
 def module_of(body: nn.Module, config: RunConfig) -> Contrastive:
-    """The module of a run without an end, for steps that are measured."""
+    """Return the module of a run that does not end, for steps that are measured."""
     size = config.training.batch_size
-    return assemble(body, config, TrainingPlan(1e30, 0, 0, 0, 2 * size, 2, size, 0, 1, 1e-5, 1, 1.0, "", "", []))
+    tokens = 2 * size * PAPER_PAIR
+    return assemble(body, config, TrainingPlan(1e30, 0, 0, tokens, 2 * size, 2, size, 0, 1, 1e-5, 1, 1.0, "", "", []))
 
 
 class _Synthetic(Dataset[Batch]):

@@ -1,8 +1,8 @@
 """InfoNCE over in-batch negatives (paper, section 3.3) and its variants, always in float32.
 
-The gradient is taken in two halves that meet at the embeddings. `loss_and_gradient` needs only the embeddings of the
-whole batch, gathered from every GPU and every chunk; the backbone's backward pass then starts from each embedding's
-gradient. So GradCache chunks and several GPUs are exact by construction, not by scaling rules.
+The gradient is computed in two halves that meet at the embeddings. `loss_and_gradient` needs only the embeddings of the
+whole batch, gathered from every GPU and every chunk. The backward pass of the backbone then starts from the gradient of
+each embedding (gradcache.py). So chunks and several GPUs give the exact gradient, without rules for scaling.
 """
 
 import torch
@@ -14,11 +14,11 @@ from embedscale.run.config import Loss
 
 
 def info_nce(queries: Tensor, positives: Tensor, negatives: Tensor, loss: Loss, texts: Tensor | None = None) -> Tensor:
-    """The mean loss of B pairs.
+    """Return the mean loss of B pairs, in nats.
 
     `queries` [B, width], `positives` [B, width] and hard `negatives` [B·k, width] are unit vectors. `texts` [B·(2+k)]
-    holds content hashes in that order, given where a text equal to the positive (or to the query, seen from the
-    positive) must not count as a negative.
+    holds their content hashes in this order. If `texts` is given, a text equal to the positive (or to the query, in the
+    direction from positives to queries) does not count as a negative.
     """
     with torch.autocast(queries.device.type, enabled=False):
         queries, positives, negatives = queries.float(), positives.float(), negatives.float()
@@ -33,7 +33,7 @@ def info_nce(queries: Tensor, positives: Tensor, negatives: Tensor, loss: Loss, 
         columns = scores[:, :pairs].T.masked_fill(same_query, -torch.inf)
         if loss.form == "symmetric":
             return (functional.cross_entropy(rows, labels) + functional.cross_entropy(columns, labels)) / 2
-        # All similarities in one denominator; the pair stands among its row and its column (GTE, arXiv 2308.03281,
+        # All similarities in one denominator, the pair's own in both its row and its column (GTE, arXiv 2308.03281,
         # section 3.3).
         itself = torch.eye(pairs, dtype=torch.bool, device=scores.device)
         between = [
@@ -45,7 +45,7 @@ def info_nce(queries: Tensor, positives: Tensor, negatives: Tensor, loss: Loss, 
 
 
 def _equal_others(texts: Tensor | None, pairs: int, scores: Tensor) -> tuple[Tensor, Tensor]:
-    """Masks [B, B] of other queries equal to the query and [B, B·(1+k)] of other candidates equal to the positive."""
+    """Return masks of other queries equal to the query, [B, B], and of other equal candidates, [B, B·(1+k)]."""
     if texts is None:
         return torch.zeros_like(scores[:, :pairs], dtype=torch.bool), torch.zeros_like(scores, dtype=torch.bool)
     queries, candidates = texts[:pairs], texts[pairs:]
@@ -55,18 +55,18 @@ def _equal_others(texts: Tensor | None, pairs: int, scores: Tensor) -> tuple[Ten
 
 
 def loss_and_gradient(embeddings: Tensor, pairs: int, loss: Loss, texts: Tensor) -> tuple[Tensor, Tensor]:
-    """The loss of the global batch, and its gradient at this process's embeddings.
+    """Return the loss of the global batch, and its gradient [B·(2+k), width] at this process's embeddings.
 
-    `embeddings` [B·(2+k), width] and `texts` are this process's: queries, positives, hard negatives. Every process
-    computes the loss of all pairs; each keeps the gradient of its own part, so that summing parameter gradients over
-    processes gives the gradient of the one loss.
+    `embeddings` [B·(2+k), width] and `texts` [B·(2+k)] belong to this process: queries, positives, hard negatives.
+    Every process computes the loss of all pairs and keeps the gradient of its own part. The sum of the parameters'
+    gradients over processes is then the gradient of the one loss.
     """
     local = embeddings.detach().requires_grad_()
     sizes = [pairs, pairs, len(local) - 2 * pairs]
     everyone, everyone_texts = [local], [texts]
     if world_size() > 1:
         everyone, everyone_texts = _all_gather(local.detach()), _all_gather(texts)
-        everyone[rank()] = local  # the one part that carries a gradient
+        everyone[rank()] = local  # only this part carries a gradient
     queries, positives, negatives = map(torch.cat, zip(*(x.split(sizes) for x in everyone), strict=True))
     hashes = torch.cat([torch.cat(part) for part in zip(*(x.split(sizes) for x in everyone_texts), strict=True)])
     with torch.enable_grad():

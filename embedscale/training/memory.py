@@ -1,4 +1,8 @@
-"""How many tokens a chunk may have for a step to stay within its memory: found before a GPU is touched."""
+"""Find how many tokens a chunk may have so that a step stays within its memory limit, before a GPU is used.
+
+On a CPU the bytes that autograd keeps are measured with two small chunks; on a GPU the peak is simulated with tensors
+that have no memory. Both cost a fraction of a second, and safety factors cover what they do not see.
+"""
 
 import weakref
 from collections.abc import Callable
@@ -8,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode  # has no public name, as the two modes below
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -20,17 +24,17 @@ from embedscale.model.hardware import memory_in_use, training_device
 from embedscale.model.packing import Packed, pack
 from embedscale.training.module import Contrastive
 
-# What a chunk takes at most: on a CPU over what its graph keeps, for the rest of a block's work and for the gaps that
-# chunks of other lengths leave in the heap; on a GPU over its peak, for such gaps and what kernels take for themselves.
+# Safety factors: estimated peak = factor x memory kept for the backward pass (CPU) or x simulated peak (GPU). They
+# cover temporary buffers, fragments that chunks of other lengths leave in the heap, and the kernels' own memory.
 MARGIN = {"cpu": 2.5, "cuda": 1.15}
-GRANULE = 512  # bytes: what a GPU's allocator deals out is a multiple
+GRANULE = 512  # bytes: a GPU's allocator rounds up to a multiple of this
 
 
 def fitting_chunk(module: Contrastive) -> int | None:
-    """The most tokens of a chunk with which a step stays within the memory that it may take, whatever the lengths.
+    """Return the most tokens of a chunk with which a step of any lengths stays within its memory limit.
 
-    None where the largest possible batch fits whole. Call it before the first step; a GPU is not touched.
-    Raises UserError where `resources.memory_gb` does not even suffice for the longest sequence.
+    Returns None if the largest possible batch fits in one chunk. Call it before the first step; it does not use a GPU.
+    Raises UserError if `resources.memory_gb` is too small for the longest sequence.
     """
     config, device = module.config, training_device()
     given = config.resources.memory_gb
@@ -43,27 +47,27 @@ def fitting_chunk(module: Contrastive) -> int | None:
     if not config.resources.shard:
         numbers += 3 * trained  # gradients and AdamW's two moments
     else:
-        # A part of weights, gradients and moments; what is gathered: two blocks, one of them ahead, and what lies
-        # outside of the blocks; a block's gradients, and those outside, on their way. From a forward pass to its
-        # backward pass, bf16 keeps its copies of weights.
+        # A part of weights, gradients and moments. Gathered: two blocks, one of them in advance, and the weights
+        # outside of the blocks. In transfer: the gradients of a block and of the weights outside. In bf16, also the
+        # copies of weights that are kept from a forward pass to its backward pass.
         blocks = blocks_of(module.encoder.body)
         inside = sum(p.numel() for p in blocks.parameters())
         copied = config.training.precision == "bf16" and not config.resources.activation_checkpointing
         numbers += (weights + 3 * trained) // world
         numbers += 3 * inside // len(blocks) + 2 * (weights - inside) + copied * weights // 2
-        numbers -= weights  # not whole on its device any more, or never
+        numbers -= weights  # in_use counts whole weights, which will not be on the device
     in_use = memory_in_use(device)
-    module.encoder.train()  # in which checkpointing and dropout work
+    module.encoder.train()  # checkpointing and dropout work only in this mode
     few = 8 if device.type == "cpu" else 64
     # Weights are not in shards yet, so the body for shards is named here.
-    chosen = nullcontext(PlainBody(module.encoder)) if config.resources.shard else training_body(module.encoder, device)
-    with chosen as body:
+    plain, tokens = nullcontext(PlainBody(module.encoder)), module.plan.step_tokens
+    with plain if config.resources.shard else training_body(module.encoder, device, tokens) as body:
         numbers += body.extra_numbers
         small, large = (_taken(body, module.encoder, n, context, device) for n in (few, 2 * few))
     a_token = (large - small) / (few * context)
     fixed = in_use + 4 * numbers
     if not config.resources.shard:
-        fixed += max(0, 2 * small - large)  # what does not depend on the tokens, such as copies of weights in bf16
+        fixed += max(0, 2 * small - large)  # independent of the tokens, such as copies of weights in bf16
     a_token *= MARGIN[device.type]
     most = int((module.memory - fixed) / a_token)
     if most >= pairs * (2 + config.loss.hard_negatives) * context // world:
@@ -75,7 +79,7 @@ def fitting_chunk(module: Contrastive) -> int | None:
 
 
 def _taken(body: Any, encoder: Encoder, sequences: int, length: int, device: torch.device) -> int:
-    """Bytes that a chunk of so many sequences takes: on a CPU, where they are tried, what its graph keeps."""
+    """Return the bytes of a chunk of `sequences` x `length` tokens: kept by its graph (CPU), or its peak (GPU)."""
     vocabulary = len(encoder.body.get_input_embeddings().weight)  # type: ignore[operator]
     (chunk,) = pack(np.arange(sequences * length) % vocabulary, np.full(sequences, length))
     if device.type != "cpu":
@@ -98,16 +102,16 @@ def kept_bytes(encoder: Encoder, forward: Callable[[Packed], Tensor], chunk: Pac
 
 
 def peak_bytes(encoder: Encoder, chunk: Packed, device: torch.device) -> int:
-    """The most that one forward and backward pass take on `device`, beside parameters and gradients.
+    """Return the peak of bytes of one forward and backward pass on `device`, beside parameters and gradients.
 
-    Tensors are fake: they have shapes and lifetimes, and no memory; no kernel runs.
+    Tensors are fake: they have shapes and lifetimes, but no memory, and no kernel runs.
     """
     with FakeTensorMode(), _Live() as live, torch.compiler.set_stance("force_eager"):
 
         def fake(x: Tensor) -> Tensor:
             made = torch.empty(x.shape, dtype=x.dtype, device=device, requires_grad=x.requires_grad)
             if x.requires_grad:
-                made.grad = torch.empty_like(made)  # the pass adds to what is there
+                made.grad = torch.empty_like(made)  # the backward pass adds to existing gradients
             return made
 
         both = _ForwardAndBackward(encoder)
@@ -119,7 +123,7 @@ def peak_bytes(encoder: Encoder, chunk: Packed, device: torch.device) -> int:
 
 
 class _ForwardAndBackward(nn.Module):
-    """In one call, for checkpointed blocks to meet the same parameters again."""
+    """Both passes in one call, so that checkpointed blocks see the same parameters in both."""
 
     def __init__(self, encoder: Encoder) -> None:
         super().__init__()
@@ -131,7 +135,7 @@ class _ForwardAndBackward(nn.Module):
 
 
 class _Live(TorchDispatchMode):
-    """The bytes of the tensors that live, and the most that they have been."""
+    """Counts the bytes of all live tensors, and their peak."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -143,7 +143,7 @@ class Contrastive(lightning.LightningModule):
 
         # Several processes: each adds its gradients to the others'. Shards do so by themselves, after each chunk.
         sums = GradientSums(() if self.encoder.sharded else self.trainable.values())
-        with training_body(self.encoder, self.device) as body:
+        with training_body(self.encoder, self.device, self.plan.step_tokens) as body:
             overlapped = sums.overlapped() if body.overlaps else None
             value = accumulate_gradient(body, batch.chunks, loss, before_encoding, overlapped)
         sums.finish()

@@ -42,6 +42,11 @@ class TrainingPlan:
     evaluation_digest: str  # of the pool, the negatives and the temperature, on this store
     evaluate_after: list[int]  # steps
 
+    @property
+    def step_tokens(self) -> int:
+        """Mean number of tokens that one process encodes in a full step."""
+        return self.tokens * self.batch_size // (self.pairs * self.world_size)
+
     def pairs_of(self, step: int) -> tuple[int, int]:
         """The stored pairs [start, stop) of step 0 ≤ `step` < `steps`; they wrap around the store's end."""
         start = step * self.batch_size

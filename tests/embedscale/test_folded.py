@@ -9,7 +9,7 @@ from test_encoder import one_by_one, sequences
 from transformers import AutoModel
 
 from embedscale.model.backbone import load_body
-from embedscale.model.body import Inference, PlainBody, training_body
+from embedscale.model.body import FROM_TOKENS, Inference, PlainBody, training_body
 from embedscale.model.cpu.folded import fold
 from embedscale.model.encoder import Encoder
 from embedscale.model.methods import apply_method
@@ -67,7 +67,9 @@ def test_embeds_as_transformers_does(backbone_folder, tokens_to_come, precision)
 def gradients(encoder, chunks, folded):
     weights = torch.randn(64, 32, generator=torch.Generator().manual_seed(1))
     encoder.zero_grad()
-    with training_body(encoder, torch.device("cpu")) if folded else nullcontext(PlainBody(encoder)) as body:
+    with (
+        training_body(encoder, torch.device("cpu"), FROM_TOKENS) if folded else nullcontext(PlainBody(encoder)) as body
+    ):
         for chunk in chunks:
             (body.forward(chunk) * weights[chunk.order]).sum().backward()
     return {name: p.grad.clone() for name, p in encoder.body.named_parameters() if p.grad is not None}

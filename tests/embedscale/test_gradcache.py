@@ -9,7 +9,7 @@ import pytest
 import torch
 from steps import METHODS, assert_same_gradients, batch_of, gradients, module_for
 
-from embedscale.model.body import PlainBody, training_body
+from embedscale.model.body import FROM_TOKENS, PlainBody, training_body, use_cpu_body
 from embedscale.model.cpu.body import PART_TOKENS, parts_of
 from embedscale.run.config import Training
 from embedscale.run.method import Method
@@ -32,7 +32,7 @@ def test_cached_chunks_give_the_gradient_of_one_graph(backbone_folder, name, pre
 
     module.zero_grad(set_to_none=True)
     parts, plain = [], nullcontext(PlainBody(module.encoder))
-    with training_body(module.encoder, module.device) if precision == "bf16" else plain as body:
+    with training_body(module.encoder, module.device, FROM_TOKENS) if precision == "bf16" else plain as body:
         for number, chunk in enumerate(batch.chunks):
             module.seed_chunk(batch, number)
             parts.append(body.forward(chunk))
@@ -100,7 +100,7 @@ def test_parts_on_several_cores_give_the_gradient_of_the_plain_body(backbone_fol
             torch.set_num_threads(threads)
             assert len(parts_of(batch.chunks[0])) == (3 if threads == 3 else 2)
             module.zero_grad(set_to_none=True)
-            with training_body(module.encoder, module.device) as body:
+            with training_body(module.encoder, module.device, FROM_TOKENS) as body:
                 assert not isinstance(body, PlainBody)
                 value = accumulate_gradient(body, batch.chunks, loss)
             results.append(gradients(module))
@@ -157,3 +157,12 @@ def test_compiled_blocks_change_nothing_and_are_compiled_once(backbone_folder):
         assert_same_gradients(gradients(compiled), gradients(plain))
         for module in (compiled, plain):
             module.zero_grad(set_to_none=True)
+
+
+def test_small_steps_dropout_and_gpus_use_the_plain_body(backbone_folder):
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    encoder = module_for(backbone_folder, METHODS["full"]).encoder
+    assert use_cpu_body(encoder, cpu, FROM_TOKENS)
+    assert not use_cpu_body(encoder, cpu, FROM_TOKENS - 1)
+    assert not use_cpu_body(encoder, gpu, 10 * FROM_TOKENS)
+    assert not use_cpu_body(module_for(backbone_folder, METHODS["lora"]).encoder, cpu, FROM_TOKENS)
