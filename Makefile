@@ -57,9 +57,10 @@ docs: $(DOCS)/installed
 	$(SPHINX) sphinx --fail-on-warning --keep-going --quiet -d build/doctrees docs build/site
 	$(BIN)/python docs/check_site.py build/site
 
+# Runs the notebook again and keeps its outputs.
 notebook: $(DOCS)/installed
-	$(SPHINX) jupyter_client.kernelspecapp list > /dev/null
-	$(SPHINX) nbclient --inplace docs/notebooks/tour.ipynb
+	JUPYTER_PATH=$(abspath $(DOCS))/share/jupyter PYTHONPATH=$(abspath $(DOCS)) $(BIN)/python $(DOCS)/bin/jupyter-execute --inplace \
+		docs/notebooks/tour.ipynb
 
 # Under two minutes on two idle cores, without SLURM or a browser: for the time between two edits.
 test-quick: install

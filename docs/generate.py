@@ -24,7 +24,22 @@ def pages() -> dict[str, str]:
         "sweep.md": markdown(SweepFile),
         "cluster.md": markdown(Cluster, nested=False),
         "class.md": markdown(ResourceClass),
+        "api.md": api(),
     }
+
+
+def api() -> str:
+    """Return the public names of each package with their docstrings, for autodoc."""
+    from importlib import import_module
+
+    parts = []
+    for name in ("embedscale", "slurm", "analysis"):
+        package = import_module(name)
+        parts += [f"## {name}\n", (package.__doc__ or "").partition("\n\n")[0] + "\n"]
+        for public in (each for each in package.__all__ if not each.startswith("_")):
+            kind = "class" if isinstance(getattr(package, public), type) else "function"
+            parts.append(f"```{{eval-rst}}\n.. auto{kind}:: {name}.{public}\n```\n")
+    return "\n".join(parts)
 
 
 def schemas() -> dict[str, dict[str, Any]]:

@@ -5,6 +5,7 @@ a finished quickstart. A line that several pages share runs once. docs_by_hand.s
 cluster, with the reason. A block with a caption is written to the file that the caption names.
 """
 
+import json
 import os
 import re
 import shutil
@@ -17,6 +18,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "docs"), str(ROOT / "tests" / "analysis")]
 import check_site  # noqa: E402
+import generate  # noqa: E402
 from sweeps import miniature  # noqa: E402
 
 FENCE = re.compile(r"^```(\{code-block\} )?(\w+)\n(?::caption: (\S+)\n)?(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -93,3 +95,16 @@ def test_the_check_of_the_site_sees_what_is_wrong(tmp_path):
     found = check_site.problems(tmp_path)
     assert [line.split(": ")[0] for line in found] == ["a.html", "b.html", "b.html", "b.html"]
     assert any("another host" in line for line in found) and any("c.html, which is not there" in line for line in found)
+
+
+def test_every_setting_is_explained():
+    for name, page in generate.pages().items():
+        for row in page.splitlines():
+            assert not (row.startswith("| ") and row.endswith("|  |")), f"{name}: {row}"
+
+
+def test_the_notebook_holds_its_outputs_and_runs(clone):
+    notebook = json.loads((ROOT / "docs" / "notebooks" / "tour.ipynb").read_text())
+    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert cells and all(cell["execution_count"] for cell in cells) and any(cell["outputs"] for cell in cells)
+    run([sys.executable, "-c", "\n".join("".join(cell["source"]) + "\n" for cell in cells)], clone, MPLBACKEND="agg")
