@@ -134,13 +134,15 @@ def test_hours_of_a_device_are_shared_out_attempt_by_attempt(tmp_path, tiny_run)
     config, directory = run_of(tmp_path, tiny_run)
     assert train(config, StopAfter(5), sharing=4) == INTERRUPTED
     (first,) = directory.read_attempts()
-    start = datetime.fromisoformat(first["start"]) - timedelta(hours=2)
-    (directory.attempts / "1" / "attempt.json").write_text(json.dumps(first | {"start": start.isoformat()}))
+    start = datetime.fromisoformat(first.start) - timedelta(hours=2)
+    directory.attempt(1).path.joinpath("attempt.json").write_text(
+        json.dumps(first.to_json() | {"start": start.isoformat()})
+    )
     assert train(config, beside=2) == DONE  # on cores of its own
     record = directory.read_record()
     assert [attempt.sharing for attempt in record.attempts] == [4, 1]
-    assert record["wall_seconds"] >= 7200
-    assert record["gpu_hours"] == pytest.approx((record["wall_seconds"] - 7200) / 3600 + 0.5, abs=0.01)
+    assert record.wall_seconds >= 7200
+    assert record.gpu_hours == pytest.approx((record.wall_seconds - 7200) / 3600 + 0.5, abs=0.01)
 
 
 def test_a_loss_that_turns_nan_is_recorded_as_diverged(tmp_path, tiny_run, capsys):
