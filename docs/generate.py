@@ -25,6 +25,7 @@ def pages() -> dict[str, str]:
         "cluster.md": markdown(Cluster, nested=False),
         "class.md": markdown(ResourceClass),
         "api.md": api(),
+        "modules.md": modules(),
     }
 
 
@@ -39,6 +40,28 @@ def api() -> str:
         for public in (each for each in package.__all__ if not each.startswith("_")):
             kind = "class" if isinstance(getattr(package, public), type) else "function"
             parts.append(f"```{{eval-rst}}\n.. auto{kind}:: {name}.{public}\n```\n")
+    return "\n".join(parts)
+
+
+ROOMS = (
+    *("embedscale", "embedscale/run", "embedscale/data", "embedscale/model", "embedscale/model/cpu"),
+    *("embedscale/training", "embedscale/serving", "slurm", "slurm/scheduler"),
+    *("analysis", "analysis/fitting", "analysis/figures"),
+)
+
+
+def modules() -> str:
+    """Return the modules of each room with the first sentence of their docstrings."""
+    import ast
+
+    parts = []
+    for room in ROOMS:
+        folder = HERE.parent / room
+        rows = [f"### {room}\n", "| module | what it holds |", "|---|---|"]
+        for file in sorted(folder.glob("*.py"), key=lambda file: (file.name != "__init__.py", file.name)):
+            text = " ".join((ast.get_docstring(ast.parse(file.read_text("utf-8"))) or "").split("\n\n")[0].split())
+            rows.append(f"| `{'(the package)' if file.name == '__init__.py' else file.stem}` | {text} |")
+        parts.append("\n".join(rows) + "\n")
     return "\n".join(parts)
 
 
