@@ -64,7 +64,6 @@ def clone(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "page", [p for p in PAGES if commands(p.read_text())], ids=lambda path: str(path.relative_to(ROOT))
 )
