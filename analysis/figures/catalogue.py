@@ -14,7 +14,6 @@ from analysis.figures.style import Drawn, NotDrawn, label, style
 from analysis.study import Study
 from embedscale.errors import UserError
 from embedscale.files import write_atomically
-from embedscale.run.method import METHODS
 
 
 @dataclass(frozen=True)
@@ -26,6 +25,7 @@ class Figure:
     draw: Callable[[Study], Drawn]
 
 
+PAPER = ("full", "freeze", "bias", "lora")  # the methods whose profiles are figures 2 and 4
 # The numbers are the paper's.
 FIGURES = (
     Figure("figure_01_frontier", "1. Lowest loss against budget", optima.frontier),
@@ -101,7 +101,7 @@ FIGURES = (
 
 def figures_of(study: Study) -> list[Figure]:
     """Return the figures of a study: all of the paper's, and the profiles of methods that the paper does not have."""
-    others = [method for method in study.methods if method not in METHODS]
+    others = [method for method in study.methods if method not in PAPER]
     return [
         *FIGURES,
         *(

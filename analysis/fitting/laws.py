@@ -210,7 +210,7 @@ class Chinchilla(Law):
     name = "chinchilla"
     symbol = "L(N, D)"
     formula = "E + A/N^α + B/D^β"
-    coefficients = ("E", "A", "B", "alpha", "beta")
+    coefficients: ClassVar[tuple[str, ...]] = ("E", "A", "B", "alpha", "beta")
     longest_step = 2.0
 
     def size_coefficient(self, values: ArrayLike, tokens: ArrayLike) -> Array:

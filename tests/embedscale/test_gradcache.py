@@ -12,7 +12,6 @@ from steps import METHODS, assert_same_gradients, batch_of, gradients, module_fo
 from embedscale.model.body import FROM_TOKENS, PlainBody, training_body, use_cpu_body
 from embedscale.model.cpu.body import PART_TOKENS, parts_of
 from embedscale.run.config import Training
-from embedscale.run.method import Method
 from embedscale.training.gradcache import accumulate_gradient
 from embedscale.training.loss import info_nce, loss_and_gradient
 
@@ -64,7 +63,7 @@ def test_dropout_draws_anew_at_each_step_and_the_same_when_a_step_is_repeated(ba
 
 @pytest.mark.parametrize("name", METHODS)
 def test_chunking_and_checkpointing_change_nothing(backbone_folder, name):
-    method = METHODS[name] if name != "lora" else Method("lora", rank=4)
+    method = replace(METHODS[name], dropout=0.0)
     results, spent = [], []
     for chunk_tokens, checkpointing in itertools.product((None, 100), (False, True)):
         module, batch = (
@@ -85,7 +84,7 @@ def test_chunking_and_checkpointing_change_nothing(backbone_folder, name):
 @pytest.mark.parametrize("name", METHODS)
 def test_parts_on_several_cores_give_the_gradient_of_the_plain_body(backbone_folder, name, chunk_tokens):
     """And the same bits each time, in whatever order the cores finish."""
-    method = METHODS[name] if name != "lora" else Method("lora", rank=4)
+    method = replace(METHODS[name], dropout=0.0)
     batch, cores = batch_of(128, chunk_tokens=chunk_tokens), torch.get_num_threads()
     module, results = module_for(backbone_folder, method), []
 
@@ -114,7 +113,7 @@ def test_parts_on_several_cores_give_the_gradient_of_the_plain_body(backbone_fol
 
 @pytest.mark.parametrize("name", METHODS)
 def test_out_of_memory_halves_the_chunks_and_loses_no_step(backbone_folder, name):
-    method = METHODS[name] if name != "lora" else Method("lora", rank=4)
+    method = replace(METHODS[name], dropout=0.0)
     module, batch = module_for(backbone_folder, method), batch_of()
     expected, whole = module.backward_through(batch), gradients(module)
     module = module_for(backbone_folder, method)
