@@ -96,6 +96,7 @@ FIGURES = (
     Figure("figure_22_coefficient", "22. The size coefficient against tokens", laws.coefficient_trend),
     Figure("figure_23_steps", "23. Another batch size and context, predicted from steps", laws.steps),
     Figure("loss_curves", "Loss curves", runs.curves),
+    Figure("loss_hours", "Loss against device-hours", runs.hours),
 )
 
 

@@ -39,6 +39,34 @@ def curves(study: Study) -> Drawn:
     )
 
 
+def hours(study: Study) -> Drawn:
+    """Draw the held-out loss of the best run of each method and budget against its device-hours, a line a method."""
+    if "gpu_hours" not in study.table:  # a table of others
+        raise NotDrawn("the table of runs has no device-hours")
+    best = study.table.loc[study.table.groupby(["method", "budget_flop"])["loss"].idxmin()].dropna(subset=["gpu_hours"])
+    if best.empty:
+        raise NotDrawn("no best run of a method and budget states its device-hours")
+    best = best.sort_values(["method", "budget_flop"])
+    figure, (axes,) = style.panels(1, height=2.9)
+    for method in study.methods:
+        part = best[best["method"] == method]
+        if part.empty:
+            continue
+        axes.plot(
+            part["gpu_hours"], part["loss"], label=style.label(method), **style.method_style(method, study.methods)
+        )
+    style.log_axis(axes.xaxis)
+    style.log_axis(axes.yaxis, "plain")
+    axes.set(xlabel="device-hours", ylabel=style.LOSS)
+    style.legend_below(figure, axes.get_lines(), columns=2)
+    columns = ["method", "budget_flop", "n_parameters", "gpu_hours", "loss", "run"]
+    return Drawn(
+        figure,
+        best[columns],
+        "Held-out loss of the best run of each method and budget, against the device-hours of all its attempts.",
+    )
+
+
 def _scored(study: Study) -> pd.DataFrame:
     """Return the scored runs with their mean score over the tasks that all of them have."""
     if study.scores.empty:

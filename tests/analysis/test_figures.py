@@ -228,3 +228,18 @@ def test_run_directories_bring_curves_and_scores(tmp_path, capsys):
     (folder / "runs.csv").unlink()
     with pytest.raises(UserError, match="runs.csv: does not exist; embedscale fit writes it"):
         studies.load(folder)
+
+
+def test_hours_shows_the_best_run_of_each_budget_and_says_why_it_is_missing(study, tmp_path):
+    timed = study.table.assign(gpu_hours=study.table["budget_flop"] / 1e15)
+    found = figures.draw(replace(study, table=timed), "loss_hours")
+    best = timed.groupby(["method", "budget_flop"])["loss"].min()
+    assert found.rows.set_index(["method", "budget_flop"])["loss"].to_dict() == best.to_dict()
+    lines = {line.get_label(): line for line in found.figure.axes[0].get_lines()}
+    assert set(lines) == {style.label(method) for method in study.methods}
+    for method in study.methods:
+        rows = found.rows[found.rows["method"] == method]
+        assert lines[style.label(method)].get_xydata().tolist() == rows[["gpu_hours", "loss"]].to_numpy().tolist()
+    for table in (timed.assign(gpu_hours=np.nan), timed.drop(columns="gpu_hours")):
+        with pytest.raises(style.NotDrawn, match="device-hours"):
+            figures.draw(replace(study, table=table), "loss_hours")
