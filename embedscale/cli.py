@@ -159,7 +159,7 @@ def _run_verbs(verbs: Any) -> None:
         nargs="+",
         default=["pythia-14m"],
         metavar="SIZE",
-        help="sizes of the Pythia suite, or folders of models (default: pythia-14m)",
+        help="names of known models, or folders of models (default: pythia-14m)",
     )
     usual = ["full", "freeze-0.5", "bias", "lora-r32"]
     measured.add_argument(

@@ -22,7 +22,7 @@ class Size:
     name: str  # short name, in lower case: pythia-14m
     config: Mapping[str, Any]  # its config.json, as far as the layers depend on it
     shape: BackboneShape
-    pretraining_learning_rate: float  # peak, as published
+    pretraining_learning_rate: float | None  # peak, as published; None where none is
     parameters: int  # non-embedding, as published; tests recount it
 
 

@@ -33,6 +33,8 @@ def info_nce(queries: Tensor, positives: Tensor, negatives: Tensor, loss: Loss, 
         columns = scores[:, :pairs].T.masked_fill(same_query, -torch.inf)
         if loss.form == "symmetric":
             return (functional.cross_entropy(rows, labels) + functional.cross_entropy(columns, labels)) / 2
+        if loss.form != "gte":
+            raise ValueError(f"loss.form: {loss.form!r} has no formula in training/loss.py")
         # All similarities in one denominator, the pair's own in both its row and its column (GTE, arXiv 2308.03281,
         # section 3.3).
         itself = torch.eye(pairs, dtype=torch.bool, device=scores.device)
