@@ -4,10 +4,10 @@
 
 The ladder names a model's width, blocks and heads. Each model reads `bytes_per_parameter` bytes for each of its
 parameters, embeddings not counted, and at least `bytes`. The peak learning rate is `peak`·√(64 / width); a warm-up of
-2 % of the steps is followed by a cosine to a tenth. Random windows of 129 bytes are drawn anywhere in the texts; step
-k draws from a generator seeded by k, so an interrupted training continues from its last checkpoint (beside the model,
-every five minutes) with the same numbers. The finished model is stored in float16 in the hub's format, with its
-measured loss on held-out texts in pretraining.json.
+2 % of the steps is followed by a cosine to a tenth. A step reads `windows` random windows of 129 bytes from anywhere in
+the texts; step k draws from a generator seeded by k, so an interrupted training continues from its last checkpoint
+(beside the model, every five minutes) with the same numbers. The finished model is stored in float16 in the hub's
+format, with its measured loss on held-out texts in pretraining.json.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from torch.nn.functional import cross_entropy
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
 HERE = Path(__file__).parent
-LENGTH, SEQUENCES = 128, 96  # bytes that a window predicts, windows a step
+LENGTH = 128  # bytes that a window predicts
 HELD_OUT_WINDOWS = 4096
 CHECKPOINT_SECONDS = 300
 
@@ -105,7 +105,8 @@ def pretrain(folder: Path, shape: list[int], ladder, train: np.ndarray, held_out
     width, blocks, heads = shape
     model = new_model(width, blocks, heads)
     parameters = body_parameters(model)
-    steps = math.ceil(max(ladder.bytes, ladder.bytes_per_parameter * parameters) / (LENGTH * SEQUENCES))
+    bytes_a_step = LENGTH * ladder.windows
+    steps = math.ceil(max(ladder.bytes, ladder.bytes_per_parameter * parameters) / bytes_a_step)
     peak = ladder.peak * math.sqrt(64 / width)
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak, weight_decay=0.01, betas=(0.9, 0.98), fused=True)
     first, seconds, curve = 0, 0.0, []
@@ -115,35 +116,35 @@ def pretrain(folder: Path, shape: list[int], ladder, train: np.ndarray, held_out
         saved = torch.load(checkpoint, weights_only=True)
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
-        first, seconds, curve = saved["step"], saved["seconds"], saved["curve"]
-    begun = last = time.monotonic()
+        first, seconds, curve = saved["step"], saved["cpu_seconds"], saved["curve"]
+    begun, last = time.process_time(), time.monotonic()
     for step in range(first, steps):
         rate = min(1, (step + 1) / (0.02 * steps)) * (0.1 + 0.9 * (1 + math.cos(math.pi * step / steps)) / 2)
         optimizer.param_groups[0]["lr"] = peak * rate
-        loss = loss_of(model, windows(train, SEQUENCES, step + 1))
+        loss = loss_of(model, windows(train, ladder.windows, step + 1))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         if (step + 1) % max(1, steps // 20) == 0:
-            curve.append([(step + 1) * LENGTH * SEQUENCES, round(float(loss.detach()), 3)])
+            curve.append([(step + 1) * bytes_a_step, round(float(loss.detach()), 3)])
         if time.monotonic() - last > CHECKPOINT_SECONDS:
             last = time.monotonic()
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
-            save_checkpoint(checkpoint, state | {"seconds": seconds + last - begun, "curve": curve})
+            save_checkpoint(checkpoint, state | {"cpu_seconds": seconds + time.process_time() - begun, "curve": curve})
             print(f"{folder.name}: step {step + 1} of {steps}, loss {float(loss.detach()):.3f}", flush=True)
     measured = {
         "non_embedding_parameters": parameters,
         "width": width,
         "blocks": blocks,
         "heads": heads,
-        "bytes_read": steps * LENGTH * SEQUENCES,
+        "bytes_read": steps * bytes_a_step,
         "bytes_of_corpus": len(train),
         "steps": steps,
         "peak_learning_rate": round(peak, 6),
         "held_out_nats_per_byte": round(held_out_loss(model, held_out), 4),
         "training_curve": curve,  # bytes read, loss of a step
-        "seconds": round(seconds + time.monotonic() - begun),
+        "cpu_seconds": round(seconds + time.process_time() - begun),
         "torch": torch.__version__.split("+")[0],
     }
     model.to(torch.float16).save_pretrained(folder)

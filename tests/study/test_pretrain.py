@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 sys.path.insert(0, str(Path(__file__).parents[2] / "configs" / "study"))
 import pretrain
 
-STEP = pretrain.LENGTH * pretrain.SEQUENCES
-LADDER = OmegaConf.create({"bytes": 6 * STEP, "bytes_per_parameter": 0, "peak": 1e-2})
+WINDOWS = 16
+STEP = pretrain.LENGTH * WINDOWS
+LADDER = OmegaConf.create({"windows": WINDOWS, "bytes": 6 * STEP, "bytes_per_parameter": 0, "peak": 1e-2})
 
 
 @pytest.fixture
