@@ -24,8 +24,9 @@ from embedscale.files import read_json
 from embedscale.run.config import RunConfig, bounded
 from embedscale.run.cost import Cost, cost_of
 from embedscale.run.directory import RunDirectory
-from embedscale.run.families import pretraining_learning_rate, short_name
+from embedscale.run.families import short_name
 from embedscale.run.shape import BackboneShape
+from embedscale.training.plan import learning_rate_of
 from slurm import grid
 from slurm.cluster import ResourceClass, shape_of
 from slurm.grid import Sweep
@@ -200,7 +201,7 @@ class _Estimator:
             shape = self.shape_of(run.backbone.name)
             resource_class = cluster.class_of(shape.parameters)
             cost = self.cost_of(run, shape)
-            rate = _learning_rate(run)
+            rate = learning_rate_of(run)
             data = self.pairs_of(run.data.store, run.loss.hard_negatives)
             _check_data(run, shape, data)
             tokens = cost.tokens_of(run.budget)
@@ -236,17 +237,6 @@ class _Estimator:
             measured=speed is not None,
             disk_bytes=_disk(run, shape, cost, steps),
         )
-
-
-def _learning_rate(run: RunConfig) -> float:
-    if run.training.learning_rate is not None:
-        return run.training.learning_rate
-    rate = run.method.peak_learning_rate(pretraining_learning_rate(run.backbone.name))
-    if rate is None:
-        raise UserError(
-            f"training.learning_rate: the paper's rule has no value for {short_name(run.backbone.name)}; set one"
-        )
-    return rate
 
 
 def _check_data(run: RunConfig, shape: BackboneShape, data: Pairs) -> None:

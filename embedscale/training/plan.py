@@ -11,7 +11,7 @@ from embedscale.data.store import PairStore
 from embedscale.errors import DONE, UserError
 from embedscale.run.config import RunConfig, bounded
 from embedscale.run.cost import Cost, cost_of
-from embedscale.run.families import SUITES, pretraining_learning_rate, shape_by_name
+from embedscale.run.families import pretraining_learning_rate, shape_by_name, short_name
 from embedscale.run.shape import BackboneShape
 from embedscale.values import Count, Value
 
@@ -111,8 +111,7 @@ def learning_rate_of(config: RunConfig) -> float:
     rate = config.method.peak_learning_rate(pretraining_learning_rate(config.backbone.name))
     if rate is None:
         raise UserError(
-            f"training.learning_rate: no value is given, and the paper's rule for {config.method.name!r} needs "
-            f"the learning rate of the pre-training, known for {SUITES} and not for {config.backbone.name!r}; give one"
+            f"training.learning_rate: the paper's rule has no value for {short_name(config.backbone.name)}; set one"
         )
     return rate
 

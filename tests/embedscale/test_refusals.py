@@ -42,7 +42,7 @@ def test_held_out_pairs_that_cannot_be_read_are_found_before_the_training(tmp_pa
         (["method.name=adapter"], "method.name: 'adapter' is unknown"),
         (["method.name=lora", "method.rank=1000"], "method.rank: 1000 is out of range"),
         (["method.name=freeze", "method.active_fraction=0.3"], "method.active_fraction: 0.3 of 4 blocks"),
-        (["training.learning_rate=null"], "training.learning_rate: no value is given"),
+        (["training.learning_rate=null"], "training.learning_rate: the paper's rule has no value for"),
         (["evaluation.pool=32000"], "held-out pairs are asked for"),
         (["loss.hard_negatives=5"], "loss.hard_negatives: 5, but"),
         (["resources.shard=true"], "resources.shard: one process has nothing to share"),
