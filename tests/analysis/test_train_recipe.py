@@ -46,7 +46,7 @@ def test_training_by_a_recipe_trains_the_method_that_was_fitted(tmp_path, method
     backbones, rows = BACKBONES[2:5], []
     for row in backbones:
         cost = cost_of(row.shape, method)
-        share = len(method.training_blocks(row.blocks)) / row.blocks
+        share = len(method.training_blocks(row.shape.blocks)) / row.shape.blocks
         for budget in BUDGETS:
             tokens = budget / cost.flop_per_token
             rows.append(
@@ -93,9 +93,9 @@ def test_training_by_a_recipe_takes_the_rest_from_the_run_that_was_best(tmp_path
 def test_what_other_backbones_had_becomes_what_this_one_can_have(row):
     for share in (1 / 16, 1 / 6, 1 / 3, 0.5, 5 / 6, 1.0):
         (found,) = METHODS["freeze"].settings_like({"trainable_fraction": share}, row.shape).values()
-        blocks = found * row.blocks
+        blocks = found * row.shape.blocks
         assert blocks == pytest.approx(round(blocks)) and blocks >= 1
-        assert abs(blocks - max(1, share * row.blocks)) <= 0.5
+        assert abs(blocks - max(1, share * row.shape.blocks)) <= 0.5
         cost_of(row.shape, Method("freeze", active_fraction=found))
     assert METHODS["lora"].settings_like({"rank": 8}, row.shape) == {"rank": 8}
     cost_of(row.shape, Method("lora", **METHODS["lora"].settings_like({"rank": 10**6}, row.shape)))
