@@ -9,6 +9,7 @@ ignored, so that files of a later version load.
 import ast
 import inspect
 import json
+import reprlib
 import textwrap
 from collections.abc import Callable
 from dataclasses import MISSING, Field, asdict, dataclass, fields, is_dataclass
@@ -111,7 +112,7 @@ class Value:
             return cls.from_json(json.loads(path.read_text()))
         except (FileNotFoundError, NotADirectoryError):
             return None
-        except ValueError:  # UnicodeDecodeError is one
+        except (ValueError, RecursionError):  # UnicodeDecodeError is a ValueError
             return Damaged(path, "is not valid JSON")
         except UserError as error:
             return Damaged(path, str(error))
@@ -146,7 +147,7 @@ def reader(kind: Any) -> Read:
 
 
 def _refuse(value: object, expected: str) -> NoReturn:
-    raise Misfit(f"{value!r} was found; expected {expected}")
+    raise Misfit(f"{reprlib.repr(value)} was found; expected {expected}")
 
 
 def _part(read: Read, value: Any, key: str) -> Any:
@@ -165,7 +166,10 @@ def _plain(kind: Any) -> Read:
         if type(value) is kind or kind is Any:
             return value
         if kind is float and type(value) is int:
-            return float(value)
+            try:
+                return float(value)
+            except OverflowError:
+                _refuse(value, "a number below 1e308")
         return _refuse(value, expected)
 
     return read
