@@ -193,7 +193,9 @@ class Problem:
         self.last = {"huber": delta, "lad": LAD_DELTA}.get(residual)
         self.task = _Task(law, data, residual == "raw", None)
 
-    def _run(self, delta: float | None, found: Solution, rows: NDArray[np.int_], iterations: int, tolerance: float):
+    def _run(
+        self, delta: float | None, found: Solution, rows: NDArray[np.int_], iterations: int, tolerance: float
+    ) -> Solution:
         task = replace(self.task, delta=delta)
         return _newton(task, found, self.target[rows], self.weights[rows], iterations, tolerance)
 

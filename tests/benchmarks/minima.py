@@ -67,8 +67,8 @@ def lowest(at, starts: list[np.ndarray], near: np.ndarray | None, rng: np.random
     """Return the lowest objective that scipy reaches."""
     if near is not None:
         spread = np.array([1, *[0.4] * (len(near) - 3), 0.1, 0.1])
-        starts = [*starts, *(near + spread * rng.standard_normal((5, len(near))))]
-    ends = [minimize(at, start, jac=True, method="BFGS", options={"gtol": 1e-9, "maxiter": 400}) for start in starts]
+        starts = [*starts, *(near + spread * rng.standard_normal((3, len(near))))]
+    ends = [minimize(at, start, jac=True, method="BFGS", options={"gtol": 1e-9, "maxiter": 300}) for start in starts]
     best = min(ends, key=lambda end: end.fun)
     options = {"maxiter": 1500, "xatol": 1e-9, "fatol": 1e-12}
     for start in [best.x] if near is None else [best.x, near]:
@@ -109,7 +109,7 @@ def fits(found: dict[str, Table], count: int) -> None:
                 finally:
                     ours += time.perf_counter() - turn
                 at = objective(law, fit.data, tried, fit.weights, kind)
-                low = lowest(at, list(law.starts(tried, fit.data, 6)), fit.theta, rng)
+                low = lowest(at, list(law.starts(tried, fit.data, 4)), fit.theta, rng)
                 excess[law.name, kind].append(fit.objective / low - 1)
                 if fit.objective > low * (1 + MORE):
                     print(f"  {name}, {len(n)} rows, {law.name}, {kind}: {fit.objective:.6e}, scipy {low:.6e}")
@@ -147,7 +147,7 @@ def refits(found: dict[str, Table], count: int) -> None:
 def _excess(fit: JointFit, weights: np.ndarray, values: np.ndarray, rng: np.random.Generator) -> float:
     at = objective(fit.law, fit.data, fit.loss, weights, "huber")
     theta = fit.law.internal(values[None], fit.data)[0]
-    low = lowest(at, list(fit.law.starts(fit.loss, fit.data, 6)), theta, rng)
+    low = lowest(at, list(fit.law.starts(fit.loss, fit.data, 4)), theta, rng)
     return at(theta)[0] / 1e4 / low - 1
 
 
