@@ -201,6 +201,8 @@ class Convergence(Value):
     iterations: Count
     condition: float | None
     """Condition of the scaled normal matrix."""
+    missed_refits: Count = 0
+    """Bootstrap refits that did not converge, which are left out of the draws."""
 
 
 @dataclass(frozen=True)

@@ -254,9 +254,13 @@ def _simulate_method(
     drawn = truth * np.exp(noise * rng.standard_normal((repeats, len(rows))))
     try:
         first = solver.fit_joint(stated.law, n, d, drawn[0], s, residual="log")
-    except solver.TooFewRuns as error:
+    except solver.NoFit as error:
         return Simulated(stated.law.name, noise, repeats, len(rows), refused=str(error))
     fitted = first.refit(loss=drawn)  # [repeats, coefficients]
+    converged = ~np.isnan(fitted).any(1)
+    fitted, drawn = fitted[converged], drawn[converged]
+    if not len(fitted):
+        return Simulated(stated.law.name, noise, repeats, len(rows), refused="no simulated fit converged")
     found, parabolas = _optima(rows, stated, truth, drawn, fitted, window, confidence)
     return Simulated(
         law=stated.law.name,

@@ -17,7 +17,7 @@ from analysis.figures.optima import choice_of
 from analysis.figures.style import Drawn, NotDrawn
 from analysis.fitting import joint, uncertainty
 from analysis.fitting.laws import LAWS, Array, Law, StatedLaw, fraction_law, size_law
-from analysis.fitting.solver import TooFewRuns, fit_joint
+from analysis.fitting.solver import NoFit, fit_joint
 from analysis.study import Study, by_number
 
 DRAWS = 100  # refits behind the interval of a prediction
@@ -50,10 +50,10 @@ def _fit(law: Law, rows: pd.DataFrame, study: Study, amount: str = "tokens") -> 
         fitted = fit_joint(
             law, n, d, loss, fraction, weights=seeds, residual=settings.residual, delta=settings.delta, starts=8
         )
-    except TooFewRuns as error:
+    except NoFit as error:
         raise NotDrawn(str(error)) from None
     draws = uncertainty.resampled(fitted, list(rows["losses"]), DRAWS, np.random.default_rng(settings.seed))
-    return StatedLaw(law, fitted.values, draws)
+    return StatedLaw(law, fitted.values, draws[np.isfinite(draws).all(1)])
 
 
 def _against(rows: pd.DataFrame, study: Study, predicted_kind: str) -> Figure:

@@ -334,6 +334,9 @@ def _notes(settings: FitSettings, noise: Noise, methods: Mapping[str, MethodFit]
             starts, agreeing = fitted.convergence.starts, fitted.convergence.agreeing
             if agreeing < FEW_STARTS * starts:
                 notes.append(f"{name}, {law} law: only {agreeing} of {starts} starts agree on the minimum")
+            if missed := fitted.convergence.missed_refits:
+                draws = settings.bootstrap
+                notes.append(f"{name}, {law} law: {missed} of {draws} refits did not converge and are left out")
         if method.power_laws.loss is None:
             notes.append(f"{name}: fewer than two interior optima, so no power law and no place on the frontier")
         notes += _parabola_bias(name, method)

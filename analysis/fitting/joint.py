@@ -13,7 +13,7 @@ import pandas as pd
 from analysis.fits import Convergence, HoldOut, JointLaw, Noise, Optimum, Span
 from analysis.fitting import optima, uncertainty
 from analysis.fitting.laws import LAWS, Array, Law, interval, power_law
-from analysis.fitting.solver import JointFit, TooFewRuns, fit_joint
+from analysis.fitting.solver import DidNotConverge, JointFit, NoFit, fit_joint
 from embedscale.run.method import METHODS
 
 KEPT_DRAWS = 200  # of each law, for the intervals of predictions
@@ -64,7 +64,9 @@ def try_law(law: Law, points: pd.DataFrame, residual: str, delta: float, starts:
     fraction = s if law.needs_fraction else None
     try:
         return fit_joint(law, n, d, loss, fraction, weights=seeds, residual=residual, delta=delta, starts=starts)
-    except TooFewRuns as error:
+    except DidNotConverge as error:
+        return f"{error}; the law is used nowhere"
+    except NoFit as error:
         return str(error)
 
 
@@ -102,7 +104,12 @@ def _inflation(fit: JointFit) -> float:
 
 
 def summarise(fit: JointFit, refits: Array, points: pd.DataFrame, confidence: float) -> JointLaw:
-    """Return a fit as it stands in fits.json; `refits` are bootstrap draws of its coefficients [draws, p]."""
+    """Return a fit as it stands in fits.json; `refits` are bootstrap draws of its coefficients [draws, p].
+
+    Rows of NaN are refits that did not converge.
+    """
+    missed = int(np.isnan(refits).any(1).sum())
+    refits = refits[~np.isnan(refits).any(1)]
     n, d = _where(fit)
     proportional = optima.costs_in_proportion(points)
     exponent = fit.law.size_exponent(fit.values) if proportional else None
@@ -118,7 +125,7 @@ def summarise(fit: JointFit, refits: Array, points: pd.DataFrame, confidence: fl
         objective=fit.objective,
         runs=len(fit.loss),
         log_residual=fit.log_residual,
-        convergence=Convergence(fit.starts, fit.agreeing, fit.gradient, fit.iterations, fit.condition),
+        convergence=Convergence(fit.starts, fit.agreeing, fit.gradient, fit.iterations, fit.condition, missed),
         span=Span(_ends(n), _ends(d), _ends(fit.data.s)),
         draws=tuple(tuple(row) for row in refits[:KEPT_DRAWS].tolist()),
         n_exponent=None if exponent is None else float(exponent),

@@ -23,6 +23,7 @@ Array = NDArray[np.float64]
 TINY = 1e-300  # replaces an E of 0, whose logarithm does not exist
 VALID = 0.5  # smallest share of finite draws for which an interval is given
 POSITIVE = (0.0, np.inf)
+POWERS = (-6.0, 4.0)  # range of ln b_s of the law of S
 
 
 # --- Intervals and power laws ----------------------------------------------------------------------------------------
@@ -113,7 +114,7 @@ class Law(ABC):
     exponents: ClassVar[tuple[str, ...]] = ("alpha", "beta")  # not fixed by the data from a standard error of 0.5 on
     bounds: ClassVar[Mapping[str, tuple[float, float]]] = {"E": POSITIVE, "alpha": POSITIVE, "beta": POSITIVE}  # open
     needs_fraction: ClassVar[bool] = False  # whether the law depends on the trainable fraction S
-    longest_step: ClassVar[float] = np.inf  # of one solver iteration, in each internal coordinate
+    logarithms: ClassVar[tuple[str, ...]] = ("E",)  # coefficients whose internal coordinate is a logarithm
 
     # What each law defines
 
@@ -142,6 +143,20 @@ class Law(ABC):
         """Return the internal coordinates [b, p] of published coefficients."""
 
     # What follows from it
+
+    def curvature(self, theta: Array, data: Data, slopes: Array, weights: Array) -> Array:
+        """Return Σ weights × (d² L / d theta²) / L over the points [b, p, p].
+
+        `slopes` is what `gradient` returned at theta, and `weights` has the shape [b, points]. The default takes
+        differences of `gradient`. A closed form is faster and reuses `slopes`.
+        """
+        step, p = 1e-5, theta.shape[1]
+        total = (slopes * weights[:, None]) @ slopes.transpose(0, 2, 1)  # d² L / L = d² ln L + slopes slopesᵀ
+        for i in range(p):
+            shift = step * np.eye(p)[i]
+            change = self.gradient(theta + shift, data)[1] - self.gradient(theta - shift, data)[1]
+            total[:, i] += (change * weights[:, None]).sum(-1) / (2 * step)
+        return 0.5 * (total + total.transpose(0, 2, 1))
 
     def named(self, values: ArrayLike) -> dict[str, Array]:
         """Return each coefficient by its name, [..., 1], so that it broadcasts against points."""
@@ -211,7 +226,7 @@ class Chinchilla(Law):
     symbol = "L(N, D)"
     formula = "E + A/N^α + B/D^β"
     coefficients: ClassVar[tuple[str, ...]] = ("E", "A", "B", "alpha", "beta")
-    longest_step = 2.0
+    logarithms = ("E", "A", "B")
 
     def size_coefficient(self, values: ArrayLike, tokens: ArrayLike) -> Array:
         return self.named(values)["A"]
@@ -231,6 +246,18 @@ class Chinchilla(Law):
         np.multiply(slopes[:, 1], -data.log_n, out=slopes[:, 3])
         np.multiply(slopes[:, 2], -data.log_d, out=slopes[:, 4])
         return loss, slopes
+
+    def curvature(self, theta: Array, data: Data, slopes: Array, weights: Array) -> Array:
+        if type(self).gradient is not Chinchilla.gradient:  # a law built on this one, of another form
+            return super().curvature(theta, data, slopes, weights)
+        by_n, by_d = -data.log_n, -data.log_d
+        w = slopes * weights[:, None]
+        total = np.zeros((len(theta), 5, 5))
+        total[:, 0, 0], total[:, 1, 1], total[:, 2, 2] = w[:, :3].sum(-1).T
+        total[:, 1, 3] = total[:, 3, 1] = w[:, 3].sum(-1)
+        total[:, 2, 4] = total[:, 4, 2] = w[:, 4].sum(-1)
+        total[:, 3, 3], total[:, 4, 4] = w[:, 3] @ by_n, w[:, 4] @ by_d
+        return total
 
     def starts(self, loss: Array, data: Data, count: int) -> Array:
         grid = np.geomspace(0.03, 1.5, 14)
@@ -276,9 +303,8 @@ class TrainableFraction(Law):
 
     def gradient(self, theta: Array, data: Data) -> tuple[Array, Array]:
         e, slope, level, gain, log_power, rest, alpha, beta = theta.T[:, :, None]
-        power = np.exp(np.clip(log_power, -6, 4))
         frozen = np.clip(1 - data.s, 0, 1)
-        log_frozen = np.log(np.where(frozen > 0, frozen, 1.0))
+        power, log_frozen = _power(log_power), np.log(np.where(frozen > 0, frozen, 1.0))
         share = np.where(frozen > 0, np.exp(power * log_frozen), 0.0)  # (1−S)^b_s
         by_n, by_d = np.exp(-alpha * data.log_n), np.exp(-beta * data.log_d)
         size, amount = (slope * data.log_d + level) * by_n, (gain * share + rest) * by_d
@@ -288,13 +314,30 @@ class TrainableFraction(Law):
         slopes[:, 1] = data.log_d * by_n
         slopes[:, 2] = by_n
         slopes[:, 3] = share * by_d
-        slopes[:, 4] = gain * share * by_d * log_frozen * power
+        slopes[:, 4] = gain * share * by_d * log_frozen * power * _free(log_power)
         slopes[:, 5] = by_d
         slopes[:, 6] = -size * data.log_n
         slopes[:, 7] = -amount * data.log_d
         with np.errstate(divide="ignore", invalid="ignore"):
             slopes /= loss[:, None]
         return loss, slopes
+
+    def curvature(self, theta: Array, data: Data, slopes: Array, weights: Array) -> Array:
+        by_n, by_d = -data.log_n, -data.log_d
+        frozen = np.clip(1 - data.s, 0, 1)
+        log_power = theta[:, 4, None]
+        # d share / d ln b_s = share × bend
+        bend = np.log(np.where(frozen > 0, frozen, 1.0)) * _power(log_power) * _free(log_power)
+        w = slopes * weights[:, None]
+        total = np.zeros((len(theta), 8, 8))
+        total[:, 0, 0] = w[:, 0].sum(-1)
+        total[:, 3, 4] = total[:, 4, 3] = (w[:, 3] * bend).sum(-1)
+        total[:, 4, 4] = (w[:, 4] * (bend + 1)).sum(-1)
+        for i in (1, 2, 6):
+            total[:, i, 6] = total[:, 6, i] = w[:, i] @ by_n
+        for i in (3, 4, 5, 7):
+            total[:, i, 7] = total[:, 7, i] = w[:, i] @ by_d
+        return total
 
     def starts(self, loss: Array, data: Data, count: int) -> Array:
         grid = np.geomspace(0.04, 1.2, 9)
@@ -313,7 +356,7 @@ class TrainableFraction(Law):
         e, slope, level, gain, log_power, rest, alpha, beta = theta.T
         n, d = data.centre
         by_n, by_d = np.exp(alpha * n), np.exp(beta * d)
-        power = np.exp(np.clip(log_power, -6, 4))
+        power = _power(log_power)
         with np.errstate(over="ignore"):  # a bootstrap resample that cannot hold the law
             columns = [np.exp(e), slope * by_n, (level - slope * d) * by_n, gain * by_d, power, rest * by_d]
         return np.stack([*columns, alpha, beta], 1)
@@ -325,6 +368,16 @@ class TrainableFraction(Law):
         floor = np.log(np.maximum(e, TINY))
         columns = [floor, a_d * by_n, (b_d + a_d * d) * by_n, a_s * by_d, np.log(b_s), c_s * by_d, alpha, beta]
         return np.stack(columns, 1)
+
+
+def _power(log_power: Array) -> Array:
+    """Return b_s of ln b_s, within the range that runs can tell apart."""
+    return np.exp(np.clip(log_power, *POWERS))
+
+
+def _free(log_power: Array) -> NDArray[np.bool_]:
+    """Return whether ln b_s is inside its range; at an end the loss no longer changes with ln b_s."""
+    return (log_power > POWERS[0]) & (log_power < POWERS[1])
 
 
 CHINCHILLA, TRAINABLE_FRACTION = Chinchilla(), TrainableFraction()

@@ -22,7 +22,7 @@ __all__ = ["OptimumDraws", "interval", "optimum_draws", "resampled"]
 
 
 def resampled(fit: JointFit, losses: list[Array], count: int, rng: np.random.Generator) -> Array:
-    """Return coefficients [count, p] of the law fitted to `count` resamples of the points.
+    """Return coefficients [count, p] of the law fitted to `count` resamples; NaN where a refit did not converge.
 
     A point is drawn with all its seeds, because they share the law's misfit at that point. `losses` [points] holds the
     replicates of each point, which are then resampled within the point.

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from analysis.fitting import laws, solver, uncertainty
-from analysis.fitting.laws import CHINCHILLA, LAWS, TRAINABLE_FRACTION, Data
+from analysis.fitting.laws import CHINCHILLA, LAWS, TRAINABLE_FRACTION, Data, Law
 from analysis.fitting.solver import fit_joint
 from embedscale.errors import UserError
 
@@ -56,6 +56,18 @@ def test_slopes_are_the_derivatives_and_coordinates_go_both_ways(law):
         step[0, i] = 1e-6
         above, below = (np.log(law.gradient(theta + sign * step, data)[0][0]) for sign in (1, -1))
         assert slopes[0, i] == pytest.approx((above - below) / 2e-6, abs=1e-7)
+
+
+@pytest.mark.parametrize("law", LAWS.values(), ids=LAWS)
+def test_second_derivatives_are_those_of_the_loss(law):
+    """By differences of the gradient, which is also what a law without a closed form gets."""
+    n, d, s = grid(4, 3, 3)
+    data = Data.of(n, d, s)
+    theta = law.internal(TRUE[law.name][None], data)
+    weights = np.random.default_rng(0).standard_normal((1, len(n)))
+    slopes = law.gradient(theta, data)[1]
+    exact = law.curvature(theta, data, slopes, weights)
+    assert exact == pytest.approx(Law.curvature(law, theta, data, slopes, weights), abs=1e-6)
 
 
 @pytest.mark.parametrize("residual", solver.RESIDUALS)

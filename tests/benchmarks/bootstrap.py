@@ -35,7 +35,7 @@ def main(path: str, refits: int = 4000, looped: int = 100) -> None:
     draws = resampled(fit, list(loss[:, None]), refits, np.random.default_rng(0))
     ours = time.perf_counter() - began
     print(f"batched: {refits} refits in {ours:.2f} s")
-    for name, low, high in zip(CHINCHILLA.names, *np.percentile(draws, [2.5, 97.5], axis=0), strict=True):
+    for name, low, high in zip(CHINCHILLA.coefficients, *np.percentile(draws, [2.5, 97.5], axis=0), strict=True):
         print(f"  {name:6} {low:.5g} … {high:.5g}")
 
     weights = np.random.default_rng(0).multinomial(len(loss), np.full(len(loss), 1 / len(loss)), refits)

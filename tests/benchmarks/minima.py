@@ -1,0 +1,164 @@
+"""Whether every fit and every bootstrap refit ends in the lowest minimum that scipy finds from many starts.
+
+    python tests/benchmarks/minima.py DATA [subsets] [refits]
+
+DATA holds the public tables (`olmo_ladder`, `chinchilla_epoch`, `farseer`, `porian_isoflop`). Each subset is 12 to 40
+random rows of a random table, fitted by both laws and three residuals. scipy runs BFGS from the law's own starts and
+from around our minimum, and Nelder–Mead from our minimum. A fit that says "did not converge" is counted apart.
+"""
+
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from scipy.optimize import minimize
+
+from analysis.fitting import solver
+from analysis.fitting.laws import CHINCHILLA, LAWS, Data, Law
+from analysis.fitting.solver import DidNotConverge, JointFit, fit_joint
+
+Table = tuple[np.ndarray, np.ndarray, np.ndarray]  # N, D, loss
+KINDS = ("huber", "log", "raw")
+MORE = 1e-6  # relative excess from which a fit has missed the minimum
+DELTA = 1e-3
+
+
+def tables(data: Path) -> dict[str, Table]:
+    """Return N, D and loss of every table of at least 12 rows, by name."""
+    found = {}
+    ladder = pd.read_csv(data / "olmo_ladder" / "runs.csv").query("role == 'fit'")
+    for column in ladder.filter(like="mean5"):
+        found[f"olmo {column}"] = ladder.rename(columns={column: "loss"})
+    for name in ("chinchilla_epoch", "farseer"):
+        found[name] = pd.read_csv(data / name / "runs.csv")
+    points = pd.read_csv(data / "porian_isoflop" / "isoflop_points.csv")
+    found |= {f"porian {name}": part for name, part in points.groupby("experiment")}
+    found = {name: part.dropna(subset=["N", "D", "loss"]) for name, part in found.items()}
+    return {
+        name: tuple(part[column].to_numpy(float) for column in ("N", "D", "loss"))
+        for name, part in found.items()
+        if len(part) >= 12
+    }
+
+
+def objective(law: Law, data: Data, loss: np.ndarray, weights: np.ndarray, kind: str):
+    """Return a function of theta: the objective, scaled by 1e4, and its gradient."""
+
+    def at(theta: np.ndarray) -> tuple[float, np.ndarray]:
+        with np.errstate(all="ignore"):
+            (model,), (slopes,) = law.gradient(theta[None], data)
+            r = model - loss if kind == "raw" else np.log(model) - np.log(loss)
+            slopes = slopes * model if kind == "raw" else slopes
+        if not (np.isfinite(slopes).all() and np.isfinite(r).all()):
+            return 1e9, np.zeros(len(theta))
+        if kind == "huber":
+            size = np.abs(r)
+            rho = np.where(size <= DELTA, r**2 / 2, DELTA * (size - DELTA / 2))
+            return 1e4 * float(weights @ rho), 1e4 * slopes @ (weights * np.clip(r, -DELTA, DELTA))
+        return 1e4 * float(weights @ r**2) / 2, 1e4 * slopes @ (weights * r)
+
+    return at
+
+
+def lowest(at, starts: list[np.ndarray], near: np.ndarray | None, rng: np.random.Generator) -> float:
+    """Return the lowest objective that scipy reaches."""
+    if near is not None:
+        spread = np.array([1, *[0.4] * (len(near) - 3), 0.1, 0.1])
+        starts = [*starts, *(near + spread * rng.standard_normal((3, len(near))))]
+    ends = [minimize(at, start, jac=True, method="BFGS", options={"gtol": 1e-9, "maxiter": 300}) for start in starts]
+    best = min(ends, key=lambda end: end.fun)
+    options = {"maxiter": 1500, "xatol": 1e-9, "fatol": 1e-12}
+    for start in [best.x] if near is None else [best.x, near]:
+        end = minimize(lambda theta: at(theta)[0], start, method="Nelder-Mead", options=options)
+        best = min(best, end, key=lambda end: end.fun)
+    return best.fun / 1e4
+
+
+def subset(found: dict[str, Table], rng: np.random.Generator) -> tuple[str, Table, np.ndarray]:
+    """Return random rows of a random table, with trainable fractions on which the loss depends for the law of S."""
+    name = str(rng.choice(list(found)))
+    count = len(found[name][0])
+    rows = rng.choice(count, min(count, int(rng.integers(12, 41))), replace=False)
+    n, d, loss = (column[rows] for column in found[name])
+    return name, (n, d, loss), rng.choice([0.25, 0.5, 0.75, 1.0], len(rows))
+
+
+def fits(found: dict[str, Table], count: int) -> None:
+    rng = np.random.default_rng(0)
+    excess: dict[tuple[str, str], list[float]] = defaultdict(list)
+    refused: dict[tuple[str, str], int] = defaultdict(int)
+    ours, began = 0.0, time.perf_counter()
+    for _ in range(count):
+        name, (n, d, loss), fraction = subset(found, rng)
+        if len(np.unique(n)) < 3:
+            continue
+        for law in LAWS.values():
+            s = fraction if law.needs_fraction else np.ones_like(n)
+            tried = loss * (1 + 0.1 * (1 - s) ** 1.5)
+            for kind in KINDS:
+                try:
+                    turn = time.perf_counter()
+                    fit = fit_joint(law, n, d, tried, s, residual=kind, delta=DELTA)
+                except DidNotConverge as error:
+                    refused[law.name, kind] += 1
+                    print(f"  {name}, {len(n)} rows, {law.name}, {kind}: {error}", flush=True)
+                    continue
+                finally:
+                    ours += time.perf_counter() - turn
+                at = objective(law, fit.data, tried, fit.weights, kind)
+                low = lowest(at, list(law.starts(tried, fit.data, 4)), fit.theta, rng)
+                excess[law.name, kind].append(fit.objective / low - 1)
+                if fit.objective > low * (1 + MORE):
+                    print(f"  {name}, {len(n)} rows, {law.name}, {kind}: {fit.objective:.6e}, scipy {low:.6e}")
+    print(f"{count} subsets in {time.perf_counter() - began:.0f} s, of which our fits took {ours:.1f} s")
+    print("law, residual: fits, did not converge, above scipy by more than 1e-6, largest excess")
+    for (law, kind), values in excess.items():
+        missed = int((np.array(values) > MORE).sum())
+        print(f"{law}, {kind}: {len(values)}, {refused[law, kind]}, {missed}, {max(values):.1e}")
+
+
+def refits(found: dict[str, Table], count: int) -> None:
+    """Compare the refits of resampled rows, twenty a table, with scipy's multi-start on the same resamples."""
+    rng = np.random.default_rng(1)
+    missed, lost, total, worst = 0, 0, 0, 0.0
+    while total < count:
+        name, (n, d, loss), _ = subset(found, rng)
+        try:
+            fit = fit_joint(CHINCHILLA, n, d, loss, delta=DELTA)
+        except solver.NoFit:
+            continue
+        weights = rng.multinomial(len(n), np.full(len(n), 1 / len(n)), 20).astype(float)
+        for w, values in zip(weights, fit.refit(weights=weights), strict=True):
+            total += 1
+            if not np.isfinite(values).all():
+                lost += 1
+                continue
+            excess = _excess(fit, w, values, rng)
+            worst = max(worst, excess)
+            if excess > MORE:
+                missed += 1
+                print(f"  {name}, {len(n)} rows: a refit is {excess:.1e} above scipy", flush=True)
+    print(f"{total} refits: {lost} did not converge, {missed} above scipy by more than 1e-6, largest {worst:.1e}")
+
+
+def _excess(fit: JointFit, weights: np.ndarray, values: np.ndarray, rng: np.random.Generator) -> float:
+    at = objective(fit.law, fit.data, fit.loss, weights, "huber")
+    theta = fit.law.internal(values[None], fit.data)[0]
+    low = lowest(at, list(fit.law.starts(fit.loss, fit.data, 4)), theta, rng)
+    return at(theta)[0] / 1e4 / low - 1
+
+
+def main(data: str, subsets: int = 500, resamples: int = 2000) -> None:
+    found = tables(Path(data))
+    print(f"{len(found)} tables, scipy beside {solver.__name__}")
+    fits(found, subsets)
+    refits(found, resamples)
+
+
+if __name__ == "__main__":
+    if not 2 <= len(sys.argv) <= 4:
+        sys.exit(__doc__)
+    main(sys.argv[1], *map(int, sys.argv[2:]))
