@@ -94,6 +94,8 @@ class PlanFile(Value):
     """Digest of the tokenizer; null in files of early code."""
     chunk_tokens: Count | None = None
     """Most tokens in one forward pass; null where the whole batch fits."""
+    body: str | None = None
+    """What computes the steps, cpu or plain, which round differently (model/body.py); null in files of version 0.1."""
 
     def difference(self, other: "PlanFile") -> str | None:
         """Return the first fact that a resumed run must keep and that differs from `other`, with both values."""

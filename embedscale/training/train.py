@@ -22,7 +22,8 @@ from embedscale.data.tokens import tokenizer_digest
 from embedscale.errors import DONE, FAILED, UserError
 from embedscale.files import write_atomically, write_json
 from embedscale.model.backbone import digest_of, load_body, shape_of, shape_without_weights
-from embedscale.model.hardware import keep_freed_memory
+from embedscale.model.body import FROM_TOKENS, use_cpu_body
+from embedscale.model.hardware import keep_freed_memory, training_device
 from embedscale.run.config import RunConfig
 from embedscale.run.directory import RunDirectory
 from embedscale.run.lease import leased
@@ -63,7 +64,7 @@ def train(config: RunConfig, stop: StopRequest | None = None, sharing: int = 1, 
     quieten()
     keep_freed_memory()
     module, facts = _build(config, plan, store)
-    _refuse_another_plan(directory, facts)
+    _refuse_another_plan(directory, facts, module)
     module.sharing = sharing * beside
     facts = replace(facts, chunk_tokens=_chunk_tokens(config, directory, module))
     if _rank() > 0:
@@ -130,6 +131,7 @@ def _build(config: RunConfig, plan: TrainingPlan, store: PairStore) -> tuple[Con
         trainable=list(module.trainable),
         plan=plan,
         tokenizer_digest=store.tokenizer_digest,
+        body=_body(module, plan.step_tokens),
     )
 
 
@@ -143,9 +145,15 @@ def _refuse_another_config(directory: RunDirectory, config: RunConfig) -> None:
             raise UserError(f"{directory.path}: is the directory of another run: {part} is {found[part]} there")
 
 
-def _refuse_another_plan(directory: RunDirectory, facts: PlanFile) -> None:
-    """Raise UserError if a run with checkpoints began with other data, weights, or another number of processes."""
+def _body(module: Contrastive, step_tokens: int) -> str:
+    return "cpu" if use_cpu_body(module.encoder, training_device(), step_tokens) else "plain"
+
+
+def _refuse_another_plan(directory: RunDirectory, facts: PlanFile, module: Contrastive) -> None:
+    """Raise UserError if a run with checkpoints began with other data, weights, processes, or another body."""
     before = sound(PlanFile.read(directory.plan)) if directory.checkpoint_paths() else None
+    if before is not None and before.body is None:  # version 0.1 used the CPU body for steps of any size
+        before = replace(before, body=_body(module, FROM_TOKENS))
     if before is not None and (found := before.difference(facts)):
         raise UserError(f"{directory.path}: {found}")
 
