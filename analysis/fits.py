@@ -390,7 +390,7 @@ def read(path: str | Path) -> Fits:
         raise UserError(f"{path}: does not exist; write it by embedscale fit RUNS")
     if not isinstance(found, dict) or not {"methods", "settings", "runs"} <= found.keys():
         raise UserError(f"{path}: holds no fits; write them by embedscale fit RUNS")
-    if found.get("format") not in (1, FORMAT):
+    if found.get("format") not in (1, FORMAT) or found["format"] is True:
         raise UserError(
             f"{path}: was made by version {found.get('version', 'unknown')} in format {found.get('format')}; "
             f"this version reads formats 1 and {FORMAT}: run embedscale fit again"

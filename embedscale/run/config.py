@@ -7,6 +7,7 @@ reads these dataclasses from YAML files and from the command line.
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -34,11 +35,11 @@ def allowed(name: str, value: str, choices: Sequence[str]) -> None:
 def bounded(name: str, value: float | None, low: float, high: float = float("inf"), above: bool = False) -> None:
     """Raise UserError if a number is outside [low, high], or outside (low, high] with `above`.
 
-    None passes; NaN does not.
+    None passes; NaN and infinity do not.
     """
     if value is None:
         return
-    if not (low < value if above else low <= value) or not value <= high:
+    if not math.isfinite(value) or not (low < value if above else low <= value) or value > high:
         limit = f"above {low:g}" if above else f"at least {low:g}"
         raise UserError(
             f"{name}: {value} is out of range; allowed: {limit}"

@@ -146,7 +146,7 @@ def plan_run(config: RunConfig, shape: BackboneShape, store: PairStore) -> Train
     if store.held_out < config.evaluation.pool:
         raise UserError(
             f"evaluation.pool: {config.evaluation.pool} held-out pairs are asked for, but {config.data.store} "
-            f"holds {store.held_out}"
+            f"holds {store.held_out}; lower evaluation.pool, or prepare a new store with a larger data.held_out"
         )
     cost = cost_of(shape, config.method)
     world = config.resources.devices * config.resources.nodes

@@ -48,6 +48,7 @@ def test_held_out_pairs_that_cannot_be_read_are_found_before_the_training(tmp_pa
         (["resources.shard=true"], "resources.shard: one process has nothing to share"),
         (["resources.devices=3"], "training.batch_size: 16 does not divide by 3"),
         (["resources.memory_gb=.inf"], "resources.memory_gb: inf is out of range"),
+        (["training.learning_rate=.inf"], "training.learning_rate: inf is out of range"),
         (["evaluation.at=[0]"], "evaluation.at: 0.0 is out of range; allowed: above 0, at most 1"),
     ],
 )
