@@ -49,7 +49,7 @@ class ResourceClass:
     """Share of the device's peak speed that the plan assumes where no speed was measured."""
 
     def __post_init__(self) -> None:
-        bounded("classes.up_to", self.up_to, 0, above=True)
+        bounded("classes.up_to", None if self.up_to == math.inf else self.up_to, 0, above=True)
         bounded("classes.gpus", self.gpus, 0)
         bounded("classes.nodes", self.nodes, 1)
         bounded("classes.cpus", self.cpus, 1)
