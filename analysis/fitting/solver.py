@@ -76,15 +76,15 @@ class JointFit:
     def refit(self, weights: Array | None = None, loss: Array | None = None) -> Array:
         """Return coefficients [b, p] for other weights or losses [b, points]; NaN where a fit did not converge.
 
-        With many points each fit starts at this one. With few, or where that fails, the fit goes through the homotopy
-        from this one and from other starts, because a resample of few points can have a second basin.
+        Each fit starts at this one for a smooth residual or many points. Else, or where that fails, it goes through the
+        homotopy from this one and from other starts: a resample of few points can have a second basin in Huber's ρ.
         """
         weights = self.weights[None] if weights is None else weights
         loss = self.loss[None] if loss is None else loss
         problem = Problem(self.law, self.data, loss, weights, self.residual, self.delta)
         rows = np.arange(len(problem.target))
         found = began(np.tile(self.theta, (len(rows), 1)))
-        if len(self.loss) >= MANY:
+        if len(self.loss) >= MANY or self.residual in ("log", "raw"):
             found = problem.directly(found, rows)
         left = rows[~found.converged]
         if len(left):
