@@ -1,4 +1,7 @@
-"""Exit statuses of the commands, and the one exception for mistakes of the user."""
+"""Exit statuses of the commands, the one exception for mistakes of the user, and checks of settings that raise it."""
+
+import math
+from collections.abc import Sequence
 
 DONE = 0
 FAILED = 1
@@ -12,3 +15,24 @@ class UserError(Exception):
     The message is one line: the setting or file, what was found, and what is allowed. The command line prints it
     without a traceback and exits with `WRONG`.
     """
+
+
+def allowed(name: str, value: str, choices: Sequence[str]) -> None:
+    """Raise UserError if a setting is not one of the choices."""
+    if value not in choices:
+        raise UserError(f"{name}: {value!r} is unknown; allowed: {', '.join(choices)}")
+
+
+def bounded(name: str, value: float | None, low: float, high: float = float("inf"), above: bool = False) -> None:
+    """Raise UserError if a number is outside [low, high], or outside (low, high] with `above`.
+
+    None passes; NaN and infinity do not.
+    """
+    if value is None:
+        return
+    if not math.isfinite(value) or not (low < value if above else low <= value) or value > high:
+        limit = f"above {low:g}" if above else f"at least {low:g}"
+        raise UserError(
+            f"{name}: {value} is out of range; allowed: {limit}"
+            + (f", at most {high:g}" if high < float("inf") else "")
+        )

@@ -10,8 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from embedscale.errors import UserError
-from embedscale.run.config import bounded
+from embedscale.errors import UserError, bounded
 from embedscale.run.families import SUITES, shape_by_name
 from embedscale.run.settings import read_yaml, structured
 from embedscale.run.shape import BackboneShape

@@ -30,8 +30,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, get_origin, get_type_hints
 
-from embedscale.errors import UserError
-from embedscale.run.config import Backbone, RunConfig, bounded
+from embedscale.errors import UserError, bounded
+from embedscale.run.config import Backbone, RunConfig
 from embedscale.run.families import short_name
 from embedscale.run.method import METHODS, Method
 from embedscale.run.settings import blaming, read_yaml, structured

@@ -19,9 +19,9 @@ from rich.table import Table
 
 from embedscale.data.manifest import is_finished
 from embedscale.data.store import PairStore
-from embedscale.errors import DONE, UserError
+from embedscale.errors import DONE, UserError, bounded
 from embedscale.files import read_json
-from embedscale.run.config import RunConfig, bounded
+from embedscale.run.config import RunConfig
 from embedscale.run.cost import Cost, cost_of
 from embedscale.run.directory import RunDirectory
 from embedscale.run.families import short_name

@@ -19,8 +19,7 @@ from pathlib import Path
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 
-from embedscale.errors import DONE
-from embedscale.run.config import bounded
+from embedscale.errors import DONE, bounded
 from embedscale.run.directory import RunDirectory
 from embedscale.run.lease import lease_holder
 from embedscale.run.record import AttemptRecord, RunRecord, sound

@@ -11,8 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
-from embedscale.errors import DONE, FAILED, INTERRUPTED, UserError
-from embedscale.run.config import allowed
+from embedscale.errors import DONE, FAILED, INTERRUPTED, UserError, allowed
 from embedscale.run.directory import RunDirectory
 from embedscale.run.lease import Lease
 from embedscale.run.record import sound

@@ -39,6 +39,8 @@ LONG = [
     "docs",
     "gradcache",
     "parallel",
+    "gpu",
+    "without_cpu",
 ]
 
 

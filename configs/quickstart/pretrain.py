@@ -11,6 +11,7 @@ import argparse
 import hashlib
 import json
 import math
+import sys
 import sysconfig
 import time
 from pathlib import Path
@@ -18,9 +19,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from rich.progress import track
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from torch.nn.functional import cross_entropy
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
+
+sys.path.append(str(Path(__file__).parents[1]))  # configs
+from study.pretrain import LENGTH, body_parameters, byte_tokenizer, loss_of, new_model, symbols
 
 LADDER = {  # width, blocks, heads
     "tiny-7k": (16, 2, 2),
@@ -31,26 +32,8 @@ LADDER = {  # width, blocks, heads
     "tiny-200k": (64, 4, 4),
 }
 FOLDER = Path(__file__).parent / "backbones"
-LENGTH, SEQUENCES = 128, 96
+SEQUENCES = 96
 PEAK = 4e-3  # learning rate at width 64; it falls with the root of the width
-
-
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """256 symbols, one a byte, no merges."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
-
-
-def symbols() -> np.ndarray:
-    """Byte → token id, as the tokenizer maps it: the alphabet stands for the bytes in an order of its own."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    rest = [byte for byte in range(256) if byte not in printable]
-    character = {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(rest)}
-    place = {symbol: i for i, symbol in enumerate(sorted(character.values()))}
-    return np.array([place[character[byte]] for byte in range(256)], dtype=np.uint8)
 
 
 def corpus(limit: int) -> tuple[np.ndarray, np.ndarray]:
@@ -71,28 +54,10 @@ def corpus(limit: int) -> tuple[np.ndarray, np.ndarray]:
     return tuple(table[np.frombuffer(b"\n".join(part), dtype=np.uint8)] for part in (train, held_out))
 
 
-def loss_of(model: GPTNeoXForCausalLM, rows: np.ndarray) -> torch.Tensor:
-    """Nats a byte."""
-    ids = torch.from_numpy(rows.astype(np.int64))
-    logits = model(input_ids=ids[:, :-1], use_cache=False).logits
-    return cross_entropy(logits.reshape(-1, logits.shape[-1]), ids[:, 1:].reshape(-1))
-
-
 def pretrain(name: str, train: np.ndarray, held_out: np.ndarray, total: int) -> None:
     width, blocks, heads = LADDER[name]
-    torch.manual_seed(0)
-    model = GPTNeoXForCausalLM(
-        GPTNeoXConfig(
-            vocab_size=256,
-            hidden_size=width,
-            num_hidden_layers=blocks,
-            num_attention_heads=heads,
-            intermediate_size=4 * width,
-            max_position_embeddings=256,
-            bos_token_id=None,
-            eos_token_id=None,
-        )
-    )
+    model = new_model(width, blocks, heads)
+    parameters = body_parameters(model)
     steps = total // (LENGTH * SEQUENCES)
     peak = PEAK * math.sqrt(64 / width)
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak, weight_decay=0.01, betas=(0.9, 0.98), fused=True)
@@ -111,11 +76,10 @@ def pretrain(name: str, train: np.ndarray, held_out: np.ndarray, total: int) -> 
         starts = np.random.default_rng(1).integers(0, len(held_out) - LENGTH - 1, 2048)
         rows = held_out[starts[:, None] + np.arange(LENGTH + 1)]
         final = float(np.mean([float(loss_of(model, part)) for part in np.array_split(rows, 16)]))
-    body = sum(p.numel() for n, p in model.named_parameters() if "embed" not in n and "lm_head" not in n)
     model.to(torch.float16).save_pretrained(FOLDER / name)
     byte_tokenizer().save_pretrained(FOLDER / name)
     measured = {
-        "non_embedding_parameters": body,
+        "non_embedding_parameters": parameters,
         "bytes_read": steps * LENGTH * SEQUENCES,
         "bytes_of_corpus": len(train),
         "steps": steps,

@@ -4,18 +4,20 @@ Only this module knows whether `model/cpu` exists, and when to use it (`use_cpu_
 `PlainBody` serves everywhere.
 
 The CPU body merges layers, which costs a pass over the weights before and after each step; what it saves grows with the
-step's tokens. Both grow with the parameters, so the tokens of a step decide. Seconds of a step, full fine-tuning,
-float32, torch 2.13; CPU time of one thread below 1,000 tokens, else the time of two threads:
+step's tokens. Both grow with the parameters, so the tokens of a step decide. Seconds of a step, float32, torch 2.13, the
+two cores of an otherwise idle Zen 4; below 1,000 tokens, CPU time of one thread:
 
-    Pythia  pairs  tokens  plain   CPU body
-    14M         2     155  0.04    0.04
-    70M         2     155  0.27    0.29
-    14M         4     311  0.06    0.06
-    70M         4     311  0.49    0.47
-    14M        16   1,248  0.112   0.109
-    14M        64   4,991  0.410   0.328
-    70M        16   1,248  0.904   0.833
-    160M       16   1,248  3.80    3.62
+    Pythia  method   pairs  tokens  plain   CPU body
+    14M     full         2     155  0.04    0.04
+    70M     full         2     155  0.27    0.29
+    14M     full         4     311  0.06    0.06
+    70M     full         4     311  0.49    0.47
+    14M     full        64   4,991  0.386   0.310
+    70M     full        64   4,991  3.743   2.997
+    70M     lora-r8     16   1,248  0.795   0.599
+    160M    full        16   1,248  3.893   3.696
+    160M    full        32   2,495  7.262   6.728
+    160M    lora-r8     16   1,248  3.085   2.431
 """
 
 from collections.abc import Iterator, Sequence

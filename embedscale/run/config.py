@@ -7,14 +7,12 @@ reads these dataclasses from YAML files and from the command line.
 
 import hashlib
 import json
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from embedscale.errors import UserError
+from embedscale.errors import UserError, allowed, bounded
 from embedscale.run.families import short_name
 from embedscale.run.method import Method
 
@@ -24,27 +22,6 @@ POOLINGS = ("mean", "last", "weighted")
 LOSSES = ("symmetric", "one_directional", "gte")
 PRECISIONS = ("float32", "bf16")
 LOGGERS = ("tensorboard", "wandb")
-
-
-def allowed(name: str, value: str, choices: Sequence[str]) -> None:
-    """Raise UserError if a setting is not one of the choices."""
-    if value not in choices:
-        raise UserError(f"{name}: {value!r} is unknown; allowed: {', '.join(choices)}")
-
-
-def bounded(name: str, value: float | None, low: float, high: float = float("inf"), above: bool = False) -> None:
-    """Raise UserError if a number is outside [low, high], or outside (low, high] with `above`.
-
-    None passes; NaN and infinity do not.
-    """
-    if value is None:
-        return
-    if not math.isfinite(value) or not (low < value if above else low <= value) or value > high:
-        limit = f"above {low:g}" if above else f"at least {low:g}"
-        raise UserError(
-            f"{name}: {value} is out of range; allowed: {limit}"
-            + (f", at most {high:g}" if high < float("inf") else "")
-        )
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from embedscale.errors import UserError
+from embedscale.errors import UserError, allowed, bounded
 from embedscale.run.shape import BackboneShape
 
 BLOCKS = ("last", "first", "one")
@@ -40,10 +40,8 @@ class Method:
     """lora: put an adapter on the token embedding too."""
 
     def __post_init__(self) -> None:
-        if self.name not in METHODS:
-            raise UserError(f"method.name: {self.name!r} is unknown; allowed: {', '.join(METHODS)}")
-        if self.blocks not in BLOCKS:
-            raise UserError(f"method.blocks: {self.blocks!r} is unknown; allowed: {', '.join(BLOCKS)}")
+        allowed("method.name", self.name, list(METHODS))
+        allowed("method.blocks", self.blocks, BLOCKS)
         for kind in METHODS.values():
             if any(self._given(name) for name in kind.settings if name not in self.kind.settings):
                 raise UserError(f"method: settings of {kind.name!r} are given, but method.name is {self.name!r}")
@@ -196,8 +194,7 @@ class Freeze(Kind):
         fraction = method.active_fraction
         if (method.active_blocks is None) == (fraction is None):
             raise UserError("method: freeze needs one of method.active_blocks and method.active_fraction")
-        if fraction is not None and not 0 < fraction <= 1:
-            raise UserError(f"method.active_fraction: {fraction} is out of range; allowed: above 0, at most 1")
+        bounded("method.active_fraction", fraction, 0, 1, above=True)
         if method.blocks == "one" and method.active_blocks is None:
             raise UserError("method.blocks: 'one' needs method.active_blocks, the number of the block, from 0")
 
@@ -283,10 +280,8 @@ class LowRank(Kind):
     def check_settings(self, method: Method) -> None:
         if method.rank is None:
             raise UserError(f"method.rank: {self.name} needs a rank, an integer of at least 1")
-        if method.rank < 1:
-            raise UserError(f"method.rank: {method.rank} is out of range; allowed: at least 1")
-        if method.alpha is not None and not method.alpha > 0:
-            raise UserError(f"method.alpha: {method.alpha} is out of range; allowed: above 0")
+        bounded("method.rank", method.rank, 1)
+        bounded("method.alpha", method.alpha, 0, above=True)
         if not 0 <= method.dropout < 1:
             raise UserError(f"method.dropout: {method.dropout} is out of range; allowed: from 0 to below 1")
 

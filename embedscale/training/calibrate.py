@@ -21,7 +21,7 @@ from rich.table import Table
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from embedscale.errors import DONE, UserError
+from embedscale.errors import DONE, UserError, bounded
 from embedscale.files import now, read_json, write_json
 from embedscale.model.backbone import empty_body, load_body, shape_without_weights
 from embedscale.model.hardware import (
@@ -33,7 +33,7 @@ from embedscale.model.hardware import (
     training_device,
 )
 from embedscale.model.packing import pack
-from embedscale.run.config import RunConfig, bounded
+from embedscale.run.config import RunConfig
 from embedscale.run.cost import cost_of
 from embedscale.run.families import FAMILIES, short_name
 from embedscale.run.method import method_of_label

@@ -20,11 +20,23 @@ from embedscale.errors import DONE, FAILED, INTERRUPTED
 from embedscale.files import write_atomically
 from embedscale.model.backbone import digest_of
 from embedscale.model.hardware import training_device
+from embedscale.run.config import RunConfig
 from embedscale.run.directory import RunDirectory
 from embedscale.run.families import short_name
 from embedscale.run.record import CodeVersion, Device, EvaluationRecord, Hyperparameters, Metric, RunRecord, sound
 from embedscale.training.run import Diverged, TrainingRun
 
+# What a record repeats of plan.json.
+FROM_PLAN = (
+    "backbone_digest",
+    "n_forward",
+    "n_backward",
+    "n_updated",
+    "n_parameters",
+    "blocks",
+    "width",
+    "tokenizer_digest",
+)
 PACKAGES = ("embedscale", "torch", "lightning", "transformers", "peft", "numpy", "pyarrow", "omegaconf")
 
 
@@ -87,7 +99,7 @@ def write_record(run: TrainingRun, weights: dict[str, Tensor], diverged_at_step:
     planned to serve at the same time, although the last runs of a bundle may have had the device for themselves.
     """
     config, directory, module, facts, plan = run.config, run.directory, run.module, run.facts, run.plan
-    evaluation, method = config.evaluation, config.method
+    evaluation = config.evaluation
     weights = {name: weight.cpu().contiguous() for name, weight in weights.items()}
     done = diverged_at_step is None
     final = last_evaluation(run) if done else None
@@ -97,9 +109,6 @@ def write_record(run: TrainingRun, weights: dict[str, Tensor], diverged_at_step:
     if done:
         directory.model.mkdir(exist_ok=True)
         write_atomically(directory.weights, lambda file: save_file(weights, file.name))
-    training = asdict(config.training)
-    del training["seed"]
-    training["learning_rate"] = plan.learning_rate
     record = RunRecord(
         format=1,
         status="done" if done else "diverged",
@@ -107,26 +116,9 @@ def write_record(run: TrainingRun, weights: dict[str, Tensor], diverged_at_step:
         backbone=short_name(config.backbone.name),
         backbone_weights=config.backbone.weights,
         backbone_revision=config.backbone.revision,
-        backbone_digest=facts.backbone_digest,
-        n_forward=facts.n_forward,
-        n_backward=facts.n_backward,
-        n_updated=facts.n_updated,
-        n_parameters=facts.n_parameters,
-        blocks=facts.blocks,
-        width=facts.width,
-        tokenizer_digest=facts.tokenizer_digest,
-        method=method.name,
-        hyperparameters=Hyperparameters(
-            **training,
-            context=config.data.context,
-            temperature=config.loss.temperature,
-            loss=config.loss.form,
-            hard_negatives=config.loss.hard_negatives,
-            mask_equal_texts=config.loss.mask_equal_texts,
-            pooling=config.backbone.pooling,
-            **{key: value for key, value in asdict(method).items() if key != "name"},
-            method_label=method.label,
-        ),
+        **{name: getattr(facts, name) for name in FROM_PLAN},
+        method=config.method.name,
+        hyperparameters=_hyperparameters(config, plan.learning_rate),
         trainable_fraction=module.cost.trainable_fraction,
         trainable_tensors=len(facts.trainable),
         seed=config.training.seed,
@@ -159,6 +151,22 @@ def write_record(run: TrainingRun, weights: dict[str, Tensor], diverged_at_step:
     directory.write_record(record)
     shutil.rmtree(directory.checkpoints, ignore_errors=True)
     return record
+
+
+def _hyperparameters(config: RunConfig, learning_rate: float) -> Hyperparameters:
+    """Return every setting of training, loss and method, so that a new one cannot be forgotten."""
+    training, loss, method = asdict(config.training), asdict(config.loss), asdict(config.method)
+    del training["seed"], training["learning_rate"], method["name"]
+    return Hyperparameters(
+        **training,
+        **method,
+        learning_rate=learning_rate,
+        loss=loss.pop("form"),
+        **loss,
+        context=config.data.context,
+        pooling=config.backbone.pooling,
+        method_label=config.method.label,
+    )
 
 
 def _device(device: torch.device, count: int) -> Device:

@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass, replace
 import numpy as np
 
 from embedscale.data.store import PairStore
-from embedscale.errors import DONE, UserError
-from embedscale.run.config import RunConfig, bounded
+from embedscale.errors import DONE, UserError, bounded
+from embedscale.run.config import RunConfig
 from embedscale.run.cost import Cost, cost_of
 from embedscale.run.families import pretraining_learning_rate, shape_by_name, short_name
 from embedscale.run.shape import BackboneShape
