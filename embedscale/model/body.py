@@ -4,8 +4,8 @@ Only this module knows whether `model/cpu` exists, and when to use it (`use_cpu_
 `PlainBody` serves everywhere.
 
 The CPU body merges layers, which costs a pass over the weights before and after each step; what it saves grows with the
-step's tokens. Both grow with the parameters, so the tokens of a step decide. Seconds of a step, float32, torch 2.13, the
-two cores of an otherwise idle Zen 4; below 1,000 tokens, CPU time of one thread:
+step's tokens. Both grow with the parameters, so the tokens of a step decide. Seconds of a step, float32, torch 2.13, on
+two idle cores (Zen 4); below 1,000 tokens, CPU time of one thread:
 
     Pythia  method   pairs  tokens  plain   CPU body
     14M     full         2     155  0.04    0.04
