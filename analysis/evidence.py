@@ -80,7 +80,7 @@ def _amount(name: str, text: str) -> float:
 
 
 def same_budget(a: float, b: float) -> bool:
-    """Return whether runs of these budgets can be compared: within 10 %, as in `optima.group_budgets`."""
+    """Return whether runs of these budgets can be compared: within 10 %, as in `grouping.group_budgets`."""
     return math.isclose(a, b, rel_tol=0.1)
 
 

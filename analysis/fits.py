@@ -2,15 +2,14 @@
 
 No pandas here, because `embedscale recipe` starts without it. Loss is in nats. Budgets are FLOP of the paper's
 convention. Sizes are non-embedding parameters. None stands where the data do not tell a value. `FORMAT` is raised when
-the layout changes; a file of format 1 (version 0.1) is translated when it is read.
+the layout changes; a file of format 1 (version 0.1) is translated when it is read (`first_version`).
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from analysis.columns import FIRST_VERSION, HYPERPARAMETERS
+from analysis import first_version
 from embedscale.errors import UserError
 from embedscale.files import read_json
 from embedscale.values import Amount, Count, Share, Value
@@ -366,7 +365,7 @@ class Fits(Value):
     def from_json(cls, data: object) -> Self:
         """Return the fits of a parsed fits.json of format 1 or 2. Raise UserError, naming the key, for others."""
         if isinstance(data, dict) and data.get("format") == 1:
-            data = _from_first_version(data)
+            data = first_version.translated(data) | {"format": FORMAT}
         return super().from_json(data)
 
     @property
@@ -401,50 +400,3 @@ def read(path: str | Path) -> Fits:
         raise UserError(f"{path}: {error}; run embedscale fit again") from None
     except (KeyError, TypeError, AttributeError) as error:  # of a file of format 1
         raise UserError(f"{path}: is damaged: {error!r}; run embedscale fit again") from None
-
-
-# --- Format 1 --------------------------------------------------------------------------------------------------------
-
-
-def _from_first_version(old: Mapping[str, Any]) -> dict[str, Any]:
-    """Translate format 1: other names of N and C, and hyper-parameters and coefficients beside the other keys."""
-    names = {"from": "from_flop", "to": "to_flop"} | FIRST_VERSION
-    return {
-        **old,
-        "format": FORMAT,
-        "methods": {name: _old_method(method) for name, method in old["methods"].items()},
-        "frontier": {
-            part: [{names.get(key, key): value for key, value in row.items()} for row in rows]
-            for part, rows in old["frontier"].items()
-        },
-        "excluded": list(map(_old_names, old["excluded"])),
-    }
-
-
-def _old_names(row: Mapping[str, Any]) -> dict[str, Any]:
-    return {FIRST_VERSION.get(key, key): value for key, value in row.items()}
-
-
-def _old_point(row: Mapping[str, Any]) -> dict[str, Any]:
-    chosen = {key: value for key, value in row.items() if key in HYPERPARAMETERS}
-    return {key: value for key, value in _old_names(row).items() if key not in chosen} | {"hyperparameters": chosen}
-
-
-def _old_method(method: Mapping[str, Any]) -> dict[str, Any]:
-    laws = {name: law for name, law in method["joint_laws"].items() if law}
-    fitted = {name: law for name, law in laws.items() if "refused" not in law}
-    return {
-        **method,
-        "points": list(map(_old_point, method["points"])),
-        "optima": [_old_names(row) | {"best": row["best"] and _old_point(row["best"])} for row in method["optima"]],
-        "joint_laws": {
-            name: law
-            | {
-                "law": name,
-                "coefficients": {key: law[key] for key in law["intervals"]},
-                "span": _old_names(law["span"]),
-            }
-            for name, law in fitted.items()
-        },
-        "refused": {name: law["refused"] for name, law in laws.items() if "refused" in law},
-    }

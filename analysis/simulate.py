@@ -16,7 +16,7 @@ import pandas as pd
 from analysis import fits as fits_file
 from analysis.columns import renames
 from analysis.fits import Interval
-from analysis.fitting import optima, solver
+from analysis.fitting import grouping, optima, solver
 from analysis.fitting.laws import LAWS, Array, Law, StatedLaw, fraction_law, interval, lowest_point, power_law, size_law
 from analysis.runs import flop_per_token
 from embedscale.errors import UserError
@@ -386,7 +386,7 @@ def _exponents(
     known = [(row.budget_flop, row.truth) for row in found if row.truth]
     truth, by_law, by_parabola = None, None, None
     # The closed form holds where a token's cost is proportional to N.
-    proportional = optima.costs_in_proportion(rows)
+    proportional = grouping.costs_in_proportion(rows)
     closed = stated.law.size_exponent(stated.values) if proportional else None
     drawn = stated.law.size_exponent(fitted)
     if closed is not None and drawn is not None:

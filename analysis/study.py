@@ -14,7 +14,7 @@ from analysis import fits as fits_file
 from analysis import runs
 from analysis.columns import EXCLUDED
 from analysis.fits import Fits
-from analysis.fitting import joint, optima
+from analysis.fitting import grouping, joint
 from analysis.runs import Runs
 from embedscale.errors import UserError
 from embedscale.files import read_json, write_atomically, write_json
@@ -72,7 +72,7 @@ class Study:
     @cached_property
     def points(self) -> dict[str, pd.DataFrame]:
         """Method → the best setting of each budget and size."""
-        return {method: optima.best_points(cells) for method, cells in self.cells.items()}
+        return {method: grouping.best_points(cells) for method, cells in self.cells.items()}
 
     def left_out(self, method: str | None = None) -> pd.DataFrame:
         """Return the excluded runs of a method, or of all, as rows for the table of a figure."""

@@ -26,7 +26,10 @@ ROOMS: dict[str, tuple[list[str], list[str]]] = {
     "serving": (["embedscale.serving"], ["ground", "run", "data", "model", "training"]),
     "sweep": (["slurm"], ["ground", "run", "data", "model", "training", "serving"]),
     # Figures and laws need no torch: of `embedscale`, the analysis knows what a run is and nothing above.
-    "table": (["analysis.runs", "analysis.columns", "analysis.fits"], ["ground", "run"]),
+    "table": (
+        ["analysis.runs", "analysis.columns", "analysis.fits", "analysis.first_version"],
+        ["ground", "run"],
+    ),
     "fitting": (["analysis.fitting"], ["ground", "run", "table"]),
     "study": (["analysis.study", "analysis.evidence"], ["ground", "run", "table", "fitting"]),
     "figures": (["analysis.figures"], ["ground", "run", "table", "fitting", "study"]),

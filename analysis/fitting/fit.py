@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
-from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -18,22 +17,21 @@ from analysis.fits import (
     Exclusion,
     Fits,
     FitSettings,
-    Frontier,
     Interval,
     JointLaw,
     Line,
     MethodFit,
-    Noise,
     Optimum,
     Point,
     PowerLaw,
     PowerLaws,
 )
+from analysis.fitting import grouping, optima, uncertainty
 from analysis.fitting import joint as joint_laws
-from analysis.fitting import optima, uncertainty
 from analysis.fitting.frontier import frontier
 from analysis.fitting.joint import KEPT_DRAWS, Fitted
-from analysis.fitting.laws import LAWS, Array, interval, power_law
+from analysis.fitting.laws import Array, interval, power_law
+from analysis.fitting.notes import notes_of
 from analysis.fitting.optima import Profile
 from analysis.fitting.solver import JointFit
 from analysis.fitting.uncertainty import OptimumDraws
@@ -43,8 +41,6 @@ from embedscale.errors import UserError
 
 QUANTITIES = {"n_opt": "log_n", "d_opt": "log_d", "loss": "log_loss"}  # of an optimum, and the draws of its logarithm
 FLOOR = 0.33  # of the distance between sizes: no optimum is known better than that (Porian et al. 2024)
-FEW_DRAWS = 0.9  # share of draws with an optimum below which a note says so
-FEW_STARTS = 0.25  # share of starts that agree below which a note says so
 
 
 def fit(
@@ -76,7 +72,7 @@ def fit(
     )
     _check(settings, noise)
     # Grouped over all methods, so that the methods meet at budgets that are equal to the last bit.
-    table = runs.table.assign(profile=optima.group_budgets(runs.table["budget_flop"].to_numpy(float)))
+    table = runs.table.assign(profile=grouping.group_budgets(runs.table["budget_flop"].to_numpy(float)))
     budgets, sizes = np.unique(table["profile"]), np.unique(table["n_parameters"])
     if len(budgets) < 2:
         raise UserError(
@@ -87,7 +83,7 @@ def fit(
         raise UserError(f"n_parameters: {len(sizes)} sizes only ({told}); optima and laws need at least three")
 
     cells = {method: joint_laws.cells_of(table[table["method"] == method]) for method in runs.methods}
-    points = {method: optima.best_points(found) for method, found in cells.items()}
+    points = {method: grouping.best_points(found) for method, found in cells.items()}
     joint: dict[str, Fitted] = {}
     for method in runs.methods:
         advance(method)
@@ -116,7 +112,7 @@ def fit(
         methods=methods,
         frontier=line,
         excluded=tuple(Exclusion(**_plain(row)) for row in runs.excluded.to_dict("records")),
-        notes=tuple(_notes(settings, known, methods, line)),
+        notes=tuple(notes_of(settings, known, methods, line)),
     )
     # What is returned equals what a reader of fits.json gets: JSON's own types, and None for what is not finite.
     return Fits.from_json(_plain(found.to_json()))
@@ -167,7 +163,7 @@ def _fit_method(
             refits[name] = uncertainty.resampled(each, losses, settings.bootstrap, rng)
     profiled = points
     if not (cells["profile"] == cells["budget_flop"]).all():  # the best of each group of nearly equal budgets
-        profiled = optima.best_points(cells.assign(budget_flop=cells["profile"]))
+        profiled = grouping.best_points(cells.assign(budget_flop=cells["profile"]))
     rows: list[Optimum] = []
     draws: dict[float, OptimumDraws] = {}
     law = joint_laws.size_fit(joint)
@@ -302,7 +298,7 @@ def _line(log_coefficient: Array, exponent: Array, draws: Array | None = None, c
 
 
 def _point(row: Mapping[Any, Any]) -> Point:
-    """Return a row of `optima.best_points` as a value."""
+    """Return a row of `grouping.best_points` as a value."""
     own = ("budget_flop", "n_parameters", "tokens", "loss", "flop_per_token", "seeds", "tried", "at_grid_end")
     more = (*BACKBONE, "pairs", "steps", "batch_size", "gpu_hours", "train_loss", "run")
     plain = _plain({name: row[name] for name in (*own, *more) if name in row})
@@ -313,100 +309,3 @@ def _point(row: Mapping[Any, Any]) -> Point:
 def _comparable(table: pd.DataFrame) -> dict[str, Any]:
     found = {field: table[field].dropna() for field in COMPARABLE if field in table}
     return {field: values.iloc[0] for field, values in found.items() if len(values)}
-
-
-# --- Notes -----------------------------------------------------------------------------------------------------------
-
-
-def _notes(settings: FitSettings, noise: Noise, methods: Mapping[str, MethodFit], line: Frontier) -> list[str]:
-    """Return what a reader should know before using the fits, a line each."""
-    notes = []
-    for name, method in methods.items():
-        notes += _notes_of_optima(name, method)
-        for law in LAWS:
-            if law in method.refused:
-                notes.append(f"{name}: {method.refused[law]}")
-            if law not in method.joint_laws:
-                continue
-            fitted = method.joint_laws[law]
-            if fitted.not_fixed:
-                notes.append(f"{name}, {law} law: the data do not fix {', '.join(fitted.not_fixed)}")
-            starts, agreeing = fitted.convergence.starts, fitted.convergence.agreeing
-            if agreeing < FEW_STARTS * starts:
-                notes.append(f"{name}, {law} law: only {agreeing} of {starts} starts agree on the minimum")
-            if missed := fitted.convergence.missed_refits:
-                draws = settings.bootstrap
-                notes.append(f"{name}, {law} law: {missed} of {draws} refits did not converge and are left out")
-        if method.power_laws.loss is None:
-            notes.append(f"{name}: fewer than two interior optima, so no power law and no place on the frontier")
-        notes += _parabola_bias(name, method)
-    if noise.source == "none":
-        notes.append(
-            "noise: it follows neither from replicates nor from a joint law, so optima have no intervals; "
-            "give it by --noise"
-        )
-    elif settings.optimum == "akima":
-        notes.append(
-            "akima: its curve goes through every point, so its lowest loss is too low; the denser the grid, the less "
-            "often the interval of the loss holds the true loss (half as often as stated, at fifteen sizes within the "
-            "noise)"
-        )
-    notes += _selection(noise, methods)
-    notes += [
-        f"{each.budget_flop:.3g} FLOP: {each.a} and {each.b} are not distinguishable"
-        for each in line.comparisons
-        if each.distinguishable is False
-    ]
-    return notes
-
-
-def _notes_of_optima(name: str, method: MethodFit) -> list[str]:
-    notes = []
-    few = [row for row in method.optima if row.state == "too few"]
-    if len(few) > 3:
-        notes.append(f"{name}: {len(few)} budgets have fewer than three sizes, too few for an optimum")
-    for row in method.optima:
-        if row.state == "too few" and len(few) > 3:
-            continue
-        where = f"{name}, {row.budget_flop:.3g} FLOP"
-        if not row.interior:
-            notes.append(f"{where}: no optimum ({row.state}): {row.why}")
-        elif row.valid_share is not None and row.valid_share < FEW_DRAWS:
-            notes.append(f"{where}: only {100 * row.valid_share:.0f} % of draws within the noise have an optimum")
-        for end in row.best.at_grid_end if row.best else ():
-            assert row.best is not None
-            notes.append(f"{where}: the best {end}, {row.best.setting(end):.4g}, is at the end of its grid")
-    return notes
-
-
-def _selection(noise: Noise, methods: Mapping[str, MethodFit]) -> list[str]:
-    """Return a note where methods are the best of unequal numbers of settings.
-
-    The best of many settings is low by its noise too, and more so the more settings were tried. Drawing the noise of
-    every setting again would not remove this but add as much again.
-    """
-    tried = {name: max(point.tried for point in method.points) for name, method in methods.items()}
-    most, sigma = max(tried.values()), noise.log_loss
-    if min(tried.values()) == most or not sigma:
-        return []
-    luck = -sigma * NormalDist().inv_cdf((1 - 0.375) / (most + 0.25))  # the least of `most` normal draws (Blom)
-    return [
-        f"methods are the best of {', '.join(f'{count} ({name})' for name, count in tried.items())} settings a size: "
-        f"of {most} equal ones the best run lies {100 * luck:.2g} % low by its noise alone; no interval and no "
-        '"distinguishable" allows for this'
-    ]
-
-
-def _parabola_bias(name: str, method: MethodFit) -> list[str]:
-    """Return a note where the exponent of the joint law's optima lies outside the interval of the power law."""
-    line, interior = method.power_laws.n_opt, method.interior
-    if line is None or line.exponent_interval is None or not all(row.law for row in interior):
-        return []
-    pairs = np.array([(row.budget_flop, row.law.n_opt) for row in interior if row.law])
-    by_law = power_law(*pairs.T)[1]
-    if line.exponent_interval[0] <= by_law <= line.exponent_interval[1]:
-        return []
-    return [
-        f"{name}: N* grows as C^{line.exponent:.3f} by the optima, as C^{by_law:.3f} by the joint law, "
-        "outside the interval: a wide or off-centre grid biases parabolas"
-    ]

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.fits import Convergence, HoldOut, JointLaw, Noise, Optimum, Span
-from analysis.fitting import optima, uncertainty
+from analysis.fitting import grouping, uncertainty
 from analysis.fitting.laws import LAWS, Array, Law, interval, power_law
 from analysis.fitting.solver import DidNotConverge, JointFit, NoFit, fit_joint
 from embedscale.run.method import METHODS
@@ -22,8 +22,8 @@ Fitted = dict[str, JointFit | str]  # law → its fit, or why there is none
 
 
 def cells_of(table: pd.DataFrame) -> pd.DataFrame:
-    """Return the settings of one method (`optima.settings`), with FLOP a token and S in every row."""
-    cells = optima.settings(table)
+    """Return the settings of one method (`grouping.settings`), with FLOP a token and S in every row."""
+    cells = grouping.settings(table)
     cost = cells["budget_flop"] / cells["tokens"]
     cells["flop_per_token"] = cells["flop_per_token"].fillna(cost) if "flop_per_token" in cells else cost
     if "trainable_fraction" not in cells:
@@ -36,7 +36,7 @@ def points_for(law: Law, cells: pd.DataFrame, points: pd.DataFrame) -> pd.DataFr
     if not law.needs_fraction:
         return points
     cells = cells.dropna(subset=["trainable_fraction"])
-    return optima.best_points(cells, ("budget_flop", "n_parameters", "trainable_fraction"))
+    return grouping.best_points(cells, ("budget_flop", "n_parameters", "trainable_fraction"))
 
 
 def fit_laws(method: str, cells: pd.DataFrame, points: pd.DataFrame, residual: str, delta: float) -> Fitted:
@@ -80,7 +80,7 @@ def noise_of(given: float | None, cells: Mapping[str, pd.DataFrame], joint: Mapp
     """Return the standard deviation of ln L of one run: as given, of replicates, or of the joint laws' residuals."""
     if given is not None:
         return Noise(given, "given", 0)
-    sigma, freedom = optima.noise_of(pd.concat(cells.values()))
+    sigma, freedom = grouping.noise_of(pd.concat(cells.values()))
     if sigma:
         return Noise(sigma, "replicates", freedom)
     found = [fit for fit in map(size_fit, joint.values()) if fit]
@@ -111,7 +111,7 @@ def summarise(fit: JointFit, refits: Array, points: pd.DataFrame, confidence: fl
     missed = int(np.isnan(refits).any(1).sum())
     refits = refits[~np.isnan(refits).any(1)]
     n, d = _where(fit)
-    proportional = optima.costs_in_proportion(points)
+    proportional = grouping.costs_in_proportion(points)
     exponent = fit.law.size_exponent(fit.values) if proportional else None
     exponents = fit.law.size_exponent(refits) if proportional else None
     names = fit.law.coefficients

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis.fitting import optima, uncertainty
+from analysis.fitting import grouping, optima, uncertainty
 from analysis.fitting.laws import CHINCHILLA, lowest_point, power_law
 from analysis.fitting.optima import Profile
 from embedscale.errors import UserError
@@ -174,23 +174,23 @@ def test_hyperparameters_are_chosen_before_sizes_are_compared():
         for rate, more in ((1e-4, 0.2), (1e-3, 0.1), (1e-2, 0.0))
         for seed, loss in ((0, base + worse + more - 0.01), (1, base + worse + more + 0.01))
     ]
-    cells = optima.settings(pd.DataFrame(rows))
+    cells = grouping.settings(pd.DataFrame(rows))
     assert len(cells) == 18
     assert set(cells["seeds"]) == {2}
-    best = optima.best_points(cells)
+    best = grouping.best_points(cells)
     assert list(best["loss"]) == pytest.approx([2.0, 1.8])
     assert (list(best["rank"]), list(best["tried"])) == ([32, 32], [9, 9])
     assert list(best["at_grid_end"]) == [["learning_rate"]] * 2
-    two = optima.best_points(cells[cells["learning_rate"] > 1e-4])
+    two = grouping.best_points(cells[cells["learning_rate"] > 1e-4])
     assert list(two["at_grid_end"]) == [[]] * 2, "of two values each is an end"
-    sigma, freedom = optima.noise_of(cells)
+    sigma, freedom = grouping.noise_of(cells)
     expected = np.sqrt(np.mean([np.var(np.log(each), ddof=1) for each in cells["losses"]]))
     assert (sigma, freedom) == (pytest.approx(expected), 18)
 
 
 def test_nearly_equal_budgets_form_one_profile():
     budgets = np.array([1e15, 1.05e15, 4e15, 4.1e15, 4e15, 1.6e16])
-    grouped = optima.group_budgets(budgets)
+    grouped = grouping.group_budgets(budgets)
     assert len(np.unique(grouped)) == 3
     assert grouped[0] == grouped[1] == pytest.approx(np.sqrt(1e15 * 1.05e15))
     assert grouped[5] == 1.6e16
