@@ -21,7 +21,8 @@ LIMIT = 1e-7  # of the largest scale: a coordinate below it has run to its limit
 EXACT = 1e-7  # rms residual below which a fit is as good as exact, so that rounding decides its gradient
 ITERATIONS = 500  # of the last stage; a flat valley between kinks of Huber's ρ takes many
 RADIUS = 0.3  # of the first step, in internal coordinates; renewed every 40 steps
-BLOCK = 128  # rows that are solved together, so that their arrays fit into the cache
+BLOCK = 128  # rows that are solved together, at least
+NUMBERS = 30_000  # points of all rows that are solved together, so that their arrays fit into the cache
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,9 @@ class _Rows:
 
     def take(self, rows: NDArray[np.bool_]) -> "_Rows":
         return _Rows(**{name: each[rows] for name, each in vars(self).items()})
+
+    def join(self, other: "_Rows") -> "_Rows":
+        return _Rows(**{name: np.concatenate([each, getattr(other, name)]) for name, each in vars(self).items()})
 
     def put(self, rows: NDArray[np.bool_], other: "_Rows") -> None:
         """Replace the place of some rows by that of another batch with the same points and weights."""
@@ -147,42 +151,52 @@ def _step(values: Array, gradient: Array, radius: Array) -> Array:
 
 
 def _newton(task: _Task, start: Solution, target: Array, weights: Array, iterations: int, tolerance: float) -> Solution:
-    """Return where a trust-region Newton method ends from every row of `start`."""
-    batch = len(start.theta)
+    """Return where a trust-region Newton method ends from every row of `start`.
+
+    Rows that have ended make room for rows that wait, so that a few slow ones do not hold up a nearly empty block.
+    """
+    batch, block = len(start.theta), max(BLOCK, NUMBERS // target.shape[1])
     end = Solution(start.theta.copy(), np.full(batch, np.inf), np.full(batch, np.inf), start.iterations.copy())
-    for first in range(0, batch, BLOCK):
-        rows = np.arange(first, min(first + BLOCK, batch))
-        here = _evaluate(task, start.theta[rows], target[rows], weights[rows])
-        radius = np.full(len(rows), RADIUS)
-        for iteration in range(iterations + 1):
-            done = (here.slope <= tolerance) | (radius < 1e-13) | ~np.isfinite(here.value) | (iteration == iterations)
-            if done.any():
-                left = rows[done]
-                end.theta[left], end.objective[left] = here.theta[done], here.value[done]
-                end.gradient[left] = here.slope[done]
-                end.iterations[left] += iteration
-                if done.all():
-                    break
-                rows, radius, here = rows[~done], radius[~done], here.take(~done)
-            if iteration % 40 == 39:
-                radius = np.maximum(radius, RADIUS)
-            values, vectors = np.linalg.eigh(here.hessian)
-            gradient = (here.gradient[:, None] @ vectors)[:, 0]
-            step = _step(values, gradient, radius)
-            expected = -(gradient * step + 0.5 * values * step * step).sum(1)
-            length = np.linalg.norm(step, axis=1)
-            theta = here.theta + (vectors @ step[..., None])[..., 0]
-            there = _evaluate(task, theta, here.target, here.weights)
-            with np.errstate(invalid="ignore", divide="ignore"):
-                gain = here.value - there.value
-                # Close to the minimum rounding hides the gain; the gradient still shows it.
-                level = (gain > -1e-13 * here.value) & (there.slope < here.slope)
-                ratio = np.where(level, np.maximum(gain / expected, 0.5), gain / np.maximum(expected, 1e-300))
-            ratio = np.where(np.isfinite(ratio), ratio, -1.0)
-            wider = np.where((ratio > 0.7) & (length > 0.9 * radius), 2.5 * radius, radius)
-            radius = np.minimum(np.where(ratio < 0.25, 0.3 * length, wider), 3.0)
-            here.put((gain > 0) | level, there)
-    return end
+    rows, made, radius, entered = np.empty(0, int), np.empty(0, int), np.empty(0), 0
+    here = _evaluate(task, start.theta[:0], target[:0], weights[:0])
+    while True:
+        if entered < batch and len(rows) <= block // 2:
+            new = np.arange(entered, min(entered + block - len(rows), batch))
+            here = here.join(_evaluate(task, start.theta[new], target[new], weights[new]))
+            rows, entered = np.append(rows, new), entered + len(new)
+            made = np.append(made, np.zeros(len(new), int))
+            radius = np.append(radius, np.full(len(new), RADIUS))
+        done = (here.slope <= tolerance) | (radius < 1e-13) | ~np.isfinite(here.value) | (made == iterations)
+        if done.any():
+            left = rows[done]
+            end.theta[left], end.objective[left], end.gradient[left] = (
+                here.theta[done],
+                here.value[done],
+                here.slope[done],
+            )
+            end.iterations[left] += made[done]
+            rows, made, radius, here = rows[~done], made[~done], radius[~done], here.take(~done)
+            if len(rows) or entered < batch:
+                continue
+            return end
+        radius = np.where(made % 40 == 39, np.maximum(radius, RADIUS), radius)
+        made += 1
+        values, vectors = np.linalg.eigh(here.hessian)
+        gradient = (here.gradient[:, None] @ vectors)[:, 0]
+        step = _step(values, gradient, radius)
+        expected = -(gradient * step + 0.5 * values * step * step).sum(1)
+        length = np.linalg.norm(step, axis=1)
+        theta = here.theta + (vectors @ step[..., None])[..., 0]
+        there = _evaluate(task, theta, here.target, here.weights)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            gain = here.value - there.value
+            # Close to the minimum rounding hides the gain; the gradient still shows it.
+            level = (gain > -1e-13 * here.value) & (there.slope < here.slope)
+            ratio = np.where(level, np.maximum(gain / expected, 0.5), gain / np.maximum(expected, 1e-300))
+        ratio = np.where(np.isfinite(ratio), ratio, -1.0)
+        wider = np.where((ratio > 0.7) & (length > 0.9 * radius), 2.5 * radius, radius)
+        radius = np.minimum(np.where(ratio < 0.25, 0.3 * length, wider), 3.0)
+        here.put((gain > 0) | level, there)
 
 
 class Problem:
