@@ -253,7 +253,7 @@ def _check_data(run: RunConfig, shape: BackboneShape, data: Pairs) -> None:
     if data.negatives is not None and data.negatives < run.loss.hard_negatives:
         raise UserError(f"loss.hard_negatives: {run.loss.hard_negatives}, but {run.data.store} holds {data.negatives}")
     if run.training.batch_size % devices:
-        raise UserError(f"training.batch_size: {run.training.batch_size} does not divide by {devices} GPUs")
+        raise UserError(f"training.batch_size: {run.training.batch_size} is not divisible by {devices} GPUs")
 
 
 def _disk(run: RunConfig, shape: BackboneShape, cost: Cost, steps: int) -> int:

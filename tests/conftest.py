@@ -1,11 +1,11 @@
-"""Settings of all tests, and fixtures that every test may use: a small saved backbone, the settings of a small run."""
+"""Settings of all tests, and shared fixtures: a small saved backbone, the settings of a small run."""
 
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests compare results on CPUs, often to the last bit
-# Several processes share few cores: OpenMP threads that wait by spinning would take ten times as long.
+# Several processes share few cores. If OpenMP threads waited by spinning, tests would take ten times as long.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import gc
@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 from saved import save_backbone, write_pairs
 
-gc.disable()  # until everything is imported, which makes the imports faster
+gc.disable()  # imports are faster without garbage collection; it is enabled after them
 
-# Files that take minutes; those that mostly wait come first. Started last, one of them would run alone at the end.
+# Files that take minutes. They start first, so that none runs alone at the end; those that mostly wait lead.
 # `make test-quick` leaves them out.
 LONG = [
     "survival",
@@ -45,7 +45,7 @@ LONG = [
 
 
 def pytest_collection_modifyitems(items):
-    """Sort long files to the front and mark them slow. `--dist loadfile --no-loadscope-reorder` keeps this order."""
+    """Sort long files to the front and mark them slow. `--dist loadfile --no-loadscope-reorder` keeps the order."""
     place = {f"test_{name}": number for number, name in enumerate(LONG)}
     items.sort(key=lambda item: place.get(item.path.stem, len(LONG)))
     for item in items:
@@ -68,7 +68,7 @@ def pytest_terminal_summary(terminalreporter):
 
 @pytest.fixture(scope="session")
 def server():
-    """A multiprocessing context whose processes start without imports: they are forked from a server that has them."""
+    """Return a multiprocessing context whose processes need no imports: a server with all imports forks them."""
     context = multiprocessing.get_context("forkserver")
     multiprocessing.forkserver._forkserver._stop()  # `prepare` may have started one with fewer modules
     # Only installed modules: the server does not see this folder, and ignores modules that it does not find.
@@ -81,7 +81,7 @@ def server():
 
 @pytest.fixture(scope="session")
 def save_decoder():
-    """The function `save_backbone`, for tests that need another shape."""
+    """Return the function `save_backbone`, for tests that need another shape."""
     return save_backbone
 
 

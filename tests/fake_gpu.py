@@ -1,9 +1,9 @@
-"""Training steps on a GPU that computes nothing, in a process of its own; prints a JSON row for each.
+"""Training steps on a simulated GPU, in a separate process; prints a JSON row for each step.
 
     python tests/fake_gpu.py WORKSPACE
 
-Its tensors have shapes, kinds and lifetimes, and no numbers: whatever would mix devices, hand a kernel what it does not
-take, or wait for a number fails here as it would there.
+The simulated tensors have shapes, types and lifetimes, but no numbers. An operation that mixes devices, gives a kernel
+wrong arguments or waits for a number fails here as on a real GPU.
 """
 
 import ctypes
@@ -15,11 +15,11 @@ from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
-MEMORY = 0.4e9  # bytes, of the rows that ask how large a chunk may be
+MEMORY = 0.4e9  # bytes: memory limit of the rows that ask for the largest chunk
 
 
 def load(workspace: Path) -> None:
-    """Before torch is imported, which looks for GPUs once."""
+    """Load the fake CUDA runtime. Call this before torch is imported, because torch looks for GPUs once."""
     torch = Path(sysconfig.get_paths()["purelib"], "torch")
     source, library = Path(__file__).with_suffix(".cpp"), workspace / "fake_gpu.so"
     words = ["-std=c++20", "-shared", "-fPIC", f"-I{torch / 'include'}", str(source), "-o", str(library)]
@@ -30,13 +30,13 @@ def load(workspace: Path) -> None:
 
 
 def pretend() -> None:
-    """What a build of torch with CUDA would answer."""
+    """Make torch answer as a build with CUDA does."""
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     torch.amp.autocast_mode.torch.cuda.amp.common.amp_definitely_not_available = lambda: False
     torch.cuda.is_available = lambda: True
-    FakeTensorMode.avoid_device_init = True  # which it would conclude from there being no GPU
+    FakeTensorMode.avoid_device_init = True  # torch sets this itself if it finds no GPU
     torch.cuda.is_bf16_supported = lambda *_, **__: True
     torch.cuda.get_device_capability = lambda *_: (9, 0)
     torch.cuda.get_device_properties = lambda *_: SimpleNamespace(total_memory=80 * 10**9)
@@ -45,7 +45,7 @@ def pretend() -> None:
 
 
 def step(method: str, *words: str, chunk: int | None = None, fit: bool = False) -> dict:
-    """One optimiser's step. With `fit`, in chunks as large as the memory allows, of sequences as long as they get."""
+    """Make one optimizer step. With `fit`, use the largest chunks that fit in memory, of the longest sequences."""
     import numpy as np
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -75,7 +75,7 @@ def step(method: str, *words: str, chunk: int | None = None, fit: bool = False) 
         lengths = np.full(len(lengths), config.data.context)
     row = {"method": method, "words": words, "chunk": chunk, "limited": fit}
     with FakeTensorMode(allow_non_fake_inputs=True):
-        torch.nn.Module._apply = lambda module, *_: module  # PEFT moves its adapters to where they are
+        torch.nn.Module._apply = lambda module, *_: module  # PEFT moves adapters that need no move
         with gpu:
             module = module_of(build("pythia-14m"), config)
         module._device = gpu

@@ -1,4 +1,4 @@
-"""A record.json as a run of the first version wrote it, for tests that need run directories without training."""
+"""A record.json as the first version wrote it, for tests that need run directories without training."""
 
 from typing import Any
 

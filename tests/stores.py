@@ -1,4 +1,4 @@
-"""Sources of text pairs, stores made of them by the command line, and what a store should hold, in plain Python."""
+"""Sources of text pairs, stores made from them by the command line, and the expected content in plain Python."""
 
 import hashlib
 import json
@@ -27,7 +27,7 @@ def row(query: str, positive: str, *negatives: str) -> dict:
 
 
 def some_rows(n: int, seed: int = 0, name: str = "") -> list[dict]:
-    """Queries come back with other positives, pairs come back whole, and some are empty."""
+    """Return rows with repeated queries, repeated pairs and empty texts."""
     rng = random.Random(seed)
     rows = []
     for _ in range(n):
@@ -58,13 +58,13 @@ def made(*args, **settings) -> PairStore:
 
 
 def made_in_small_parts(*args, unit_size: UnitSize = UNIT_SIZE, bucket_bytes: int = BUCKET_BYTES, **more) -> PairStore:
-    """As a much larger corpus is made: of several units and buckets."""
+    """Make small corpora use several units and buckets, as a large corpus does."""
     assert prepare(load(None, words_of(*args, **more)), unit_size, bucket_bytes) == 0
     return PairStore.open(args[0])
 
 
 def contents(batch) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """(query, positive) ids of each pair."""
+    """Return the (query, positive) token ids of each pair."""
     ids = [tuple(part.tolist()) for part in np.split(batch.tokens, np.cumsum(batch.lengths)[:-1])]
     return list(zip(ids[: batch.pairs], ids[batch.pairs :], strict=True))
 
@@ -78,14 +78,14 @@ def held_out(store: PairStore):
 
 
 def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
-    """Time and size of everything in a folder."""
+    """Return the time and size of every file and folder in a folder."""
     return {
         str(path.relative_to(folder)): (path.stat().st_mtime_ns, path.stat().st_size)
         for path in sorted(folder.rglob("*"))
     }
 
 
-# What a store should hold, written without NumPy, Arrow or buckets.
+# The expected content of a store, computed without NumPy, Arrow or buckets.
 
 MASK = 2**64 - 1
 
@@ -101,7 +101,7 @@ def text_hash(text: str) -> int:
 
 
 def expected_order(rows: list[dict], share: float) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
-    """(training, held-out) pairs of texts, in the store's order."""
+    """Return the (training, held-out) pairs of texts, in the store's order."""
     pairs = {(r["query"], r["pos"][0]) for r in rows if r["query"].strip() and r["pos"][0].strip()}
     order = sorted(pairs, key=lambda pair: mixed(text_hash(pair[0]) ^ mixed(text_hash(pair[1]))))
     apart = {query for query, _ in pairs if text_hash(query) / 2**64 < share}

@@ -1,8 +1,8 @@
-"""The documentation tells the truth: its commands run, its links lead somewhere, its notebook works.
+"""The documentation is correct: its commands run, its links work, its notebook runs.
 
 Every line of every `sh` block of the README and of docs/ is run, page by page, in a folder that looks like a clone with
-a finished quickstart. A line that several pages share runs once. docs_by_hand.sh lists what takes minutes or needs a
-cluster, with the reason. A block with a caption is written to the file that the caption names.
+a finished quickstart. A line that several pages share runs once. docs_by_hand.sh lists the commands that take minutes
+or need a cluster, with the reason. A block with a caption is written to the file that the caption names.
 """
 
 import json
@@ -24,11 +24,11 @@ from sweeps import miniature  # noqa: E402
 FENCE = re.compile(r"^```(\{code-block\} )?(\w+)\n(?::caption: (\S+)\n)?(.*?)^```$", re.MULTILINE | re.DOTALL)
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BY_HAND = ROOT / "tests" / "docs_by_hand.sh"
-RAN = {"embedscale prepare configs/quickstart.yaml", "embedscale fit runs/quickstart"}  # first by the fixture
+RAN = {"embedscale prepare configs/quickstart.yaml", "embedscale fit runs/quickstart"}  # the fixture runs these first
 
 
 def commands(text: str) -> list[str]:
-    """The command lines of a page, and lines that write the files that captions name."""
+    """Return the commands of a page, and commands that write the files that captions name."""
     found = []
     for _, language, caption, body in FENCE.findall(text):
         if caption:
@@ -38,8 +38,8 @@ def commands(text: str) -> list[str]:
     return found
 
 
-def left_to_a_person() -> set[str]:
-    """The commands of docs_by_hand.sh as the pages spell them."""
+def run_by_hand() -> set[str]:
+    """Return the commands of docs_by_hand.sh as they stand on the pages."""
     lines = [line for line in BY_HAND.read_text().splitlines() if line and not line.startswith(("#", "set ", ": <<"))]
     return {re.sub(r"^(echo y \| |timeout \d+ )| \|\| true.*$", "", line) for line in lines}
 
@@ -55,7 +55,7 @@ def run(words: list[str], folder: Path, **variables: str) -> str:
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory) -> Path:
-    """A folder like a clone: the configurations, the quickstart's store and a folder of finished runs."""
+    """Return a folder like a clone: the configurations, the quickstart's store and a folder of finished runs."""
     folder = tmp_path_factory.mktemp("clone")
     shutil.copytree(ROOT / "configs", folder / "configs")
     miniature(folder / "runs" / "quickstart")
@@ -68,23 +68,23 @@ def clone(tmp_path_factory) -> Path:
     "page", [p for p in PAGES if commands(p.read_text())], ids=lambda path: str(path.relative_to(ROOT))
 )
 def test_the_commands_of_a_page_run(page, clone):
-    script = [line for line in commands(page.read_text()) if line not in left_to_a_person() | RAN]
+    script = [line for line in commands(page.read_text()) if line not in run_by_hand() | RAN]
     run(["bash", "-ex", "-c", "\n".join(script)], clone, SLURM_CONF=os.devnull)  # no cluster
     RAN.update(line for line in script if line.startswith("embedscale ") and "$" not in line)
 
 
-def test_what_is_left_to_a_person_stands_in_some_page():
+def test_every_command_of_the_script_is_on_a_page():
     every = {line for page in PAGES for line in commands(page.read_text())}
-    assert left_to_a_person() - every - {"LISTED"} == set()
+    assert run_by_hand() - every - {"LISTED"} == set()
 
 
-def test_the_links_of_the_readme_lead_somewhere():
+def test_the_links_of_the_readme_exist():
     for name in ("README.md", "CHANGELOG.md"):
         for target in re.findall(r"\]\(([^)#:]+)\)", (ROOT / name).read_text()):
             assert (ROOT / target).exists(), f"{name}: {target}"
 
 
-def test_the_check_of_the_site_sees_what_is_wrong(tmp_path):
+def test_the_check_of_the_site_finds_errors(tmp_path):
     (tmp_path / "a.html").write_text('<h1 id="top">A</h1><a href="b.html#here">B</a><a href="#top">up</a>')
     (tmp_path / "b.html").write_text('<p id="here"><a href="https://example.org">away</a></p>')
     assert check_site.problems(tmp_path) == []

@@ -1,4 +1,4 @@
-"""The Python interface: public names exist and are imported late, and the examples of docs/examples run."""
+"""The Python interface: public names exist and are imported on first use, and the examples of docs/examples run."""
 
 import importlib
 import subprocess

@@ -1,4 +1,4 @@
-"""The rooms of the code: which may import which, how large a file may be, and who knows the names of a run's files.
+"""The rooms of the code: which room may import which, how long a file may be, and who knows a run's file names.
 
 `ROOMS` is the picture of the architecture. Its order is bottom to top: a room may import from the rooms that its line
 names, and from no other. Imports inside functions count too. Nothing is run: the arrows are read from the syntax tree.
@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-# What a room consists of (modules or folders; the longest name that fits wins), and the rooms that it may import.
+# Each room: its modules or folders (the longest matching name decides), and the rooms that it may import.
 ROOMS: dict[str, tuple[list[str], list[str]]] = {
     "ground": (
         ["embedscale.errors", "embedscale.files", "embedscale.imports", "embedscale.progress", "embedscale.values"],
@@ -25,7 +25,7 @@ ROOMS: dict[str, tuple[list[str], list[str]]] = {
     "training": (["embedscale.training"], ["ground", "run", "data", "model"]),
     "serving": (["embedscale.serving"], ["ground", "run", "data", "model", "training"]),
     "sweep": (["slurm"], ["ground", "run", "data", "model", "training", "serving"]),
-    # Figures and laws need no torch: of `embedscale`, the analysis knows what a run is and nothing above.
+    # Figures and laws need no torch: the analysis may import what a run is, and nothing else of `embedscale`.
     "table": (
         ["analysis.runs", "analysis.columns", "analysis.fits", "analysis.first_version"],
         ["ground", "run"],
@@ -35,7 +35,7 @@ ROOMS: dict[str, tuple[list[str], list[str]]] = {
     "figures": (["analysis.figures"], ["ground", "run", "table", "fitting", "study"]),
     "analysis": (["analysis"], ["ground", "run", "table", "fitting", "study", "figures"]),
 }
-# Above all rooms: the command line, and the package's own door, which imports a public name when it is asked for it.
+# Above all rooms: the command line, and the package itself, which imports a public name on its first use.
 TOP = ["embedscale.cli", "embedscale"]
 
 LONGEST_FILE = 450  # lines
@@ -54,7 +54,7 @@ RUN_DIRECTORY = "embedscale.run.directory"
 
 
 def modules() -> dict[str, Path]:
-    """Every module of the three packages by its dotted name."""
+    """Return the path of every module of the three packages, by dotted name."""
     found = {}
     for package in ("embedscale", "slurm", "analysis"):
         for path in (ROOT / package).rglob("*.py"):
@@ -83,7 +83,7 @@ def imports_of(module: str) -> Iterator[str]:
 
 
 def room_of(module: str) -> str | None:
-    """The room of a module, or None above all rooms."""
+    """Return the room of a module, or None if it is above all rooms."""
     if module in TOP:
         return None
     names = {part: room for room, (parts, _) in ROOMS.items() for part in parts}

@@ -1,4 +1,4 @@
-"""Values read from files that hold absurd contents: one short line, never a traceback."""
+"""Values read from files with absurd content: the error is one short line, never a traceback."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""For tests of whole runs: settings of the methods, a run of seconds, a stop at a given moment, what runs share."""
+"""Helpers for tests of whole runs: settings of each method, a short run, a stop at a chosen moment."""
 
 from embedscale.run.directory import RunDirectory
 from embedscale.run.settings import load
@@ -21,7 +21,7 @@ def run_of(tmp_path, tiny_run, *words):
 
 
 def comparable(directory: RunDirectory):
-    """All that two runs of one config must have in common, times and attempts aside."""
+    """Return what two runs of one configuration must have in common: everything but times and attempts."""
     times = {"attempt", "tokens_per_second", "seconds"}
     metrics = [{k: v for k, v in row.to_json().items() if k not in times} for row in directory.read_metrics()]
     record = directory.read_record().to_json()
@@ -31,7 +31,7 @@ def comparable(directory: RunDirectory):
 
 
 class StopAfter(StopRequest):
-    """Raises its flag at the n-th look."""
+    """A stop request that is made at the n-th look."""
 
     def __init__(self, looks):
         super().__init__()

@@ -2,9 +2,9 @@
 
     python configs/quickstart/pretrain.py [--bytes 40e6] [NAME ...]
 
-The corpus is the Python source that lies on any machine with this project: the standard library and the installed
-packages. One file in a hundred, by the hash of its content, is held out. The weights are stored in float16, in the
-hub's format, under configs/quickstart/backbones/NAME, with what was measured in backbones/NAME/pretraining.json.
+The corpus is Python source that every machine with this project has: the standard library and the installed packages.
+One file in a hundred, by the hash of its content, is held out. The weights are stored in float16, in the hub's format,
+under configs/quickstart/backbones/NAME, and the measured losses in pretraining.json beside them.
 """
 
 import argparse
@@ -33,11 +33,11 @@ LADDER = {  # width, blocks, heads
 }
 FOLDER = Path(__file__).parent / "backbones"
 SEQUENCES = 96
-PEAK = 4e-3  # learning rate at width 64; it falls with the root of the width
+PEAK = 4e-3  # learning rate at width 64; other widths have PEAK · √(64 / width)
 
 
 def corpus(limit: int) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids of training files (about `limit`, in an order by hash) and of held-out files."""
+    """Return the token ids of training files (about `limit`, in the order of their hashes) and of held-out files."""
     files = [p for name in ("stdlib", "purelib") for p in Path(sysconfig.get_path(name)).rglob("*.py")]
     contents = {}
     for path in files:

@@ -2,19 +2,19 @@
 
     python configs/study/corpus.py stores/study-corpus [--mirror URL]
 
-apt-get fetches the package lists and the packages of Debian 12 into the folder itself: no root, and nothing of the
-machine's own lists or packages is read. The folder then holds
+apt-get fetches the package lists and the packages of Debian 12 into this folder. It needs no root, and it does not read
+the machine's own lists or packages. The folder then holds
 
     pairs/SOURCE.jsonl           {"query", "pos"}, what `embedscale prepare` reads
-    texts/train.txt held_out.txt an article a line, shuffled over the sources
+    texts/train.txt held_out.txt one article per line, shuffled over the sources
     manifest.json                versions, licences, counts and digests
 
 `prepare` holds a pair out by the hash of its query. This script applies the same rule, and then drops the other pairs
 of the same article, so that no article is in both parts. A text for pre-training is made of the pairs that remain.
 
 A pair is a near-duplicate of an earlier one, and dropped, if
-  1. the first 128 bytes of its positive (letters and digits, lower case) are those of an earlier positive: the models,
-     which read 128 bytes, could not tell the two apart; or
+  1. the first 128 bytes of its positive (letters and digits, lower case) are those of an earlier positive: the models
+     read 128 bytes and could not distinguish the two; or
   2. it has a name in common with an earlier query, and the positives share half of the words of the shorter one:
      GCIDE and WordNet, or FOLDOC and the Jargon File, define a word alike.
 Sources come in the order of `SOURCES`, the cleanest first, so that the cleaner version of a pair stays.
@@ -69,11 +69,11 @@ def fetch(folder: Path, mirror: str) -> dict[str, str]:
         "Dir::State::lists": apt / "lists",
         "Dir::State::status": apt / "status",
         "Dir::Cache": apt / "cache",
-        "APT::Architecture": "amd64",  # every package is for all, but the list is an architecture's
+        "APT::Architecture": "amd64",  # the packages are for all architectures, but the list is for one
         "APT::Architectures": "amd64",
         "Acquire::Languages": "en",
         "Acquire::GzipIndexes": "false",
-        "Acquire::Check-Valid-Until": "false",  # an old state's list says that it is old
+        "Acquire::Check-Valid-Until": "false",  # the list of an old state is out of date
         "APT::Sandbox::User": "",
     }
     command = ["apt-get", "-q", *(word for key, value in settings.items() for word in ("-o", f"{key}={value}"))]

@@ -2,8 +2,8 @@
 
 Each parser turns an article into an `Entry`: its title, and its pairs of a short text and the longer text that it
 should find. A long article gives a pair for each of its first passages, because the models read 128 bytes of a text.
-The parsers keep to the few rules that clean nearly all of a source; an article that the rules do not fit is dropped
-or stays a little untidy.
+Each parser has a few rules that clean nearly all of its source. An article that the rules do not fit is dropped or
+keeps some markup.
 """
 
 import re
@@ -29,7 +29,7 @@ SPEECH_RUN = re.compile(rf"^[,;\s]*(?:{SPEECH}(?:[\s,;&]+(?:or |and )?|$))+")
 CROSS_REFERENCE = re.compile(r"^(?:\([^)]*\) ?)?(?:Same as|See|Cf\.|Alt\. of|pl\. of|imp\.|p\. p\.|of \w+[.,])", re.I)
 
 
-PASSAGES = 8  # of an article, each a pair
+PASSAGES = 8  # most passages of an article; each is a pair
 
 
 @dataclass(frozen=True)

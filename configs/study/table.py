@@ -1,10 +1,10 @@
-"""Write the study's finished runs as two small tables, from which everything is fitted and drawn again.
+"""Write the study's finished runs as two small tables: all fits and figures can be made from them.
 
     python configs/study/table.py runs/study docs/study
 
-runs.csv has a row a run with all columns that `embedscale fit` reads; columns without a value, and paths of this
-machine, are left out. curves.csv has up to twelve training losses of each run, and its held-out losses. Rows are in
-the order of the run ids, so that adding runs changes no other line.
+runs.csv has one row per run with all columns that `embedscale fit` reads. Columns without a value and paths of this
+machine are left out. curves.csv has up to twelve training losses of each run, and its held-out losses. Rows are in the
+order of the run ids, so that a new run changes no other line.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import pandas as pd
 from analysis import runs
 from embedscale.run.directory import RunDirectory
 
-POINTS = 12  # of a training curve, evenly in steps
+POINTS = 12  # points of a training curve, at equal distances in steps
 
 
 def curve(directory: RunDirectory) -> pd.DataFrame:

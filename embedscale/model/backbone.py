@@ -1,4 +1,4 @@
-"""Decoders from the hub or a local folder: configuration, shape, float32 weights, digest."""
+"""Load decoders from the hub or a local folder: configuration, shape, float32 weights, digest."""
 
 import hashlib
 from pathlib import Path
@@ -14,7 +14,7 @@ from embedscale.run.config import Backbone
 from embedscale.run.families import shape_by_name, short_name
 from embedscale.run.shape import BackboneShape, Linear
 
-# What a dense layer does, by the names that decoders give it.
+# The name of a dense layer in a decoder → its role.
 ROLES = {
     "query_key_value": "query_key_value",
     "qkv_proj": "query_key_value",
@@ -35,9 +35,9 @@ ROLES = {
 
 
 def shape_without_weights(backbone: Backbone) -> BackboneShape:
-    """Return the shape of a known family's decoder by its name or `config.json`; others are built on the meta device.
+    """Return the shape of a decoder: of a known family by name or `config.json`, of another one on the meta device.
 
-    Raises UserError for a backbone that cannot be found or is no decoder whose layers and attention are known.
+    Raises UserError if the backbone cannot be found, or if its layers or its attention are not supported.
     """
     shape = shape_by_name(backbone.name)
     if shape is None:
@@ -49,22 +49,22 @@ def shape_without_weights(backbone: Backbone) -> BackboneShape:
 
 
 def hub_config(backbone: Backbone) -> Any:
-    """The transformers configuration. Raises UserError where there is none."""
+    """Return the transformers configuration. Raise UserError if there is none."""
     from transformers import AutoConfig
 
     try:
         return AutoConfig.from_pretrained(backbone.name, revision=backbone.revision)
-    except Exception as error:  # transformers and the hub's client have many classes for what is wrong with a file
+    except Exception as error:  # transformers and the hub's client raise many classes for a wrong file
         if Path(backbone.name).is_dir():
-            found = "the folder holds no model that transformers knows"
+            found = "is a folder without a model that transformers knows"
         else:
-            found = "is neither a local folder nor a model that the hub or its local cache has"
+            found = "is neither a local folder nor a model of the hub or of its local cache"
         reason = str(error).split("\n")[0]
         raise UserError(f"backbone.name: {backbone.name!r} {found} ({reason})") from None
 
 
 def empty_body(backbone: Backbone) -> nn.Module:
-    """The decoder on the meta device: every shape, no memory."""
+    """Return the decoder on the meta device: its tensors have shapes and take no memory."""
     from transformers import AutoModel
 
     with torch.device("meta"):
@@ -73,25 +73,25 @@ def empty_body(backbone: Backbone) -> nn.Module:
 
 
 def blocks_of(body: nn.Module, name: str = "") -> nn.ModuleList:
-    """The list of the decoder's blocks: its only direct ModuleList of equal layers."""
+    """Return the list of the decoder's blocks: its only direct child that is a ModuleList. Raise UserError if none."""
     lists = [child for child in body.children() if isinstance(child, nn.ModuleList) and len(child)]
     if len(lists) != 1:
-        raise UserError(f"backbone.name: {name or type(body).__name__}: no single list of blocks; expected a decoder")
+        raise UserError(
+            f"backbone.name: {name or type(body).__name__}: the model has {len(lists)} lists of blocks; expected a "
+            "decoder, which has one"
+        )
     return lists[0]
 
 
 def drops(body: nn.Module) -> bool:
-    """Whether training drops numbers at random, which then are those of a chunk, and of the blocks as they are."""
+    """Return whether the model uses dropout in training. Then chunks must not be split, nor blocks merged."""
     config: Any = body.config
     layers = any(isinstance(module, nn.Dropout) and module.p > 0 for module in body.modules())
-    return layers or getattr(config, "attention_dropout", 0) > 0  # of scores, inside the attention
+    return layers or getattr(config, "attention_dropout", 0) > 0  # dropout of scores is not a module
 
 
 def shape_of(body: nn.Module, name: str) -> BackboneShape:
-    """The shape of any decoder whose blocks are equal and whose dense layers are known.
-
-    Raises UserError for others.
-    """
+    """Return the shape of a decoder. Raise UserError if its blocks differ or if it has an unknown dense layer."""
     blocks = blocks_of(body, name)
     first = blocks[0]
     linears = []
@@ -100,12 +100,17 @@ def shape_of(body: nn.Module, name: str) -> BackboneShape:
         if isinstance(module, nn.Linear):
             last = path.rsplit(".", 1)[-1]
             if last not in ROLES:
-                raise UserError(f"backbone.name: {name}: the dense layer {path!r} is not known, nor its cost")
+                raise UserError(
+                    f"backbone.name: {name}: the cost of the dense layer {path!r} is not known; docs/extending.md says "
+                    "how to add a family"
+                )
             known.add(id(module.weight))
             linears.append(Linear(last, module.in_features, module.out_features, module.bias is not None, ROLES[last]))
     for key, parameter in first.named_parameters():
-        if parameter.dim() > 1 and id(parameter) not in known:  # of experts, or of a layer that is no nn.Linear
-            raise UserError(f"backbone.name: {name}: the weight {key!r} is in no dense layer, nor is its cost known")
+        if parameter.dim() > 1 and id(parameter) not in known:  # a mixture of experts, or another class than nn.Linear
+            raise UserError(
+                f"backbone.name: {name}: the weight {key!r} is in no dense layer (nn.Linear), so its cost is not known"
+            )
     dense = sum(linear.weights + linear.outputs * linear.bias for linear in linears)
     other = {key: p.numel() for key, p in first.named_parameters()}
     biases = sum(n for key, n in other.items() if key.endswith("bias")) - sum(li.outputs for li in linears if li.bias)
@@ -120,7 +125,7 @@ def shape_of(body: nn.Module, name: str) -> BackboneShape:
     config: Any = body.config
     queries = next(li for li in linears if li.role in ("query", "query_key_value"))
     attention_width = queries.outputs if queries.role == "query" else linears[0].inputs
-    # Within their windows, layers attend as plain causal ones do.
+    # Up to the length of its window, a layer with a window attends like one without.
     window = getattr(config, "sliding_window", None)
     return BackboneShape(
         name=short_name(name),
@@ -142,17 +147,17 @@ _FORWARD = ("query_key_value", "query", "key", "value", "attention_out", "mlp_in
 
 
 def load_body(backbone: Backbone, seed: int) -> nn.Module:
-    """The decoder with float32 master weights, whatever the checkpoint's dtype (traps of `dtype="auto"`).
+    """Return the decoder with float32 master weights, for a checkpoint of any dtype.
 
-    `random` weights are drawn from the configuration and `seed`. Raises UserError where weights are missing, damaged or
-    of other shapes.
+    `random` weights follow from the configuration and `seed`. Raises UserError if weights are missing, damaged or have
+    other shapes than the configuration says.
     """
     from safetensors import SafetensorError
     from transformers import AutoModel
     from transformers.utils import logging
 
-    logging.set_verbosity_error()  # its report of a checkpoint's other weights, such as a language model's head
-    logging.disable_progress_bar()  # it is drawn into pipes too
+    logging.set_verbosity_error()  # no report of unused weights, such as the head of a language model
+    logging.disable_progress_bar()  # transformers draws it into pipes too
     config = hub_config(backbone)
     if backbone.weights == "random":
         torch.manual_seed(seed)
@@ -164,21 +169,24 @@ def load_body(backbone: Backbone, seed: int) -> nn.Module:
                 revision=backbone.revision,
                 config=config,
                 dtype=torch.float32,
-                ignore_mismatched_sizes=True,  # which then are told, and refused, by name
+                ignore_mismatched_sizes=True,  # loading reports them, and the check below names them
                 output_loading_info=True,
             )
         except (OSError, ValueError, RuntimeError, SafetensorError, UnpicklingError) as error:
             reason = (str(error) or type(error).__name__).splitlines()[0]
-            raise UserError(f"backbone.name: {backbone.name!r}: its weights cannot be read ({reason})") from None
+            raise UserError(
+                f"backbone.name: {backbone.name!r}: the weights cannot be read ({reason}); download the model again"
+            ) from None
         if other := sorted(loading["mismatched_keys"]):
             key, stored, wanted = other[0]
             raise UserError(
-                f"backbone.name: {backbone.name!r}: {key} is {tuple(stored)}, by its config.json {tuple(wanted)}"
+                f"backbone.name: {backbone.name!r}: {key} has the shape {tuple(stored)}, but config.json says "
+                f"{tuple(wanted)}; give a folder whose files belong together"
             )
         if missing := sorted(loading["missing_keys"]):
             raise UserError(
                 f"backbone.name: {backbone.name!r} lacks {len(missing)} weights ({missing[0]} …); "
-                "for random ones ask for backbone.weights=random"
+                "for random weights, set backbone.weights=random"
             )
     kinds = {parameter.dtype for parameter in body.parameters()}
     assert kinds == {torch.float32}, f"master weights are {kinds}"
@@ -186,7 +194,7 @@ def load_body(backbone: Backbone, seed: int) -> nn.Module:
 
 
 def digest_of(tensors: dict[str, torch.Tensor]) -> str:
-    """A hash of names, shapes and every bit of the values."""
+    """Return a hash of the names, the shapes and every bit of the values."""
     sha = hashlib.sha256()
     for name in sorted(tensors):
         value = tensors[name].detach().cpu().contiguous()

@@ -1,7 +1,7 @@
-"""What this hardware reaches: tokens and FLOP a second, share of a matrix product's, memory, for each size and method.
+"""Measure the speed and the memory of training on this hardware, for each size and method.
 
-Training steps of the real module under a real Trainer, on synthetic pairs with the paper's lengths (section 4.1) and
-random weights, which cost what real ones do. `sweep plan` and the time limits of submitted jobs use the file.
+The steps are those of the real module under a real Trainer, on synthetic pairs with the paper's lengths (section 4.1).
+The weights are random, which costs as much as trained ones. `sweep plan` and the time limits of jobs use the file.
 """
 
 import gc
@@ -45,8 +45,8 @@ from embedscale.training.train import bare_trainer, begin_worker, quieten
 
 SIZES = {name: family for family in FAMILIES for name in family.sizes}  # by the short name of a size
 MEANS = (14, 64)  # tokens of a query and of a positive (paper, section 4.1)
-SPREAD = 0.6  # of the lengths' logarithm
-WARM_STEPS = 2
+SPREAD = 0.6  # standard deviation of ln(length)
+WARM_STEPS = 2  # steps before the measured ones
 HOW = (
     "Training steps (forward, loss, backward, AdamW) of embedscale's own module under lightning.Trainer, random "
     "weights, synthetic pairs: query and positive lengths log-normal with means 14 and 64 after the cut at the "
@@ -57,10 +57,10 @@ HOW = (
 
 
 def calibrate(config: RunConfig, out: str, sizes: Sequence[str], methods: Sequence[str], seconds: float) -> int:
-    """Measure each size and method that the file does not hold yet, and write it after each.
+    """Measure each size and method that the file does not hold yet; write the file after each of them.
 
-    Raises UserError, before anything is measured, for an unknown size or method, one that does not fit the other, or a
-    file of other settings.
+    Raises UserError before the first measurement: for an unknown size or method, for a method that a size cannot have,
+    and for a file that was measured with other settings.
     """
     bounded("--seconds", seconds, 0, 1e6)
     device = training_device()
@@ -70,8 +70,8 @@ def calibrate(config: RunConfig, out: str, sizes: Sequence[str], methods: Sequen
     path, facts = Path(out), _facts(config, device, seconds)
     found = read_json(path) or facts | {"peak_flop_per_second": 0.0, "rows": [], "too_large": []}
     for name, value in facts.items():
-        if name != "how" and found.get(name, False) != value:  # what an older file does not name was off
-            raise UserError(f"{path}: was measured with {name} {found.get(name)}, not {value}; name another file")
+        if name != "how" and found.get(name, False) != value:  # a setting that an older file does not name was off
+            raise UserError(f"{path}: was measured with {name} {found.get(name)}, not {value}; give another --out")
     done = {(row["backbone"], row["method"]) for row in found["rows"] + found["too_large"]}
     path.parent.mkdir(parents=True, exist_ok=True)
     console = Console(width=None if Console().is_terminal else 120)
@@ -88,7 +88,7 @@ def calibrate(config: RunConfig, out: str, sizes: Sequence[str], methods: Sequen
             measured = measure(each, device, seconds, peak)
         except torch.OutOfMemoryError:
             measured = {}
-        gc.collect()  # module and Trainer hold each other
+        gc.collect()  # the module and its Trainer refer to each other
         if device.type == "cuda":
             torch.cuda.empty_cache()
         found["rows" if measured else "too_large"].append({"backbone": backbone, "method": method} | measured)
@@ -98,6 +98,7 @@ def calibrate(config: RunConfig, out: str, sizes: Sequence[str], methods: Sequen
 
 
 def config_of(config: RunConfig, size: str, label: str) -> RunConfig:
+    """Return the configuration of a size and a method. Raise UserError if one of them is unknown."""
     try:
         method = method_of_label(label)
     except UserError as error:
@@ -123,9 +124,9 @@ def _facts(config: RunConfig, device: torch.device, seconds: float) -> dict[str,
 
 
 def measure(config: RunConfig, device: torch.device, seconds: float, peak: float) -> dict[str, Any]:
-    """One row: the speed with the largest chunk of tokens that the memory takes, halved where it is still too large.
+    """Return a row of the file: the speed with the largest chunks that fit in memory.
 
-    Empty where not even one sequence fits, found without building what is too large by its weights and moments alone.
+    The row is empty if no chunk fits. A model whose weights and optimizer moments exceed the memory is never built.
     """
     size = config.backbone.name
     with torch.device("meta"):
@@ -133,10 +134,10 @@ def measure(config: RunConfig, device: torch.device, seconds: float, peak: float
     weights, trained = (sum(x.nbytes for x in found) for found in (shapes.parameters(), shapes.trainable.values()))
     if weights + 3 * trained > shapes.memory:
         return {}
-    torch.compiler.reset()  # all sizes' blocks share their code, which is compiled anew only so many times
+    torch.compiler.reset()  # all sizes share the code of their blocks, and torch limits how often a code is compiled
     compiled = compile_seconds()
     if size in SIZES:
-        with device:  # the numbers are drawn where they are needed
+        with device:  # draw the weights on the device
             body = build(size)
     else:
         body = load_body(config.backbone, config.training.seed)
@@ -151,7 +152,7 @@ def measure(config: RunConfig, device: torch.device, seconds: float, peak: float
             return {}
         if not module.halvings:
             break
-        # Cut anew in each step, which costs; cut by the loader, as a run is that was told so, it is measured again.
+        # Each step had to cut its chunks again. Measure once more with chunks that the loader cuts to the right size.
         chunk //= 2**module.halvings
         module.halvings = 0
     return {
@@ -168,7 +169,7 @@ def measure(config: RunConfig, device: torch.device, seconds: float, peak: float
 
 
 def build(size: str, vocabulary: int | None = None) -> nn.Module:
-    """Return a body of a known size with random float32 weights, from the table of its family alone."""
+    """Return a body of a known size with random float32 weights; its configuration is in the table of its family."""
     from transformers import AutoConfig, AutoModel
 
     family = SIZES[size]
@@ -179,13 +180,13 @@ def build(size: str, vocabulary: int | None = None) -> nn.Module:
 
 
 def paper_lengths(config: RunConfig, seed: int) -> np.ndarray:
-    """int64 [2 B]: token counts of a batch's queries, then of its positives, with the paper's means."""
+    """Return the token counts of a batch's queries, then of its positives, with the paper's means: int64 [2 B]."""
     rng = np.random.default_rng(seed)
     context, found = config.data.context, []
     for mean in MEANS:
         noise = np.exp(SPREAD * rng.standard_normal(config.training.batch_size))
         low, high = 0.0, 100.0 * context
-        for _ in range(60):  # the scale at which the cut lengths have the mean
+        for _ in range(60):  # bisect for the scale at which the cut lengths have the mean
             scale = (low + high) / 2
             cut = np.clip(np.rint(scale * noise), 1, context)
             low, high = (scale, high) if cut.mean() < min(mean, context) else (low, scale)
@@ -194,21 +195,21 @@ def paper_lengths(config: RunConfig, seed: int) -> np.ndarray:
 
 
 def paper_tokens(number: int, vocabulary: int, seed: int) -> np.ndarray:
-    """int32 [number]: tokens as frequent as words of a text are (Zipf–Mandelbrot), the rarer the higher."""
+    """Return tokens as frequent as words of a text (Zipf–Mandelbrot), rare ones with high ids: int32 [number]."""
     frequencies = 1 / (np.arange(vocabulary) + 2.7)
     drawn = np.random.default_rng(seed).choice(vocabulary, number, p=frequencies / frequencies.sum())
     return drawn.astype(np.int32)
 
 
 def module_of(body: nn.Module, config: RunConfig) -> Contrastive:
-    """Return the module of a run that does not end, for steps that are measured."""
+    """Return the module of a run with an endless budget, for steps that are measured."""
     size = config.training.batch_size
     tokens = 2 * size * PAPER_PAIR
     return assemble(body, config, TrainingPlan(1e30, 0, 0, tokens, 2 * size, 2, size, 0, 1, 1e-5, 1, 1.0, "", "", []))
 
 
 class _Synthetic(Dataset[Batch]):
-    """The same few batches, again and again."""
+    """A few batches that repeat."""
 
     def __init__(self, config: RunConfig, lengths: Sequence[np.ndarray], vocabulary: int, chunk: int):
         self.config, self.lengths, self.vocabulary, self.chunk = config, lengths, vocabulary, chunk
@@ -230,7 +231,7 @@ class _Synthetic(Dataset[Batch]):
 
 
 class _Clock(lightning.Callback):
-    """Stops the run after `seconds`, counted from the end of the first steps; reads the clock only then."""
+    """Stops the run about `seconds` after the first steps. One step sets the number of steps; others read no clock."""
 
     def __init__(self, seconds: float):
         self.seconds, self.steps = seconds, 10**6
@@ -254,7 +255,7 @@ class _Clock(lightning.Callback):
 def _timed(
     module: Contrastive, config: RunConfig, lengths: Sequence[np.ndarray], chunk: int, seconds: float
 ) -> tuple[int, float, int, int]:
-    """Measured steps, their seconds, tokens and FLOP."""
+    """Return the number of measured steps, their seconds, tokens and FLOP."""
     clock = _Clock(seconds)
     trainer = bare_trainer(devices=1, callbacks=[clock], logger=False)
     module.step = module.tokens = module.flop_exact = 0

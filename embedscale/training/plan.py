@@ -1,4 +1,4 @@
-"""The plan of a run, exact before its first step: pairs, steps and tokens that the budget buys, without torch."""
+"""Compute a run's plan before its first step: the exact pairs, steps and tokens that the budget buys, without torch."""
 
 import hashlib
 import math
@@ -15,16 +15,15 @@ from embedscale.run.families import pretraining_learning_rate, shape_by_name, sh
 from embedscale.run.shape import BackboneShape
 from embedscale.values import Count, Value
 
-# Tokens: the paper's mean query and value (section 4.1), where no store says better.
-PAPER_PAIR = 14 + 64
-PAPER_SQUARES = (14**2 + 64**2) / PAPER_PAIR**2  # of a pair's lengths, as a share of its squared length
+PAPER_PAIR = 14 + 64  # mean tokens of a query and of a positive (section 4.1), while no store exists
+PAPER_SQUARES = (14**2 + 64**2) / PAPER_PAIR**2  # sum of both squared lengths / squared length of the pair
 
-MOST_TOKENS = 2**53  # that pairs and steps are counted exactly for
+MOST_TOKENS = 2**53  # a float holds every whole number up to this one
 
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """What a run will do. `budget_flop` − one pair's cost < `spent_flop` ≤ `budget_flop` (world-size pairs' cost)."""
+    """What a run will do: `budget_flop` − cost of a pair for each process < `spent_flop` ≤ `budget_flop`."""
 
     budget_flop: float
     spent_flop: int
@@ -32,29 +31,29 @@ class TrainingPlan:
     tokens: int
     pairs: int
     steps: int
-    batch_size: int  # of every step but the last, which the budget cuts
-    first_pair: int  # where in the store's order this seed begins
+    batch_size: int  # pairs of a step; the last step may have fewer
+    first_pair: int  # place in the store's order at which this seed begins
     world_size: int
     learning_rate: float  # peak
     warmup_steps: int
     final_fraction: float
     data_digest: str
-    evaluation_digest: str  # of the pool, the negatives and the temperature, on this store
-    evaluate_after: list[int]  # steps
+    evaluation_digest: str  # digest of the pool, the negatives and the temperature on this store
+    evaluate_after: list[int]  # numbers of steps
 
     @property
     def step_tokens(self) -> int:
-        """Mean number of tokens that one process encodes in a full step."""
+        """Return the mean number of tokens that one process encodes in a full step."""
         return self.tokens * self.batch_size // (self.pairs * self.world_size)
 
     def pairs_of(self, step: int) -> tuple[int, int]:
-        """The stored pairs [start, stop) of step 0 ≤ `step` < `steps`; they wrap around the store's end."""
+        """Return the stored pairs [start, stop) of step 0 ≤ `step` < `steps`; they wrap around at the end."""
         start = step * self.batch_size
         stop = min(start + self.batch_size, self.pairs)
         return self.first_pair + start, self.first_pair + stop
 
     def learning_rate_at(self, step: int) -> float:
-        """Linear warm-up, then cosine to `final_fraction` of the peak where the budget ends (section 4.1)."""
+        """Return the learning rate of a step: linear warm-up, then a cosine to `final_fraction` (section 4.1)."""
         if step < self.warmup_steps:
             return self.learning_rate * (step + 1) / self.warmup_steps
         done = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
@@ -63,7 +62,7 @@ class TrainingPlan:
 
     @property
     def averaged_steps(self) -> range:
-        """The last twentieth of the full batches, whose mean is the paper's training loss."""
+        """Return the last twentieth of the full batches: the mean of their losses is the paper's training loss."""
         full = self.steps if self.pairs == self.steps * self.batch_size else max(1, self.steps - 1)
         return range(full - max(1, round(0.05 * full)), full)
 
@@ -107,7 +106,7 @@ class PlanFile(Value):
 
 
 def learning_rate_of(config: RunConfig) -> float:
-    """The configured peak, or the paper's rule. Raises UserError where the rule knows no value."""
+    """Return the configured peak, or else the value of the paper's rule. Raise UserError if the rule has no value."""
     if config.training.learning_rate is not None:
         return config.training.learning_rate
     rate = config.method.peak_learning_rate(pretraining_learning_rate(config.backbone.name))
@@ -119,11 +118,11 @@ def learning_rate_of(config: RunConfig) -> float:
 
 
 def plan_run(config: RunConfig, shape: BackboneShape, store: PairStore) -> TrainingPlan:
-    """Count what the budget buys from the store's true token counts.
+    """Return the plan of a run: what its budget buys, by the token counts of the store.
 
-    Raises UserError for a budget below one pair (one pair a GPU) or beyond one epoch, for a context that the
-    backbone or the store does not have, for tokens that the backbone does not have, and for a held-out pool that the
-    store cannot fill.
+    Raises UserError for a budget below one pair for each GPU or above one epoch, for a context longer than the
+    backbone's or different from the store's, for a tokenizer with more tokens than the backbone, and for a held-out
+    pool larger than the store's.
     """
     if config.data.context > shape.context:
         raise UserError(
@@ -136,22 +135,26 @@ def plan_run(config: RunConfig, shape: BackboneShape, store: PairStore) -> Train
         )
     if store.vocabulary > shape.vocabulary:
         raise UserError(
-            f"data.tokenizer: {config.data.store} was made with one of {store.vocabulary} tokens, but {shape.name} has "
-            f"{shape.vocabulary} embeddings; allowed: at most that many"
+            f"data.tokenizer: {config.data.store} was prepared with a tokenizer of {store.vocabulary} tokens, but "
+            f"{shape.name} has {shape.vocabulary} embeddings; prepare another store with the backbone's tokenizer"
         )
     if store.negatives < config.loss.hard_negatives:
         raise UserError(
-            f"loss.hard_negatives: {config.loss.hard_negatives}, but {config.data.store} holds {store.negatives} a pair"
+            f"loss.hard_negatives: {config.loss.hard_negatives}, but {config.data.store} holds {store.negatives} per "
+            "pair; lower loss.hard_negatives, or prepare a store whose sources have more"
         )
     if store.held_out < config.evaluation.pool:
         raise UserError(
-            f"evaluation.pool: {config.evaluation.pool} held-out pairs are asked for, but {config.data.store} "
-            f"holds {store.held_out}; lower evaluation.pool, or prepare a new store with a larger data.held_out"
+            f"evaluation.pool: {config.evaluation.pool}, but {config.data.store} holds {store.held_out} held-out "
+            "pairs; lower evaluation.pool, or prepare a new store with a larger data.held_out"
         )
     cost = cost_of(shape, config.method)
     world = config.resources.devices * config.resources.nodes
     if config.training.batch_size % world:
-        raise UserError(f"training.batch_size: {config.training.batch_size} does not divide by {world} GPUs")
+        raise UserError(
+            f"training.batch_size: {config.training.batch_size} is not divisible by {world} GPUs; set a multiple, "
+            f"such as {math.ceil(config.training.batch_size / world) * world}"
+        )
     first = int.from_bytes(hashlib.sha256(f"{store.digest} {config.training.seed}".encode()).digest()[:8]) % store.pairs
     pairs, tokens = _bought(config, cost, store.token_counts(config.loss.hard_negatives), first, world)
     steps = math.ceil(pairs / config.training.batch_size)
@@ -177,7 +180,7 @@ def plan_run(config: RunConfig, shape: BackboneShape, store: PairStore) -> Train
 
 
 def _bought(config: RunConfig, cost: Cost, counts: np.ndarray, first: int, world: int) -> tuple[int, int]:
-    """Pairs and tokens that the budget pays for, in the store's order from pair `first` on."""
+    """Return the pairs and tokens that the budget buys, in the store's order from pair `first` on."""
     affordable = cost.tokens_of(config.budget)
     running = np.cumsum(np.roll(counts, -first), dtype=np.int64)
     epoch = int(running[-1])
@@ -185,7 +188,7 @@ def _bought(config: RunConfig, cost: Cost, counts: np.ndarray, first: int, world
         most = float(epoch * cost.flop_per_token)
         raise UserError(
             f"budget: {config.budget:g} FLOP buy {affordable:,} tokens, more than one epoch of {config.data.store} "
-            f"({epoch:,} tokens, {most:.4g} FLOP); allowed: at most that, or data.repeat=true"
+            f"({epoch:,} tokens, {most:.4g} FLOP); lower the budget, or set data.repeat=true"
         )
     if affordable > MOST_TOKENS:
         raise UserError(f"budget: {config.budget:g} FLOP buy {affordable:.3g} tokens; allowed: up to {MOST_TOKENS:.3g}")
@@ -207,17 +210,17 @@ def _refuse_too_small(budget: float, least: int, world: int) -> None:
 
 
 def parse_budget(text: str) -> float:
-    """A number of FLOP, above zero."""
+    """Return a number of FLOP above 0. Raise UserError for another text."""
     try:
         value = float(text)
     except ValueError:
-        raise UserError(f"--budgets: {text!r} is no number of FLOP") from None
+        raise UserError(f"--budgets: {text!r} is not a number; give FLOP, such as 1e15") from None
     bounded("--budgets", value, 0, above=True)
     return value
 
 
 def print_flops(config: RunConfig, budgets: Sequence[str] | None) -> int:
-    """Print both cost conventions, and what each budget buys, without loading weights."""
+    """Print the cost of a token by both conventions, and what each budget buys, without loading weights."""
     from rich.console import Console
     from rich.table import Table
 

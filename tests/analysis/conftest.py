@@ -1,4 +1,4 @@
-"""A fitted sweep of the paper's shape for the tests of this folder."""
+"""A fitted sweep like the paper's, for the tests of this folder."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from sweeps import BUDGETS, fitted, paper_like
 @pytest.fixture(scope="session")
 def paper_folder(tmp_path_factory) -> Path:
     table = paper_like()
-    # One run lost, and no optimum inside the grid for bias-only at the largest budget.
+    # One run is missing, and bias-only has no optimum inside the grid at the largest budget.
     table.loc[
         (table["method"] == "full") & (table["n_parameters"] == 302_311_424) & (table["budget_flop"] == 6e15), "status"
     ] = "diverged"

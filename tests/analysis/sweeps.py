@@ -1,4 +1,4 @@
-"""Sweeps with known laws: as a table fitted into a folder, and as the run directories that training leaves."""
+"""Sweeps with known laws: as a table with its fits, and as run directories."""
 
 import json
 from pathlib import Path
@@ -32,7 +32,7 @@ RANK_PENALTY = {8: 1.04, 32: 1.0, 512: 1.03}
 
 
 def paper_like(noise: float = 0.004, batch: int = 1024, context: int = 75, seed: int = 0) -> pd.DataFrame:
-    """Six Pythias at five budgets by four methods, with costs by `cost_of` and losses by `LAWS`."""
+    """Return six Pythias at five budgets by four methods, with costs of `cost_of` and losses of `LAWS`."""
     rng, rows = np.random.default_rng(seed), []
     for row in BACKBONES:
         for method in METHODS:
@@ -58,14 +58,14 @@ def paper_like(noise: float = 0.004, batch: int = 1024, context: int = 75, seed:
 
 
 def fitted(table: pd.DataFrame, folder: Path, **settings) -> Path:
-    """The table's fits in a folder, as `embedscale fit` leaves it."""
+    """Write the table's fits into a folder, as `embedscale fit` does."""
     loaded = runs.load(table)
     study.write(fit(loaded, **{"bootstrap": 100} | settings), loaded, folder)
     return folder
 
 
 def write_run(folder: Path, budget: float, size: int, method: str, loss: float, backbone: str, seed: int = 0) -> Path:
-    """A run directory such as training leaves: configuration, metrics, record."""
+    """Write a run directory as training does: configuration, metrics, record."""
     settings = {"full": {}, "lora": {"rank": 8}, "bias": {}, "freeze": {"active_fraction": 0.5}}[method]
     path = folder / f"{Path(backbone).name}_{method}_{budget:.3g}_s{seed}"
     path.mkdir(parents=True)
@@ -120,7 +120,7 @@ TINY = {"tiny-7k": 6592, "tiny-13k": 12864, "tiny-25k": 25472, "tiny-50k": 50176
 
 
 def miniature(folder: Path, scores: bool = True) -> Path:
-    """A quickstart's folder of run directories: tiny decoders, three budgets, holes as its sweep file has them."""
+    """Write the quickstart's folder of run directories: tiny decoders, three budgets, the gaps of its sweep file."""
     rng = np.random.default_rng(0)
     for name, size in TINY.items():
         for budget in (5e10, 2e11, 6e11):

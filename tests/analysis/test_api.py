@@ -1,4 +1,4 @@
-"""The Python API: what a user of `import analysis` types, on a table of her own."""
+"""The Python API: what a user of `import analysis` types, on an own table."""
 
 import subprocess
 import sys
@@ -15,7 +15,7 @@ TRUE = {"E": 1.7, "A": 400.0, "B": 2000.0, "alpha": 0.34, "beta": 0.37}
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory):
-    """Forty runs under names of her own: losses of a known law with a noise of 0.1 %."""
+    """Write forty runs with other column names, and losses of a known law with a noise of 0.1 %."""
     n, c = (axis.ravel() for axis in np.meshgrid(np.geomspace(1e7, 3e9, 8), 1e18 * 4.0 ** np.arange(5)))
     d = c / (6 * n)
     loss = TRUE["E"] + TRUE["A"] / n ** TRUE["alpha"] + TRUE["B"] / d ** TRUE["beta"]
@@ -41,7 +41,7 @@ def test_five_lines_lead_from_a_table_to_laws_and_a_recipe(file, capsys):
     assert 6 * best.n_parameters * best.tokens == pytest.approx(1e20)
 
 
-def test_a_data_frame_serves_as_a_file_does(file):
+def test_a_data_frame_works_like_a_file(file):
     names = {"n_parameters": "N", "tokens": "D", "loss": "val_loss"}
     table = analysis.read_runs(pd.read_csv(file, float_precision="round_trip"), names).table
     pd.testing.assert_frame_equal(table, analysis.read_runs(file, names).table)
@@ -58,7 +58,7 @@ def test_fits_are_written_and_read_and_drawn(file, tmp_path):
         analysis.draw_figure(analysis.study_of(fits, runs), "figure_99")
 
 
-def test_a_sweep_is_simulated_by_the_text_of_a_law(file):
+def test_a_sweep_is_simulated_from_the_text_of_a_law(file):
     rows = pd.DataFrame({"method": "full", "n_parameters": n, "budget_flop": c} for n in np.geomspace(1e7, 3e9, 8)
                         for c in 1e18 * 4.0 ** np.arange(5))  # fmt: skip
     text = ",".join(f"{name}={value}" for name, value in TRUE.items())

@@ -1,4 +1,4 @@
-"""Every figure from a sweep, its files, what it shows, and how it looks: in grey, at its size, with holes."""
+"""Every figure of a sweep: its files, its content, and its look, in grey, at its size, and with missing runs."""
 
 import itertools
 import re
@@ -24,7 +24,7 @@ from embedscale.errors import UserError
 
 @pytest.fixture(scope="module")
 def study(paper_folder, tmp_path_factory) -> studies.Study:
-    """Of the paper's shape, with a second sweep, and scores and curves as run directories give them."""
+    """Return a study like the paper's, with a second sweep, and with scores and curves of run directories."""
     found = studies.load(paper_folder)
     other = paper_like(batch=2048, context=512, seed=1)
     other = other[other["method"] == "full"]
@@ -43,7 +43,7 @@ def study(paper_folder, tmp_path_factory) -> studies.Study:
 @pytest.fixture(scope="module")
 def drawn(study) -> dict[str, style.Drawn]:
     with style.style(), warnings.catch_warnings():
-        warnings.simplefilter("error")  # a figure that warns is a figure with a flaw
+        warnings.simplefilter("error")  # a warning means a flaw in the figure
         return {figure.name: figure.draw(study) for figure in figures.FIGURES}
 
 
@@ -56,7 +56,7 @@ def test_every_figure_of_the_paper_is_among_them(number):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_nothing_is_cut_off_and_axes_have_names(drawn, name):
+def test_no_text_is_cut_off_and_axes_have_names(drawn, name):
     figure = drawn[name].figure
     with style.style():
         FigureCanvasAgg(figure).draw()
@@ -73,12 +73,12 @@ def test_nothing_is_cut_off_and_axes_have_names(drawn, name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_each_has_a_table_of_what_it_shows_and_a_caption(drawn, name):
+def test_each_figure_has_a_table_and_a_caption(drawn, name):
     assert len(drawn[name].rows)
     assert drawn[name].caption.endswith(".")
 
 
-def test_the_tables_hold_the_fits_own_values(drawn, study):
+def test_tables_hold_the_values_of_the_fits(drawn, study):
     optima = study.fits.methods["full"].optima
     rows = drawn["figure_01_frontier"].rows
     full = rows[rows["method"] == "full"]
@@ -93,7 +93,7 @@ def test_the_tables_hold_the_fits_own_values(drawn, study):
     assert set(ranks[ranks["method"] == "lora"]["choice"]) <= {"8", "32", "512", ""}
 
 
-def test_a_figures_table_tells_what_was_left_out(drawn):
+def test_a_table_names_the_runs_left_out(drawn):
     rows = drawn["figure_02_isoflop"].rows
     lost = rows[rows["state"] == "diverged"]
     assert lost[["n_parameters", "budget_flop"]].to_numpy().tolist() == [[302_311_424, 6e15]]
@@ -112,8 +112,8 @@ def test_edges_are_hollow_and_interior_optima_are_not(drawn, study):
     assert not all(states.values())
 
 
-def test_captions_tell_what_is_drawn_and_what_lies_outside(tmp_path):
-    """Freezing at three fractions has a bar each; LoRA, whose fractions differ with the size, has none."""
+def test_captions_name_what_is_drawn_and_what_is_not(tmp_path):
+    """Freezing has a bar for each of its three fractions; LoRA has none, because its fractions vary with the size."""
     by_rank = paper_like().query("method == 'lora'")
     few = paper_like(noise=0.05)
     few = pd.concat([few.assign(trainable_fraction=s, loss=few["loss"] * (2 - s)) for s in (0.25, 0.5, 1.0)])
@@ -138,7 +138,7 @@ def luminance(color) -> float:
     return 0.2126 * red + 0.7152 * green + 0.0722 * blue
 
 
-def test_colours_are_told_apart_in_grey(study):
+def test_colours_differ_in_grey(study):
     budgets = [style.budget_style(budget, study) for budget in study.budgets]
     grey = [luminance(look["color"]) for look in budgets]
     assert grey == sorted(grey, reverse=True)
@@ -160,7 +160,7 @@ def test_a_budget_has_one_colour_in_all_figures(drawn, study):
 
 
 @pytest.mark.parametrize(("of_loss", "of_score"), [("03_fraction", "09_score"), ("05_rank", "11_score")])
-def test_scores_that_fall_with_the_loss_choose_what_the_loss_chooses(drawn, of_loss, of_score):
+def test_scores_that_follow_the_loss_give_the_same_choice(drawn, of_loss, of_score):
     losses, scores = (drawn[f"figure_{name}"].rows for name in (of_loss, of_score))
     losses = losses[losses["state"] == ""]
     cells = (
@@ -173,7 +173,7 @@ def test_scores_that_fall_with_the_loss_choose_what_the_loss_chooses(drawn, of_l
 
 
 @pytest.mark.parametrize("seed", range(2))
-def test_a_sweep_with_holes_leaves_figures_out_with_a_reason(seed, tmp_path):
+def test_a_sweep_with_missing_runs_leaves_out_figures_with_a_reason(seed, tmp_path):
     table = paper_like(seed=seed).sample(frac=[0.3, 0.1][seed], random_state=seed)
     if seed == 1:
         table = table.drop(columns=["steps", "backbone"])
@@ -186,10 +186,10 @@ def test_a_sweep_with_holes_leaves_figures_out_with_a_reason(seed, tmp_path):
         except style.NotDrawn as reason:
             assert str(reason), figure.name
             told += 1
-    assert told >= 5  # scores, curves and the second sweep at the least
+    assert told >= 5  # at least those of scores, curves and the second sweep
 
 
-def test_one_method_alone_and_methods_of_other_names(tmp_path):
+def test_one_method_or_methods_with_other_names_are_drawn(tmp_path):
     table = paper_like().query("method == 'full'")
     table = pd.concat([table.assign(method="adam"), table.assign(method="muon", loss=table["loss"] * 0.97)])
     study = studies.load(fitted(table, tmp_path))
@@ -202,7 +202,7 @@ def test_one_method_alone_and_methods_of_other_names(tmp_path):
             figures_optima.isoflop(study, methods=("full", "freeze"))
 
 
-def test_files_are_the_same_for_the_same_runs(study, tmp_path):
+def test_the_same_runs_give_the_same_files(study, tmp_path):
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         with style.style():
@@ -215,7 +215,7 @@ def test_files_are_the_same_for_the_same_runs(study, tmp_path):
         figures.write(study, tmp_path / "taken")
 
 
-def test_run_directories_bring_curves_and_scores(tmp_path, capsys):
+def test_run_directories_give_curves_and_scores(tmp_path, capsys):
     folder = miniature(tmp_path / "runs")
     assert main(["fit", str(folder), "--bootstrap", "100"]) == 0
     study = studies.load(folder)

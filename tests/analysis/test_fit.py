@@ -1,4 +1,4 @@
-"""From runs to fits.json, and the verb: what is written, what is noted, what is refused, and holes everywhere."""
+"""From runs to fits.json, and the verb: files, notes, refusals, and sweeps with missing runs."""
 
 import json
 import subprocess
@@ -22,7 +22,7 @@ def whole() -> fits.Fits:
     return fit(runs.load(sweep()), bootstrap=300)
 
 
-def test_laws_come_back_with_intervals_that_hold_them(whole):
+def test_the_fit_recovers_the_laws_and_their_intervals_hold_them(whole):
     law = whole.methods["full"].joint_laws["chinchilla"]
     for name, true in zip(("E", "A", "B", "alpha", "beta"), FULL, strict=True):
         low, high = law.intervals[name]
@@ -35,7 +35,7 @@ def test_laws_come_back_with_intervals_that_hold_them(whole):
     assert set(law.intervals) == {"E", "a_d", "b_d", "a_s", "b_s", "c_s", "alpha", "beta"}
 
 
-def test_optima_lie_at_the_closed_form(whole):
+def test_optima_equal_the_closed_form(whole):
     best = (0.45 / 0.35) ** (1 / 0.8) * (BUDGETS / 6) ** (0.35 / 0.8)
     rows = [row for row in whole.methods["full"].optima if row.state == "interior"]
     assert len(rows) >= 4
@@ -47,13 +47,13 @@ def test_optima_lie_at_the_closed_form(whole):
         assert row.n_opt_interval[0] < row.n_opt < row.n_opt_interval[1]
 
 
-def test_the_best_rank_is_in_every_point(whole):
+def test_every_point_names_the_best_rank(whole):
     points = whole.methods["lora"].points
     assert {point.setting("rank") for point in points} == {32.0}
     assert {point.tried for point in points} == {3}
 
 
-def test_the_hold_out_is_fitted_without_what_it_predicts(whole):
+def test_a_hold_out_fit_does_not_use_what_it_predicts(whole):
     rows = {(row.left_out, row.law): row for row in whole.methods["full"].hold_out}
     assert set(rows) == {(f"largest {what}", "chinchilla") for what in ("budget", "size")} | {
         ("largest budget", "n_opt"),
@@ -81,7 +81,7 @@ def test_the_hold_out_is_fitted_without_what_it_predicts(whole):
     assert after.error == pytest.approx(0.5, abs=0.02)
 
 
-def test_the_frontier_changes_hands_where_the_lines_meet(whole):
+def test_the_best_method_changes_where_the_lines_meet(whole):
     frontier = whole.frontier
     assert (frontier.segments[0].from_flop, frontier.segments[-1].to_flop) == pytest.approx((BUDGETS[0], BUDGETS[-1]))
     for below, above, crossing in zip(frontier.segments, frontier.segments[1:], frontier.crossings, strict=False):
@@ -138,7 +138,7 @@ def test_the_noise_is_known_from_replicates_or_residuals_or_given(given, seeds, 
     assert found.log_loss == pytest.approx(given or 0.004, rel=0.35)
 
 
-def test_edges_enter_no_law_and_name_the_size_to_add():
+def test_an_edge_enters_no_law_and_names_the_size_to_add():
     table = sweep(methods=("full",))
     table = table[table["n_parameters"] >= SIZES[2]]
     found = fit(runs.load(table), bootstrap=100)
@@ -152,7 +152,7 @@ def test_edges_enter_no_law_and_name_the_size_to_add():
     assert any("(edge): the best size is the smallest: add one below it" in note for note in found.notes)
 
 
-def test_diverged_runs_make_a_budget_diverged():
+def test_diverged_runs_make_the_state_of_a_budget_diverged():
     table = sweep(methods=("full",)).assign(status="done")
     first = (table["budget_flop"] == BUDGETS[0]) & (table["n_parameters"] >= SIZES[2])
     table.loc[first, "status"] = "diverged"
@@ -162,8 +162,8 @@ def test_diverged_runs_make_a_budget_diverged():
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_a_sweep_with_holes_never_crashes(seed, tmp_path):
-    """Down to a tenth of the runs: whatever is left gives fits, or one line that says why not."""
+def test_a_sweep_with_missing_runs_never_crashes(seed, tmp_path):
+    """With as few as a tenth of the runs, the result is fits or one line that says why not."""
     rng = np.random.default_rng(seed)
     methods = [("full", "freeze"), ("full", "lora"), ("lora",)][seed % 3]
     whole = sweep(seeds=1 + seed % 2, seed=seed, methods=methods)
@@ -193,7 +193,7 @@ def test_every_estimator_gives_optima():
     assert exponents["parabola"] == pytest.approx(0.4375, abs=0.05)
 
 
-def test_fits_are_the_same_for_the_same_seed():
+def test_the_same_seed_gives_the_same_fits():
     table = runs.load(sweep(methods=("full",)))
     first, again, other = (fit(table, bootstrap=100, seed=seed) for seed in (0, 0, 1))
     first, again, other = (replace(each, made="") for each in (first, again, other))
@@ -221,13 +221,13 @@ def test_fits_are_the_same_for_the_same_seed():
         (sweep(), {"seed": -1}, "seed: -1 is out of range"),
     ],
 )
-def test_bad_input_is_one_clear_line(table, settings, message):
+def test_bad_input_is_refused_in_one_line(table, settings, message):
     with pytest.raises(UserError, match=message) as error:
         fit(runs.load(table), **settings)
     assert "\n" not in str(error.value)
 
 
-def test_laws_that_the_runs_cannot_hold_are_refused_with_the_reason():
+def test_laws_without_enough_runs_are_refused_with_the_reason():
     table = sweep(methods=("full", "freeze"))
     few = table[(table["method"] == "full") | (table["trainable_fraction"] == 1)]
     few = pd.concat([few[few["method"] == "full"], few[few["method"] == "freeze"].head(4)])
@@ -302,8 +302,8 @@ def test_the_analysis_never_imports_torch():
         {"hyperparameters": {"blocks": "one", "active_blocks": 3}},
     ],
 )
-def test_runs_that_differ_in_science_are_no_replicates(tmp_path, better):
-    """The better of two settings stands at every size, alone: not the mean of both, with their distance as noise."""
+def test_runs_with_different_settings_are_not_replicates(tmp_path, better):
+    """Each size has the better of two settings, not the mean of both with their distance as noise."""
     losses = {}
     for budget in BUDGETS[:3]:
         for size in SIZES[:4]:
@@ -324,7 +324,7 @@ def test_runs_that_differ_in_science_are_no_replicates(tmp_path, better):
     assert all(getattr(point, name, point.setting(name)) == value for point in points) or name == "blocks"
 
 
-def test_a_record_without_a_revision_is_one_of_the_hubs_default(tmp_path):
+def test_a_record_without_a_revision_has_the_default_of_the_hub(tmp_path):
     for seed in range(2):
         for budget in BUDGETS[:2]:
             for size in SIZES[:3]:
@@ -339,7 +339,7 @@ def test_a_record_without_a_revision_is_one_of_the_hubs_default(tmp_path):
 
 @pytest.mark.parametrize("told", ["spent", "tokens alone"])
 def test_methods_are_compared_at_budgets_that_are_nearly_equal(told):
-    """Tokens are whole numbers, so that budgets which follow from them differ between sizes, and between methods."""
+    """Tokens are whole numbers, so the budgets computed from them differ between sizes and methods."""
     table = sweep(noise=0.0, methods=("full",))
     table = pd.concat([table, table.assign(method="bias", loss=1.05 * table["loss"])], ignore_index=True)
     per_token = table["n_parameters"] * np.where(table["method"] == "full", 6, 4)
@@ -350,5 +350,5 @@ def test_methods_are_compared_at_budgets_that_are_nearly_equal(told):
     rows = found.frontier.comparisons
     assert [row.budget_flop for row in rows] == pytest.approx(list(BUDGETS), rel=1e-3)
     assert [row.budget_flop for row in rows] == list(found.runs.budgets)
-    assert [row.difference for row in rows] == pytest.approx([-np.log(1.05)] * 5, abs=1e-6)  # full over bias
+    assert [row.difference for row in rows] == pytest.approx([-np.log(1.05)] * 5, abs=1e-6)  # full minus bias
     assert all(row.distinguishable for row in rows)

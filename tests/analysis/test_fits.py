@@ -1,4 +1,4 @@
-"""fits.json as values: what is written is read, its schema describes it, and files of the first version load."""
+"""fits.json as values: a written file reads back equal, its schema describes it, and old files load."""
 
 import json
 from pathlib import Path
@@ -10,18 +10,18 @@ from analysis import fits, recipe, study
 from analysis.evidence import Limit
 from embedscale.errors import UserError
 
-FIRST = Path(__file__).parent / "first_version"  # of the quickstart by version 0.1.0, with six draws of each law
+FIRST = Path(__file__).parent / "first_version"  # the quickstart of version 0.1.0, with six draws of each law
 SCHEMA = Path(__file__).parents[2] / "docs" / "schemas" / "fits.schema.json"
 
 
-def test_what_is_written_is_what_is_read(paper_folder):
+def test_written_fits_read_back_equal(paper_folder):
     written = json.loads((paper_folder / "fits.json").read_text())
     found = fits.read(paper_folder)
     assert fits.Fits.from_json(json.loads(json.dumps(found.to_json()))) == found
     assert json.loads(json.dumps(found.to_json())) == written
 
 
-def test_a_file_keeps_to_the_schema_which_describes_every_key(paper_folder):
+def test_a_file_matches_the_schema_and_every_key_is_described(paper_folder):
     schema = json.loads(SCHEMA.read_text())
     written = json.loads((paper_folder / "fits.json").read_text())
     jsonschema.validate(written, schema, jsonschema.Draft202012Validator)
@@ -64,9 +64,9 @@ def test_fits_of_the_first_version_load_with_all_their_numbers():
     assert (segment.method, segment.from_flop, segment.to_flop) == (before["method"], before["from"], before["to"])
 
 
-def test_a_folder_of_the_first_version_still_gives_recipes_and_figures():
+def test_a_folder_of_the_first_version_gives_recipes_and_figures():
     found = recipe.recipe(*recipe.read(FIRST)[:1], Limit(flop=1e12), recipe.read(FIRST)[1])
-    assert (found.best.backbone, found.best.loss) == ("tiny-85k", pytest.approx(2.33, abs=0.005))  # as it said then
+    assert (found.best.backbone, found.best.loss) == ("tiny-85k", pytest.approx(2.33, abs=0.005))  # as in its recipe
     loaded = study.load(FIRST)
     assert {"n_parameters", "budget_flop"} <= set(loaded.table)
     assert loaded.points["full"]["loss"].tolist() == [point.loss for point in loaded.fits.methods["full"].points]

@@ -24,7 +24,7 @@ TRUE = {
 
 
 def grid(sizes: int = 8, budgets: int = 6, fractions: int = 6):
-    """N, D, S of a sweep of freezing."""
+    """Return N, D, S of a sweep of freezing."""
     axes = (
         np.geomspace(1.2e6, 2.5e9, sizes),
         1.5e15 * 4.0 ** np.arange(budgets),
@@ -44,7 +44,7 @@ def columns(runs: pd.DataFrame):
 
 
 @pytest.mark.parametrize("law", LAWS.values(), ids=LAWS)
-def test_slopes_are_the_derivatives_and_coordinates_go_both_ways(law):
+def test_slopes_equal_numerical_derivatives_and_coordinates_invert(law):
     n, d, s = grid()
     data = Data.of(n, d, s)
     theta = law.internal(TRUE[law.name][None], data)
@@ -59,8 +59,8 @@ def test_slopes_are_the_derivatives_and_coordinates_go_both_ways(law):
 
 
 @pytest.mark.parametrize("law", LAWS.values(), ids=LAWS)
-def test_second_derivatives_are_those_of_the_loss(law):
-    """By differences of the gradient, which is also what a law without a closed form gets."""
+def test_second_derivatives_equal_differences_of_the_gradient(law):
+    """A law without a closed form also uses differences of the gradient."""
     n, d, s = grid(4, 3, 3)
     data = Data.of(n, d, s)
     theta = law.internal(TRUE[law.name][None], data)
@@ -83,7 +83,7 @@ def test_every_residual_recovers_a_law_without_noise(law, residual):
 
 @needs_epoch
 def test_least_absolute_deviations_reproduce_the_published_coefficients():
-    """arXiv 2404.10102: 240 runs, and all 245."""
+    """The coefficients of arXiv 2404.10102, for 240 runs and for all 245."""
     fit = fit_joint(CHINCHILLA, *columns(epoch()), residual="lad")
     assert fit.values == pytest.approx([1.81686, 482.00572, 2085.43420, 0.34781, 0.36585], rel=1e-4)
     assert fit.agreeing >= 0.5 * fit.starts
@@ -94,7 +94,7 @@ def test_least_absolute_deviations_reproduce_the_published_coefficients():
 
 
 @needs_epoch
-def test_huber_is_no_worse_than_the_published_optimum():
+def test_huber_is_at_least_as_good_as_the_published_optimum():
     fit = fit_joint(CHINCHILLA, *columns(epoch()), residual="huber", delta=1e-3)
     assert fit.objective <= 0.0010182740346
     assert fit.values == pytest.approx([1.817218, 477.826, 2143.42, 0.347310, 0.367172], rel=1e-4)
@@ -126,7 +126,7 @@ def test_bootstrap_reproduces_the_published_intervals():
 
 
 @needs_epoch
-def test_batched_refits_are_those_of_scipy():
+def test_batched_refits_equal_those_of_scipy():
     from scipy.optimize import minimize
 
     n, d, loss = columns(epoch())
@@ -162,7 +162,7 @@ def test_power_laws_reproduce_porians_exponents():
         assert laws.power_law(budgets, sizes)[1] == pytest.approx(row.n_exponent_basic, abs=1e-6)
 
 
-def test_power_laws_leave_out_holes_and_need_two_points():
+def test_power_laws_skip_missing_optima_and_need_two_points():
     budgets = np.array([1e15, 4e15, 1.6e16])
     values = np.array([2 * budgets**0.5, [np.nan, 1.0, 2.0], [np.nan, 1.0, np.nan]])
     log_coefficient, exponent = laws.power_law(budgets, values)
@@ -171,13 +171,13 @@ def test_power_laws_leave_out_holes_and_need_two_points():
     assert np.isnan(exponent[2])
 
 
-def test_coefficients_that_the_data_leave_open_are_named():
+def test_coefficients_that_the_data_do_not_fix_are_named():
     rng = np.random.default_rng(0)
-    # Every size saw the same data: neither B nor beta nor E can be told apart.
+    # Every size saw the same data, so B, beta and E cannot be separated.
     n, d = np.geomspace(1e6, 1e9, 12), np.full(12, 1e10)
     loss = CHINCHILLA.predict(TRUE["chinchilla"], n, d) * np.exp(0.002 * rng.standard_normal(12))
     assert {"B", "beta"} <= set(fit_joint(CHINCHILLA, n, d, loss).not_fixed)
-    # One trainable fraction: nothing is known of how the loss depends on it.
+    # With one trainable fraction, the data do not show how the loss depends on it.
     n, d, _ = grid(fractions=1)
     loss = TRAINABLE_FRACTION.predict(TRUE["trainable_fraction"], n, d) * np.exp(0.002 * rng.standard_normal(len(n)))
     assert {"a_s", "b_s"} <= set(fit_joint(TRAINABLE_FRACTION, n, d, loss, np.full(len(n), 0.5)).not_fixed)
@@ -195,7 +195,7 @@ def test_outliers_move_huber_and_lad_less_than_squares():
     assert error["huber"] < 0.01 * error["log"]
 
 
-def test_a_rank_that_trains_more_than_there_is_counts_as_all():
+def test_a_trainable_fraction_above_one_counts_as_one():
     law, sizes = np.array([0.1, 1.0, 9.0, 5.0, 2.0, 30.0, 0.3, 0.3]), np.full(3, 1e7)
     whole, more, half = TRAINABLE_FRACTION.predict(law, sizes, sizes, np.array([1.0, 1.7, 0.5]))
     assert whole == more < half
@@ -214,7 +214,7 @@ def test_settings_out_of_range_are_refused(change, message):
         fit_joint(CHINCHILLA, n, d, np.ones_like(n), **change)
 
 
-def test_data_that_cannot_hold_a_law_are_refused():
+def test_data_without_enough_runs_for_a_law_are_refused():
     n, d, _s = grid()
     with pytest.raises(UserError, match="has 5 coefficients and needs more runs than that; found 5"):
         fit_joint(CHINCHILLA, n[:5], d[:5], np.ones(5))

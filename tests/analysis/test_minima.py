@@ -1,4 +1,4 @@
-"""Every fit and every refit is the minimum that scipy finds from many starts, or says that it is none."""
+"""Every fit and refit equals the minimum that scipy finds from many starts, or says that it did not converge."""
 
 from pathlib import Path
 
@@ -33,7 +33,7 @@ def huber(theta, data: Data, loss, weights) -> float:
 
 
 def lowest(starts, near, data: Data, loss, weights, rng) -> float:
-    """Return what BFGS and Nelder–Mead reach from the starts and from around a minimum."""
+    """Return the lowest objective that BFGS and Nelder–Mead reach from the starts and from points near a minimum."""
     around = near + np.array([1, 0.4, 0.4, 0.1, 0.1]) * rng.standard_normal((3, 5))
     ends = [minimize(huber, start, (data, loss, weights), "BFGS") for start in (*starts, *around)]
     best = min(ends, key=lambda end: end.fun)
@@ -96,10 +96,10 @@ def table(noise: float = 0.003) -> pd.DataFrame:
     return pd.DataFrame({"n_parameters": n, "budget_flop": c, "tokens": c / (6 * n), "loss": loss})
 
 
-def test_a_floor_of_zero_is_a_minimum():
+def test_a_law_with_zero_irreducible_loss_is_a_minimum():
     rng = np.random.default_rng(1)
     n, d = 10 ** rng.uniform(6, 9, 30), 10 ** rng.uniform(8, 11, 30)
-    # Below a law without a floor, so that the best E is 0.
+    # Losses below a law with E = 0, so that the best E is 0.
     loss = CHINCHILLA.predict(np.array([0.0, 30.0, 90.0, 0.2, 0.2]), n, d) - 0.05
     found = fit_joint(CHINCHILLA, n, d, loss)
     assert found.gradient <= 1e-7
@@ -107,14 +107,14 @@ def test_a_floor_of_zero_is_a_minimum():
 
 
 class Endless(Chinchilla):
-    """A law that states the wrong sign of its slopes, so that no step leads down."""
+    """A law whose slopes have the wrong sign, so that no step decreases the objective."""
 
     def gradient(self, theta, data):
         loss, slopes = super().gradient(theta, data)
         return loss, -slopes
 
 
-def test_a_fit_without_a_minimum_is_used_nowhere(monkeypatch):
+def test_a_fit_without_a_minimum_is_not_used(monkeypatch):
     frame = table()
     columns = (frame[name].to_numpy() for name in ("n_parameters", "tokens", "loss"))
     with pytest.raises(DidNotConverge, match="the chinchilla law did not converge: the scaled gradient is"):

@@ -1,4 +1,4 @@
-"""The notes of a fit: biased parabolas, the luck of the best of many settings, and the lucky losses of akima."""
+"""The notes of a fit: biased parabolas, the selection bias of many settings, and the low losses of akima."""
 
 import re
 
@@ -18,7 +18,7 @@ from embedscale.run.method import Method
 
 
 def bias_notes(method: str, cost_of_size, sizes, budgets, noise: float = 0.002) -> tuple[fits.JointLaw, list[str]]:
-    """The joint law of a noiseless sweep, and what is noted of the exponent of N*."""
+    """Return the joint law of a sweep without noise, and the notes on the exponent of N*."""
     law = np.array([0.08, 900.0, 145.0, 0.45, 0.267])
     rows = [
         {
@@ -36,8 +36,8 @@ def bias_notes(method: str, cost_of_size, sizes, budgets, noise: float = 0.002) 
     return found.methods[method].joint_laws["chinchilla"], [note for note in found.notes if "grows" in note]
 
 
-def test_the_exponent_of_the_best_size_is_none_where_cost_is_not_in_proportion_to_size():
-    """Adapters of rank 128: their share, and with it a token's cost a parameter, falls with the size."""
+def test_without_proportional_cost_the_best_size_has_no_exponent():
+    """The share of adapters of rank 128, and so the cost of a token per parameter, falls with the size."""
     backbones = [PYTHIA.sizes[f"pythia-{name}"] for name in ("14m", "31m", "70m", "160m", "410m", "1b")]
     costs = {row.parameters: cost_of(row.shape, Method("lora", rank=128)).flop_per_token for row in backbones}
     law, notes = bias_notes("lora", costs.get, list(costs), BUDGETS)
@@ -50,13 +50,13 @@ def test_the_exponent_of_the_best_size_is_none_where_cost_is_not_in_proportion_t
 
 
 def test_a_wide_grids_biased_parabolas_are_noted():
-    """The law has no symmetric profiles; parabolas through wide steps grow otherwise than its optima."""
+    """The law's profiles are not symmetric, so parabolas through distant sizes have another exponent."""
     _, (note,) = bias_notes("full", lambda n: 6 * n, np.geomspace(1e6, 1e9, 5), 1e16 * 8.0 ** np.arange(3), 5e-4)
     assert f"C^{0.267 / 0.717:.3f} by the joint law, outside the interval" in note
 
 
-def test_the_luck_of_the_best_among_many_settings_is_noted():
-    """Equal laws, of which one method was run at twelve ranks: their best is low by the least of twelve draws."""
+def test_the_selection_bias_of_many_settings_is_noted():
+    """Two methods have equal laws, but one was run at twelve ranks, so its best loss is the lowest of twelve draws."""
     rng, rows = np.random.default_rng(0), []
     for name, settings in (("full", 1), ("lora", 12)):
         for c in BUDGETS[:3]:
@@ -81,8 +81,8 @@ def test_the_luck_of_the_best_among_many_settings_is_noted():
     assert not any("settings a size" in note for note in fair.notes)
 
 
-def test_akimas_lucky_losses_are_noted():
-    """Fifteen sizes within the noise of the best: an interval of 95 % holds the true loss half the time."""
+def test_the_low_losses_of_akima_are_noted():
+    """Fifteen sizes are within the noise of the best, so a 95 % interval holds the true loss only half the time."""
     x = np.log(1e8) + np.linspace(-np.log(8), np.log(8), 15)
     points = pd.DataFrame({"n_parameters": np.exp(x), "flop_per_token": 6 * np.exp(x), "seeds": 1})
     rng, held = np.random.default_rng(0), {"akima": [], "parabola": []}

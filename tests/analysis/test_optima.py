@@ -1,4 +1,4 @@
-"""IsoFLOP optima: Porian et al.'s sweeps, exact parabolas, and every state."""
+"""IsoFLOP optima: the sweeps of Porian et al., exact parabolas, and every state."""
 
 from pathlib import Path
 
@@ -25,7 +25,7 @@ def profile(sizes, losses, diverged=(), budget: float = 1e17) -> Profile:
 
 
 def sweeps():
-    """(published row, [(budget, ln N, losses)]) of each experiment."""
+    """Return (published row, [(budget, ln N, losses)]) of each experiment."""
     points, published = pd.read_csv(PORIAN / "isoflop_points.csv"), pd.read_csv(PORIAN / "published_fits.csv")
     for row in published.itertuples():
         mine = points[points["experiment"] == row.experiment].sort_values("N")
@@ -49,7 +49,7 @@ def test_akima_and_the_windowed_parabola_reproduce_porians_exponents():
 def test_the_noise_bootstrap_reproduces_porians_intervals():
     rng = np.random.default_rng(0)
     for row, profiles in sweeps():
-        noise = 0.002 if row.dataset == "rw" else 0.01  # of the loss, as their code has it in fact
+        noise = 0.002 if row.dataset == "rw" else 0.01  # standard deviation of the loss, as in their code
         budgets = np.array([budget for budget, *_ in profiles])
         draws = [
             optima.akima(x, np.log(loss + noise * rng.standard_normal((1000, len(x)))))[0] for _, x, loss in profiles
@@ -60,7 +60,7 @@ def test_the_noise_bootstrap_reproduces_porians_intervals():
         assert uncertainty.interval(exponents) == pytest.approx([row.n_exponent_ci_lo, row.n_exponent_ci_hi], abs=0.01)
 
 
-def test_a_parabola_is_found_exactly_and_each_draw_has_its_own_window():
+def test_a_parabola_is_exact_and_each_draw_has_its_own_window():
     x = np.log(np.geomspace(1e6, 1e9, 13))
     tops = np.array([x[2], x[6] + 0.1, x[10] - 0.1])
     loss = 0.02 * (x - tops[:, None]) ** 2 + 0.5
@@ -78,37 +78,37 @@ def test_a_far_point_does_not_move_the_windowed_parabola():
     assert abs(optima.parabola(x, loss, window=1e6)[0][0] - x[6]) > 0.1
 
 
-def test_the_window_is_a_factor_of_the_best_size_and_holds_its_neighbours_however_far():
+def test_the_window_holds_the_neighbours_of_the_best_size_at_any_distance():
     x = np.log(1e7 * np.array([0.1, 0.2, 0.26, 1, 3.9, 5, 10]))
     loss = 0.02 * (x - x[3] - 0.1) ** 2
-    far = loss + np.array([0.9, 0.8, 0, 0, 0, 0.8, 0.9])  # those of 5 and 10 times the best size, and of its fifth
+    far = loss + np.array([0.9, 0.8, 0, 0, 0, 0.8, 0.9])  # at 5 and 10 times the best size, and at a fifth of it
     assert optima.parabola(x, far[None], window=4)[0] == pytest.approx([x[3] + 0.1])
     assert abs(optima.parabola(x, far[None], window=8)[0][0] - x[3] - 0.1) > 0.01
     apart = np.log(np.geomspace(1e6, 1e9, 4))
     assert optima.parabola(apart, (apart - apart[1] - 0.3)[None] ** 2, window=4)[0] == pytest.approx([apart[1] + 0.3])
 
 
-def test_a_vertex_beyond_the_sizes_is_none():
+def test_a_vertex_outside_the_sizes_does_not_count():
     x, loss = np.log(2) * np.arange(7), np.array([[6, 5, 4, 3, 2, 1, 1.01]])
     fitted = np.polyfit(x, loss[0], 2)
     assert fitted[0] > 0 and -fitted[1] / (2 * fitted[0]) > x[-1]
     assert np.isnan(optima.parabola(x, loss, window=1e6)).all()
 
 
-def test_the_lowest_point_of_a_curve_lies_between_the_steps_of_its_grid():
+def test_the_minimum_of_a_curve_is_finer_than_its_grid():
     grid = np.linspace(0, 1, 11)
     vertex, lowest = lowest_point(grid, 3 * (grid - np.array([[0.43], [0.5]])) ** 2 + 0.2)
     assert vertex == pytest.approx([0.43, 0.5]) and lowest == pytest.approx([0.2, 0.2])
 
 
-def test_a_run_that_diverged_belongs_to_the_nearly_equal_budget():
+def test_a_diverged_run_belongs_to_a_nearly_equal_budget():
     points = pd.DataFrame({"n_parameters": [1e6, 2e6, 4e6] * 2, "budget_flop": [1e15] * 3 + [4e15] * 3, "loss": 1.0})
     lost = pd.DataFrame({"n_parameters": [8e6, 9e6], "budget_flop": [1.05e15, 2e15]})
     found = {each.budget: each.diverged for each in optima.profiles(points, lost)}
     assert found == {1e15: (8e6,), 2e15: (9e6,), 4e15: ()}
 
 
-def test_minima_at_an_end_are_none():
+def test_a_minimum_at_an_end_does_not_count():
     x = np.log(np.geomspace(1e6, 1e9, 7))
     ends = np.stack([x, -x])
     assert np.isnan(optima.parabola(x, ends)[0]).all()
@@ -151,14 +151,14 @@ SUITE_SIZES = [PYTHIA.sizes[name].parameters for name in ("pythia-31m", "pythia-
         (profile([1, 4, 16, 256], [2, 1, 2, 3], diverged=[64]), "interior", None, ""),
     ],
 )
-def test_every_state_is_told_with_the_size_to_add(case, state, add, told):
+def test_every_state_names_the_size_to_add(case, state, add, told):
     found, why, size = case.state()
     assert (found, size) == (state, pytest.approx(add) if add else None)
     assert told in why
     assert bool(told) == bool(why)
 
 
-def test_hyperparameters_are_chosen_before_sizes_are_compared():
+def test_hyperparameters_are_chosen_at_each_size_first():
     rows = [
         {
             "budget_flop": 1e15,

@@ -1,4 +1,4 @@
-"""Recipes against the laws that drew the runs: size, data, cost, rank, loss, and what other choices lose."""
+"""Recipes against the laws that made the runs: size, data, cost, rank, loss, and the loss of other choices."""
 
 import json
 import math
@@ -32,7 +32,7 @@ def study(paper_folder):
 
 
 @pytest.mark.parametrize("budget", [6e15, 5e16])
-def test_a_budget_within_the_runs_gets_the_closed_forms_size_and_the_true_loss(study, budget):
+def test_a_budget_within_the_runs_gets_the_size_of_the_closed_form_and_the_true_loss(study, budget):
     found = recipe.recipe(*study[:1], Limit(flop=budget), study[1])
     best = found.best
     assert (best.method, best.basis, found.extrapolates) == ("full", "power laws", [])
@@ -49,18 +49,18 @@ def test_a_budget_within_the_runs_gets_the_closed_forms_size_and_the_true_loss(s
     assert best.learning_rate == pytest.approx(PYTHIA.sizes[best.backbone].pretraining_learning_rate / 10)
 
 
-def test_where_a_budget_that_was_run_has_no_optimum_inside_the_grid_the_best_run_stands_before_the_law(tmp_path):
+def test_at_an_edge_the_best_run_comes_before_the_law(tmp_path):
     table = paper_like().query("method == 'full'")
     cut = table[
         (table["budget_flop"] < BUDGETS[-1]) | (table["n_parameters"] < 2e7)
-    ]  # all too small for the largest budget
+    ]  # all smaller than the best size of the largest budget
     found = recipe.recipe(*recipe.read(fitted(cut, tmp_path))[:1], Limit(flop=BUDGETS[-1]))
     measured = cut.loc[cut["budget_flop"] == BUDGETS[-1], "loss"].min()
     assert found.best.basis == "best run" and found.best.loss == pytest.approx(measured)
     assert any("no optimum lies inside the grid" in note for note in found.notes)
 
 
-def test_the_method_changes_where_the_laws_cross_and_lora_brings_its_rank(study):
+def test_the_method_changes_where_the_laws_cross_and_lora_has_its_rank(study):
     low, high = (recipe.recipe(study[0], Limit(flop=budget), study[1]) for budget in (BUDGETS[0], 4 * BUDGETS[-1]))
     assert (low.best.method, high.best.method, high.best.rank) == ("full", "lora", 32)
     assert high.best.learning_rate == 1e-3
@@ -76,7 +76,7 @@ def test_the_method_changes_where_the_laws_cross_and_lora_brings_its_rank(study)
     )
 
 
-def test_what_other_choices_lose_is_what_the_laws_say(study):
+def test_the_loss_of_other_choices_follows_the_laws(study):
     budget = BUDGETS[2]
     found = recipe.recipe(study[0], Limit(flop=budget), study[1])
     lost = {each.what: each for each in found.others}
@@ -95,7 +95,7 @@ def test_what_other_choices_lose_is_what_the_laws_say(study):
     assert min(ranks.values()) > 0
 
 
-def test_a_backbone_that_was_not_run_gets_the_papers_rate(tmp_path):
+def test_a_backbone_that_was_not_run_gets_the_learning_rate_of_the_paper(tmp_path):
     fits, _ = recipe.read(fitted(paper_like().assign(learning_rate=0.01), tmp_path))
     found = recipe.recipe(fits, parse_limit("1e21"))
     rates = {(each.choice.backbone, each.choice.method): each.choice.learning_rate for each in found.others}
@@ -104,7 +104,7 @@ def test_a_backbone_that_was_not_run_gets_the_papers_rate(tmp_path):
     assert rates["pythia-1.4b", "lora"] == 1e-3
 
 
-def test_gpu_hours_buy_what_their_flop_buy(study):
+def test_gpu_hours_buy_what_the_same_flop_buy(study):
     hours = recipe.recipe(study[0], Limit(gpu_hours=0.3), study[1])
     assert hours.best.budget_flop == pytest.approx(0.3 * FLOP_AN_HOUR)
     assert hours.best.gpu_hours == pytest.approx(0.3)
@@ -112,9 +112,9 @@ def test_gpu_hours_buy_what_their_flop_buy(study):
     assert truth[hours.best.backbone] < 1.01 * min(truth.values())
 
 
-def test_a_budget_little_above_one_without_an_optimum_does_not_lose_what_was_measured_there(tmp_path):
+def test_just_above_a_budget_without_an_optimum_its_best_run_still_counts(tmp_path):
     table = paper_like().query("method == 'full'")
-    edge = BUDGETS[1]  # all too large for it, and the law starts above
+    edge = BUDGETS[1]  # all larger than its best size; the law starts at the next budget
     cut = table[(table["budget_flop"] > edge) | ((table["budget_flop"] == edge) & (table["n_parameters"] > 1e8))]
     measured = cut.loc[cut["budget_flop"] == edge, "loss"].min()
     fits = recipe.read(fitted(cut, tmp_path))[0]
@@ -127,7 +127,7 @@ def test_a_budget_little_above_one_without_an_optimum_does_not_lose_what_was_mea
 @pytest.mark.parametrize(
     "budget, said", [("1e31", "at most 1e\\+30 FLOP"), ("1", "1 FLOP is less than one pair costs")]
 )
-def test_a_budget_beyond_all_use_is_refused(study, budget, said):
+def test_an_absurd_budget_is_refused(study, budget, said):
     with pytest.raises(UserError, match=f"budget: .*{said}"):
         recipe.recipe(*study[:1], parse_limit(budget), study[1])
 
@@ -147,7 +147,7 @@ def test_fixed_data_take_the_largest_model_unless_a_budget_stops_it(study):
     assert truth[bound.best.backbone] < 1.01 * min(truth.values())
 
 
-def test_without_a_law_the_best_run_is_named_as_what_it_is(tmp_path):
+def test_without_a_law_the_recipe_names_the_best_run(tmp_path):
     table = paper_like()
     table = table[(table["method"] == "full") & (table["budget_flop"] <= BUDGETS[1])]
     table = table[table["n_parameters"].isin([row.parameters for row in BACKBONES[3:]])]
@@ -167,7 +167,7 @@ def loss_at(budget: float, row) -> float:
 
 
 def full_sweep(plan: dict[float, slice], method: str = "full", worse: float = 1.0) -> pd.DataFrame:
-    """Runs without noise of the law of full fine-tuning: at each budget some of the Pythias."""
+    """Return runs of full fine-tuning without noise: some of the Pythias at each budget."""
     rows = []
     for budget, chosen in plan.items():
         for row in BACKBONES[chosen]:
@@ -180,8 +180,8 @@ def full_sweep(plan: dict[float, slice], method: str = "full", worse: float = 1.
     return pd.DataFrame(rows)
 
 
-def test_the_best_run_is_one_that_spent_the_budget(tmp_path):
-    """At the lowest budget three sizes alone were run, and all were too large; larger sizes spent larger budgets."""
+def test_the_best_run_has_spent_the_budget(tmp_path):
+    """At the lowest budget only three sizes were run, all too large. Larger sizes spent larger budgets."""
     table = full_sweep({1.5e15: slice(2, 5), 2.4e16: slice(0, 5), 3.8e17: slice(1, 6), 6e18: slice(2, 6)})
     fits = recipe.read(fitted(table, tmp_path, noise=0.003))[0]
     found = recipe.recipe(fits, Limit(flop=1.5e15))
@@ -189,14 +189,14 @@ def test_the_best_run_is_one_that_spent_the_budget(tmp_path):
     assert (found.best.backbone, found.best.basis) == ("pythia-70m", "best run")
     assert found.best.loss == pytest.approx(truth["pythia-70m"])
     assert found.n_opt == PYTHIA.sizes["pythia-70m"].parameters
-    (other,) = found.others  # no smaller one was run at this budget
+    (other,) = found.others  # no smaller size was run at this budget
     assert other.choice.backbone == "pythia-160m"
     assert other.lost == pytest.approx(truth["pythia-160m"] / truth["pythia-70m"] - 1)
     assert any("best run at 1.5e+15 FLOP" in note for note in found.notes)
 
 
-def test_a_method_without_a_law_is_compared_at_its_own_budget_alone(tmp_path):
-    """LoRA is 3 % worse everywhere, and was run at one budget: at a smaller one, what it reached there says nothing."""
+def test_a_method_without_a_law_is_compared_only_at_its_budget(tmp_path):
+    """LoRA is 3 % worse everywhere and was run at one budget; its loss there says nothing about a smaller budget."""
     plan = {budget: slice(0, 6) for budget in BUDGETS}
     table = pd.concat([full_sweep(plan), full_sweep({BUDGETS[2]: slice(0, 6)}, "other", 1.03)])
     fits = recipe.read(fitted(table, tmp_path, noise=0.003))[0]
@@ -211,7 +211,7 @@ def test_a_method_without_a_law_is_compared_at_its_own_budget_alone(tmp_path):
         assert "other: neither a law nor a run at this budget, so not considered" in found.notes
 
 
-def test_without_any_law_only_methods_that_spent_the_same_are_compared(tmp_path):
+def test_without_laws_only_methods_with_equal_budgets_are_compared(tmp_path):
     table = pd.concat([full_sweep({2e16: slice(0, 3)}), full_sweep({8e16: slice(0, 3)}, "other", 1.03)])
     fits = recipe.read(fitted(table, tmp_path, noise=0.003))[0]
     found = recipe.recipe(fits, Limit(flop=2.5e16))
@@ -222,7 +222,7 @@ def test_without_any_law_only_methods_that_spent_the_same_are_compared(tmp_path)
 
 
 @pytest.mark.parametrize("hours", [1e5, 5e6])
-def test_the_joint_laws_best_size_is_looked_for_wherever_it_lies(tmp_path, hours):
+def test_the_best_size_of_a_joint_law_is_found_at_any_size(tmp_path, hours):
     fits = recipe.read(fitted(full_sweep({budget: slice(0, 5) for budget in BUDGETS}), tmp_path, noise=0.002))[0]
     found = recipe.recipe(fits, Limit(gpu_hours=hours))
     _, a, b, alpha, beta = LAWS["full"]
@@ -235,7 +235,7 @@ def test_the_joint_laws_best_size_is_looked_for_wherever_it_lies(tmp_path, hours
     assert f"best size: {found.n_opt / largest:.3g} times the largest" in found.extrapolates[1]
 
 
-def test_a_best_size_beyond_the_sizes_is_told_where_no_larger_backbone_is_known(tmp_path):
+def test_a_best_size_above_all_known_backbones_is_reported(tmp_path):
     table = full_sweep({budget: slice(0, 4) for budget in BUDGETS}).assign(backbone="own")
     table["n_parameters"] *= 1.01
     found = recipe.recipe(recipe.read(fitted(table, tmp_path, noise=0.003))[0], Limit(flop=1e20))
@@ -245,7 +245,7 @@ def test_a_best_size_beyond_the_sizes_is_told_where_no_larger_backbone_is_known(
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_a_sweep_with_holes_gives_a_recipe_or_one_line(seed, tmp_path):
+def test_a_sweep_with_missing_runs_gives_a_recipe_or_one_line(seed, tmp_path):
     table = paper_like(seed=seed).sample(frac=[0.7, 0.3, 0.15][seed % 3], random_state=seed)
     if seed % 2:
         table = table.drop(columns=["gpu_hours", "backbone", "pairs"])
@@ -284,7 +284,7 @@ def test_budgets_are_read_with_their_units():
         (["--tokens", "1,50"], "--tokens: '1,50' has a comma that does not separate thousands"),
     ],
 )
-def test_budgets_that_are_none_are_one_clear_line(paper_folder, words, message, capsys):
+def test_a_wrong_budget_is_refused_in_one_line(paper_folder, words, message, capsys):
     assert main(["recipe", str(paper_folder), *words]) == 2
     printed = capsys.readouterr()
     assert printed.out == ""
@@ -314,7 +314,7 @@ def test_the_verb_prints_the_recipe_and_how_to_train_it(paper_folder, capsys):
 
 
 def test_other_ranks_are_compared_by_the_best_of_their_other_settings(tmp_path):
-    """Three learning rates, of which the largest spoils one rank; two seeds, whose mean counts."""
+    """There are three learning rates, the largest of which is bad for one rank, and two seeds, whose mean counts."""
     rows = []
     for row in BACKBONES[:5]:
         for rank, penalty in ((8, 1.04), (32, 1.0), (128, 1.03)):
@@ -347,14 +347,14 @@ def test_other_ranks_are_compared_by_the_best_of_their_other_settings(tmp_path):
 
 
 @pytest.mark.parametrize(("share", "told"), [(1.0, "freeze, all blocks active"), (0.5, "freeze, 0.5 of the blocks")])
-def test_freezing_nothing_is_not_one_block(tmp_path, share, told):
+def test_a_freezing_fraction_is_a_share_of_the_blocks(tmp_path, share, told):
     table = paper_like().query(f"method == 'freeze' and trainable_fraction == {share}")
     found = recipe.recipe(recipe.read(fitted(table, tmp_path))[0], Limit(flop=BUDGETS[2]))
     assert found.best.label.startswith(told)
 
 
-def test_fit_report_and_recipe_start_without_what_is_slow(paper_folder):
-    """torch takes seconds to import, pandas and matplotlib most of one."""
+def test_fit_report_and_recipe_start_without_slow_imports(paper_folder):
+    """torch takes seconds to import; pandas and matplotlib take most of a second."""
     for verb, words, slow in (
         ("recipe", ["recipe", str(paper_folder), "1e16"], ("torch", "pandas", "matplotlib", "scipy", "lightning")),
         ("report", ["report", "nowhere"], ("torch", "matplotlib", "scipy", "lightning")),

@@ -1,4 +1,4 @@
-"""The page: made by the verb, complete in itself, and seen by a real browser at desk and phone width."""
+"""The report: the verb writes it, it needs no other file, and a real browser shows it at desk and phone width."""
 
 import html
 import json
@@ -18,7 +18,7 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory) -> str:
-    """The quickstart's chain: run directories, fit, report."""
+    """Write the report of a quickstart: run directories, fit, report."""
     folder = miniature(tmp_path_factory.mktemp("quickstart") / "runs")
     assert main(["fit", str(folder), "--bootstrap", "100"]) == 0
     assert main(["report", str(folder), "--budget", "3e11"]) == 0
@@ -62,7 +62,7 @@ def test_the_recipe_comes_first_and_everything_else_follows(page):
     assert "abc" in checklist  # the commit that the records name
 
 
-def test_numbers_on_the_page_are_the_fits(page, paper_folder):
+def test_numbers_on_the_page_equal_those_of_the_fits(page, paper_folder):
     text = html.unescape(report.page(study.load(paper_folder), [], recipe.read(paper_folder)[1]))
     fits = json.loads((paper_folder / "fits.json").read_text())
     law = fits["methods"]["full"]["power_laws"]["n_opt"]
@@ -73,7 +73,7 @@ def test_numbers_on_the_page_are_the_fits(page, paper_folder):
     assert "not recorded by these runs" in text[text.index('id="checklist"') :]
 
 
-def test_what_the_runs_say_is_text_and_never_markup(tmp_path):
+def test_texts_of_the_runs_are_never_markup(tmp_path):
     table = paper_like().query("method == 'full'").assign(method="<script>alert(1)</script>")
     folder = fitted(table, tmp_path)
     assert main(["report", str(folder), "--out", str(tmp_path / "out")]) == 0
@@ -83,7 +83,7 @@ def test_what_the_runs_say_is_text_and_never_markup(tmp_path):
     assert (tmp_path / "out" / "figures" / "isoflop_other_1.png").exists()
 
 
-def test_bad_words_are_one_clear_line(paper_folder, tmp_path, capsys):
+def test_bad_words_are_refused_in_one_line(paper_folder, tmp_path, capsys):
     for words, message in (
         (["--budget", "much"], "budget: 'much' is not an amount with a known unit"),
         (["--compare", str(tmp_path)], "does not exist; write it by embedscale fit RUNS"),
@@ -94,8 +94,8 @@ def test_bad_words_are_one_clear_line(paper_folder, tmp_path, capsys):
         assert told.count("\n") == 1
 
 
-def test_a_budget_that_is_refused_has_a_row_as_wide_as_the_others(tmp_path):
-    """The runs do not say how many GPU-hours they took."""
+def test_a_refused_budget_has_a_row_of_full_width(tmp_path):
+    """These runs do not record their GPU-hours."""
     table = paper_like().query("method == 'full'").drop(columns="gpu_hours")
     folder = fitted(table, tmp_path)
     text = report.page(study.load(folder), [], recipe.read(folder)[1], ["24 GPU-hours"])
@@ -123,7 +123,7 @@ window.onload = () => {
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium here: apt-get install chromium")
 @pytest.mark.parametrize(("width", "height"), [(1280, 900), (390, 844)])
 def test_a_browser_shows_it_whole_at_desk_and_phone_width(page, tmp_path, width, height):
-    # In a frame, because a browser's own window has a least width.
+    # In a frame, because a browser window cannot be as narrow as a phone.
     file = tmp_path / "frame.html"
     file.write_text(MEASURE % (width, height, html.escape(page)))
     found = subprocess.run(

@@ -1,4 +1,4 @@
-"""Loading: what comes in, what is left out and why, and what is refused by name."""
+"""Loading runs: which runs enter the table, which are left out and why, and which input is refused."""
 
 import json
 
@@ -13,7 +13,7 @@ from embedscale.errors import UserError
 
 
 def record(run_id: str = "a", **changes) -> dict:
-    """A record.json of a LoRA run."""
+    """Return the record.json of a LoRA run."""
     settings = {
         "learning_rate": 1e-3,
         "rank": 8,
@@ -62,7 +62,7 @@ def test_records_become_tidy_rows(tmp_path):
     assert loaded.methods == ["lora"]
 
 
-def test_what_is_left_out_has_its_reason(tmp_path):
+def test_each_excluded_run_has_a_reason(tmp_path):
     save(tmp_path, record("good"))
     save(tmp_path, None, "unfinished")
     save(tmp_path, record("diverged", status="diverged", diverged_at_step=7))
@@ -111,7 +111,7 @@ def test_what_is_left_out_has_its_reason(tmp_path):
         ("backbone_weights", {"backbone_weights": "random"}),
     ],
 )
-def test_runs_that_cannot_be_compared_are_refused_by_the_field(tmp_path, field, change):
+def test_runs_that_cannot_be_compared_are_refused_with_the_field(tmp_path, field, change):
     save(tmp_path, record("a"))
     save(tmp_path, record("b", **change))
     with pytest.raises(UserError, match=f"runs differ in {field} "):
@@ -139,7 +139,7 @@ def test_files_of_every_kind_give_the_same_table(tmp_path, ending):
     assert list(loaded["method"]) == ["full"] * 3
 
 
-def test_a_mapped_column_takes_the_place_of_one_of_our_name(tmp_path):
+def test_a_mapped_column_replaces_a_column_of_our_name(tmp_path):
     path = csv(tmp_path, **GOOD, held_out=[9.0, 8.0, 7.0])
     assert list(runs.load(path, {"loss": "held_out"}).table["loss"]) == [9, 8, 7]
 
@@ -155,8 +155,8 @@ def test_one_of_size_data_and_budget_follows_from_the_others(tmp_path, method, s
     assert list(runs.load(path).table[missing]) == pytest.approx(whole[missing])
 
 
-def test_costs_from_the_trainable_fraction_are_the_papers():
-    """N_F, N_B and N_U of the cost module, section 3.5, within the final normalisation and the biases' own update."""
+def test_costs_from_the_trainable_fraction_follow_the_paper():
+    """N_F, N_B and N_U agree with the cost module (section 3.5), except for the final norm and the biases' update."""
     from embedscale.run.cost import cost_of
     from embedscale.run.families import PYTHIA
     from embedscale.run.method import Method
@@ -169,7 +169,7 @@ def test_costs_from_the_trainable_fraction_are_the_papers():
 
 
 def test_bias_only_needs_no_trainable_fraction(tmp_path):
-    """4 N FLOP a token, whatever the share of biases (section 3.5)."""
+    """A token costs 4 N FLOP for any share of biases (section 3.5)."""
     loaded = runs.load(csv(tmp_path, params=[1e6], tokens=[1e9], loss=[2.0], method=["bias"]))
     assert loaded.table["budget_flop"].tolist() == [4e15]
 
@@ -184,7 +184,7 @@ def test_texts_that_look_like_numbers_stay_texts(tmp_path, ending):
     assert set(found["data_digest"]) == {"12e4567890123456"}
 
 
-def test_equal_rows_are_duplicates_and_seeds_are_not(tmp_path):
+def test_equal_rows_are_duplicates_and_other_seeds_are_not(tmp_path):
     path = csv(tmp_path, **{name: values * 2 for name, values in GOOD.items()})
     loaded = runs.load(path)
     assert (len(loaded.table), list(loaded.excluded["reason"])) == (3, ["duplicate"] * 3)
@@ -192,7 +192,7 @@ def test_equal_rows_are_duplicates_and_seeds_are_not(tmp_path):
     assert len(runs.load(path).table) == 6
 
 
-def test_a_tables_own_status_leaves_runs_out(tmp_path):
+def test_the_status_column_of_a_table_leaves_runs_out(tmp_path):
     path = csv(tmp_path, **(GOOD | {"loss": [3.0, np.nan, 1.5]}), status=["done", "diverged", "done"])
     loaded = runs.load(path)
     assert (len(loaded.table), list(loaded.excluded["reason"])) == (2, ["diverged"])
@@ -239,7 +239,7 @@ def test_assignments_are_checked(text):
     assert parse_assignments("columns", "n_parameters=N") == {"n_parameters": "N"}
 
 
-def test_sources_that_are_none_are_refused(tmp_path):
+def test_wrong_sources_are_refused(tmp_path):
     with pytest.raises(UserError, match="does not exist"):
         runs.load(tmp_path / "nothing")
     with pytest.raises(UserError, match="holds no run"):

@@ -1,4 +1,4 @@
-"""A simulated sweep: the law comes back, a bad grid is told from a good one."""
+"""Simulated sweeps: the fit recovers the law, and a bad grid is recognised."""
 
 import json
 
@@ -42,7 +42,7 @@ def test_the_papers_grid_recovers_both_laws():
 
 
 def test_a_wide_off_centre_grid_biases_the_parabola_but_not_the_law():
-    """Trap A16."""
+    """A wide grid whose sizes are not around the optima biases parabolas, but not joint laws."""
     best = (0.45 / 0.35) ** (1 / 0.8) * (BUDGETS / 6) ** (0.35 / 0.8)
     rows = pd.concat(
         [grid(sizes=n * np.geomspace(0.3, 100, 7), budgets=[c]) for n, c in zip(best, BUDGETS, strict=True)]
@@ -52,7 +52,7 @@ def test_a_wide_off_centre_grid_biases_the_parabola_but_not_the_law():
     assert all(abs(row.law.median - 1) < 0.02 for row in rows)
 
 
-def test_a_grid_beside_its_optima_says_so():
+def test_a_grid_beside_its_optima_is_reported():
     found = simulate.simulate(grid(sizes=SIZES[-4:]), simulate.stated_laws(LAW), 0.005, repeats=20)["full"]
     assert [row.truth for row in found.optima] == [None] * 6
     assert found.recipe[0].parabola is None or found.optima[0].missing < 1
@@ -63,7 +63,7 @@ def test_a_grid_too_small_is_refused_with_the_reason():
     assert "needs at least 3 sizes; found 2" in found.refused
 
 
-def test_drawn_losses_are_the_laws_with_the_noise_asked_for():
+def test_simulated_losses_follow_the_law_with_the_given_noise():
     rows = grid(sizes=np.geomspace(1e6, 1e9, 200))
     clean = 0.3 + 900 / rows["n_parameters"] ** 0.45 + 900 / (rows["budget_flop"] / 6 / rows["n_parameters"]) ** 0.35
     drawn = np.log(simulate.draw(rows, simulate.stated_laws(LAW), 0.01)["loss"] / clean)
@@ -80,12 +80,12 @@ def test_drawn_losses_are_the_laws_with_the_noise_asked_for():
         ("nowhere", "'nowhere' is neither a law such as .* nor a file"),
     ],
 )
-def test_laws_that_are_none_are_refused(text, message):
+def test_a_wrong_law_is_refused(text, message):
     with pytest.raises(UserError, match=message):
         simulate.stated_laws(text)
 
 
-def test_what_cannot_be_simulated_is_refused():
+def test_a_grid_that_cannot_be_simulated_is_refused():
     laws = simulate.stated_laws(f"full: {LAW}")
     with pytest.raises(UserError, match="noise: 0 is out of range; allowed: above 0"):
         simulate.simulate(grid(), laws, 0)
@@ -105,7 +105,7 @@ methods: [full, {name: lora, rank: [8, 32, 2048]}]
 """
 
 
-def test_a_sweep_file_is_tried_from_the_command_line(tmp_path, capsys):
+def test_the_command_line_simulates_a_sweep_file(tmp_path, capsys):
     (tmp_path / "trial.yaml").write_text(SWEEP)
     text = f"full: {LAW}; lora: {FRACTION_LAW}"
     assert main(["fit", str(tmp_path / "trial.yaml"), "--simulate", text, "--out", str(tmp_path / "out")]) == 0

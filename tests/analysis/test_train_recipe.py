@@ -1,4 +1,4 @@
-"""Training by a recipe: the configuration that `embedscale train --recipe` gets, in every setting."""
+"""Training by a recipe: every setting of the configuration that `embedscale train --recipe` builds."""
 
 import json
 
@@ -19,7 +19,7 @@ from embedscale.run.families import PYTHIA
 from embedscale.run.method import METHODS, Method
 
 
-def test_training_by_a_recipe_takes_the_rest_from_the_most_similar_run(tmp_path, capsys):
+def test_a_recipe_takes_other_settings_from_the_most_similar_run(tmp_path, capsys):
     folder = miniature(tmp_path / "runs", scores=False)
     assert main(["fit", str(folder), "--bootstrap", "100"]) == 0
     capsys.readouterr()
@@ -41,8 +41,8 @@ def test_training_by_a_recipe_takes_the_rest_from_the_most_similar_run(tmp_path,
     Method("freeze", active_blocks=0, blocks="one"),
 ])  # fmt: skip
 @pytest.mark.parametrize("as_text", [False, True])
-def test_training_by_a_recipe_trains_the_method_that_was_fitted(tmp_path, method, as_text):
-    """Every setting of the method, whether the runs' table came from records or was read as text."""
+def test_a_recipe_trains_the_method_that_was_fitted(tmp_path, method, as_text):
+    """Every setting of the method is kept, for a table from records and for a table read as text."""
     backbones, rows = BACKBONES[2:5], []
     for row in backbones:
         cost = cost_of(row.shape, method)
@@ -69,8 +69,8 @@ def test_training_by_a_recipe_trains_the_method_that_was_fitted(tmp_path, method
         assert ("embedding True" if method.name == "lora" else f"blocks {method.blocks}") in told
 
 
-def test_training_by_a_recipe_takes_the_rest_from_the_run_that_was_best(tmp_path):
-    """Of three weight decays the second is best everywhere."""
+def test_a_recipe_takes_other_settings_from_the_best_run(tmp_path):
+    """The second of three weight decays is the best everywhere."""
     for budget in (5e10, 2e11, 6e11):
         for size in (6592, 12864, 25472, 50176):
             best = 20000 * (budget / 2e11) ** 0.4
@@ -90,7 +90,7 @@ def test_training_by_a_recipe_takes_the_rest_from_the_run_that_was_best(tmp_path
 
 
 @pytest.mark.parametrize("row", PYTHIA.sizes.values(), ids=PYTHIA.sizes)
-def test_what_other_backbones_had_becomes_what_this_one_can_have(row):
+def test_settings_of_other_backbones_are_adapted_to_this_one(row):
     for share in (1 / 16, 1 / 6, 1 / 3, 0.5, 5 / 6, 1.0):
         (found,) = METHODS["freeze"].settings_like({"trainable_fraction": share}, row.shape).values()
         blocks = found * row.shape.blocks
@@ -101,7 +101,7 @@ def test_what_other_backbones_had_becomes_what_this_one_can_have(row):
     cost_of(row.shape, Method("lora", **METHODS["lora"].settings_like({"rank": 10**6}, row.shape)))
 
 
-def test_training_by_a_recipe_of_a_table_knows_the_hubs_names(paper_folder, tmp_path, capsys):
+def test_a_recipe_from_a_table_knows_the_names_of_the_hub(paper_folder, tmp_path, capsys):
     config = recipe.configuration(str(paper_folder), "5e16", None, [])
     assert config.backbone.name.startswith("EleutherAI/pythia-")
     assert config.method == Method("full")

@@ -1,4 +1,4 @@
-"""Intervals cover what they should."""
+"""Intervals hold the true value as often as they state."""
 
 import numpy as np
 import pandas as pd
@@ -15,7 +15,7 @@ NOISE = 0.005
 
 
 def chinchilla_sweep(alpha: float, beta: float, shift: float):
-    """Coefficients, N, D, S of nine sizes at six budgets, `shift` decades off the optima."""
+    """Return coefficients, N, D, S of nine sizes at six budgets, `shift` decades away from the optima."""
     budgets = 1.5e15 * 4.0 ** np.arange(6)
     a = 400.0
     b = a * alpha / beta * 3e7**-alpha * (budgets[2] / 6 / 3e7) ** beta  # N* is 3e7 at the third budget
@@ -36,7 +36,7 @@ def freezing_sweep(alpha: float, beta: float, shift: float):
 @pytest.mark.parametrize(("alpha", "beta"), [(0.35, 0.35), (0.3, 0.45)])
 @pytest.mark.parametrize("law", [CHINCHILLA, TRAINABLE_FRACTION], ids=lambda law: law.name)
 def test_intervals_cover_the_truth(law, alpha, beta, shift):
-    """95 % intervals of each coefficient and of a prediction at 16 times the largest budget, over 200 sweeps."""
+    """Checked over 200 sweeps for the 95 % intervals of coefficients and of a prediction at 16 times the budget."""
     sweep = chinchilla_sweep if law is CHINCHILLA else freezing_sweep
     values, n, d, s = sweep(alpha, beta, shift)
     beyond = np.array([4 * n.max()]), np.array([4 * d.max()]), np.array([0.5])
@@ -59,7 +59,7 @@ def test_intervals_cover_the_truth(law, alpha, beta, shift):
     assert covered.max() <= 0.98
 
 
-def test_seeds_narrow_the_interval_as_their_number_says():
+def test_more_seeds_narrow_the_interval():
     values, n, d, _ = chinchilla_sweep(0.35, 0.35, 0.0)
     truth = np.ravel(CHINCHILLA.predict(values, n, d))
     widths = []
@@ -71,12 +71,12 @@ def test_seeds_narrow_the_interval_as_their_number_says():
         low, high = interval(draws[:, 3])
         assert low < 0.35 < high
         widths.append(high - low)
-    # Runs and their seeds are both drawn, which asks for √2 more than the noise of a mean alone.
+    # Both runs and seeds are drawn, which needs √2 times the noise of a mean.
     assert widths[0] / widths[1] == pytest.approx(4 / np.sqrt(2), rel=0.35)
 
 
-def test_an_optimum_spreads_as_its_parabola_says():
-    """Three points h apart: the vertex moves by noise / (2 a h √2) about the middle one."""
+def test_the_spread_of_an_optimum_follows_its_parabola():
+    """With three points at distance h, the vertex spreads by noise / (2 a h √2) around the middle point."""
     h, curvature, noise = np.log(3), 0.05, 1e-4
     x = np.log(1e8) + h * np.arange(-1, 2)
     loss = np.exp(curvature * (x - x[1]) ** 2)
@@ -89,7 +89,7 @@ def test_an_optimum_spreads_as_its_parabola_says():
     assert draws.log_n + draws.log_d == pytest.approx(np.log(1e18 / 6))
 
 
-def test_seeds_make_a_point_surer():
+def test_seeds_narrow_the_spread_of_a_point():
     x = np.log(np.geomspace(1e6, 1e9, 7))
     points = pd.DataFrame(
         {"n_parameters": np.exp(x), "loss": np.exp(0.02 * (x - x[3]) ** 2), "flop_per_token": 6 * np.exp(x)}
@@ -103,7 +103,7 @@ def test_seeds_make_a_point_surer():
     assert spreads[0] > 1.3 * spreads[1]
 
 
-def test_intervals_are_percentiles_of_what_is_finite():
+def test_intervals_are_percentiles_of_finite_draws():
     draws = np.arange(1001.0)
     assert interval(draws) == pytest.approx([25, 975])
     assert interval(draws, 0.8) == pytest.approx([100, 900])
@@ -119,6 +119,6 @@ def test_crossings_are_where_lines_meet():
     assert np.isnan(uncertainty.crossing(a, a))
 
 
-def test_a_budgets_spread_has_a_floor_and_grows_with_the_draws_that_it_lacks():
+def test_the_spread_of_a_budget_has_a_minimum_and_grows_with_missing_draws():
     draws = np.array([[1.0, 3.0, np.nan, np.nan], [5.0, 5.0, 5.0, 5.0], [1.0, 1.0, 3.0, 3.0]])
     assert uncertainty.floored_spread(draws, np.full(3, 0.1)) == pytest.approx([2.0, 0.1, 1.0])

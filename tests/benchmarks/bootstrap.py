@@ -1,10 +1,10 @@
-"""What 4,000 bootstrap refits of the joint law cost, beside a plain loop over scipy.
+"""Time 4,000 bootstrap refits of the joint law, next to a plain loop over scipy.
 
     python tests/benchmarks/bootstrap.py RUNS.csv [refits] [scipy refits]
 
-RUNS.csv is the published Chinchilla runs (columns N, D, loss); the five largest losses are dropped, as published. The
-loop is what most replications run: L-BFGS-B on the same Huber objective, one resample after another, begun at the
-full fit, with numerical gradients and then with analytic ones. It is timed on a share of the resamples and scaled.
+RUNS.csv holds the published Chinchilla runs (columns N, D, loss). The five largest losses are dropped, as published.
+The loop is what most replications run: L-BFGS-B on the same Huber objective, one resample after another, started at
+the full fit, with numerical and with analytic gradients. It is timed on part of the resamples and scaled up.
 """
 
 import os
@@ -47,7 +47,7 @@ def main(path: str, refits: int = 4000, looped: int = 100) -> None:
         total = terms.sum(0)
         residual = np.log(total) - target
         size = np.abs(residual)
-        # Scaled by 1e3: else L-BFGS-B stops on the small value of the objective.
+        # Scaled by 1e3, because L-BFGS-B stops early if the objective is small.
         value = 1e3 * (w * np.where(size < DELTA, size**2 / 2, DELTA * (size - DELTA / 2))).sum()
         if not with_gradient:
             return value

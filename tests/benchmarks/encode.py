@@ -1,11 +1,11 @@
-"""Texts a second of our encoder and of sentence-transformers' `encode`, side by side: same weights, same texts.
+"""Measure texts per second of our encoder and of sentence-transformers' `encode`: same weights, same texts.
 
     python tests/benchmarks/encode.py [--sizes pythia-14m pythia-70m] [--context 512] [--texts 4000] [--bf16]
 
-The weights are random, which costs the same as trained ones; the texts are docstrings and functions of the installed
-Python, short and long ones mixed. Both sides tokenise and both sort by length; sentence-transformers runs with its
-default batch size, and with the one, of those tried, that suits it best. Each side has a process of its own;
-repetitions alternate, and the fastest of each counts. Ours is set up as `embedscale encode` is.
+The weights are random: the cost is that of trained weights. The texts are docstrings and functions of the installed
+Python, short and long ones mixed. Both sides tokenise and sort by length. sentence-transformers runs with its default
+batch size and with its fastest batch size of `BATCHES`. Each side has its own process; repetitions alternate, and the
+fastest of each side counts. Our side is set up like `embedscale encode`.
 """
 
 import argparse
@@ -35,11 +35,11 @@ from embedscale.serving.embedder import Embedder
 from embedscale.serving.export import write_model
 from embedscale.training.calibrate import build
 
-BATCHES = (8, 16, 32, 64)  # 32 is their default
+BATCHES = (8, 16, 32, 64)  # 32 is the default of sentence-transformers
 
 
 def texts_of_this_machine(number: int) -> list[str]:
-    """Alternately a docstring and a function, each once."""
+    """Return docstrings and functions in turn, each once."""
     files = installed_files()
     step = max(1, len(files) // 4000)
     pairs = (pair for path in files[::step] for pair in documented_functions(path, Counter()))
@@ -48,7 +48,7 @@ def texts_of_this_machine(number: int) -> list[str]:
 
 
 def save_tokenizer(folder: Path, texts: list[str]) -> None:
-    """A byte-level BPE of 8,192 symbols: Pythia's kind, smaller."""
+    """Save a byte-level BPE tokenizer like Pythia's, with 8,192 symbols."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = pre_tokenizers.ByteLevel.alphabet()

@@ -1,10 +1,10 @@
-"""All that a GPU can say about this repository, in one call; run again, it goes on where it was stopped.
+"""Make all measurements that need a GPU, in one call; a second call continues where the first one stopped.
 
     python tests/benchmarks/gpu.py OUT [--seconds 5]
 
-On one GPU, bf16: `embedscale calibrate` for every size and the four methods (OUT/calibration.json), and for the small
-sizes with compiled blocks too (OUT/compiled.json); training beside sentence-transformers at four sizes, and what the
-paper's grid would cost at the measured speeds. About half an hour.
+On one GPU, in bf16: `embedscale calibrate` for every size and the four methods (OUT/calibration.json), and with
+compiled blocks for the small sizes (OUT/compiled.json); training next to sentence-transformers at four sizes; and the
+cost of the paper's grid at the measured speeds. This takes about half an hour.
 """
 
 import argparse
@@ -17,10 +17,10 @@ import torch
 
 from embedscale.run.families import PYTHIA
 
-# Size: pairs a batch, of which padded ones must fit too, beside two other contestants' weights.
+# Size → pairs per batch. The padded batch must fit next to the weights of two other contestants.
 RATIOS = {"pythia-14m": 1024, "pythia-160m": 256, "pythia-410m": 128, "pythia-1b": 64}
 SMALL = ("pythia-14m", "pythia-70m", "pythia-160m", "pythia-410m")
-LAST = ("pythia-6.9b", "pythia-12b")  # should the time run out
+LAST = ("pythia-6.9b", "pythia-12b")  # measured last, in case the time runs out
 
 
 def main() -> int:
@@ -54,7 +54,10 @@ def main() -> int:
 
 
 def said(path: Path, command: list[str], once: bool = False) -> None:
-    """Print what a command prints, and keep it, with `once` for all; one that fails does not stop the others."""
+    """Run a command, print its output and write it to `path`; with `once`, only print an output that is there.
+
+    A command that fails leaves no output, and does not stop the others.
+    """
     if once and path.exists():
         print(path.read_text(), flush=True)
         return

@@ -1,10 +1,10 @@
-"""Whether every fit and every bootstrap refit ends in the lowest minimum that scipy finds from many starts.
+"""Check whether every fit and every bootstrap refit ends in the lowest minimum that scipy finds from many starts.
 
     python tests/benchmarks/minima.py DATA [subsets] [refits]
 
 DATA holds the public tables (`olmo_ladder`, `chinchilla_epoch`, `farseer`, `porian_isoflop`). Each subset is 12 to 40
 random rows of a random table, fitted by both laws and three residuals. scipy runs BFGS from the law's own starts and
-from around our minimum, and Nelder–Mead from our minimum. A fit that says "did not converge" is counted apart.
+from points near our minimum, and Nelder–Mead from our minimum. A fit that "did not converge" is counted separately.
 """
 
 import sys
@@ -22,7 +22,7 @@ from analysis.fitting.solver import DidNotConverge, JointFit, fit_joint
 
 Table = tuple[np.ndarray, np.ndarray, np.ndarray]  # N, D, loss
 KINDS = ("huber", "log", "raw")
-MORE = 1e-6  # relative excess from which a fit has missed the minimum
+MORE = 1e-6  # relative excess of the objective above which a fit has missed the minimum
 DELTA = 1e-3
 
 

@@ -1,10 +1,10 @@
-"""What `embedscale prepare` takes of memory and time as the corpus grows, and what reading a batch costs.
+"""Measure memory and time of `embedscale prepare` for growing corpora, and the time to read a batch.
 
     python tests/benchmarks/prepare.py [--pairs 200000 2000000] [--folder FOLDER]
 
-Memory is that of the whole process tree, sampled ten times a second: the proportional set size (a page that several
-processes share is counted once), and beside it the plain sum of resident sizes, which counts such pages, and the mapped
-files that the kernel may drop at any time, once for each process.
+Memory is that of the whole process tree, sampled ten times a second. The first figure is the proportional set size,
+which counts a shared page once. The second is the sum of resident sizes, which counts shared pages and mapped files
+(the kernel may drop these at any time) once for each process.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from embedscale.data.store import PairStore
 
 
 def write_corpus(path: Path, pairs: int, words: np.ndarray, seed: int = 0) -> None:
-    """BAAI-MTP's form: queries of up to 20 words, positives of up to 110, by Zipf's law; one pair in 50 twice."""
+    """Write a corpus like BAAI-MTP: queries of up to 20 words, positives of up to 110, by Zipf's law; 2 % repeated."""
     rng = np.random.default_rng(seed)
     with path.open("w") as file:
         for start in range(0, pairs, 10_000):
@@ -43,7 +43,7 @@ def write_corpus(path: Path, pairs: int, words: np.ndarray, seed: int = 0) -> No
 
 
 def save_tokenizer(folder: Path, corpus: Path, symbols: int = 8192) -> Path:
-    """A byte-level BPE trained on the corpus's beginning: Pythia's kind, smaller."""
+    """Save a byte-level BPE tokenizer like Pythia's, but smaller, trained on the beginning of the corpus."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -60,7 +60,7 @@ def save_tokenizer(folder: Path, corpus: Path, symbols: int = 8192) -> Path:
 
 
 def tree_memory(process: psutil.Process) -> tuple[int, int]:
-    """Bytes of a process and all below it: (proportional, resident)."""
+    """Return the bytes of a process and all its descendants: (proportional, resident)."""
     proportional = resident = 0
     for each in (process, *process.children(recursive=True)):
         with suppress(psutil.Error):
@@ -70,7 +70,7 @@ def tree_memory(process: psutil.Process) -> tuple[int, int]:
 
 
 def measure(words: list[str]) -> tuple[float, int, int]:
-    """Seconds and peak bytes of a command."""
+    """Return the seconds and peak bytes of a command."""
     begun = time.monotonic()
     child = subprocess.Popen([sys.executable, "-m", "embedscale.cli", *words])
     peak = (0, 0)
@@ -83,7 +83,7 @@ def measure(words: list[str]) -> tuple[float, int, int]:
 
 
 def batch_milliseconds(folder: Path, size: int = 1024, batches: int = 200) -> tuple[float, float]:
-    """Median and 99th percentile of reading a batch, in the order of training and after one pass over all files."""
+    """Return the median and 99th percentile of reading a batch in training order, after one pass over all files."""
     store = PairStore.open(folder)
     store.token_counts()
     times = []

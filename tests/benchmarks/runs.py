@@ -1,12 +1,12 @@
-"""What a run costs beside its steps: its start, its checkpoints, its resumption.
+"""Measure what a run costs besides its steps: its start, its checkpoints, its resumption.
 
     python tests/benchmarks/runs.py [--sizes pythia-14m …] [--methods full lora-r32] [--repeats 3]   # five minutes
 
-Real runs of few pairs a step on a prepared store, from random weights in the hub's format. The command trains in a
-fresh process until its first step is done, is stopped, and goes on in another fresh process. The same run, started as
-a sweep's node starts it, in a process forked from one that has imported everything, goes on uninterrupted beyond the
-step at which the first was resumed. Seconds are wall clock and medians; all cases take turns. The files that are read
-were just written, and so come from the machine's cache.
+These are real runs with few pairs per step on a prepared store, from random weights in the hub's format. The command
+trains in a fresh process until its first step is done, is stopped, and is resumed in another fresh process. The same
+run is also started as a job of a sweep starts it: in a process forked from one that has imported everything. That run
+is not interrupted until it has passed the step at which the first run was resumed. Seconds are medians of wall-clock
+time; all cases take turns. The files were just written, so they are read from the machine's cache.
 """
 
 import argparse
@@ -45,10 +45,10 @@ from embedscale.training.calibrate import build, config_of
 from slurm.plan import CHECKPOINT_BYTES
 from slurm.scheduler.processes import Place, import_everything, run_all
 
-PAIRS = 2  # a step: it is not the steps that are measured
-STEPS = 100  # planned: more than any of these runs is left to do
+PAIRS = 2  # per step: few, because the steps themselves are not measured
+STEPS = 100  # planned steps: more than any of these runs makes
 POLL_SECONDS = 0.002
-Report = dict[str, float]  # of one turn of a case, by what was measured
+Report = dict[str, float]  # the measurements of one turn of a case, by name
 
 
 def settings(folder: Path) -> list[str]:
@@ -69,7 +69,7 @@ def settings(folder: Path) -> list[str]:
 
 
 def furnish(folder: Path, sizes: list[str]) -> None:
-    """Pairs, their store and the backbones."""
+    """Write the pairs, their store and the backbones."""
     corpus = folder / "pairs.jsonl"
     write_corpus(corpus, 4000, np.array([f"{number:x}" for number in range(30_000)]))
     save_tokenizer(folder / "tokenizer", corpus)
@@ -86,9 +86,7 @@ def run_of(folder: Path, size: str, label: str) -> RunConfig:
 
 
 def by_command(config: RunConfig, stop: signal.Signals) -> tuple[float, dict[str, Any]]:
-    """Seconds from the start of `embedscale train` to the end of its first step, which is metrics.jsonl's next row, and
-    the row. Then the command is stopped.
-    """
+    """Run `embedscale train` for one step, then stop it. Return the seconds until the step's row, and the row."""
     directory, file = RunDirectory(config.folder), Path(config.output).with_suffix(".yaml")
     file.write_text(to_yaml(config))
     before = max((row.step for row in directory.read_metrics()), default=0)
@@ -104,7 +102,7 @@ def by_command(config: RunConfig, stop: signal.Signals) -> tuple[float, dict[str
 
 
 class Beyond(StopRequest):
-    """Raised once a run has done a step."""
+    """A stop request that is made when a run has finished the step `step`."""
 
     def __init__(self, directory: RunDirectory, step: int):
         super().__init__()
@@ -118,7 +116,7 @@ class Beyond(StopRequest):
 
 
 class Clock:
-    """Beginnings and ends of what functions do in this process and in those that are forked from it."""
+    """Times at which functions begin and end, in this process and in processes forked from it."""
 
     def __init__(self) -> None:
         self.queue = get_context("fork").SimpleQueue()
@@ -143,7 +141,7 @@ class Clock:
 
 
 def turn(config: RunConfig, clock: Clock) -> Report:
-    """One repetition of a case: started, resumed, and uninterrupted beside it."""
+    """Measure one repetition of a case: started, resumed, and without an interruption."""
     resumed, whole = (replace(config, output=f"{config.output}/{name}") for name in ("resumed", "whole"))
     Path(config.output).mkdir()
     fresh, first = by_command(resumed, signal.SIGTERM)
@@ -179,7 +177,7 @@ def turn(config: RunConfig, clock: Clock) -> Report:
 
 
 def import_seconds() -> float:
-    """Of what the command imports, as it does, without the process's end."""
+    """Return the time of the command's imports, without the end of the process."""
     code = "\n".join(
         (
             "from embedscale.imports import importing",
@@ -208,7 +206,7 @@ def main() -> None:
     imports = []
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        # In a process of its own: this one must not have begun threads when it forks.
+        # In a separate process: a process that forks must not have started threads.
         furnishing = get_context("spawn").Process(target=furnish, args=(folder, args.sizes))
         furnishing.start()
         furnishing.join()

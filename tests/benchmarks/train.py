@@ -1,11 +1,12 @@
-"""Training steps of ours, of sentence-transformers' trainer and of our own padded path, side by side in one run.
+"""Compare training steps of our module, of sentence-transformers' trainer and of a padded module, in one run.
 
     python tests/benchmarks/train.py [--size pythia-14m] [--batch 256] [--bf16] [--turns 2] [--cached] [--methods]
 
-Same random weights, same pairs (lengths as in the paper, cut at 75 tokens; tokens as frequent as a text's words), same
-loss (symmetric, over in-batch negatives), same optimiser, same precision. Each contestant has a process of its own, and
-they take turns; the median step counts, after two at the beginning of each turn. Theirs tokenises as it trains; ours
-has its tokens, as from a prepared store. `--methods` also measures freezing, bias-only and LoRA of ours.
+All have the same random weights, pairs (lengths as in the paper, cut at 75 tokens; tokens as frequent as words of a
+text), loss (symmetric, over in-batch negatives), optimizer and precision. Each contestant has its own process, and
+they take turns. The median step counts; the first two steps of each turn do not. sentence-transformers tokenises
+during training; our module has its tokens, as from a prepared store. `--methods` also measures our freezing, bias-only
+training and LoRA.
 """
 
 import argparse
@@ -37,20 +38,20 @@ from embedscale.training.calibrate import METHODS, build, config_of, module_of, 
 from embedscale.training.loss import info_nce
 
 LEARNING_RATE = 1e-5
-BATCHES = 16  # different ones, so that few steps find what an earlier one of the same lengths set up
+BATCHES = 16  # different batches, so that few steps profit from an earlier step with the same lengths
 WARM = 2  # steps at the beginning of a turn that do not count
-Turn = tuple[list[float], float]  # seconds of the steps, and the first loss
+Turn = tuple[list[float], float]  # the seconds of each step, and the first loss
 
 
 def pairs_of(config: Any, vocabulary: int, number: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Batches as (tokens [T], lengths [2 B])."""
+    """Return batches as (tokens [T], lengths [2 B])."""
     lengths = [paper_lengths(config, seed) for seed in range(number)]
     found = enumerate(lengths)
     return [(2 + paper_tokens(int(each.sum()), vocabulary - 2, seed), each) for seed, each in found]
 
 
 def save_model(body: nn.Module, folder: Path, vocabulary: int) -> None:
-    """A sentence-transformers folder whose tokenizer gives word `w7` the token 7."""
+    """Save a sentence-transformers model whose tokenizer gives the word `w7` the token 7."""
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -70,7 +71,7 @@ def save_model(body: nn.Module, folder: Path, vocabulary: int) -> None:
 
 
 def setting(words: list[str], size: str, label: str, folder: Path) -> tuple[Any, nn.Module, list, torch.device]:
-    """What each of our contestants starts from."""
+    """Return the configuration, body, batches and device of our contestants."""
     config = config_of(load(None, words), size, label)
     body = AutoModel.from_pretrained(folder / "backbone", dtype=torch.float32)
     keep_freed_memory()
@@ -79,7 +80,7 @@ def setting(words: list[str], size: str, label: str, folder: Path) -> tuple[Any,
 
 
 def ours(words: list[str], size: str, label: str, folder: Path) -> Callable[[int], Turn]:
-    """Steps of the real module, without the Trainer's loop around them."""
+    """Make steps of the real module, without the Trainer's loop."""
     config, body, batches, device = setting(words, size, label, folder)
     module = module_of(body, config).to(device)
     module.encoder.train()
@@ -98,7 +99,7 @@ def ours(words: list[str], size: str, label: str, folder: Path) -> Callable[[int
 
 
 def padded(words: list[str], size: str, folder: Path) -> Callable[[int], Turn]:
-    """The plain way: queries and positives each padded to the longest, a mask, mean pooling."""
+    """Make steps of the usual way: queries and positives padded to the longest, a mask, mean pooling."""
     config, body, batches, device = setting(words, size, "full", folder)
     body = body.to(device).train()
     optimizer = torch.optim.AdamW(body.parameters(), lr=LEARNING_RATE, weight_decay=0.1, fused=True)
@@ -123,24 +124,24 @@ def padded(words: list[str], size: str, folder: Path) -> Callable[[int], Turn]:
 
 
 def timed(step: Callable[[int], float]) -> Callable[[int], Turn]:
-    """A turn of so many steps, after those that warm the caches up again."""
+    """Time a turn of this many steps, after `WARM` steps that do not count."""
     numbers = itertools.count()
 
     def turn(steps: int) -> Turn:
         seconds, losses = [], []
         for _ in range(WARM + steps):
             begun = time.perf_counter()
-            losses.append(step(next(numbers)))  # a number: the step is over
+            losses.append(step(next(numbers)))  # `step` returns a number, so the step is finished
             seconds.append(time.perf_counter() - begun)
         if torch.cuda.is_available():
-            torch.cuda.empty_cache()  # for the others
+            torch.cuda.empty_cache()  # for the other contestants
         return seconds[WARM:], losses[0]
 
     return turn
 
 
 def theirs(words: list[str], folder: Path, cached: bool) -> Callable[[int], Turn]:
-    """Turns of sentence-transformers' trainer; seconds are from the end of a step to the end of the next."""
+    """Time turns of sentence-transformers' trainer, from the end of one step to the end of the next."""
     from datasets import Dataset
     from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
     from sentence_transformers import SentenceTransformerTrainingArguments as Arguments

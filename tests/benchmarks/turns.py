@@ -1,4 +1,4 @@
-"""Contestants in processes of their own, which take turns: none profits from, or suffers by, what another set up."""
+"""Contestants in separate processes that take turns, so that none changes the state of another."""
 
 import multiprocessing
 from collections.abc import Callable, Iterator
@@ -6,7 +6,7 @@ from typing import Any
 
 
 class Contestant:
-    """`make(*args)` returns, in a new process, the function that a turn calls; its results come back here."""
+    """A new process. There `make(*args)` returns the function that a turn calls; this process gets the results."""
 
     def __init__(self, make: Callable[..., Callable[..., Any]], *args: Any):
         context = multiprocessing.get_context("spawn")

@@ -1,9 +1,9 @@
-"""Where a training step's time goes on a CPU: the plain padded way, and ours, operation by operation.
+"""Show how a training step's time on a CPU divides into operations: with padding, and in our module.
 
     python tests/benchmarks/where.py [--bf16] [--sizes SIZE …] [--figure FILE]   # about nine minutes
 
-Full fine-tuning, the pairs of train.py, on one thread, which is what each core of a training step has, and so that
-the profiler sees all of it.
+The method is full fine-tuning on the pairs of train.py, with one thread: each core of a training step has one thread,
+and the profiler sees all of its work.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from embedscale.run.families import PYTHIA
 from embedscale.training.calibrate import build
 
 PAIRS = {"pythia-14m": 256, "pythia-70m": 64, "pythia-160m": 32, "pythia-410m": 8}
-PARTS = {  # what operations' names begin with
+PARTS = {  # part → beginnings of the names of its operations
     "products of dense layers": ("aten::mm", "aten::addmm", "mkldnn::_linear_pointwise"),
     "attention": ("aten::_scaled_dot_product", "aten::bmm", "aten::baddbmm", "aten::_softmax"),
     "GELU": ("aten::gelu",),
@@ -33,11 +33,11 @@ PARTS = {  # what operations' names begin with
     "AdamW": ("aten::_fused_adamw",),
 }
 
-COLORS = [matplotlib.colormaps["tab10"](number) for number in (0, 1, 4, 2, 8, 9, 3, 7)]  # of PARTS, and of the rest
+COLORS = [matplotlib.colormaps["tab10"](number) for number in (0, 1, 4, 2, 8, 9, 3, 7)]  # of PARTS, then of the rest
 
 
 def parts_of(turn) -> dict[str, float]:
-    """Seconds a step, by part; what no part names is `the rest`, Python included."""
+    """Return seconds per step by part. `the rest` is everything in no part, Python included."""
     turn(1)
     with profile(activities=[ProfilerActivity.CPU]) as found:
         turn(1)
@@ -78,7 +78,7 @@ def main() -> None:
 
 
 def draw(found: dict[str, tuple[dict[str, float], dict[str, float]]], file: str) -> None:
-    """Two bars a size, of the padded way's step."""
+    """Draw two bars for each size, as shares of the padded step."""
     with style():
         figure = Figure(figsize=(TWO, 0.55 + 0.5 * len(found)))
         axes = figure.subplots()

@@ -1,4 +1,4 @@
-"""Tokenizers and finished runs that several files of tests use."""
+"""Tokenizers and finished runs that several test files use."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,7 @@ def bytes_tokenizer(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def bpe_tokenizer(tmp_path_factory) -> Path:
-    """Like Pythia's but smaller, and with habits that a store must not take over: a BOS, padding, truncation."""
+    """Like Pythia's, but smaller, and with settings that a store must ignore: a BOS token, padding, truncation."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -49,7 +49,7 @@ METHODS = {
 
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory, tiny_run) -> dict[str, Path]:
-    """A finished run of each method."""
+    """Train one run of each method."""
     from embedscale.data.prepare import prepare
     from embedscale.errors import DONE
     from embedscale.run.settings import load
@@ -57,7 +57,7 @@ def runs(tmp_path_factory, tiny_run) -> dict[str, Path]:
 
     folder = tmp_path_factory.mktemp("runs")
     rows = write_pairs(folder / "all.jsonl", 3000).read_text().splitlines()
-    once = {json.loads(row)["pos"][0]: row for row in rows}  # equal positives would be ties, which nothing orders
+    once = {json.loads(row)["pos"][0]: row for row in rows}  # equal positives would tie
     (folder / "once.jsonl").write_text("\n".join(once.values()) + "\n")
     data = [f"data.store={folder / 'store'}", f"data.sources=[{{kind: jsonl, path: {folder / 'once.jsonl'}}}]"]
     assert prepare(load(None, [*tiny_run, *data])) == DONE

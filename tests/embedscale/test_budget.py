@@ -1,4 +1,4 @@
-"""The plan against plain counting: what a budget buys, the schedule, and which steps count for what."""
+"""The plan against plain counting: what a budget buys, the schedule, evaluations and averaged steps."""
 
 import math
 
@@ -27,7 +27,7 @@ def test_a_budget_buys_whole_pairs_up_to_its_last_flop(tiny_run, method, seed, d
     price = cost_of(shape_by_name(config.backbone.name), config.method).flop_per_token
     first = planned(tiny_run, *words).first_pair
     spent, pairs = [0], store.token_counts().tolist()
-    for number in range(len(pairs) + 8):  # beyond the last comes the first again
+    for number in range(len(pairs) + 8):  # after the last pair, the first comes again
         spent.append(spent[-1] + price * pairs[(first + number) % len(pairs)])
     for bought in (1, 2, 15, 16, 17, 100, len(pairs) - 1, len(pairs), len(pairs) + 8):
         whole = bought - bought % devices
@@ -48,7 +48,7 @@ def test_a_budget_buys_whole_pairs_up_to_its_last_flop(tiny_run, method, seed, d
             assert [stop for _, stop in stops] == [start for start, _ in stops[1:]] + [first + whole]
 
 
-def test_seeds_begin_elsewhere_in_the_same_order(tiny_run):
+def test_seeds_begin_at_different_pairs_of_one_order(tiny_run):
     assert len({planned(tiny_run, f"training.seed={seed}").first_pair for seed in range(8)}) == 8
 
 
@@ -58,15 +58,15 @@ def plan_of(steps: int, pairs: int | None = None, warmup: int = 0, final: float 
 
 
 @pytest.mark.parametrize("final", [0.0, 0.1])
-def test_the_rate_rises_to_its_peak_and_falls_by_a_cosine_to_where_the_budget_ends(final):
+def test_the_learning_rate_warms_up_and_falls_by_a_cosine_until_the_budget_ends(final):
     plan = plan_of(steps=110, warmup=10, final=final)
     rates = np.array([plan.learning_rate_at(step) for step in range(110)])
     assert rates[:10] == pytest.approx(2e-3 * np.arange(1, 11) / 10)
     assert rates[10] == 2e-3
     low = final * 2e-3
-    half, quarter = rates[60] - low, rates[35] - low  # of the way from the peak to the end
+    half, quarter = rates[60] - low, rates[35] - low  # halfway and a quarter of the way down
     assert half == pytest.approx((2e-3 - low) / 2) and quarter == pytest.approx((2e-3 - low) * (1 + 0.5**0.5) / 2)
-    assert plan.learning_rate_at(110) == pytest.approx(low)  # which the step after the last would have
+    assert plan.learning_rate_at(110) == pytest.approx(low)  # of the step after the last
     assert (np.diff(rates[10:]) < 0).all()
 
 
@@ -74,12 +74,12 @@ def test_the_rate_rises_to_its_peak_and_falls_by_a_cosine_to_where_the_budget_en
     "steps, pairs, averaged",
     [
         (100, 1000, range(95, 100)),
-        (101, 1005, range(95, 100)),  # the last, cut one has fewer negatives
+        (101, 1005, range(95, 100)),  # the last batch is cut and has fewer negatives
         (20, 200, range(19, 20)),
         (1, 3, range(1)),
     ],
 )
-def test_the_training_loss_is_that_of_the_last_twentieth_of_the_full_batches(steps, pairs, averaged):
+def test_the_training_loss_averages_the_last_twentieth_of_the_full_batches(steps, pairs, averaged):
     assert plan_of(steps, pairs).averaged_steps == averaged
 
 
@@ -90,6 +90,6 @@ def test_warm_up_and_evaluations_are_fractions_of_the_steps(tiny_run):
 
 
 @pytest.mark.parametrize("word", ["evaluation.pool=32", "evaluation.negatives=15", "evaluation.temperature=0.3"])
-def test_what_makes_losses_incomparable_changes_the_evaluations_digest(tiny_run, word):
+def test_settings_that_make_losses_incomparable_change_the_evaluation_digest(tiny_run, word):
     assert planned(tiny_run, word).evaluation_digest != planned(tiny_run).evaluation_digest
     assert planned(tiny_run, "training.seed=3").evaluation_digest == planned(tiny_run).evaluation_digest

@@ -1,4 +1,4 @@
-"""What `calibrate` measures adds up, is kept, and is what a sweep's plan goes by."""
+"""The figures of `calibrate` add up, are kept in a file, and are used by a sweep's plan."""
 
 import json
 
@@ -49,7 +49,7 @@ def test_rows_add_up_and_are_measured_once(backbone_folder, tmp_path, capsys):
     assert json.loads(out.read_text()) == found
 
 
-def test_what_does_not_fit_is_said_and_not_built(backbone_folder, tmp_path, monkeypatch, capsys):
+def test_a_model_too_large_for_memory_is_named_and_not_built(backbone_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("embedscale.training.calibrate.load_body", None)
     out = tmp_path / "calibration.json"
     assert measured(backbone_folder, out, "resources.memory_gb=1e-4") == 0
@@ -76,14 +76,14 @@ def test_other_settings_and_unknown_names_are_refused(backbone_folder, tmp_path,
         assert message in capsys.readouterr().err and not out.exists()
 
 
-def test_lengths_are_the_papers():
+def test_lengths_have_the_means_of_the_paper():
     lengths = paper_lengths(load(None, ["training.batch_size=4096"]), 0)
     queries, positives = lengths[:4096], lengths[4096:]
     assert queries.mean() == pytest.approx(14, abs=0.3) and positives.mean() == pytest.approx(64, abs=0.3)
     assert lengths.min() >= 1 and lengths.max() == 75
 
 
-def test_bodies_are_the_suites():
+def test_bodies_have_the_published_sizes():
     body = build("pythia-14m")
     inside = sum(p.numel() for name, p in body.named_parameters() if "embed_in" not in name)
     assert inside == PYTHIA.sizes["pythia-14m"].parameters
@@ -91,7 +91,7 @@ def test_bodies_are_the_suites():
 
 
 def _peak(longest, out):
-    """A process whose largest step has 1,024 pairs, of the paper's lengths or all of them at the context's end."""
+    """Train in a process whose largest step has 1,024 pairs, of the paper's lengths or all as long as the context."""
     torch.set_num_threads(2)
     keep_freed_memory()
     config = config_of(load(None, [f"resources.memory_gb={LIMIT / 1e9}"]), "pythia-14m", "full")
@@ -106,7 +106,7 @@ def _peak(longest, out):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("longest", [False, True])
-def test_a_step_stays_within_the_memory_it_may_take(server, longest):
+def test_a_step_stays_within_its_memory_limit(server, longest):
     """The whole batch in one chunk would take 4 to 8 GB."""
     out = server.Queue()
     process = server.Process(target=_peak, args=(longest, out))
@@ -118,7 +118,7 @@ def test_a_step_stays_within_the_memory_it_may_take(server, longest):
 
 
 @pytest.mark.parametrize("method", [[], ["method.name=lora", "method.rank=2", "method.embedding=true"]])
-def test_chunks_are_cut_only_where_the_memory_asks_for_it(backbone_folder, method):
+def test_chunks_are_cut_only_if_memory_is_short(backbone_folder, method):
     words = [f"backbone.name={backbone_folder}", "training.batch_size=64", "data.context=40", *method]
     body = load_body(load(None, words).backbone, 0)
     assert fitting_chunk(module_of(body, load(None, words))) is None
@@ -129,11 +129,11 @@ def test_chunks_are_cut_only_where_the_memory_asks_for_it(backbone_folder, metho
 
 
 @pytest.mark.parametrize(("sharing", "devices"), [(1, 1), (2, 1), (1, 2)])
-def test_runs_and_processes_share_a_machines_memory(backbone_folder, monkeypatch, sharing, devices):
+def test_runs_and_processes_share_the_memory_of_a_machine(backbone_folder, monkeypatch, sharing, devices):
     words = [f"backbone.name={backbone_folder}", "training.batch_size=64", "data.context=40"]
     config = load(None, [*words, f"resources.devices={devices}"])
     module = module_of(load_body(config.backbone, 0), config)
-    there = 2 * memory_in_use(module.device)  # now: what fitting_chunk tries takes more
+    there = 2 * memory_in_use(module.device)  # measured before fitting_chunk, whose trials take memory
     monkeypatch.setattr(contrastive, "usable_memory", lambda device: there)
     module.sharing = sharing
     assert fitting_chunk(module) == (None if sharing * devices == 1 else 40)

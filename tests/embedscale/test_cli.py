@@ -1,4 +1,4 @@
-"""The command line itself: where settings may stand, and what it says of errors that no verb foresees."""
+"""The command line itself: where settings may stand, and the messages for errors that no verb catches."""
 
 import errno
 import os
@@ -30,13 +30,13 @@ from embedscale.training import plan
         ("sweep submit --evaluate paper X name=x --to here S", ["name=x"], ("evaluate", ["paper", "X"])),
     ],
 )
-def test_settings_stand_before_and_behind_options(words, settings, option):
+def test_settings_may_stand_before_and_after_options(words, settings, option):
     args = cli.parse(words.split())
     assert args.words == settings and getattr(args, option[0]) == option[1]
 
 
 @pytest.mark.parametrize("words", ["train Q --nope a=b", "fit RUNS a=b", "export RUN FOLDER MORE"])
-def test_what_no_verb_takes_is_refused(words, capsys):
+def test_unknown_words_and_options_are_refused(words, capsys):
     with pytest.raises(SystemExit, match="2"):
         cli.main(words.split())
     assert "unrecognized arguments" in capsys.readouterr().err
@@ -57,7 +57,7 @@ def flops_that(monkeypatch, do) -> int:
     return cli.main(["flops"])
 
 
-def test_what_the_system_refuses_is_one_line_that_names_the_file(tmp_path, tiny_run, capsys, monkeypatch):
+def test_an_error_of_the_system_is_one_line_that_names_the_file(tmp_path, tiny_run, capsys, monkeypatch):
     (tmp_path / "file").touch()
     assert cli.main(["train", *tiny_run, "budget=5e9", f"output={tmp_path / 'file'}"]) == WRONG
     assert said(capsys).startswith(f"embedscale: {tmp_path / 'file'}/")
@@ -74,12 +74,12 @@ def test_what_the_system_refuses_is_one_line_that_names_the_file(tmp_path, tiny_
     def library():
         raise OSError("200 requested and 100 written")
 
-    with pytest.raises(OSError, match="requested"):  # no refusal of the system: its traceback is wanted
+    with pytest.raises(OSError, match="requested"):  # not an error of the system, so the traceback is shown
         flops_that(monkeypatch, library)
 
 
 @pytest.mark.parametrize("library", ["torch", "safetensors", "numpy"])
-def test_a_write_that_fails_says_why_whatever_the_library_makes_of_it(tmp_path, library):
+def test_a_failed_write_reports_the_cause_and_not_the_error_of_a_library(tmp_path, library):
     values = torch.zeros(10**6)
     write = {
         "torch": lambda file: torch.save(values, file),
@@ -87,7 +87,7 @@ def test_a_write_that_fails_says_why_whatever_the_library_makes_of_it(tmp_path, 
         "numpy": lambda file: np.save(file, values.numpy()),
     }[library]
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, limits[1]))  # stands for a disk that is full
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, limits[1]))  # acts like a full disk
     try:
         with pytest.raises(OSError) as raised:
             write_atomically(tmp_path / "file", write)
@@ -98,7 +98,7 @@ def test_a_write_that_fails_says_why_whatever_the_library_makes_of_it(tmp_path, 
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_before_a_verb_sees_to_it_interrupts(capsys, monkeypatch, number):
+def test_a_signal_before_a_verb_handles_it_interrupts(capsys, monkeypatch, number):
     def wait():
         os.kill(os.getpid(), number)
         time.sleep(60)
@@ -107,7 +107,7 @@ def test_a_signal_before_a_verb_sees_to_it_interrupts(capsys, monkeypatch, numbe
     assert said(capsys) == "embedscale: interrupted"
 
 
-def test_an_interrupt_that_a_library_hides_is_one_all_the_same(capsys, monkeypatch):
+def test_an_interrupt_that_a_library_hides_still_interrupts(capsys, monkeypatch):
     def load(*_):
         try:
             os.kill(os.getpid(), signal.SIGINT)
@@ -120,7 +120,7 @@ def test_an_interrupt_that_a_library_hides_is_one_all_the_same(capsys, monkeypat
     assert said(capsys) == "embedscale: interrupted"
 
 
-def test_a_terminal_that_lacks_a_character_gets_another():
+def test_a_character_that_the_terminal_lacks_is_replaced():
     words = [sys.executable, "-m", "embedscale.cli", "sweep", "submit", "--help"]
     done = subprocess.run(words, env=os.environ | {"PYTHONIOENCODING": "ascii"}, capture_output=True)
     assert done.returncode == 0, done.stderr
@@ -140,14 +140,14 @@ def test_a_terminal_that_lacks_a_character_gets_another():
         ("=1", "'=1' is not a key=value word"),
     ],
 )
-def test_what_is_wrong_in_a_setting_is_said_by_its_name_and_not_blamed_on_the_file(tmp_path, capsys, word, message):
+def test_an_error_in_a_word_names_the_setting_and_not_the_file(tmp_path, capsys, word, message):
     file = tmp_path / "run.yaml"
     file.write_text("budget: 1e11")
     assert cli.main(["flops", str(file), word]) == WRONG
     assert said(capsys).startswith(f"embedscale: {message}")
 
 
-def test_what_is_wrong_in_the_file_is(tmp_path, capsys):
+def test_an_error_in_the_file_names_the_file(tmp_path, capsys):
     file = tmp_path / "run.yaml"
     file.write_text("training: 3")
     assert cli.main(["flops", str(file), "budget=1e11"]) == WRONG
@@ -155,7 +155,7 @@ def test_what_is_wrong_in_the_file_is(tmp_path, capsys):
 
 
 def a_verb_that(tmp_path, do: str, words: str = "", **options):
-    """`python -m` of a command whose verb does it."""
+    """Run the command line with `python -m` and a verb that runs this code."""
     imports = "import atexit, os, signal, socket, sys\nfrom embedscale import cli\nfrom embedscale.training import plan"
     program = f"{imports}\n\ndef do(*_):\n    {do}\n\n{words}\nplan.print_flops = do\nsys.exit(cli.main(['flops']))\n"
     (tmp_path / "program.py").write_text(program)
@@ -164,15 +164,15 @@ def a_verb_that(tmp_path, do: str, words: str = "", **options):
     )
 
 
-def test_a_socket_that_is_closed_ends_no_command(tmp_path):
-    """As W&B's is when its service is killed: an error that can be caught, not the end of the process."""
+def test_a_closed_socket_does_not_end_a_command(tmp_path):
+    """As when W&B's service is killed: the write raises an error that can be caught, and the process goes on."""
     do = "a, b = socket.socketpair(); b.close()\n    try: a.send(b'x')\n    except BrokenPipeError: return 3"
     done = a_verb_that(tmp_path, do)
     assert (done.returncode, done.stderr) == (3, "")
 
 
 @pytest.mark.parametrize(("stdout", "code", "message"), [("closed", 3, ""), ("/dev/full", FAILED, "No space left")])
-def test_a_reader_that_has_left_is_no_error_and_a_full_disk_is(tmp_path, stdout, code, message):
+def test_a_closed_pipe_is_no_error_and_a_full_disk_is_one(tmp_path, stdout, code, message):
     if stdout == "closed":
         reader, writer = os.pipe()
         os.close(reader)
@@ -185,8 +185,8 @@ def test_a_reader_that_has_left_is_no_error_and_a_full_disk_is(tmp_path, stdout,
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_changes_the_exit_status_only_of_what_it_interrupts(tmp_path, number):
-    """Not where it goes through `exec`, as in a dataclass that is imported, nor while Python ends."""
+def test_a_signal_changes_the_exit_status_only_if_it_interrupts(tmp_path, number):
+    """It interrupts `exec` (an imported dataclass) as other code; while Python ends, it interrupts nothing."""
     kill = f"os.kill(os.getpid(), {int(number)})"
     done = a_verb_that(tmp_path, f"exec('{kill}; signal.pause()')")
     assert (done.returncode, done.stderr) == (INTERRUPTED, "embedscale: interrupted\n")

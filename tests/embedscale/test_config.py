@@ -1,4 +1,4 @@
-"""Settings: files and words into dataclasses, every setting explained, and run ids that do not move."""
+"""Settings: files and words become dataclasses, every setting has an explanation, and run ids stay."""
 
 from dataclasses import fields, is_dataclass
 from typing import get_type_hints
@@ -33,7 +33,7 @@ def test_every_setting_has_one_line_that_explains_it():
         ["backbone.name='yes'", "resources.loggers=[wandb]", "training.learning_rate=1e-5", "budget=1234567"],
     ],
 )
-def test_what_config_prints_is_the_same_configuration(tmp_path, capsys, words):
+def test_printed_settings_read_back_equal(tmp_path, capsys, words):
     assert main(["config", *words]) == 0
     printed = capsys.readouterr().out
     file = tmp_path / "printed.yaml"
@@ -57,7 +57,7 @@ def test_config_prints_value_meaning_and_the_default_where_it_differs(capsys):
     ("kind", "schema", "file"),
     [("sweep", SweepFile, "configs/sweep/paper.yaml"), ("cluster", Cluster, "configs/cluster/a100.yaml")],
 )
-def test_files_of_sweeps_and_clusters_are_printed_too(tmp_path, capsys, kind, schema, file):
+def test_sweep_and_cluster_files_are_printed_too(tmp_path, capsys, kind, schema, file):
     assert main(["config", "--of", kind, file]) == 0
     again = tmp_path / "again.yaml"
     again.write_text(capsys.readouterr().out)
@@ -80,7 +80,7 @@ def test_unknown_settings_are_refused_with_the_nearest_known_one():
 
 @pytest.mark.parametrize(
     ("words", "run_id"),
-    [  # as the first version named them
+    [  # names of the first version
         ([], "pythia-14m_full_1.5e15_s0_44136fa3"),
         (
             ["budget=3e16", "loss.temperature=0.05", "backbone.name=EleutherAI/pythia-12b", "method.name=bias"],

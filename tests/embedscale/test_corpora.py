@@ -1,4 +1,4 @@
-"""Sources of pairs: every row is read once, wherever units are cut; odd rows are counted; the unreadable is named."""
+"""Sources of pairs: every row is read once, however units are cut; odd rows are counted; unreadable files are named."""
 
 import ast
 import bz2
@@ -44,15 +44,15 @@ def write_jsonl(path: Path, rows: list[dict], ending: str = "\n") -> Path:
 
 @pytest.mark.parametrize("unit", [1, 7, 64, 65, 1000, 10**9])
 @pytest.mark.parametrize("ending", ["\n", "\r\n", "\n\n"])
-def test_every_line_is_read_once_wherever_units_are_cut(tmp_path, unit, ending):
+def test_every_line_is_read_once_however_units_are_cut(tmp_path, unit, ending):
     path = write_jsonl(tmp_path / "pairs.jsonl", rows(40), ending)
-    path.write_bytes(path.read_bytes().rstrip())  # the last line has no end
+    path.write_bytes(path.read_bytes().rstrip())  # the last line has no line feed
     pairs, counts = everything(UnitSize(unit), path=str(path), negative="neg")
     assert pairs == as_pairs(rows(40))
     assert counts == {"read": 40}
 
 
-def test_a_large_corpus_has_larger_units_not_more(tmp_path):
+def test_a_large_corpus_has_larger_units_and_not_more(tmp_path):
     path = write_jsonl(tmp_path / "pairs.jsonl", rows(1000))
     assert len(units_of(0, Source(path=str(path)), UnitSize(1))) <= UNIT_SIZE.most_units
 
@@ -62,7 +62,7 @@ def test_a_file_a_folder_and_a_glob_are_the_same_corpus(tmp_path):
     (folder / "deeper").mkdir(parents=True)
     write_jsonl(folder / "a.jsonl", rows(5))
     (folder / "deeper" / "b.jsonl.gz").write_bytes(gzip.compress(write_jsonl(tmp_path / "b", rows(9)[5:]).read_bytes()))
-    (folder / "dataset_infos.json").write_text("{}")  # what the hub's own folders hold beside the data
+    (folder / "dataset_infos.json").write_text("{}")  # the hub's folders hold this file beside the data
     expected = as_pairs(rows(9), negatives=False)
     assert everything(path=str(folder))[0] == expected
     assert everything(path=str(folder / "a.jsonl"))[0] == expected[:5]
@@ -83,7 +83,7 @@ def test_folders_that_are_links_and_tables_that_are_folders_are_read(tmp_path):
     for path in (table, table.parent, tmp_path / "spark" / "*.parquet", tmp_path / "spa*" / "**"):
         assert everything(path=str(path), **columns)[0] == [Pair(f"q{i}", f"a{i}") for i in range(3)]
     (tmp_path / "near" / "gone.jsonl").symlink_to("nowhere")
-    with pytest.raises(FileNotFoundError, match=r"gone\.jsonl"):  # the command line makes one line of it
+    with pytest.raises(FileNotFoundError, match=r"gone\.jsonl"):  # the command line prints it as one line
         everything(path=str(tmp_path / "near"))
 
 
@@ -137,7 +137,7 @@ def test_hugging_face_datasets_saved_and_in_the_hubs_form(tmp_path):
 
 ODD_ROWS = [
     (b'{"query": "q\xff", "pos": ["p"]}', "not_utf8"),
-    (b'{"query": "q", "pos": ["\\ud800"]}', "not_utf8"),  # half a surrogate pair: JSON can spell it, UTF-8 cannot
+    (b'{"query": "q", "pos": ["\\ud800"]}', "not_utf8"),  # half a surrogate pair: possible in JSON, impossible in UTF-8
     ('{"query": "q", "pos": ["p"]}'.encode("utf-16"), "not_utf8"),
     (b'{"query": "q", "pos": ["p"]', "malformed"),
     (b'["query", "pos"]', "malformed"),
@@ -175,7 +175,7 @@ def test_text_that_is_not_utf8_in_tables_is_counted(tmp_path, kind, in_list):
     assert counts == {"read": 3, "not_utf8": 1}
 
 
-def test_what_cannot_be_read_is_named(tmp_path):
+def test_an_unreadable_source_is_named(tmp_path):
     import datasets
 
     good = write_jsonl(tmp_path / "good.jsonl", rows(3))
@@ -255,7 +255,7 @@ def python_pairs(files: list[Path]) -> tuple[list[Pair], Counter]:
     return [pair for file in files for pair in documented_functions(file, counts)], counts
 
 
-def test_functions_become_pairs_of_docstring_and_code_without_it(tmp_path):
+def test_functions_become_pairs_of_docstring_and_code(tmp_path):
     (tmp_path / "module.py").write_text(MODULE)
     pairs, counts = python_pairs([tmp_path / "module.py"])
     assert [pair for pair in pairs if pair.positive] == [
@@ -270,7 +270,7 @@ def test_functions_become_pairs_of_docstring_and_code_without_it(tmp_path):
         ),
         Pair("Double it.", "def inner(x):\n    return 2 * x"),
     ]
-    assert counts == {"read": 4}  # the one-line function has no code left, and will be dropped as empty
+    assert counts == {"read": 4}  # the one-line function has no code besides its docstring; `prepare` drops it as empty
 
 
 def test_odd_files_are_counted(tmp_path):
@@ -291,8 +291,8 @@ def test_odd_files_are_counted(tmp_path):
     assert counts == {"read": 6, "not_utf8": 1, "malformed": 4}
 
 
-def test_the_code_of_a_pair_is_the_function_without_its_docstring_for_the_standard_library():
-    """Parsed again, the text of each pair is the function that the file holds, less its docstring."""
+def test_pairs_of_the_standard_library_are_functions_without_their_docstrings():
+    """The text of each pair parses to the function in the file, without its docstring."""
     folder = Path(sysconfig.get_path("stdlib"))
     files = [folder / name for name in ("argparse.py", "statistics.py", "asyncio/tasks.py", "ast.py", "inspect.py")]
     expected = Counter()
@@ -308,7 +308,7 @@ def test_the_code_of_a_pair_is_the_function_without_its_docstring_for_the_standa
     assert expected.total() > 150
 
 
-def test_the_installed_files_are_those_of_the_interpreter_in_a_fixed_order():
+def test_installed_files_are_listed_in_a_fixed_order():
     files = installed_files()
     assert len(files) == len(set(files))
     names = [str(path) for path in files]

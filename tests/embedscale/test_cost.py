@@ -1,4 +1,4 @@
-"""Costs against what torch counts, and parameter counts against the models that transformers builds."""
+"""Costs against torch's FLOP counter, and parameter counts against models that transformers builds."""
 
 import itertools
 
@@ -33,7 +33,7 @@ METHODS = {
 
 
 def counted(method, checkpointing, parallel, sequences=3, length=16):
-    """Forward and backward FLOP of eager attention, all of it and the attention scores alone."""
+    """Return the forward and backward FLOP with eager attention: in all, and of the attention scores alone."""
     config = GPTNeoXConfig(
         vocab_size=256,
         hidden_size=32,
@@ -46,7 +46,7 @@ def counted(method, checkpointing, parallel, sequences=3, length=16):
     body = GPTNeoXModel(config)
     apply_method(body, method)
     if checkpointing:
-        # transformers called it by another name before 5.20.
+        # Before 5.20, transformers had another name for it.
         enable = getattr(body, "activation_checkpointing_enable", None) or body.gradient_checkpointing_enable
         enable({"use_reentrant": False})
         body.disable_input_require_grads()
@@ -56,14 +56,14 @@ def counted(method, checkpointing, parallel, sequences=3, length=16):
         out = body(input_ids=ids, use_cache=False).last_hidden_state
     with FlopCounterMode(display=False) as backward:
         out.sum().backward()
-    with FlopCounterMode(display=False) as angles:  # of the rotation, a product in older transformers
+    with FlopCounterMode(display=False) as angles:  # older transformers compute the rotary angles by a product
         body.rotary_emb(out, torch.arange(length)[None])
     shape = gpt_neox_shape("tiny", config.to_dict())
     return forward.get_total_flops() - angles.get_total_flops(), backward.get_total_flops(), shape, body
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_exact_cost_is_what_torch_counts_to_the_last_flop(name):
+def test_the_exact_cost_equals_torchs_count(name):
     method = METHODS[name]
     for checkpointing, parallel in itertools.product((False, True), (True, False)):
         forward, backward, shape, body = counted(method, checkpointing, parallel)
@@ -101,7 +101,7 @@ def test_the_papers_formula_agrees_with_the_dense_products_on_pythia_70m(method,
 
 
 def test_without_an_adapter_on_the_embedding_lora_saves_the_first_input_gradients():
-    """The paper's formula sends the backward pass through all of N; the first block's input needs no gradient."""
+    """The paper's formula counts a backward pass through all of N, but the first block's input needs no gradient."""
     shape = PYTHIA.sizes["pythia-70m"].shape
     with_it = cost_of(shape, Method("lora", rank=32, embedding=True))
     without = cost_of(shape, Method("lora", rank=32))
@@ -116,7 +116,7 @@ def test_without_an_adapter_on_the_embedding_lora_saves_the_first_input_gradient
     [(family, row) for family in FAMILIES for row in family.sizes.values()],
     ids=[name for family in FAMILIES for name in family.sizes],
 )
-def test_parameter_counts_are_those_of_the_built_model(family, row):
+def test_parameter_counts_equal_those_of_the_built_model(family, row):
     config = AutoConfig.for_model(family.model_type, **row.config)
     with torch.device("meta"):
         model = AutoModel.from_config(config)
@@ -133,8 +133,8 @@ def test_full_fine_tuning_costs_6n_and_bias_about_4n():
         assert bias.flop_per_token == 4 * row.parameters + 2 * row.shape.biases
 
 
-def test_the_exact_cost_is_exact_for_grouped_queries_and_gated_layers_too():
-    """A Llama: other names, no biases, three matrices in the MLP, fewer key heads than query heads."""
+def test_the_exact_cost_equals_torchs_count_for_a_llama():
+    """A Llama has other names, no biases, three matrices in the MLP, and fewer key heads than query heads."""
     from transformers import LlamaConfig, LlamaModel
 
     config = LlamaConfig(
@@ -153,7 +153,7 @@ def test_the_exact_cost_is_exact_for_grouped_queries_and_gated_layers_too():
         apply_method(body, method)
         with FlopCounterMode(display=False) as counter:
             body(input_ids=torch.randint(0, 64, (2, 8)), use_cache=False).last_hidden_state.sum().backward()
-        # transformers computes the rotary angles as a product of their own: one number a position and frequency.
+        # transformers computes the rotary angles by another product: one number for each position and frequency.
         angles = 2 * 8 * 4
         assert counter.get_total_flops() - cost_of(shape, method).exact(16, 128) in (0, angles, 2 * angles)
 
@@ -176,12 +176,12 @@ def test_the_exact_cost_is_exact_for_grouped_queries_and_gated_layers_too():
         ({"name": "full", "rank": 8}, "settings of 'lora' are given"),
     ],
 )
-def test_bad_methods_are_named(settings, message):
+def test_a_method_that_does_not_fit_is_refused(settings, message):
     with pytest.raises(UserError, match=message):
         cost_of(PYTHIA.sizes["pythia-70m"].shape, Method(**settings))
 
 
-def test_the_papers_learning_rates():
+def test_learning_rates_are_those_of_the_paper():
     pythia = known("EleutherAI/pythia-160m-deduped").pretraining_learning_rate
     assert Method().peak_learning_rate(pythia) == pytest.approx(6e-5)
     assert Method("lora", rank=8).peak_learning_rate(None) == Method("bias").peak_learning_rate(1e-4) == 1e-3

@@ -1,4 +1,4 @@
-"""Texts embedded with a finished run: in parts, continued after a kill, without a network; bad texts are refused."""
+"""Encode texts with a finished run: in parts, continued after a kill, without a network; bad texts are refused."""
 
 import json
 import shutil
@@ -19,7 +19,7 @@ from embedscale.serving.encode import encode
 
 
 @pytest.mark.parametrize("form", ["npy", "arrow"])
-def test_encode_streams_and_goes_on_after_a_kill(tmp_path, runs, form, monkeypatch):
+def test_encode_works_in_parts_and_continues_after_a_kill(tmp_path, runs, form, monkeypatch):
     texts = [f"text number {i} {'word ' * (i % 60)}".strip() for i in range(230)]
     (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"body": text}) + "\n" for text in texts))
     words = [str(runs["full"]), str(tmp_path / "texts.jsonl"), str(tmp_path / "out"), "body", form, 50]
@@ -50,7 +50,7 @@ def test_encode_streams_and_goes_on_after_a_kill(tmp_path, runs, form, monkeypat
         encode(str(runs["lora"]), *words[1:])
 
 
-def test_encode_takes_a_byte_order_mark_for_none_of_the_text_and_draws_no_bar_into_a_pipe(tmp_path, runs, capsys):
+def test_encode_skips_a_byte_order_mark_and_draws_no_bar_into_a_pipe(tmp_path, runs, capsys):
     from transformers.utils import logging
 
     (tmp_path / "plain.jsonl").write_text('{"text": "one"}\n')
@@ -63,7 +63,7 @@ def test_encode_takes_a_byte_order_mark_for_none_of_the_text_and_draws_no_bar_in
     assert (tmp_path / "plain/00000.npy").read_bytes() == (tmp_path / "marked/00000.npy").read_bytes()
 
 
-def test_texts_without_a_token_are_similar_to_nothing(runs):
+def test_a_text_without_tokens_has_similarity_zero(runs):
     found = Embedder.load(runs["full"]).encode(["", "a", ""])
     assert not found[0].any() and not found[2].any() and np.linalg.norm(found[1]) == pytest.approx(1)
 
@@ -82,7 +82,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_texts_are_one_line(tmp_path, runs, capsys, case):
+def test_bad_texts_are_refused_in_one_line(tmp_path, runs, capsys, case):
     (tmp_path / "empty.txt").write_text("one\n\nthree\n")
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9\n")
     (tmp_path / "half.jsonl").write_text('{"text": "\\ud83d"}\n')

@@ -1,4 +1,4 @@
-"""The packed path against transformers' own, one sequence at a time."""
+"""The packed encoder against transformers, one sequence at a time."""
 
 import pickle
 from multiprocessing.reduction import ForkingPickler
@@ -50,7 +50,7 @@ def packed(encoder, tokens, lengths, chunk_tokens=None):
 
 @pytest.mark.parametrize("pooling", ["mean", "last", "weighted"])
 @pytest.mark.parametrize("chunk_tokens", [None, 300, 1])
-def test_packed_is_one_by_one(backbone_folder, pooling, chunk_tokens):
+def test_packed_sequences_embed_as_single_ones(backbone_folder, pooling, chunk_tokens):
     tokens, lengths = sequences()
     reference = AutoModel.from_pretrained(backbone_folder, dtype=torch.float32, attn_implementation="eager")
     encoder = Encoder(load_body(Backbone(name=str(backbone_folder)), 0), pooling)
@@ -58,7 +58,7 @@ def test_packed_is_one_by_one(backbone_folder, pooling, chunk_tokens):
     torch.testing.assert_close(packed(encoder, tokens, lengths, chunk_tokens), expected, atol=1e-6, rtol=0)
 
 
-def test_a_chunk_from_a_loaders_worker_holds_no_file_open():
+def test_chunks_of_a_loader_worker_hold_no_files_open():
     chunks = pack(*sequences(), chunk_tokens=50)
     opened = Path("/proc/self/fd")
     before = len(list(opened.iterdir()))
@@ -70,8 +70,8 @@ def test_a_chunk_from_a_loaders_worker_holds_no_file_open():
             assert torch.equal(found[name], value) if isinstance(value, torch.Tensor) else found[name] == value
 
 
-def test_a_gpus_kernel_takes_what_it_is_given():
-    """Without a GPU its numbers cannot be had; its arguments, shapes and backward pass can."""
+def test_the_gpu_kernel_accepts_its_arguments():
+    """Without a GPU its results cannot be checked, but its arguments, shapes and backward pass can."""
     (packing,) = pack(*sequences())
     query, key, value = (
         torch.randn(len(packing.tokens), heads, 32, dtype=torch.bfloat16, device="meta", requires_grad=True)
@@ -83,7 +83,7 @@ def test_a_gpus_kernel_takes_what_it_is_given():
     assert key.grad.shape == key.shape
 
 
-def test_a_gpus_kernel_is_compiled_once_for_all_lengths():
+def test_the_gpu_kernel_is_compiled_once_for_all_lengths():
     torch._dynamo.reset()
     compiled = torch.compile(variable_length, backend="eager", fullgraph=True, dynamic=True)
     for seed, longest in ((0, 75), (1, 75), (2, 70)):
@@ -93,7 +93,7 @@ def test_a_gpus_kernel_is_compiled_once_for_all_lengths():
             assert compiled(*states, packing.to(torch.device("meta")), 0.1).shape == states[0].shape
 
 
-def test_packed_gradients_are_those_of_one_by_one(backbone_folder):
+def test_packed_gradients_equal_those_of_single_sequences(backbone_folder):
     tokens, lengths = sequences()
     reference = AutoModel.from_pretrained(backbone_folder, dtype=torch.float32)
     encoder = Encoder(load_body(Backbone(name=str(backbone_folder)), 0))
@@ -104,8 +104,8 @@ def test_packed_gradients_are_those_of_one_by_one(backbone_folder):
         torch.testing.assert_close(b.grad, a.grad, atol=1e-5, rtol=1e-4, msg=name)
 
 
-def test_long_sequences_are_attended_to_in_blocks_with_the_same_gradients(backbone_folder):
-    """From 192 tokens on, in blocks of 64; 1,100 is beyond the first of the masks."""
+def test_attention_in_blocks_gives_the_same_gradients(backbone_folder):
+    """Sequences of 192 tokens and more are processed in blocks of 64; 1,100 tokens need more than the first mask."""
     lengths = np.array([600, 192, 193, 191, 255, 256, 257, 600, 1100], np.int32)
     tokens = np.random.default_rng(2).integers(0, 256, lengths.sum()).astype(np.int32)
     reference = AutoModel.from_pretrained(backbone_folder, dtype=torch.float32)
@@ -120,7 +120,7 @@ def test_long_sequences_are_attended_to_in_blocks_with_the_same_gradients(backbo
         torch.testing.assert_close(b.grad, a.grad, atol=1e-5, rtol=1e-4, msg=name)
 
 
-def test_bf16_is_as_near_as_transformers_own(backbone_folder):
+def test_bf16_is_as_exact_as_in_transformers(backbone_folder):
     tokens, lengths = sequences()
     reference = AutoModel.from_pretrained(backbone_folder, dtype=torch.float32)
     encoder = Encoder(load_body(Backbone(name=str(backbone_folder)), 0), precision="bf16")
@@ -132,7 +132,7 @@ def test_bf16_is_as_near_as_transformers_own(backbone_folder):
     assert 0 < (ours - exact).norm() < 1.2 * (theirs - exact).norm()
 
 
-def test_chunks_side_by_side_are_the_chunks_one_by_one(backbone_folder):
+def test_chunks_on_two_threads_equal_chunks_in_turn(backbone_folder):
     tokens, lengths = sequences(200)
     encoder = Encoder(load_body(Backbone(name=str(backbone_folder)), 0))
     chunks = pack(tokens, lengths, 500)
@@ -157,7 +157,7 @@ def test_another_sequence_in_the_chunk_changes_nothing(backbone_folder):
     torch.testing.assert_close(packed(encoder, tokens, lengths)[:3], packed(encoder, changed, lengths)[:3])
 
 
-def test_grouped_queries_and_other_decoders(tmp_path):
+def test_other_decoders_embed_as_in_transformers(tmp_path):
     config = LlamaConfig(
         vocab_size=256,
         hidden_size=32,
@@ -185,7 +185,7 @@ VARIANTS = {
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_every_gpt_neox_has_its_shape_and_embeds_as_transformers_does(tmp_path, variant):
+def test_every_gpt_neox_embeds_as_in_transformers(tmp_path, variant):
     backbone = Backbone(name=str(save_backbone(tmp_path / "neox", **VARIANTS[variant])))
     tokens, lengths = sequences(12)
     reference = one_by_one(AutoModel.from_pretrained(backbone.name), tokens, lengths, "mean")
@@ -211,19 +211,19 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("kind", OTHERS)
-def test_decoders_that_cannot_be_packed_or_counted_are_refused_before_their_weights_are_read(tmp_path, kind):
+def test_unsupported_decoders_are_refused_before_their_weights_are_read(tmp_path, kind):
     more, expected = OTHERS[kind]
     CONFIG_MAPPING[kind](**SMALL, **more).save_pretrained(tmp_path)
     with pytest.raises(UserError, match=f"backbone.name: .*{expected}"):
         shape_without_weights(Backbone(name=str(tmp_path)))
 
 
-def test_texts_are_no_longer_than_a_window(tmp_path):
+def test_the_context_is_at_most_the_attention_window(tmp_path):
     CONFIG_MAPPING["mistral"](**SMALL, num_key_value_heads=2, sliding_window=16).save_pretrained(tmp_path)
     assert shape_without_weights(Backbone(name=str(tmp_path))).context == 16
 
 
-def test_runs_cover_every_token_once_in_dense_blocks():
+def test_runs_of_equal_lengths_cover_every_token_once():
     tokens, lengths = sequences(500, seed=3)
     (chunk,) = pack(tokens, lengths)
     assert chunk.runs[0].start == 0 and chunk.runs[-1].stop == lengths.sum() == len(chunk.tokens)
@@ -241,25 +241,25 @@ def test_chunks_keep_the_token_limit():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_master_weights_are_float32_whatever_the_checkpoint(tmp_path, dtype):
+def test_master_weights_are_float32_for_any_checkpoint(tmp_path, dtype):
     body = load_body(Backbone(name=str(save_backbone(tmp_path / "half", dtype=dtype))), 0)
     assert {p.dtype for p in body.parameters()} == {torch.float32}
 
 
-def test_random_weights_come_from_the_seed_alone(backbone_folder):
+def test_random_weights_depend_on_the_seed_alone(backbone_folder):
     backbone = Backbone(name=str(backbone_folder), weights="random")
     digests = [digest_of(dict(load_body(backbone, seed).named_parameters())) for seed in (0, 0, 1)]
     assert digests[0] == digests[1] != digests[2]
 
 
-def test_unknown_backbones_are_named(tmp_path):
+def test_an_unknown_backbone_is_named(tmp_path):
     with pytest.raises(UserError, match="backbone.name: 'nobody/nothing' is neither a local folder nor"):
         shape_without_weights(Backbone(name="nobody/nothing"))
     with pytest.raises(UserError, match="holds no model"):
         shape_without_weights(Backbone(name=str(tmp_path)))
 
 
-def test_a_checkpoint_without_all_weights_is_refused(tmp_path):
+def test_a_checkpoint_that_lacks_weights_is_refused(tmp_path):
     from safetensors.torch import load_file, save_file
 
     folder = save_backbone(tmp_path / "holes")
@@ -270,12 +270,12 @@ def test_a_checkpoint_without_all_weights_is_refused(tmp_path):
         load_body(Backbone(name=str(folder)), 0)
 
 
-def test_damaged_folders_are_named_by_what_is_wrong(tmp_path):
+def test_a_damaged_folder_is_refused_with_the_fault(tmp_path):
     folder = save_backbone(tmp_path / "damaged")
     backbone = Backbone(name=str(folder))
     config = (folder / "config.json").read_text()
     (folder / "config.json").write_text(config.replace('"hidden_size": 32', '"hidden_size": 64'))
-    with pytest.raises(UserError, match=r"embed_in.weight is \(256, 32\), by its config.json \(256, 64\)"):
+    with pytest.raises(UserError, match=r"embed_in.weight has the shape \(256, 32\), but config.json says \(256, 64\)"):
         load_body(backbone, 0)
     (folder / "config.json").write_text(config.replace('"intermediate_size"', '"other"'))
     with pytest.raises(UserError, match="config.json: intermediate_size is None; expected a whole number"):
@@ -314,7 +314,7 @@ def test_each_method_trains_its_own_parameters(backbone_folder, method, trains):
 
 
 @pytest.mark.parametrize("alpha, scale", [(None, 1), (12.0, 3), (1.0, 0.25)])
-def test_an_adapter_counts_alpha_over_rank_times(backbone_folder, alpha, scale):
+def test_an_adapter_is_scaled_by_alpha_over_rank(backbone_folder, alpha, scale):
     body = load_body(Backbone(name=str(backbone_folder)), 0)
     layer = body.layers[1].mlp.dense_4h_to_h
     before = layer.weight.detach().clone()

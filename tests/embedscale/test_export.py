@@ -1,4 +1,4 @@
-"""A finished run exported to sentence-transformers and scored by mteb: both embed as the run does."""
+"""A finished run, exported to sentence-transformers and scored by mteb: both embed as the run does."""
 
 import json
 import os
@@ -29,7 +29,7 @@ from embedscale.serving.tasks import HELD_OUT, SUITES, load_data, task_of
 from embedscale.training.train import train
 
 TEXTS = ["a", "the query", "naïve café 北京 🙂", "x = [1, 2, 3]\n\treturn x", "long " * 200]
-OLDEST = Path(sys.prefix) / "oldest"  # the oldest supported sentence-transformers, put there by `make test`
+OLDEST = Path(sys.prefix) / "oldest"  # the oldest supported sentence-transformers, installed by `make test`
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,7 @@ def test_sentence_transformers_embeds_as_the_run_does(tmp_path, runs, exported, 
 
 
 def recalls(embeddings: np.ndarray) -> list[float]:
-    """Recall@1 and @10 in the two groups of 32 that the run's pool of 64 pairs makes; the queries come first."""
+    """Return recall@1 and @10 in the two groups of 32 of the run's pool of 64 pairs; the queries come first."""
     similar = embeddings[:64] @ embeddings[64:].T
     ranks = [(part >= part.diagonal()[:, None]).sum(1) for part in (similar[:32, :32], similar[32:, 32:])]
     return [float(np.mean([rank <= k for rank in ranks])) for k in (1, 10)]
@@ -85,7 +85,7 @@ def recorded_recalls(run: Path) -> list[float]:
 
 
 def test_transformers_alone_loads_an_exported_model(runs, exported):
-    """Mean over the mask, normalised, written out here."""
+    """The mean over the mask and the normalisation are written out here."""
     tokenizer, model = AutoTokenizer.from_pretrained(exported["lora"]), AutoModel.from_pretrained(exported["lora"])
     assert tokenizer.padding_side == "right" and tokenizer.pad_token is not None
     inputs = tokenizer(TEXTS, padding=True, truncation=True, return_tensors="pt")
@@ -98,14 +98,14 @@ def test_transformers_alone_loads_an_exported_model(runs, exported):
     assert "lora" in card and RunDirectory(runs["lora"]).read_record().run_id in card
 
 
-def test_an_export_that_embeds_otherwise_leaves_nothing(tmp_path, runs, monkeypatch):
+def test_an_export_that_embeds_differently_leaves_no_files(tmp_path, runs, monkeypatch):
     monkeypatch.setattr("embedscale.serving.export.POOLING_FLAGS", {"mean": "pooling_mode_cls_token"})
     assert export(str(runs["full"]), str(tmp_path / "out" / "model")) == 1
     assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_a_bf16_run_is_compared_in_float32(tmp_path, tiny_run):
-    """Of deep backbones, bf16's rounding alone was beyond what counts as similar; four blocks need a finer measure."""
+    """For deep backbones, bf16 rounding alone exceeded the tolerance; four blocks need a finer measure."""
     config = load(None, [*tiny_run, "budget=1e9", f"output={tmp_path / 'runs'}", "training.precision=bf16"])
     assert train(config) == DONE
     assert export(str(config.folder), str(tmp_path / "model"), least_cosine=1 - 1e-6) == DONE
@@ -132,17 +132,17 @@ def test_a_llama_whose_tokenizer_begins_texts_with_a_special_token_is_exported(t
     assert prepare(run) == DONE and train(run) == DONE
     assert export(str(run.folder), str(tmp_path / "model")) == DONE
     assert AutoTokenizer.from_pretrained(tmp_path / "model")("ab")["input_ids"] == tokenizer.encode("ab").ids[1:]
-    # What releases of transformers before 5 read; without it they would take 10,000.
+    # Releases of transformers before 5 read this key; without it they would use 10,000.
     assert json.loads((tmp_path / "model" / "config.json").read_text())["rope_theta"] == 1e6
 
 
-def test_whoever_may_read_a_folder_may_read_its_weights(tmp_path, runs, exported):
+def test_weights_have_the_permissions_of_other_files(tmp_path, runs, exported):
     (tmp_path / "plain").touch()
     for weights in (exported["full"] / "model.safetensors", runs["full"] / "model" / "trainable.safetensors"):
         assert weights.stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
-def test_export_fills_the_folder_behind_a_link_but_not_the_one_it_is_called_from(tmp_path, runs, monkeypatch):
+def test_export_writes_through_a_link_but_not_into_the_current_folder(tmp_path, runs, monkeypatch):
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to("real")
     assert export(str(runs["bias"]), str(tmp_path / "link")) == DONE
@@ -154,7 +154,7 @@ def test_export_fills_the_folder_behind_a_link_but_not_the_one_it_is_called_from
 
 
 def small_tasks() -> list:
-    """mteb tasks of three kinds, on data made here."""
+    """Return mteb tasks of three kinds, on data made here."""
     from datasets import Dataset, DatasetDict
     from mteb.abstasks.classification import AbsTaskClassification
     from mteb.abstasks.pair_classification import AbsTaskPairClassification
@@ -212,7 +212,7 @@ def test_mteb_scores_the_run_and_its_export_equally(runs, exported, name, capsys
     tasks = small_tasks()
     datasets.enable_progress_bars()
     assert evaluate(str(runs[name]), [HELD_OUT], tasks) == DONE
-    assert not capsys.readouterr().err  # no bar is drawn into a pipe
+    assert not capsys.readouterr().err  # a pipe gets no progress bar
     found = {path.stem: json.loads(path.read_text()) for path in (runs[name] / "scores").glob("*.json")}
     assert found.keys() == {HELD_OUT, "LocalSTS", "LocalClassification", "LocalPairs"}
     record = RunDirectory(runs[name]).read_record()
@@ -223,18 +223,18 @@ def test_mteb_scores_the_run_and_its_export_equally(runs, exported, name, capsys
     for task in [*small_tasks(), held_out_task(RunDirectory(runs[name]), record)]:
         task.load_data()
         result = mteb.evaluate(other, task, cache=None, co2_tracker=False, show_progress_bar=False).task_results[0]
-        rounding = 0.01 if task.metadata.type == "Classification" else 1e-5  # of its 160 items, one on the border
+        rounding = 0.01 if task.metadata.type == "Classification" else 1e-5  # one of its 160 items may change sides
         assert result.get_score() == pytest.approx(found[task.metadata.name]["score"], abs=rounding)
 
 
-def test_an_evaluation_that_was_stopped_continues_with_the_next_task(runs, capsys):
+def test_a_stopped_evaluation_continues_with_the_next_task(runs, capsys):
     import datasets
 
     datasets.enable_progress_bars()
     run = runs["bias"]
     shutil.rmtree(run / "scores", ignore_errors=True)
     stop, tasks = StopRequest(), small_tasks()
-    tasks[1].load_data = lambda: stop.request("SIGTERM")  # while the second task is scored
+    tasks[1].load_data = lambda: stop.request("SIGTERM")  # during the second task
     assert evaluate(str(run), [HELD_OUT], tasks, stop) == INTERRUPTED
     done = {path.stem: path.stat().st_mtime_ns for path in (run / "scores").glob("*.json")}
     assert done.keys() == {tasks[0].metadata.name, tasks[1].metadata.name}
@@ -252,7 +252,7 @@ def test_two_checkpoints_never_share_a_name(runs):
     assert len(metas) == len(runs)
 
 
-def test_what_cannot_be_used_is_one_line(tmp_path, runs, capsys, monkeypatch):
+def test_unusable_runs_and_folders_are_refused_in_one_line(tmp_path, runs, capsys, monkeypatch):
     full = tmp_path / "full"
     full.mkdir()
     (full / "thesis.tex").write_text("mine")
@@ -280,13 +280,13 @@ def test_what_cannot_be_used_is_one_line(tmp_path, runs, capsys, monkeypatch):
     assert (full / "thesis.tex").read_text() == "mine" and not (tmp_path / "x").exists()
 
 
-def test_every_task_of_every_suite_is_one_that_mteb_knows():
+def test_mteb_knows_every_task_of_every_suite():
     names = {name for suite in SUITES.values() for name in suite} - {HELD_OUT}
     assert len(names) == 20
     assert {task_of(name).metadata.name for name in names} == names
 
 
-def test_tasks_of_several_languages_are_scored_as_in_the_english_benchmark():
+def test_multilingual_tasks_are_scored_as_in_the_english_benchmark():
     import mteb
 
     benchmark = {task.metadata.name: task for task in mteb.get_benchmark("MTEB(eng, v1)").tasks}
@@ -295,7 +295,7 @@ def test_tasks_of_several_languages_are_scored_as_in_the_english_benchmark():
         assert (task.hf_subsets, task.eval_splits) == (theirs.hf_subsets, theirs.eval_splits), name
 
 
-def test_what_is_no_task_of_texts_is_refused_and_an_aggregate_loads_its_parts(monkeypatch):
+def test_other_tasks_than_texts_are_refused_and_an_aggregate_loads_its_parts(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(UserError, match="'CIFAR10' is a task of image; allowed: tasks of text alone"):
         task_of("CIFAR10")

@@ -1,4 +1,4 @@
-"""The folded body against transformers' own: what it embeds, and each method's gradients."""
+"""The folded body against transformers: its embeddings, and each method's gradients."""
 
 from contextlib import nullcontext
 
@@ -28,7 +28,7 @@ METHODS = [
 
 
 def shaken(body):
-    """Scales, shifts and biases anew, since a fresh body's are ones and zeros; so are LoRA's products."""
+    """Change scales, shifts, biases and LoRA's products, which are ones and zeros in a fresh body."""
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in body.parameters():
@@ -37,7 +37,7 @@ def shaken(body):
 
 
 def with_long_ones():
-    """From 192 tokens on, queries come in blocks of 64; 1,100 is beyond the first of their masks."""
+    """From 192 tokens on, queries are processed in blocks of 64; 1,100 tokens need more than the first mask."""
     tokens, lengths = sequences(30)
     longer = np.array([191, 192, 700, 257, 1100], np.int32)
     more = np.random.default_rng(2).integers(0, 256, longer.sum()).astype(np.int32)
@@ -76,7 +76,7 @@ def gradients(encoder, chunks, folded):
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: f"{method.label}-{method.blocks}")
-def test_gradients_are_those_of_the_plain_blocks(backbone_folder, method):
+def test_gradients_equal_those_of_the_plain_blocks(backbone_folder, method):
     body = load_body(Backbone(name=str(backbone_folder)), 0)
     trainable = apply_method(body, method)
     encoder, chunks = Encoder(shaken(body)), pack(*with_long_ones(), 600)
@@ -87,7 +87,7 @@ def test_gradients_are_those_of_the_plain_blocks(backbone_folder, method):
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: f"{method.label}-{method.blocks}")
-def test_bf16_gradients_are_as_near_as_the_plain_blocks(backbone_folder, method):
+def test_bf16_gradients_are_as_exact_as_those_of_the_plain_blocks(backbone_folder, method):
     body = load_body(Backbone(name=str(backbone_folder)), 0)
     apply_method(body, method)
     encoder, chunks = Encoder(shaken(body)), pack(*with_long_ones(), 600)
@@ -101,7 +101,7 @@ def test_bf16_gradients_are_as_near_as_the_plain_blocks(backbone_folder, method)
     assert 0 < distance(ours) < 1.2 * distance(plain)
 
 
-def test_what_it_does_not_know_stays_as_it_is(backbone_folder):
+def test_unsupported_bodies_are_not_folded(backbone_folder):
     body = load_body(Backbone(name=str(backbone_folder)), 0)
     assert fold(body, "float32") is not None
     body.config.attention_dropout = 0.1

@@ -1,4 +1,4 @@
-"""A training step on a GPU that computes nothing: devices, kernels, synchronisation and memory, without one."""
+"""A training step on a simulated GPU: devices, kernels, synchronisation and memory."""
 
 import json
 import shutil
@@ -21,7 +21,7 @@ def rows(tmp_path_factory):
         pytest.skip("this build of torch has CUDA's own: the stand-in takes its place in a build for CPUs alone")
     words = [sys.executable, str(FAKE), str(tmp_path_factory.mktemp("gpu"))]
     done = subprocess.run(words, capture_output=True, text=True)
-    # A number that is waited for, a second device, a kernel that does not take its arguments: all end it.
+    # It fails if a step waits for a number, mixes devices, or gives a kernel wrong arguments.
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout)
 
@@ -41,12 +41,12 @@ def row(rows, method, *words, chunk=None, limited=False):
 BF16, CHECKPOINTED = "training.precision=bf16", "resources.activation_checkpointing=true"
 
 
-def test_all_that_a_step_leaves_is_on_the_gpu(rows):
+def test_all_results_of_a_step_are_on_the_gpu(rows):
     assert all(each["devices"] == ["cuda:0"] and each["loss"] == ["cuda:0", "torch.float32"] for each in rows)
 
 
 @pytest.mark.parametrize("method, backward", [("full", 6), ("freeze-0.5", 3), ("bias", 6), ("lora-r32", 6)])
-def test_in_bf16_one_kernel_a_block_attends_to_all_sequences(rows, method, backward):
+def test_in_bf16_each_block_uses_one_attention_kernel(rows, method, backward):
     found = row(rows, method, BF16)
     assert found["chunks"] == 1
     assert found["calls"] == {"_varlen_attn": BLOCKS, "_varlen_attn_backward": backward}
@@ -63,7 +63,7 @@ def test_chunks_are_encoded_twice_and_checkpointed_ones_three_times(rows):
         assert found["calls"]["_varlen_attn_backward"] == BLOCKS * chunks
 
 
-def test_a_step_in_the_chunks_that_fit_takes_most_of_its_memory_and_no_more(rows):
+def test_a_step_in_fitting_chunks_uses_most_of_its_memory_and_no_more(rows):
     limited = [each for each in rows if each["limited"]]
     assert len(limited) == 6
     for each in limited:

@@ -1,4 +1,4 @@
-"""Chunks, parts on several cores, merged layers, checkpointing, compiled blocks: all give the gradient of one graph."""
+"""Chunks, several cores, merged layers, checkpointing and compiled blocks give the gradient of one graph."""
 
 import itertools
 import shutil
@@ -19,9 +19,9 @@ from embedscale.training.loss import info_nce, loss_and_gradient
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
 @pytest.mark.parametrize("name", METHODS)
 def test_cached_chunks_give_the_gradient_of_one_graph(backbone_folder, name, precision):
-    """With dropout and in bf16: the same chunks in one autograd graph, through the plain loss.
+    """The reference is one autograd graph over the same chunks, with the plain loss, with dropout and in bf16.
 
-    In bf16, both with the merged layers of the CPU body, which round elsewhere than plain ones.
+    In bf16 both sides use the merged layers of the CPU body, because plain layers round differently.
     """
     batch = batch_of(chunk_tokens=150)
     assert len(batch.chunks) > 3
@@ -42,8 +42,8 @@ def test_cached_chunks_give_the_gradient_of_one_graph(backbone_folder, name, pre
     assert_same_gradients(cached, gradients(module))
 
 
-def test_dropout_draws_anew_at_each_step_and_the_same_when_a_step_is_repeated(backbone_folder):
-    """On any number of cores, each of which would draw numbers at its own time."""
+def test_dropout_depends_on_the_step_alone(backbone_folder):
+    """A repeated step draws the same numbers, on any number of cores, whatever the order of the cores."""
     batch, module = batch_of(128, chunk_tokens=4500), module_for(backbone_folder, METHODS["lora"])
     assert len(batch.chunks) == 2 and len(batch.chunks[0].tokens) > PART_TOKENS
 
@@ -82,8 +82,8 @@ def test_chunking_and_checkpointing_change_nothing(backbone_folder, name):
 
 @pytest.mark.parametrize("chunk_tokens", [None, 4500])
 @pytest.mark.parametrize("name", METHODS)
-def test_parts_on_several_cores_give_the_gradient_of_the_plain_body(backbone_folder, name, chunk_tokens):
-    """And the same bits each time, in whatever order the cores finish."""
+def test_several_cores_give_the_gradient_of_the_plain_body(backbone_folder, name, chunk_tokens):
+    """The bits are the same each time, in whatever order the cores finish."""
     method = replace(METHODS[name], dropout=0.0)
     batch, cores = batch_of(128, chunk_tokens=chunk_tokens), torch.get_num_threads()
     module, results = module_for(backbone_folder, method), []

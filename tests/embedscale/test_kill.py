@@ -1,4 +1,4 @@
-"""Killed at random moments, by SIGKILL and by SIGTERM, a run ends with the bits of the run that was left alone."""
+"""A run that is killed at random moments, by SIGKILL or SIGTERM, ends with the bits of an undisturbed run."""
 
 import os
 import random
@@ -26,9 +26,10 @@ def _train(words, tmpdir):
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["SIGKILL", "SIGTERM"])
 @pytest.mark.parametrize("name", METHODS)
-def test_ten_kills_change_no_bit(server, tmp_path, tiny_run, name, number):
+def test_ten_kills_do_not_change_the_result(server, tmp_path, tiny_run, name, number):
     words = [*tiny_run, *METHODS[name], "budget=4e9", "resources.checkpoint_minutes=0"]
-    other = "/dev/shm" if Path("/dev/shm").is_dir() else str(tmp_path)  # checkpoints must not pass through TMPDIR
+    # TMPDIR is on another file system: checkpoints must not pass through it.
+    other = "/dev/shm" if Path("/dev/shm").is_dir() else str(tmp_path)
 
     def start(folder, workers):
         run = [*words, f"output={tmp_path / folder}", f"resources.workers={workers}"]
@@ -37,7 +38,7 @@ def test_ten_kills_change_no_bit(server, tmp_path, tiny_run, name, number):
         return process, RunDirectory(load(None, run).folder)
 
     def wait_for_steps(process, directory, steps):
-        """Until it has made so many; not for so long: no two runs on a busy machine are equally fast."""
+        """Wait until the run has made this many steps. A fixed time would not do: speed varies on a busy machine."""
         attempts, made = len(directory.read_attempts()), -1
         while process.is_alive() and made < steps:
             time.sleep(0.002)
@@ -54,7 +55,7 @@ def test_ten_kills_change_no_bit(server, tmp_path, tiny_run, name, number):
     assert process.exitcode == DONE
 
     rng, kills, resumed = random.Random(f"{name} {number}"), 0, 0
-    for again in range(KILLS):  # a run that ended before it was killed often enough is followed by another
+    for again in range(KILLS):  # if a run ends before it was killed often enough, another one follows
         code = None
         while code != DONE:
             process, directory = start(f"killed-{again}", 2 * (kills % 2))
@@ -67,7 +68,7 @@ def test_ten_kills_change_no_bit(server, tmp_path, tiny_run, name, number):
                 if process.is_alive():
                     os.kill(process.pid, number)
                     kills += 1
-            process.join(300)  # far beyond any run here: a process that hangs fails the test
+            process.join(300)  # much longer than any run here: a process that hangs fails the test
             code = process.exitcode
             assert code in (DONE, INTERRUPTED, -number)
         assert comparable(directory) == comparable(whole)

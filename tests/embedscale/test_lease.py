@@ -1,4 +1,4 @@
-"""The lease of a run: who holds it, and who does not any more."""
+"""The lease of a run: which process holds it, and when a process loses it."""
 
 import json
 import os
@@ -20,15 +20,15 @@ from embedscale.run.lease import STALE_SECONDS, Lease, lease_holder
 
 
 def left_behind(path: Path, age: float = 0.0, **facts) -> None:
-    """A lease of this host that was last beaten so many seconds ago."""
+    """Write a lease of this host whose last heartbeat is this many seconds old."""
     path.write_text(json.dumps({"host": socket.gethostname(), "token": "another's"} | facts))
     then = time.time() - age
     os.utime(path, (then, then))
 
 
 @pytest.mark.parametrize("pid", [1, os.getpid()], ids=["another process", "this process"])
-def test_a_number_that_was_given_again_holds_no_lease(tmp_path, pid):
-    """After a reboot, or in a container of the same name that was started again: there even this one's own number."""
+def test_a_reused_process_number_holds_no_lease(tmp_path, pid):
+    """After a reboot or a restart of the container, another process may have the number; even this process may."""
     path = tmp_path / "lease.json"
     left_behind(path, pid=pid, born="-1", time="2026-01-01T00:00:00+00:00")
     assert lease_holder(path) is None
@@ -41,17 +41,17 @@ def test_a_number_that_was_given_again_holds_no_lease(tmp_path, pid):
     lease.release()
 
 
-def test_a_lease_of_older_code_is_held_while_its_process_lives_and_beats(tmp_path):
+def test_a_lease_of_the_first_version_is_held_while_its_process_lives(tmp_path):
     path = tmp_path / "lease.json"
     left_behind(path, pid=1)
     assert lease_holder(path).token == "another's"
     left_behind(path, pid=1, age=2 * STALE_SECONDS)
     assert lease_holder(path) is None
-    left_behind(path, pid=2**22 + 1)  # above any number that there can be
+    left_behind(path, pid=2**22 + 1)  # larger than any process number
     assert lease_holder(path) is None
 
 
-def test_a_process_of_this_host_that_is_silent_but_lives_keeps_its_lease(tmp_path):
+def test_a_living_process_of_this_host_keeps_its_lease_without_heartbeats(tmp_path):
     path = tmp_path / "lease.json"
     program = (
         "import sys; from embedscale.run.lease import Lease, Path; Lease(Path(sys.argv[1])).take(); input(print())"
@@ -67,8 +67,8 @@ def test_a_process_of_this_host_that_is_silent_but_lives_keeps_its_lease(tmp_pat
 
 
 @pytest.mark.parametrize("ahead", [-1000, 1000])
-def test_the_age_of_a_lease_is_told_by_the_clock_that_stamps_it(tmp_path, monkeypatch, ahead):
-    """A reader whose own clock differs by minutes takes over no lease of this second, and waits for no dead one."""
+def test_the_age_of_a_lease_follows_the_clock_of_the_file_system(tmp_path, monkeypatch, ahead):
+    """A reader whose clock differs by minutes takes over no fresh lease, and does not wait for a stale one."""
     path = tmp_path / "lease.json"
     stale = tmp_path / "stale.json"
     left_behind(path, host="elsewhere", pid=1)
@@ -79,13 +79,13 @@ def test_the_age_of_a_lease_is_told_by_the_clock_that_stamps_it(tmp_path, monkey
     assert sorted(tmp_path.iterdir()) == [path, stale], "the look leaves nothing behind"
 
 
-def test_a_holder_that_was_taken_over_neither_beats_nor_releases(tmp_path):
+def test_a_process_that_lost_its_lease_neither_renews_nor_releases_it(tmp_path):
     said = []
     first, second = Lease(tmp_path / "lease.json", lambda: said.append("lost")), Lease(tmp_path / "lease.json")
     first.holder = replace(first.holder, host="elsewhere")
     first.take()
     assert first.held()
-    then = time.time() - 2 * STALE_SECONDS  # suspended for so long
+    then = time.time() - 2 * STALE_SECONDS  # as after a suspension
     os.utime(first.path, (then, then))
     second.take()
     before = second.path.read_text()
@@ -97,14 +97,14 @@ def test_a_holder_that_was_taken_over_neither_beats_nor_releases(tmp_path):
     assert not second.path.exists()
 
 
-def test_a_folder_that_cannot_be_is_not_blamed_on_another_process(tmp_path):
+def test_an_impossible_folder_is_not_blamed_on_another_process(tmp_path):
     (tmp_path / "runs").symlink_to(tmp_path / "scratch that was unmounted")
     with pytest.raises(FileExistsError, match="runs"):
         Lease(tmp_path / "runs" / "run" / "lease.json").take()
 
 
-def test_a_lease_that_was_taken_away_is_not_written_again(tmp_path):
-    """The next holder may have come, ended the run and gone."""
+def test_a_removed_lease_is_not_written_again(tmp_path):
+    """Another process may have taken the lease, finished the run and released the lease."""
     lease = Lease(tmp_path / "lease.json")
     lease.take()
     lease.path.unlink()
@@ -113,8 +113,8 @@ def test_a_lease_that_was_taken_away_is_not_written_again(tmp_path):
     lease.release()
 
 
-def test_what_is_synchronised_is_the_file_that_lies_there(tmp_path, monkeypatch):
-    """safetensors puts a file of its own in the place of the one that it is given."""
+def test_the_file_that_stays_is_synchronised(tmp_path, monkeypatch):
+    """safetensors replaces the file that it is given by another one."""
     synchronised, fsync = [], os.fsync
 
     def noted(descriptor):

@@ -1,4 +1,4 @@
-"""The loss and the retrieval scores, against their definitions written out and against sentence-transformers."""
+"""The loss and the retrieval scores, against their definitions in plain Python and against sentence-transformers."""
 
 import math
 
@@ -19,7 +19,7 @@ def vectors(seed=0):
 
 
 def written_out(queries, positives, negatives, form, temperature):
-    """The definitions, pair by pair, in Python numbers."""
+    """Compute the definitions pair by pair, with Python numbers."""
 
     def e(a, b):
         return math.exp(float(a.double() @ b.double()) / temperature)
@@ -58,7 +58,7 @@ def test_info_nce_is_its_definition(form, hard):
         ("gte", ["query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc"], "joint"),
     ],
 )
-def test_info_nce_is_that_of_sentence_transformers(form, directions, partition):
+def test_info_nce_equals_that_of_sentence_transformers(form, directions, partition):
     from sentence_transformers.losses import MultipleNegativesRankingLoss
 
     queries, positives, _ = vectors()
@@ -76,8 +76,8 @@ def test_similarities_are_float32_under_autocast():
     assert float(value) == float(info_nce(queries, positives, negatives, Loss()))
 
 
-def test_equal_texts_are_no_negatives():
-    """Two pairs with one positive text: the loss and gradient of a softmax from which the twin is left out."""
+def test_equal_texts_are_not_negatives():
+    """If two pairs have the same positive, loss and gradient are those of a softmax without the second one."""
     queries, positives, _ = vectors()
     positives[3] = positives[1]
     texts = torch.arange(2 * B)
@@ -94,13 +94,13 @@ def test_equal_texts_are_no_negatives():
     torch.stack(rows).mean().backward()
     torch.testing.assert_close(value, torch.stack(rows).mean())
     torch.testing.assert_close(leaf.grad, other.grad)
-    for masked in (True, False):  # as a step asks for it
+    for masked in (True, False):  # a training step uses both
         loss = Loss("one_directional", 0.1, mask_equal_texts=masked)
         found, gradient = loss_and_gradient(torch.cat([queries, positives]), B, loss, texts)
         assert torch.allclose(found, value.detach()) == torch.allclose(gradient[:B], leaf.grad) == masked
 
 
-def test_retrieval_counts_ranks_and_lets_ties_lose():
+def test_retrieval_counts_ranks_and_ties_count_as_wrong():
     queries = torch.eye(4)
     assert score(queries, queries, 1.0)[1:] == [1.0, 1.0]
     assert score(queries, queries.roll(1, 0), 1.0)[1:] == [0.0, 1.0]

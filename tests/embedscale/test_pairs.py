@@ -1,4 +1,4 @@
-"""The store as training reads it: slices of what was prepared, in order, in any process, without torch."""
+"""A store as training reads it: slices of the prepared pairs, in order, in any process, without torch."""
 
 import json
 import pickle
@@ -18,7 +18,7 @@ WORDS = ["open", "read", "write", "parse", "token", "batch", "model", "train", "
 
 @pytest.fixture(scope="module")
 def texts() -> dict[str, tuple[str, list[str]]]:
-    """Query → (positive, negatives): 600 pairs with two or three negatives each. A few positives are equal."""
+    """Return query → (positive, negatives): 600 pairs with two or three negatives; a few positives are equal."""
     rng = np.random.default_rng(0)
 
     def some(most: int) -> str:
@@ -71,7 +71,7 @@ def test_a_batch_is_queries_then_positives_then_the_negatives_of_each_pair(store
     assert batch.lengths.sum() == len(batch.tokens) and batch.lengths.min() > 0
     found = decoded(batch, tokenizer)
     whole = {query[:30]: value for query, value in texts.items()}
-    assert len(whole) == len(texts)  # a byte is a token: cut queries still tell the pairs apart
+    assert len(whole) == len(texts)  # a byte is a token, so cut queries still differ
     for i in range(33):
         positive, negatives = whole[found[i]]
         assert found[33 + i] == positive[:30]
@@ -79,7 +79,7 @@ def test_a_batch_is_queries_then_positives_then_the_negatives_of_each_pair(store
         assert found[first : first + hard_negatives] == [text[:30] for text in negatives[:hard_negatives]]
 
 
-def test_every_pair_is_read_once_and_then_comes_the_first_again(store, texts, tokenizer):
+def test_every_pair_is_read_once_and_then_the_first_again(store, texts, tokenizer):
     assert store.pairs + store.held_out == len(texts)
     once = decoded(store.batch(0, store.pairs), tokenizer)[: store.pairs]
     held_out = decoded(store.held_out_batch(0, store.held_out), tokenizer)[: store.held_out]
@@ -89,7 +89,7 @@ def test_every_pair_is_read_once_and_then_comes_the_first_again(store, texts, to
         assert found == [once[i % store.pairs] for i in range(start, stop)]
 
 
-def test_slices_join_to_the_whole_across_the_files_of_a_store(store):
+def test_slices_join_across_the_files_of_a_store(store):
     assert sum(size > 0 for size in store.manifest.parts.train) > 1
     whole = sequences(store.batch(0, store.pairs))
     for size in (1, 64, 100):
@@ -102,7 +102,7 @@ def test_slices_join_to_the_whole_across_the_files_of_a_store(store):
 
 
 @pytest.mark.parametrize("hard_negatives", [0, 1, 2])
-def test_token_counts_are_those_of_the_batches(store, hard_negatives):
+def test_token_counts_equal_those_of_the_batches(store, hard_negatives):
     counts = store.token_counts(hard_negatives)
     assert counts.dtype == np.int32 and len(counts) == store.pairs
     one_by_one = [len(store.batch(i, i + 1, hard_negatives).tokens) for i in range(store.pairs)]
@@ -111,7 +111,7 @@ def test_token_counts_are_those_of_the_batches(store, hard_negatives):
         assert counts.sum() == store.manifest.tokens.training
 
 
-def test_texts_are_equal_where_their_hashes_are(store, tokenizer):
+def test_equal_texts_have_equal_hashes(store, tokenizer):
     batch = store.batch(0, store.pairs, 1)
     found = decoded(batch, tokenizer)
     by_hash, by_text = {}, {}
@@ -122,27 +122,27 @@ def test_texts_are_equal_where_their_hashes_are(store, tokenizer):
     assert found.count("the same") > 50
 
 
-def test_a_loader_worker_gets_a_small_store_that_reads_the_same(store):
+def test_a_store_sent_to_a_worker_is_small_and_reads_the_same(store):
     store.batch(0, store.pairs)
     sent = pickle.dumps(store)
     assert len(sent) < 10_000
     assert same(pickle.loads(sent).batch(3, 50, 2), store.batch(3, 50, 2))
 
 
-def test_the_first_held_out_pairs_are_the_same_however_they_are_asked_for(store):
+def test_held_out_pairs_do_not_depend_on_how_many_are_read(store):
     whole = sequences(store.held_out_batch(0, store.held_out))[: store.held_out]
     parts = [sequences(store.held_out_batch(i, i + 1))[0] for i in range(store.held_out)]
     assert parts == whole
 
 
-def test_what_is_no_finished_store_is_refused(store, tmp_path):
+def test_an_unfinished_or_damaged_store_is_refused(store, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(store.folder, copy)
     damaged = next((copy / "train").iterdir())
     damaged.write_bytes(damaged.read_bytes()[:100])
     with pytest.raises(UserError, match="missing or damaged"):
         PairStore.open(copy).batch(0, store.pairs)
-    shutil.copyfile(next((copy / "held_out").iterdir()), damaged)  # a whole file, but of another store
+    shutil.copyfile(next((copy / "held_out").iterdir()), damaged)  # a complete file of another store
     with pytest.raises(UserError, match="missing or damaged"):
         PairStore.open(copy).token_counts()
     shutil.rmtree(copy / "train")

@@ -1,4 +1,4 @@
-"""Two processes against one: gradients summed at the end, summed during the backward pass, and sharded weights."""
+"""Two processes against one: gradients summed after or during the backward pass, and sharded weights."""
 
 import socket
 from dataclasses import replace
@@ -18,7 +18,7 @@ LORA = {"method": Method("lora", rank=4)}
 UNFOLDED = [{"method": METHODS["full"]}, {"method": METHODS["full"], "checkpointing": True}, LORA]
 SHARDED = [{"method": m} for m in (METHODS["full"], METHODS["freeze"], METHODS["bias"], Method("lora", rank=1))]
 SHARDED += [{"method": METHODS["full"], **more} for more in ({"checkpointing": True}, {"precision": "bf16"})]
-# How two processes work together → (most tokens of a chunk, the module, its loss).
+# How two processes work together → (most tokens in a chunk, the module, its loss).
 TOGETHER = {
     "summed": [(chunk, LORA, loss) for chunk, loss in LOSSES],
     "overlapped": [(chunk, module, {}) for module in UNFOLDED for chunk in (None, 100)],
@@ -32,7 +32,7 @@ def _process(rank, folder, port, out, how):
     torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     GradientSums.BYTES = 8192  # several buckets
     finish, results = GradientSums.finish, []
-    early, reduced = [], []  # buckets sent before the end, of how many; gradients that were reduce-scattered
+    early, reduced = [], []  # (buckets sent before the end, all buckets); gradients that were reduce-scattered
 
     def note(sums):
         early.append((sums.sent, len(sums.buckets)))
@@ -70,10 +70,11 @@ def whole_gradients(module):
 
 
 @pytest.mark.parametrize("how", TOGETHER)
-def test_two_processes_are_one(server, tmp_path, backbone_folder, how):
-    """Two gloo ranks against one process: loss, gradients, their norm. Summed at the end, whole, in chunks, with hard
-    negatives, with every similarity; summed while the backward pass runs; as shards, with more chunks in one than in
-    the other.
+def test_two_processes_compute_what_one_does(server, tmp_path, backbone_folder, how):
+    """Compare loss, gradients and their norm of two gloo ranks with those of one process.
+
+    Gradients are summed at the end (the batch whole, in chunks, with hard negatives, with every similarity), summed
+    during the backward pass, or sharded, with more chunks in one process than in the other.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -1,4 +1,4 @@
-"""What `embedscale prepare` stores, against plain Python: pairs kept, their order, the split, mixtures, token ids."""
+"""The stores of `embedscale prepare` against plain Python: pairs, their order, the split, mixtures, token ids."""
 
 import gzip
 import json
@@ -55,7 +55,7 @@ def test_a_store_holds_each_distinct_pair_once_in_the_order_of_its_hash(tmp_path
     assert tokens.mean_positive == pytest.approx(np.mean(positives), abs=1e-3)
 
 
-def test_no_query_stands_on_both_sides_and_more_pairs_move_none_across(tmp_path, bytes_tokenizer):
+def test_each_query_is_in_one_part_and_more_pairs_do_not_move_it(tmp_path, bytes_tokenizer):
     rows = some_rows(3000)
     few = made(tmp_path / "few", bytes_tokenizer, {"path": str(write(tmp_path / "few.jsonl", rows[:1500]))})
     many = made(tmp_path / "many", bytes_tokenizer, {"path": str(write(tmp_path / "many.jsonl", rows))})
@@ -75,7 +75,7 @@ def test_the_shuffle_is_uniform(tmp_path, bytes_tokenizer):
     assert abs(stats.spearmanr(np.arange(len(place)), place).statistic) < 4 / n**0.5
     counts = np.histogram2d(np.arange(len(place)), place, bins=10)[0]
     assert stats.chi2_contingency(counts).pvalue > 1e-3
-    assert np.sum(np.abs(np.diff(place)) == 1) < 12  # neighbours that stay neighbours: two are expected
+    assert np.sum(np.abs(np.diff(place)) == 1) < 12  # neighbours that stay neighbours; two are expected
 
 
 def _digit_ids(folder: Path) -> list[int]:
@@ -85,12 +85,12 @@ def _digit_ids(folder: Path) -> list[int]:
     return [tokenizer.encode(str(digit)).ids[0] for digit in range(10)]
 
 
-def test_ids_are_those_of_transformers_without_special_tokens(tmp_path, bpe_tokenizer):
+def test_ids_equal_those_of_transformers_without_special_tokens(tmp_path, bpe_tokenizer):
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(bpe_tokenizer)
     texts = ["open read", "Ünicode 北京 🙂", "<|endoftext|> inside", "a\n\n  b", "x", " ".join(WORDS * 9)]
-    # Long texts of which a few characters, and of which very many, make a token.
+    # Long texts: in some a token has few characters, in others very many.
     texts += ["\x07" * 5000, " batch" * 40 * CHARACTERS, "    " * 3000 + "end", f" {LONG_WORD}" * 300]
     assert len(tokenizer.tokenize(f" {LONG_WORD}")) == 1 and len(LONG_WORD) > 2 * CHARACTERS
     rows = [row(f"query {i}", text) for i, text in enumerate(texts)]
@@ -101,7 +101,7 @@ def test_ids_are_those_of_transformers_without_special_tokens(tmp_path, bpe_toke
     assert store.manifest.vocabulary == len(tokenizer)
 
 
-def test_text_behind_much_that_a_normaliser_drops_is_kept(tmp_path, bpe_tokenizer):
+def test_text_after_many_dropped_characters_is_kept(tmp_path, bpe_tokenizer):
     file = json.loads((bpe_tokenizer / "tokenizer.json").read_text())
     strip = {"type": "Strip", "strip_left": True, "strip_right": True}
     (tmp_path / "strips").mkdir()
@@ -113,7 +113,7 @@ def test_text_behind_much_that_a_normaliser_drops_is_kept(tmp_path, bpe_tokenize
     assert first == second and len(first[1]) > 1
 
 
-def test_a_vocabulary_beyond_sixteen_bits_is_stored_in_thirty_two(tmp_path):
+def test_ids_of_a_large_vocabulary_have_32_bits(tmp_path):
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     names = [f"w{i}" for i in range(70_000)]
@@ -126,7 +126,7 @@ def test_a_vocabulary_beyond_sixteen_bits_is_stored_in_thirty_two(tmp_path):
     assert training(store) == [((69999, 1), (65536,))]
 
 
-def test_a_tokenizers_digest_is_of_what_it_does_not_of_its_file(tmp_path, bytes_tokenizer, bpe_tokenizer):
+def test_a_tokenizer_digest_depends_on_behaviour_and_not_on_the_file(tmp_path, bytes_tokenizer, bpe_tokenizer):
     text = json.loads((bpe_tokenizer / "tokenizer.json").read_text())
     for name, change in [
         ("same", {"padding": None, "truncation": None}),
@@ -161,7 +161,7 @@ def test_the_same_pairs_make_the_same_store_whatever_the_format_and_the_cores(tm
         made(tmp_path / "gz", bytes_tokenizer, {"path": f"{path}.gz"}),
         made(tmp_path / "parquet", bytes_tokenizer, {"path": str(tmp_path / "pairs.parquet"), "kind": "parquet"}),
     ]
-    # The text of a compressed file is estimated, so it may get another number of buckets.
+    # The text size of a compressed file is estimated, so its number of buckets may differ.
     sizes = {"unit_size": UnitSize(5000), "bucket_bytes": 3000}
     with one_core():
         stores.append(made_in_small_parts(tmp_path / "alone", bytes_tokenizer, {"path": str(path)}, **sizes))
@@ -173,9 +173,9 @@ def test_the_same_pairs_make_the_same_store_whatever_the_format_and_the_cores(tm
     assert other.digest != stores[0].digest
 
 
-def test_a_mixture_has_the_shares_asked_for_and_ends_with_the_source_that_runs_out(tmp_path, capsys, bytes_tokenizer):
+def test_a_mixture_has_the_given_shares_and_ends_with_its_first_used_up_source(tmp_path, capsys, bytes_tokenizer):
     few = [row(f"few {i}", f"text {i}") for i in range(600)]
-    many = [row(f"many {i}", f"text {i}") for i in range(3000)] * 2  # half of what is read are repetitions
+    many = [row(f"many {i}", f"text {i}") for i in range(3000)] * 2  # every row twice
     paths = [write(tmp_path / f"{name}.jsonl", rows) for name, rows in (("few", few), ("many", many))]
     sources = [{"path": str(path), "weight": weight} for path, weight in zip(paths, (1, 3), strict=True)]
     store = made(tmp_path / "store", bytes_tokenizer, *sources)
@@ -188,7 +188,7 @@ def test_a_mixture_has_the_shares_asked_for_and_ends_with_the_source_that_runs_o
     assert all_kept.pairs + all_kept.held_out == 3600
 
 
-def test_hard_negatives_are_counted_by_the_pair_that_has_fewest(tmp_path, bytes_tokenizer):
+def test_the_pair_with_the_fewest_negatives_sets_their_number(tmp_path, bytes_tokenizer):
     rows = [row(f"q{i}", f"p{i}", *(f"n{i}{k}" for k in range(2 + i % 3)), " ") for i in range(200)]
     path = write(tmp_path / "pairs.jsonl", rows)
     assert made(tmp_path / "with", bytes_tokenizer, {"path": str(path), "negative": "neg"}).negatives == 2
@@ -205,7 +205,7 @@ def test_text_that_is_not_utf8_is_counted_and_reported(tmp_path, capsys, bytes_t
 
 
 def test_installed_python_becomes_a_store(tmp_path, monkeypatch, bytes_tokenizer):
-    """Not all installed packages: a worker reads the units that it is given, so a few files stand for all."""
+    """A few files stand for all installed packages, because a worker reads each unit alone."""
     chosen = [replace(corpora.units_of(0, Source(kind="installed-python"))[0], stop=80)]
     assert len(installed_files()) > 1000
     monkeypatch.setattr(prepare, "units_of", lambda *_: chosen)

@@ -1,4 +1,4 @@
-"""`embedscale prepare` stopped, killed, disturbed or called twice: it continues, and makes the same store."""
+"""`embedscale prepare` after a stop, a kill, an error or a second call: it continues and makes the same store."""
 
 import gzip
 import json
@@ -27,7 +27,7 @@ from embedscale.run.lease import Lease
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory, bytes_tokenizer) -> tuple[Path, str]:
-    """Sources of many units whose preparation takes seconds, and the digest of a store that nothing disturbed."""
+    """Return sources of many units that take seconds, and the digest of a store made without an interruption."""
     folder = tmp_path_factory.mktemp("large")
     (folder / "source").mkdir()
     for part in range(40):
@@ -37,14 +37,14 @@ def undisturbed(tmp_path_factory, bytes_tokenizer) -> tuple[Path, str]:
 
 @pytest.fixture
 def large(tmp_path, bytes_tokenizer, undisturbed) -> tuple[list[str], Path, str]:
-    """Settings, the store they would make, and the digest it should have."""
+    """Return settings, the path of their store, and the expected digest."""
     source, digest = undisturbed
     source = shutil.copytree(source, tmp_path / "source")
     return words_of(tmp_path / "store", bytes_tokenizer, {"path": str(source)}), tmp_path / "store", digest
 
 
 def started(words: list[str], store: Path, units: int) -> subprocess.Popen:
-    """`prepare` in a process of its own, with so many units done."""
+    """Start `prepare` in another process and wait until this many units are done."""
     command = [sys.executable, "-m", "embedscale.cli", "prepare", *words]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True)
     while len(list((store / "work").glob("unit-*.json"))) < units:
@@ -53,7 +53,7 @@ def started(words: list[str], store: Path, units: int) -> subprocess.Popen:
     return process
 
 
-def test_killed_and_started_again_it_goes_on_to_the_same_store(large):
+def test_a_killed_prepare_continues_to_the_same_store(large):
     words, store, digest = large
     for units in (1, 15, 30):
         process = started(words, store, units)
@@ -67,7 +67,7 @@ def test_killed_and_started_again_it_goes_on_to_the_same_store(large):
     finished = [name for name in snapshot(store / "work") if name.endswith(".json") and name.startswith("unit")]
     assert len(finished) >= 30
     (store / "train" / ".00000.arrow.0123abcd.partial").write_text("torn")
-    # Finished units are not read again: their files may hold anything now. (The first is read to check the source.)
+    # Finished units are not read again, so their files may hold anything. (The first file is read to check the source.)
     for number in sorted(int(name[5:11]) for name in finished)[1:]:
         file = store.parent / "source" / f"{number:02d}.jsonl"
         file.write_bytes(b" " * file.stat().st_size)
@@ -82,12 +82,12 @@ def test_killed_and_started_again_it_goes_on_to_the_same_store(large):
     [(os.kill, [signal.SIGTERM]), (os.killpg, [signal.SIGTERM]), (os.killpg, [signal.SIGINT] * 4)],
     ids=["SIGTERM", "SIGTERM to its workers too", "impatient Ctrl-C"],
 )
-def test_a_signal_ends_it_in_a_way_that_can_be_resumed(large, send, sent):
+def test_after_a_signal_prepare_can_be_resumed(large, send, sent):
     words, store, digest = large
     process = started(words, store, 5)
     for number in sent:
         send(process.pid, number)
-        time.sleep(0.02)  # or the system takes several for one
+        time.sleep(0.02)  # the system merges signals that follow too fast
     _, errors = process.communicate(timeout=60)
     assert process.returncode == INTERRUPTED
     assert errors.decode() == "embedscale: interrupted\n"
@@ -96,8 +96,8 @@ def test_a_signal_ends_it_in_a_way_that_can_be_resumed(large, send, sent):
     assert PairStore.open(store).digest == digest
 
 
-def test_interrupted_it_does_not_wait_for_the_end_of_a_compressed_file(tmp_path, bytes_tokenizer):
-    """Which is one unit, and may take hours: here as many texts as no machine tokenises in a minute."""
+def test_an_interrupt_does_not_wait_for_the_end_of_a_compressed_file(tmp_path, bytes_tokenizer):
+    """A compressed file is one unit and may take hours; no machine tokenises this one in a minute."""
     text = "".join(json.dumps(row(f"query {i}", "positive")) + "\n" for i in range(20_000))
     (tmp_path / "pairs.jsonl.gz").write_bytes(gzip.compress(text.encode(), 1) * 1000)
     words = words_of(tmp_path / "store", bytes_tokenizer, {"path": str(tmp_path / "pairs.jsonl.gz")})
@@ -111,13 +111,13 @@ def test_interrupted_it_does_not_wait_for_the_end_of_a_compressed_file(tmp_path,
     assert not list((tmp_path / "store" / "work").glob("*unit*"))
 
 
-def test_ctrl_c_while_the_workers_are_started_is_one_line(large):
+def test_ctrl_c_while_workers_start_prints_one_line(large):
     words, store, _ = large
     process = started(words, store, 0)
     while not any("forkserver" in " ".join(child.cmdline()) for child in psutil.Process(process.pid).children()):
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.002)
-    for _ in range(10):  # in the imports of the process that forks them
+    for _ in range(10):  # during the imports of the process that forks the workers
         time.sleep(0.1)
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGINT)
@@ -136,7 +136,7 @@ sys.exit(cli.main(["prepare", *sys.argv[1:]]))
 
 
 def interrupted_in_the_second_pass(words: list[str], store: Path) -> int:
-    """Exit status of a `prepare` of many buckets that gets a signal when the first of them are done."""
+    """Interrupt a `prepare` of many buckets after its first ones, and return its exit status."""
     process = subprocess.Popen([sys.executable, "-c", IN_SMALL_BUCKETS, *words], stderr=subprocess.DEVNULL)
     while len(list((store / "work").glob("bucket-*.json"))) < 2:
         assert process.poll() is None
@@ -155,7 +155,7 @@ def interrupted_before_the_manifest(words: list[str], store: Path) -> int:
 
 
 @pytest.mark.parametrize("interrupted", [interrupted_in_the_second_pass, interrupted_before_the_manifest])
-def test_interrupted_late_it_leaves_no_store_and_continues(
+def test_a_late_interrupt_leaves_no_store_and_prepare_continues(
     tmp_path, bytes_tokenizer, interrupted: Callable[[list[str], Path], int]
 ):
     source = {"path": str(write(tmp_path / "pairs.jsonl", some_rows(500)))}
@@ -166,13 +166,13 @@ def test_interrupted_late_it_leaves_no_store_and_continues(
         PairStore.open(tmp_path / "store")
     with (tmp_path / "pairs.jsonl").open("a") as file:
         file.write(json.dumps(row("new", "row")) + "\n")
-    assert cli.main(["prepare", *words]) == WRONG  # half of one corpus and half of another would be neither
+    assert cli.main(["prepare", *words]) == WRONG  # a store must not mix two versions of a corpus
     write(tmp_path / "pairs.jsonl", some_rows(500))
     assert cli.main(["prepare", *words]) == 0
     assert PairStore.open(tmp_path / "store").digest == digest
 
 
-def test_a_second_process_touches_nothing(tmp_path, capsys, bytes_tokenizer):
+def test_a_second_process_changes_nothing(tmp_path, capsys, bytes_tokenizer):
     source = {"path": str(write(tmp_path / "pairs.jsonl", some_rows(300)))}
     (tmp_path / "store" / "work").mkdir(parents=True)
     lease = Lease(tmp_path / "store" / "work" / "lease.json")
@@ -185,9 +185,7 @@ def test_a_second_process_touches_nothing(tmp_path, capsys, bytes_tokenizer):
     lease.release()
 
 
-def test_a_store_that_another_process_ends_while_the_files_are_listed_is_there(
-    tmp_path, monkeypatch, capsys, bytes_tokenizer
-):
+def test_a_store_that_another_process_finishes_meanwhile_is_found(tmp_path, monkeypatch, capsys, bytes_tokenizer):
     words = words_of(tmp_path / "store", bytes_tokenizer, {"path": str(write(tmp_path / "p.jsonl", some_rows(300)))})
     units_of = prepare.units_of
 
@@ -203,7 +201,7 @@ def test_a_store_that_another_process_ends_while_the_files_are_listed_is_there(
     assert sorted(path.name for path in (tmp_path / "store").iterdir()) == ["held_out", "manifest.json", "train"]
 
 
-def test_nothing_is_removed_under_a_process_that_has_just_come(tmp_path, monkeypatch, bytes_tokenizer):
+def test_no_file_of_another_process_is_removed(tmp_path, monkeypatch, bytes_tokenizer):
     release, next_one = Lease.release, Lease(tmp_path / "store" / "work" / "lease.json")
 
     def then_the_next_comes(lease):
@@ -213,7 +211,7 @@ def test_nothing_is_removed_under_a_process_that_has_just_come(tmp_path, monkeyp
 
     monkeypatch.setattr(Lease, "release", then_the_next_comes)
     words = words_of(tmp_path / "store", bytes_tokenizer, {"path": str(write(tmp_path / "p.jsonl", some_rows(300)))})
-    for _ in range(2):  # it makes the store, it finds the store
+    for _ in range(2):  # the first makes the store, the second finds it
         assert cli.main(["prepare", *words]) == 0
         assert next_one.held()
     next_one.release()
@@ -221,7 +219,7 @@ def test_nothing_is_removed_under_a_process_that_has_just_come(tmp_path, monkeyp
     assert not (tmp_path / "store" / "work").exists()
 
 
-def test_a_process_whose_store_is_taken_over_ends(large, monkeypatch):
+def test_a_process_that_lost_its_store_ends(large, monkeypatch):
     monkeypatch.setattr(leases, "HEARTBEAT_SECONDS", 0.01)
     words, store, _ = large
     lease = store / "work" / "lease.json"
@@ -240,15 +238,15 @@ def test_a_process_whose_store_is_taken_over_ends(large, monkeypatch):
     assert json.loads(lease.read_text())["token"] == "other"
 
 
-def test_what_was_done_before_a_file_could_not_be_read_is_kept(tmp_path, capsys, bytes_tokenizer):
-    """A file server may fail for a minute; a file that is cut off is found after hours of others."""
+def test_units_done_before_a_read_error_are_kept(tmp_path, capsys, bytes_tokenizer):
+    """A file server may fail for a minute, and a file that is cut off may be found after hours."""
     (tmp_path / "source").mkdir()
     text = write(tmp_path / "source" / "0.jsonl", some_rows(300)).read_bytes()
     for number in range(1, 8):
         (tmp_path / "source" / f"{number}.jsonl.gz").write_bytes(gzip.compress(text.replace(b"read", b"%d" % number)))
     last, whole = tmp_path / "source" / "7.jsonl.gz", (tmp_path / "source" / "7.jsonl.gz").read_bytes()
     words = words_of(tmp_path / "store", bytes_tokenizer, {"path": str(tmp_path / "source")})
-    last.write_bytes(whole[:-9] + bytes(9))  # as a file server may show it for a while
+    last.write_bytes(whole[:-9] + bytes(9))  # a file server may return such content for a while
     assert cli.main(["prepare", *words]) == WRONG
     assert "7.jsonl.gz: cannot be read" in capsys.readouterr().err
     assert len(list((tmp_path / "store" / "work").glob("unit-*.json"))) == 7

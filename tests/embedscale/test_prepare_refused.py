@@ -1,4 +1,4 @@
-"""What `embedscale prepare` refuses: other settings, bad sources, bad folders; in one line, and nothing is written."""
+"""`embedscale prepare` refuses other settings, bad sources and bad folders in one line, and writes nothing."""
 
 from pathlib import Path
 
@@ -10,12 +10,10 @@ from embedscale.data import prepare
 from embedscale.errors import WRONG
 
 
-def test_prepared_again_does_nothing_and_another_configuration_is_refused(
-    tmp_path, capsys, bytes_tokenizer, bpe_tokenizer
-):
+def test_a_finished_store_is_kept_and_other_settings_are_refused(tmp_path, capsys, bytes_tokenizer, bpe_tokenizer):
     path, store = write(tmp_path / "pairs.jsonl", some_rows(300)), tmp_path / "store"
     made(store, bytes_tokenizer, {"path": str(path)})
-    path.unlink()  # nor is it read
+    path.unlink()  # the file is not read again
     before = snapshot(tmp_path)
     capsys.readouterr()
     made(store, bytes_tokenizer, {"path": str(path)})
@@ -78,9 +76,7 @@ def test_bad_input_is_refused_in_one_line_and_nothing_is_written(
     assert snapshot(tmp_path) == before
 
 
-def test_a_source_that_is_wrong_is_found_before_those_before_it_are_tokenised(
-    tmp_path, monkeypatch, capsys, bytes_tokenizer
-):
+def test_a_wrong_source_is_found_before_any_source_is_tokenised(tmp_path, monkeypatch, capsys, bytes_tokenizer):
     monkeypatch.setattr(prepare, "worker_pool", lambda _: pytest.fail("begun"))
     good = {"path": str(write(tmp_path / "good.jsonl", some_rows(20)))}
     nulls = {"path": str(write(tmp_path / "nulls.jsonl", [{"query": "q", "pos": None}] * 7))}
@@ -97,7 +93,7 @@ def test_mixtures_need_all_weights_and_at_least_one_source(tmp_path, capsys, byt
     assert "data.sources.weight: some sources have a weight" in capsys.readouterr().err
     assert cli.main(["prepare", *words_of(tmp_path / "s", bytes_tokenizer)]) == WRONG
     assert "data.sources: nothing is given" in capsys.readouterr().err
-    again = [{"path": path, "weight": 1}] * 2  # of equal pairs the first source's count
+    again = [{"path": path, "weight": 1}] * 2  # equal pairs count for the first source
     assert cli.main(["prepare", *words_of(tmp_path / "s", bytes_tokenizer, *again)]) == WRONG
     assert "data.sources[1].weight: no pair of this source is left" in capsys.readouterr().err
     assert not (tmp_path / "s").exists()

@@ -1,4 +1,4 @@
-"""Progress bars: on a terminal they show what is done, elsewhere they print nothing."""
+"""Progress bars are drawn on a terminal and nowhere else."""
 
 import os
 import pty
@@ -17,12 +17,12 @@ with Bar("fit") as bar:
 """
 
 
-def test_nothing_is_drawn_where_stderr_is_no_terminal():
+def test_no_bar_is_drawn_without_a_terminal():
     done = subprocess.run([sys.executable, "-c", WORK], capture_output=True, text=True, check=True)
     assert done.stdout == done.stderr == ""
 
 
-def test_a_terminal_shows_names_amounts_and_texts():
+def test_a_bar_shows_name_amount_and_text():
     ours, theirs = pty.openpty()
     process = subprocess.Popen(
         [sys.executable, "-c", WORK], stdout=subprocess.PIPE, stderr=theirs, env=os.environ | {"TERM": "xterm"}

@@ -1,4 +1,4 @@
-"""What `train` refuses: one line that names the setting, exit 2, and nothing written."""
+"""`train` refuses bad input: one line that names the setting, exit status 2, and nothing is written."""
 
 import json
 import shutil
@@ -13,7 +13,7 @@ from embedscale.training.train import train
 
 
 @pytest.mark.parametrize("damage", ["missing", "truncated"])
-def test_held_out_pairs_that_cannot_be_read_are_found_before_the_training(tmp_path, tiny_run, capsys, damage):
+def test_unreadable_held_out_pairs_are_found_before_training(tmp_path, tiny_run, capsys, damage):
     store = tmp_path / "store"
     shutil.copytree(load(None, tiny_run).data.store, store)
     part = min((store / "held_out").glob("*.arrow"))
@@ -46,13 +46,13 @@ def test_held_out_pairs_that_cannot_be_read_are_found_before_the_training(tmp_pa
         (["evaluation.pool=32000"], "held-out pairs are asked for"),
         (["loss.hard_negatives=5"], "loss.hard_negatives: 5, but"),
         (["resources.shard=true"], "resources.shard: one process has nothing to share"),
-        (["resources.devices=3"], "training.batch_size: 16 does not divide by 3"),
+        (["resources.devices=3"], "training.batch_size: 16 is not divisible by 3"),
         (["resources.memory_gb=.inf"], "resources.memory_gb: inf is out of range"),
         (["training.learning_rate=.inf"], "training.learning_rate: inf is out of range"),
         (["evaluation.at=[0]"], "evaluation.at: 0.0 is out of range; allowed: above 0, at most 1"),
     ],
 )
-def test_bad_input_is_one_line_exit_2_and_nothing_written(tmp_path, tiny_run, capsys, words, message):
+def test_bad_input_is_refused_in_one_line_and_nothing_is_written(tmp_path, tiny_run, capsys, words, message):
     output = tmp_path / "runs"
     assert cli.main(["train", *tiny_run, f"output={output}", BUDGET, *words]) == WRONG
     said = capsys.readouterr().err.strip()
@@ -72,12 +72,12 @@ def test_a_store_of_another_tokenizer_is_refused(tmp_path, tiny_run, backbone_fo
     assert "was made with tokenizer" in capsys.readouterr().err
 
 
-def test_tokens_that_the_backbone_does_not_have_are_refused(tmp_path, tiny_run, save_decoder, capsys):
-    """Not looked up beyond the embedding's rows, which on a GPU ends in an assertion of a kernel."""
+def test_tokens_without_an_embedding_are_refused(tmp_path, tiny_run, save_decoder, capsys):
+    """A lookup beyond the rows of the embedding would fail in a kernel on a GPU."""
     words = [*tiny_run, BUDGET, f"backbone.name={save_decoder(tmp_path / 'small', vocab_size=100)}"]
     for verb in ("train", "flops"):
         assert cli.main([verb, *words]) == WRONG
-        assert "made with one of 256 tokens, but small has 100 embeddings" in capsys.readouterr().err
+        assert "prepared with a tokenizer of 256 tokens, but small has 100 embeddings" in capsys.readouterr().err
 
 
 def test_a_directory_of_another_run_is_refused(tmp_path, tiny_run, capsys):

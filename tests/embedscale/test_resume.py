@@ -1,4 +1,4 @@
-"""Runs that are stopped, killed, taken over or damaged, and then resumed: the result is that of a run left alone."""
+"""Runs that are stopped, killed, taken over or damaged and then resumed give the result of an undisturbed run."""
 
 import json
 import os
@@ -20,7 +20,7 @@ from embedscale.run.stop import StopRequest
 from embedscale.training.train import train
 
 
-def test_stopped_at_every_step_and_resumed_is_bit_for_bit_the_same(tmp_path, tiny_run):
+def test_stops_at_every_step_do_not_change_the_result(tmp_path, tiny_run):
     words = ["method.name=lora", "method.rank=2", "method.dropout=0.2", "resources.log_every=3"]
     config, whole = run_of(tmp_path / "a", tiny_run, *words)
     assert train(config) == DONE
@@ -34,12 +34,12 @@ def test_stopped_at_every_step_and_resumed_is_bit_for_bit_the_same(tmp_path, tin
     assert ended == ["interrupted"] * (len(codes) - 1) + ["done"]
 
 
-def test_a_stop_during_the_last_evaluation_leaves_only_that_to_do(tmp_path, tiny_run, capsys):
+def test_after_a_stop_in_the_last_evaluation_only_the_evaluation_is_left(tmp_path, tiny_run, capsys):
     config, whole = run_of(tmp_path / "a", tiny_run)
     assert train(config) == DONE
     config, directory = run_of(tmp_path / "b", tiny_run)
     steps = whole.read_record().steps
-    too_few, too_many = 0, 4 * steps  # looks at the flag, some in each step and some in the evaluation
+    too_few, too_many = 0, 4 * steps  # looks at the flag: some in each step, some in the evaluation
     while True:
         looks = (too_few + too_many) // 2
         shutil.rmtree(directory.path, ignore_errors=True)
@@ -60,7 +60,7 @@ def test_a_stop_during_the_last_evaluation_leaves_only_that_to_do(tmp_path, tiny
 
 
 class FailsAtTheEnd(StopRequest):
-    """Raises an error when it is looked at after the last checkpoint: in the last evaluation."""
+    """A stop request that raises an error at the first look after the last checkpoint, in the last evaluation."""
 
     def __init__(self, directory, steps):
         super().__init__()
@@ -84,9 +84,9 @@ def test_an_evaluation_that_fails_at_the_end_loses_no_step(tmp_path, tiny_run):
     assert comparable(directory) == comparable(whole)
 
 
-def test_a_second_ctrl_c_ends_a_run_at_once_and_says_so(tmp_path, tiny_run, capsys):
+def test_a_second_ctrl_c_ends_a_run_at_once_and_prints_it(tmp_path, tiny_run, capsys):
     class Impatient(StopRequest):
-        """Asked twice, at the third look."""
+        """A stop request that is made twice, at the third look."""
 
         looks = 0
 
@@ -113,7 +113,7 @@ def test_a_stopped_run_prints_a_line_and_no_empty_one(tmp_path, tiny_run, capsys
 
 
 class LosesTheLease(StopRequest):
-    """At the n-th look another process has taken the run over, as one may from a process that was suspended."""
+    """At the n-th look, another process has taken over the run, as after a suspension."""
 
     def __init__(self, directory, looks):
         super().__init__()
@@ -134,13 +134,13 @@ def everything(directory):
 
 
 @pytest.mark.parametrize("before_the_end", [False, True])
-def test_a_run_whose_lease_is_taken_over_writes_nothing_more_and_stops(tmp_path, tiny_run, before_the_end):
+def test_a_run_that_lost_its_lease_stops_and_writes_nothing_more(tmp_path, tiny_run, before_the_end):
     words = ["resources.checkpoint_minutes=0", "resources.log_every=1"]
     config, whole = run_of(tmp_path / "a", tiny_run, *words)
     assert train(config) == DONE
     config, directory = run_of(tmp_path / "b", tiny_run, *words)
     stop = LosesTheLease(directory, 10**9)
-    if before_the_end:  # one look from the last step's end
+    if before_the_end:  # one look before the end of the last step
         assert train(config, stop) == DONE
         stop = LosesTheLease(directory, 10**9 - stop.looks - 1)
         shutil.rmtree(directory.path)
@@ -169,8 +169,8 @@ def test_a_truncated_checkpoint_falls_back_to_the_one_before(tmp_path, tiny_run,
     assert comparable(directory) == comparable(whole)
 
 
-def test_what_a_dead_node_left_torn_is_cleared_up(tmp_path, tiny_run):
-    """Half of a checkpoint; and of the metrics, pages behind the last checkpoint that never came to the disk."""
+def test_torn_files_of_a_dead_node_are_removed(tmp_path, tiny_run):
+    """Half a checkpoint, and pages of the metrics after the last checkpoint that never reached the disk."""
     config, whole = run_of(tmp_path / "a", tiny_run, "resources.log_every=1")
     assert train(config) == DONE
     config, directory = run_of(tmp_path / "b", tiny_run, "resources.log_every=1")
@@ -185,8 +185,8 @@ def test_what_a_dead_node_left_torn_is_cleared_up(tmp_path, tiny_run):
     assert comparable(directory) == comparable(whole)
 
 
-def test_metrics_are_on_the_disk_before_the_checkpoint_that_they_lead_to(tmp_path, tiny_run, monkeypatch):
-    """A power cut must not take the rows of steps that no resumed run goes through again."""
+def test_metrics_are_on_disk_before_the_checkpoint_of_their_steps(tmp_path, tiny_run, monkeypatch):
+    """A power cut must not lose rows of steps that a resumed run does not repeat."""
     config, directory = run_of(tmp_path, tiny_run, "resources.checkpoint_minutes=0", "resources.log_every=1")
     secured, fsync, save = [], os.fsync, torch.save
 
@@ -205,7 +205,7 @@ def test_metrics_are_on_the_disk_before_the_checkpoint_that_they_lead_to(tmp_pat
     assert len(secured) > 20
 
 
-def test_two_processes_on_one_run_the_second_stops_and_touches_nothing(server, tmp_path, tiny_run):
+def test_the_second_process_of_a_run_stops_and_changes_nothing(server, tmp_path, tiny_run):
     words = [*tiny_run, f"output={tmp_path / 'runs'}", "budget=1e12", "data.repeat=true"]
     config = load(None, words)
     directory = RunDirectory(config.folder)

@@ -1,4 +1,4 @@
-"""The JSON Schemas in docs/schemas: they are those of the code, and the files of a run keep to them."""
+"""The JSON Schemas in docs/schemas match the code, and the files of a run match the schemas."""
 
 import json
 import sys
@@ -25,14 +25,14 @@ def checked(kind: str, value: object) -> None:
     jsonschema.validate(value, SCHEMAS[kind], jsonschema.Draft202012Validator)
 
 
-def test_the_schemas_in_the_documentation_are_those_of_the_code():
+def test_the_schemas_of_the_documentation_match_the_code():
     written = {path.name: json.loads(path.read_text()) for path in (DOCS / "schemas").glob("*.json")}
     assert written == generate.schemas(), "write them anew: python docs/generate.py"
     for schema in written.values():
         jsonschema.Draft202012Validator.check_schema(schema)
 
 
-def test_the_files_of_a_run_keep_to_the_schemas(tmp_path, tiny_run):
+def test_the_files_of_a_run_match_the_schemas(tmp_path, tiny_run):
     config = load(None, [*tiny_run, f"output={tmp_path / 'runs'}", "budget=2e9", "method.name=lora", "method.rank=2"])
     assert train(config) == DONE
     directory = RunDirectory(config.folder)
@@ -48,7 +48,7 @@ def test_the_files_of_a_run_keep_to_the_schemas(tmp_path, tiny_run):
         assert every.keys() == SCHEMAS[schema]["properties"].keys(), "the schema describes every key that is written"
 
 
-def test_records_of_the_first_version_keep_to_the_schema_and_load():
+def test_records_of_the_first_version_match_the_schema_and_load():
     checked("record", record())
     found = RunRecord.from_json(record())
     assert found.to_json() == record(diverged_at_step=None)
@@ -57,7 +57,7 @@ def test_records_of_the_first_version_keep_to_the_schema_and_load():
     assert RunRecord.from_json(early).tokenizer_digest is None
 
 
-def test_rows_of_the_first_version_load_in_the_new_spelling():
+def test_rows_of_the_first_version_load_with_the_new_names():
     place = {"step": 10, "attempt": 1, "tokens": 100, "flops": 600}
     speed = {"tokens_per_second": 50.0, "seconds": 2.0}
     row = Metric.from_json(place | {"loss": 4.5, "lr": 0.001} | speed)

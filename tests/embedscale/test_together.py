@@ -1,4 +1,4 @@
-"""Runs of several processes, with copies of the model or with sharded weights: they train as one process does."""
+"""Runs of several processes, with copies of the model or sharded weights, train like one process."""
 
 import os
 import socket
@@ -38,7 +38,7 @@ def _rank(words, environment):
 
 
 def on_two_ranks(server, words):
-    """A run as a node launches it, a process a rank."""
+    """Train a run with two processes, as a job launches it."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         places = [rank_environment(rank, 2, rank, 2, 0, "127.0.0.1", free.getsockname()[1]) for rank in (0, 1)]
@@ -59,14 +59,15 @@ TOGETHER = [*ALONE, "resources.devices=2", "resources.chunk_tokens=200"]
 
 @pytest.fixture(scope="module")
 def copies(server, tmp_path_factory, tiny_run):
-    """A run on two ranks, each with all of the model, left alone."""
+    """A run on two ranks that each have the whole model, without an interruption."""
     return on_two_ranks(server, [*tiny_run, *TOGETHER, f"output={tmp_path_factory.mktemp('copies')}"])
 
 
 @pytest.mark.parametrize("how", [[], ["resources.shard=true"]], ids=["copies", "shards"])
-def test_two_processes_train_as_one_and_resume(server, tmp_path, tiny_run, copies, how):
-    """Two ranks over gloo, launched by the command and stopped by SIGTERM, resumed as a node does: as if left alone.
-    Copies of the model against one process, shards against copies.
+def test_two_processes_train_like_one_and_resume(server, tmp_path, tiny_run, copies, how):
+    """Two gloo ranks, launched by the command, stopped by SIGTERM and resumed by a job, equal an undisturbed run.
+
+    Copies of the model are compared with one process, and shards with copies.
     """
     words = [*tiny_run, *TOGETHER, *how, f"output={tmp_path / 'stopped'}"]
     directory = RunDirectory(load(None, words).folder)
@@ -86,7 +87,7 @@ def test_two_processes_train_as_one_and_resume(server, tmp_path, tiny_run, copie
         shards, plain = (load_file(each.model / "trainable.safetensors") for each in (directory, copies))
         assert shards.keys() == plain.keys()
         for name, weight in plain.items():
-            torch.testing.assert_close(shards[name], weight, rtol=0, atol=3e-4)  # a tenth of a step
+            torch.testing.assert_close(shards[name], weight, rtol=0, atol=3e-4)  # a tenth of a step's change
         assert two.loss == pytest.approx(copies.read_record().loss, rel=1e-3)
         return
     assert comparable(directory) == comparable(copies)
@@ -102,8 +103,8 @@ def test_two_processes_train_as_one_and_resume(server, tmp_path, tiny_run, copie
 
 
 @pytest.mark.parametrize("chunk_tokens", [None, 50])
-def test_shards_are_fed_in_as_many_chunks_on_each_rank(tiny_run, chunk_tokens):
-    """The same sequences as without, in chunks that are none the larger."""
+def test_sharded_ranks_have_equally_many_chunks(tiny_run, chunk_tokens):
+    """The sequences are those of an unsharded run, and no chunk is larger."""
     words, numbers = [*tiny_run, BUDGET, "resources.devices=4", "loss.hard_negatives=1"], []
     store = PairStore.open(load(None, words).data.store)
     configs = [load(None, [*words, f"resources.shard={shard}"]) for shard in ("false", "true")]

@@ -1,4 +1,4 @@
-"""Whole runs through the real Trainer: the budget to the FLOP, the plain loop as reference, the record, divergence."""
+"""Whole runs through the real Trainer: the exact budget, a plain loop as reference, the record, divergence."""
 
 import json
 import math
@@ -31,7 +31,7 @@ def test_spends_the_budget_to_the_pair_and_records_it(tmp_path, tiny_run, name):
     assert record.status == "done" and record.run_id == config.run_id and record.method == name
     assert record.backbone_revision == "step1000"
 
-    # Recounted from the batches themselves, pair by pair.
+    # Counted again from the batches, pair by pair.
     store, plan = PairStore.open(config.data.store), json.loads(directory.plan.read_text())["plan"]
     tokens = 0
     for step in range(plan["steps"]):
@@ -59,8 +59,8 @@ def test_spends_the_budget_to_the_pair_and_records_it(tmp_path, tiny_run, name):
     assert not directory.checkpoints.exists() and not directory.lease.exists()
 
 
-def test_a_run_is_the_plain_loop(tmp_path, tiny_run):
-    """Sequence by sequence through transformers, torch's AdamW, and formulas written out."""
+def test_a_run_equals_a_plain_loop(tmp_path, tiny_run):
+    """The plain loop uses transformers sequence by sequence, torch's AdamW, and formulas written out."""
     words = ["training.weight_decay=0.3", "training.clip=20.0", "training.warmup_fraction=0.2", "loss.temperature=0.1"]
     config, directory = run_of(tmp_path, tiny_run, *words, "training.final_fraction=0.1", "resources.log_every=1")
     assert train(config) == DONE
@@ -93,10 +93,10 @@ def test_a_run_is_the_plain_loop(tmp_path, tiny_run):
     timed = sum(row.tokens_per_second * row.seconds for row in rows)
     assert timed == pytest.approx(plan["tokens"], rel=0.1)
     for name, weight in body.named_parameters():
-        if not name.endswith("query_key_value.bias"):  # a key's changes no attention: Adam goes by its rounding
+        if not name.endswith("query_key_value.bias"):  # a key's bias has no gradient but rounding errors
             assert (trained[name] - weight).norm() < 1e-3 * (weight - begun[name]).norm(), name
     found = []
-    for group in range(2):  # of 64 pairs, each among 31 negatives
+    for group in range(2):  # two groups of 32 pairs: each query has 31 negatives
         batch = store.held_out_batch(32 * group, 32 * group + 32)
         with torch.no_grad():
             texts = torch.from_numpy(batch.tokens).long().split(batch.lengths.tolist())
@@ -130,7 +130,7 @@ def test_loss_falls_and_retrieval_rises(tmp_path, tiny_run):
     assert directory.read_record().train_loss < 0.5 * math.log(16)
 
 
-def test_hours_of_a_device_are_shared_out_attempt_by_attempt(tmp_path, tiny_run):
+def test_device_hours_are_divided_for_each_attempt(tmp_path, tiny_run):
     config, directory = run_of(tmp_path, tiny_run)
     assert train(config, StopAfter(5), sharing=4) == INTERRUPTED
     (first,) = directory.read_attempts()
@@ -138,7 +138,7 @@ def test_hours_of_a_device_are_shared_out_attempt_by_attempt(tmp_path, tiny_run)
     directory.attempt(1).path.joinpath("attempt.json").write_text(
         json.dumps(first.to_json() | {"start": start.isoformat()})
     )
-    assert train(config, beside=2) == DONE  # on cores of its own
+    assert train(config, beside=2) == DONE  # other cores, so the hours are not divided
     record = directory.read_record()
     assert [attempt.sharing for attempt in record.attempts] == [4, 1]
     assert record.wall_seconds >= 7200
@@ -157,8 +157,8 @@ def test_a_loss_that_turns_nan_is_recorded_as_diverged(tmp_path, tiny_run, capsy
     assert train(config) == FAILED and directory.read_record() == record
 
 
-def test_a_last_step_that_ruins_the_weights_is_recorded_as_diverged(tmp_path, tiny_run, capsys):
-    """No later loss tells of it, and similarities that are no numbers would rank every positive first."""
+def test_a_last_step_that_breaks_the_weights_is_recorded_as_diverged(tmp_path, tiny_run, capsys):
+    """No later loss shows it, and similarities that are NaN would rank every positive first."""
     config, directory = run_of(tmp_path, tiny_run, "budget=2e8", "training.learning_rate=1e30")
     assert train(config) == FAILED
     record = directory.read_record()

@@ -1,4 +1,4 @@
-"""The package without model/cpu, in a folder of its own: it trains, and to the same losses."""
+"""A copy of the package without model/cpu trains to the same losses."""
 
 import os
 import shutil

@@ -1,4 +1,4 @@
-"""A real SLURM for the tests of this folder, and a place to write sweeps in. Without SLURM they are skipped."""
+"""A real SLURM for the tests of this folder, and a folder for sweeps. Without SLURM, these tests are skipped."""
 
 import getpass
 import json
@@ -59,7 +59,7 @@ def bare_cluster():
 
 @pytest.fixture(scope="module")
 def wide_cluster():
-    """Two nodes of sixteen cores, no accounting: more cores than `max_gpus` lets a sweep use."""
+    """Two nodes of sixteen cores, no accounting. A sweep may use fewer cores than that (`max_gpus`)."""
     yield from _cluster(cpus=16, accounting=False)
 
 
@@ -88,7 +88,7 @@ class Lab:
     def start(
         self, action: str, sweep: Path, *words: str, env: dict[str, str] | None = None
     ) -> Command | subprocess.Popen:
-        """Start a command of a sweep. With `env` it is a new interpreter, which imports everything again."""
+        """Start a command of a sweep. With `env`, start it in a new interpreter, which imports everything again."""
         line = ["sweep", action, str(sweep), *words]
         if env is None:
             return Command(self.server, line, self.environment, self.folder)
@@ -186,7 +186,7 @@ def laptop(tmp_path, tiny_run, server) -> Lab:
 
 @pytest.fixture
 def file_scheduler(monkeypatch):
-    """Lets a cluster file say `scheduler: file`."""
+    """Allow `scheduler: file` in a cluster file."""
     monkeypatch.setitem(SCHEDULERS, "file", FileQueue)
 
 
@@ -207,7 +207,7 @@ def queued_sweep(tmp_path, file_scheduler):
 
 @pytest.fixture
 def programs(tmp_path, monkeypatch):
-    """Stand-ins for SLURM's programs, alone on the PATH: programs(squeue="text", …) prints a text, a number exits.
+    """Put stand-ins for SLURM's programs alone on the PATH: programs(squeue="text", scancel=1) prints or exits with 1.
 
     Returns the file in which every call is noted.
     """

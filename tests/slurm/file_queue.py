@@ -27,7 +27,7 @@ work(*json.loads(sys.argv[1]))
 
 
 class FileQueue:
-    """The queue of one sweep, in the file `queue.json` of its folder."""
+    """The queue of one sweep: the file `queue.json` in the sweep's folder."""
 
     def __init__(self, folder: Path):
         self.folder, self.file = folder, folder / "queue.json"
@@ -80,14 +80,14 @@ class FileQueue:
     # --- What a test does to the queue ---
 
     def start(self, handle: str) -> None:
-        """Let a job run, under a number of its own, as SLURM does it with the tasks of an array."""
+        """Mark a job as running. Like a task of a SLURM array, the running job gets another number."""
         state = self.read()
         job = state["jobs"][handle]["job"]
         job |= {"id": f"{job['array']}.{job['task']}", "running": True, "host": "file-node", "reason": None}
         self.write(jobs=state["jobs"])
 
     def end(self, handle: str, how: str = "COMPLETED") -> None:
-        """Take a job out of the queue; accounting says how it ended."""
+        """Remove a job from the queue, and note for accounting how the job ended."""
         state = self.read()
         job = state["jobs"].pop(handle)["job"]
         self.write(jobs=state["jobs"], ended=state["ended"] | {job["id"]: how})

@@ -29,7 +29,7 @@ def test_six_hundred_runs_of_a_minute_are_ten_jobs():
     assert len(side_by_side.tasks) == 2
     brief = ResourceClass("brief", gpus=1, cpus=4, hours=0.5)
     (within_the_limit,) = arrange(estimates(600, 60.0, brief), Cluster(bundle_minutes=60), Limits())
-    assert [len(task) for task in within_the_limit.tasks] == [24] * 25  # of 30 minutes, a fifth is spared
+    assert [len(task) for task in within_the_limit.tasks] == [24] * 25  # jobs of 30 minutes keep a fifth in reserve
 
 
 def test_long_runs_and_runs_of_several_gpus_have_a_job_each():
@@ -56,7 +56,7 @@ def test_arrays_are_split_and_add_up(runs, largest):
 
 
 def worst_case(arrays, limits, held, rng):
-    """The most GPUs ever held, where arrays hold all that they may until they end, in any order."""
+    """Return the most GPUs held at once, if each array holds its maximum until it ends, in any order."""
     holding, ended, most = dict(held), set(), 0
     waiting = {
         f"#{i}": (parallel * array.gpus, after)
@@ -91,7 +91,7 @@ def test_all_arrays_together_stay_within_the_throttle():
         throttles([Array(LARGE, 1, 8, [{}])], 4, [])
 
 
-def test_on_this_machine_only_cores_and_devices_separate_runs_and_each_run_is_a_job():
+def test_on_this_machine_each_run_is_a_job():
     other = ResourceClass("other", gpus=1, cpus=4, hours=24, memory_gb=99, partition="long")
     arrays = arrange(estimates(3, 60.0) + estimates(2, 60.0, other), Cluster(), Limits(foreground=True))
     assert [[len(task) for task in array.tasks] for array in arrays] == [[1] * 5]

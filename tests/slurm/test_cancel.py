@@ -1,4 +1,4 @@
-"""`sweep cancel` asks first, and takes the jobs of this sweep file alone; the queue is a file."""
+"""`sweep cancel` asks first and cancels only the jobs of this sweep file; the queue is a file."""
 
 import subprocess
 import sys
@@ -16,7 +16,7 @@ def sweep(queued_sweep):
 
 
 def in_queue(sweep, **submissions: list[list[str]]) -> FileQueue:
-    """A queue in which the jobs of these submissions wait: small_1=[[run, …], …] has the array number 1."""
+    """Return a queue with the waiting jobs of these submissions: small_1=[[run, …], …] is array number 1."""
     jobs = {}
     for name, tasks in submissions.items():
         number = name.split("_")[1]
@@ -29,7 +29,7 @@ def in_queue(sweep, **submissions: list[list[str]]) -> FileQueue:
     return queue
 
 
-def test_cancel_takes_only_this_sweeps_jobs_and_says_when_it_cannot(sweep, tmp_path, capsys):
+def test_cancel_ends_only_jobs_of_this_sweep_and_reports_a_refusal(sweep, tmp_path, capsys):
     file = str(tmp_path / "small.yaml")
     assert main(["sweep", "cancel", file]) == 0
     assert "nothing to cancel" in capsys.readouterr().out
@@ -49,7 +49,7 @@ def test_cancel_takes_only_this_sweeps_jobs_and_says_when_it_cannot(sweep, tmp_p
     assert "the queue cannot be asked from this machine; nothing was cancelled" in capsys.readouterr().err
 
 
-def test_cancel_of_a_part_takes_its_jobs_alone_and_tells_what_else_is_in_them(sweep, tmp_path, capsys):
+def test_cancel_of_some_runs_ends_their_jobs_and_names_other_runs_in_them(sweep, tmp_path, capsys):
     runs = list(sweep.by_id)
 
     def cancelled(*seeds):
@@ -66,7 +66,7 @@ def test_cancel_of_a_part_takes_its_jobs_alone_and_tells_what_else_is_in_them(sw
 
 
 def test_cancel_asks_first(queued_sweep, tmp_path, programs):
-    """In a process of its own, whose answer comes from a pipe."""
+    """The command runs in another process and reads the answer from a pipe."""
     sweep, _ = queued_sweep("axes: {budget: 1e15}", scheduler="slurm")
     Submissions(sweep.folder).note(Submission("small-1", [list(sweep.by_id)]))
     calls = programs(squeue="100|100|N/A|PENDING||None|small-1", scancel="")

@@ -1,4 +1,4 @@
-"""The cluster of the other tests: it starts, answers, survives the loss of a node, and leaves no process behind."""
+"""The cluster of the other tests starts, answers, survives the loss of a node, and leaves no process behind."""
 
 import subprocess
 import sys
@@ -16,7 +16,7 @@ def test_nodes_partitions_and_accounting_answer(cluster, until):
     assert until(lambda: "COMPLETED" in cluster.ask(*ended))
 
 
-def test_a_cut_of_power_requeues_the_nodes_jobs_and_no_other_cluster_notices(cluster, until):
+def test_a_power_cut_requeues_the_jobs_of_a_node_and_no_others(cluster, until):
     words = ["--parsable", "--output=/dev/null", "--nodelist=n2", "--requeue", "--wrap=srun sleep 100"]
     job = cluster.ask("sbatch", *words).strip()
     until(lambda: cluster.ask("squeue", "--noheader", "--states=RUNNING", f"--jobs={job}", "--format=%N").strip())
@@ -30,7 +30,7 @@ def test_a_cut_of_power_requeues_the_nodes_jobs_and_no_other_cluster_notices(clu
     cluster.ask("scancel", job)
 
 
-def test_down_ends_what_up_started_and_nothing_else(cluster):
+def test_down_ends_only_processes_that_up_started(cluster):
     with tempfile.TemporaryDirectory(prefix="dc-") as folder:
         other = DevCluster(folder, nodes=1, accounting=False)
         other.up()

@@ -1,4 +1,4 @@
-"""The doctor finds what is wrong: in packages, on the disk, and in the answers of SLURM's programs (stand-ins)."""
+"""The doctor finds faults: in packages, on the disk, and in the answers of SLURM's programs (stand-ins)."""
 
 import os
 import shutil
@@ -34,7 +34,7 @@ NODES = (
 
 @pytest.fixture
 def scontrol(tmp_path, monkeypatch):
-    """A PATH of stand-ins for SLURM's commands; scontrol(config=…) changes what it tells."""
+    """Put stand-ins for SLURM's commands on the PATH; scontrol(config=…) changes the answers."""
     folder = tmp_path / "bin"
     folder.mkdir()
     monkeypatch.setenv("PATH", str(folder))  # this machine may have a SLURM of its own
@@ -62,7 +62,7 @@ def one_class(**settings) -> Cluster:
     return Cluster(classes=[ResourceClass("it", **settings)])
 
 
-def test_a_fit_cluster_is_fine_in_every_line(scontrol):
+def test_a_correct_cluster_passes_every_check(scontrol):
     scontrol()
     found = asked(one_class(gpus=4, cpus=4, memory_gb=32, hours=24, constraint="a100"))
     assert [each.text for each in found.values() if not each.fine] == []
@@ -83,7 +83,7 @@ def test_a_fit_cluster_is_fine_in_every_line(scontrol):
         ({"partition": "hgih"}, "partition 'hgih' is unknown; set `partition` in the cluster file: high, low"),
     ],
 )
-def test_a_class_that_does_not_fit_is_told_what_to_change(scontrol, settings, complaint):
+def test_a_class_that_does_not_fit_gets_advice(scontrol, settings, complaint):
     scontrol()
     finding = asked(one_class(**settings))["class it"]
     assert not finding.fine
@@ -98,32 +98,32 @@ def test_a_class_that_does_not_fit_is_told_what_to_change(scontrol, settings, co
         ("= 1001", "= 0", "arrays", "are off"),
     ],
 )
-def test_what_the_site_sets_is_held_against_the_cluster_file(scontrol, old, new, subject, complaint):
+def test_settings_of_the_site_are_compared_with_the_cluster_file(scontrol, old, new, subject, complaint):
     scontrol(config=CONFIG.replace(old, new))
     finding = asked(one_class())[subject]
     assert not finding.fine
     assert complaint in finding.text
 
 
-def test_a_short_grace_time_is_named(scontrol):
+def test_a_short_grace_time_is_reported(scontrol):
     scontrol(partitions=PARTITIONS.replace("GraceTime=60", "GraceTime=5"))
     finding = asked(one_class())["preemption in low"]
     assert not finding.fine and "5 s from SIGTERM to SIGKILL" in finding.text
 
 
-def test_a_site_without_requeue_is_fine_once_the_cluster_file_says_so(scontrol):
+def test_a_site_without_requeue_passes_if_the_cluster_file_says_so(scontrol):
     scontrol(config=CONFIG.replace("JobRequeue              = 1", "JobRequeue = 0"))
     assert asked(Cluster(requeue=False, classes=[ResourceClass("it")]))["requeue"].fine
 
 
-def test_accounting_that_is_off_is_fine_and_one_that_does_not_answer_is_not(scontrol):
+def test_missing_accounting_passes_and_silent_accounting_fails(scontrol):
     scontrol(config=CONFIG.replace("accounting_storage/slurmdbd", "accounting_storage/none"))
     assert asked(one_class())["accounting"].text.startswith("off")
     scontrol(sacct="#!/bin/sh\nexit 1\n")
     assert not asked(one_class())["accounting"].fine
 
 
-def test_missing_commands_say_what_is_lost(scontrol):
+def test_a_missing_command_is_reported_with_its_consequence(scontrol):
     folder = scontrol()
     (folder / "sacct").unlink()
     assert "why a job ended without a message stays unknown" in asked(one_class())["sacct"].text
@@ -133,7 +133,7 @@ def test_missing_commands_say_what_is_lost(scontrol):
     assert not found["controller"].fine
 
 
-def test_without_slurm_there_is_one_line_and_it_is_fine(monkeypatch, tmp_path):
+def test_without_slurm_one_line_says_so_and_passes(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     (finding,) = doctor.site(Cluster())
     assert finding.fine and "this machine alone" in finding.text
@@ -153,14 +153,14 @@ def test_gpus_of_a_node_are_counted(gres, count):
     assert gpus_of(gres) == count
 
 
-def test_this_installation_is_fine():
+def test_this_installation_passes():
     found = list(doctor.installation())
     assert all(each.fine for each in found), found
     assert any(f"lightning {metadata.version('lightning')}" in each.text for each in found)
 
 
 def install(folder: Path, name: str, version: str, *requirements: str) -> None:
-    """What pip leaves of a package whose modules record that they were imported."""
+    """Install a package as pip does; its modules note when they are imported."""
     about = folder / f"{name}-{version}.dist-info"
     about.mkdir()
     lines = ["Metadata-Version: 2.1", f"Name: {name}", f"Version: {version}"]
@@ -169,7 +169,7 @@ def install(folder: Path, name: str, version: str, *requirements: str) -> None:
 
 
 @pytest.mark.parametrize("version", ["2.6.2", "2.6.3"])
-def test_a_compromised_lightning_is_refused_before_anything_could_import_it(tmp_path, monkeypatch, capsys, version):
+def test_a_compromised_lightning_is_refused_without_importing_it(tmp_path, monkeypatch, capsys, version):
     install(tmp_path, "lightning", version)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))  # for the processes that import torch and transformers
@@ -180,7 +180,7 @@ def test_a_compromised_lightning_is_refused_before_anything_could_import_it(tmp_
     assert not (tmp_path / "imported").exists()
 
 
-def test_a_package_that_is_too_old_or_missing_is_named(tmp_path, monkeypatch):
+def test_an_old_or_missing_package_is_named(tmp_path, monkeypatch):
     install(tmp_path, "embedscale", "0.0", "not-installed-here", "scipy>=1000")
     monkeypatch.syspath_prepend(tmp_path)
     packages = next(each for each in doctor.installation() if each.subject == "packages")
@@ -189,7 +189,7 @@ def test_a_package_that_is_too_old_or_missing_is_named(tmp_path, monkeypatch):
     assert f"scipy {metadata.version('scipy')} is not >=1000" in packages.text
 
 
-def test_backbones_load_with_every_connection_refused_and_one_that_is_no_folder_is_named(backbone_folder):
+def test_backbones_load_without_a_network_and_a_missing_one_is_named(backbone_folder):
     found = {each.subject: each for each in doctor.offline([str(backbone_folder), "EleutherAI/pythia-14m"])}
     assert found["offline loading"].fine
     assert found["offline loading"].text == "a saved model and 1 backbones load with every connection refused"
@@ -197,13 +197,13 @@ def test_backbones_load_with_every_connection_refused_and_one_that_is_no_folder_
     assert "not on this disk: EleutherAI/pythia-14m; run `embedscale sweep prefetch`" in found["backbones"].text
 
 
-def test_the_file_system_is_tried_and_left_as_it_was(tmp_path):
+def test_the_file_system_check_leaves_no_files(tmp_path):
     (finding,) = doctor.file_system(tmp_path / "runs" / "not" / "yet")
     assert finding.fine and "writes, links and renames" in finding.text
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_file_system_without_links_is_no_place_for_runs(tmp_path, monkeypatch):
+def test_a_file_system_without_hard_links_is_refused(tmp_path, monkeypatch):
     def refuse(*_):
         raise OSError(95, "Operation not supported")
 
@@ -213,7 +213,7 @@ def test_a_file_system_without_links_is_no_place_for_runs(tmp_path, monkeypatch)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_affinity_counts_the_cores_that_are_left(monkeypatch):
+def test_the_allowed_cores_are_counted(monkeypatch):
     before = os.sched_getaffinity(0)
     try:
         os.sched_setaffinity(0, {min(before)})
@@ -225,8 +225,8 @@ def test_affinity_counts_the_cores_that_are_left(monkeypatch):
     assert not two.fine and "srun needs --cpus-per-task" in two.text
 
 
-def test_the_probe_on_a_node_is_asked_through_srun(scontrol, tmp_path, monkeypatch):
-    """The stand-in for srun runs the probe here, as if this were the node."""
+def test_a_node_is_checked_through_srun(scontrol, tmp_path, monkeypatch):
+    """The stand-in for srun runs the check on this machine."""
     log = tmp_path / "srun.log"
     folder = scontrol(
         srun=f'#!/bin/sh\necho "$*" > {log}\nenv | grep -c ^SLURM_ >> {log}\n'

@@ -1,4 +1,4 @@
-"""A sweep file gives exactly the runs that it describes, each with its id, or one line that says what is wrong."""
+"""A sweep file gives exactly the runs that it describes, each with its id, or one line that names the error."""
 
 from collections import Counter
 from fractions import Fraction
@@ -28,7 +28,7 @@ def sweep(tmp_path: Path, text: str, *words: str) -> grid.Sweep:
     return grid.load(file, words)
 
 
-def test_paper_grid_is_the_papers():
+def test_the_grid_of_the_paper_is_complete():
     runs = grid.load(SWEEPS / "paper.yaml").runs
     budgets = {1.5e15, 6e15, 2.4e16, 9.6e16, 3.8e17, 1.5e18}
     assert {run.budget for run in runs} == budgets
@@ -48,12 +48,12 @@ def test_paper_grid_is_the_papers():
     assert sum(map(len, by_size.values())) == len(runs) == 696
 
 
-def test_every_freezing_fraction_of_the_paper_is_a_whole_number_of_blocks():
+def test_freezing_fractions_of_the_paper_are_whole_numbers_of_blocks():
     for run in grid.load(SWEEPS / "paper.yaml").runs:
         run.method.training_blocks(BLOCKS[run.backbone.name.removeprefix("EleutherAI/pythia-")])
 
 
-def test_appendix_g_is_twice_the_batch_and_a_longer_context_up_to_410m():
+def test_appendix_g_has_twice_the_batch_and_a_longer_context():
     runs = grid.load(SWEEPS / "paper_appendix_g.yaml").runs
     assert {(run.training.batch_size, run.data.context) for run in runs} == {(2048, 512)}
     assert {run.backbone.name.removeprefix("EleutherAI/pythia-") for run in runs} == {
@@ -67,14 +67,14 @@ def test_appendix_g_is_twice_the_batch_and_a_longer_context_up_to_410m():
 
 
 @pytest.mark.parametrize("name", [path.name for path in sorted(SWEEPS.glob("*.yaml"))])
-def test_every_run_has_its_own_id_and_a_directory_named_after_it(name):
+def test_every_run_has_an_id_and_a_directory_of_that_name(name):
     found = grid.load(SWEEPS / name)
     assert len({run.run_id for run in found.runs}) == len(found.runs)
     for run_id, run in found.by_id.items():
         assert run.folder == found.folder / run_id
 
 
-def test_a_run_of_a_sweep_is_the_run_that_train_would_make_of_the_same_words():
+def test_a_run_of_a_sweep_equals_the_run_of_train_with_the_same_words():
     found = grid.load(SWEEPS / "paper.yaml")
     words = [
         "backbone.name=EleutherAI/pythia-410m",
@@ -87,7 +87,7 @@ def test_a_run_of_a_sweep_is_the_run_that_train_would_make_of_the_same_words():
     assert load(None, words).run_id in found.by_id
 
 
-def test_axes_combine_and_a_methods_lists_belong_to_it_alone(tmp_path):
+def test_axes_combine_and_lists_of_a_method_are_its_own_axes(tmp_path):
     found = sweep(
         tmp_path,
         """
@@ -104,7 +104,7 @@ def test_axes_combine_and_a_methods_lists_belong_to_it_alone(tmp_path):
     assert all(run.method.rank is None for run in found.runs if run.method.name != "lora")
 
 
-def test_nested_and_dotted_settings_are_the_same_and_words_come_last(tmp_path):
+def test_nested_and_dotted_settings_are_equal_and_words_override_them(tmp_path):
     nested = "base: {training: {batch_size: 64}}\naxes: {training: {seed: [0, 1]}, budget: 1e15}"
     dotted = "base: {training.batch_size: 64}\naxes: {training.seed: [0, 1], budget: 1e15}"
     assert sweep(tmp_path, nested).by_id == sweep(tmp_path, dotted).by_id
@@ -113,14 +113,14 @@ def test_nested_and_dotted_settings_are_the_same_and_words_come_last(tmp_path):
     assert changed.folder == Path("runs/other")
 
 
-def test_a_setting_that_is_a_list_is_one_value_and_a_list_of_lists_an_axis(tmp_path):
+def test_for_a_list_setting_an_axis_is_a_list_of_lists(tmp_path):
     one = sweep(tmp_path, "axes: {budget: 1e15, evaluation.at: [0.5, 0.75]}")
     assert [run.evaluation.at for run in one.runs] == [[0.5, 0.75]]
     text = "methods: [{name: lora, rank: 8, targets: [[dense], [dense, query_key_value]]}]"
     assert [run.method.targets for run in sweep(tmp_path, text).runs] == [["dense"], ["dense", "query_key_value"]]
 
 
-def test_include_adds_whole_rows_and_exclude_takes_what_matches(tmp_path):
+def test_include_adds_rows_and_exclude_removes_matching_runs(tmp_path):
     text = """
     base: {training.batch_size: 512}
     axes: {budget: [1e15, 4e15]}
@@ -141,12 +141,12 @@ def test_include_adds_whole_rows_and_exclude_takes_what_matches(tmp_path):
     assert [(run.training.seed, run.training.batch_size) for run in added] == [(7, 512), (8, 512)]
 
 
-def test_a_run_named_twice_is_one_run(tmp_path):
+def test_a_run_described_twice_is_one_run(tmp_path):
     text = "axes: {budget: [1e15, 1e15]}\ninclude: [{budget: 1.0e15}]"
     assert len(sweep(tmp_path, text).runs) == 1
 
 
-def test_learning_rates_of_backbones_are_for_full_and_freeze_and_a_methods_own_wins(tmp_path):
+def test_learning_rates_of_backbones_apply_to_full_and_freeze_and_a_method_overrides_them(tmp_path):
     found = sweep(
         tmp_path,
         """
@@ -172,7 +172,7 @@ def test_learning_rates_of_backbones_are_for_full_and_freeze_and_a_methods_own_w
     ]
 
 
-def test_resource_classes_follow_the_backbones_size_and_leave_ids_alone(tmp_path):
+def test_resource_classes_follow_the_size_of_the_backbone_and_do_not_change_ids(tmp_path):
     plain = grid.load(SWEEPS / "paper.yaml")
     classes = {run.backbone.name.rsplit("-", 1)[1]: plain.resource_class(run).name for run in plain.runs}
     assert classes["14m"] == classes["70m"] == "up-to-70m"
@@ -186,7 +186,7 @@ def test_resource_classes_follow_the_backbones_size_and_leave_ids_alone(tmp_path
 
 
 @pytest.mark.parametrize("parameters, name", [(1, "a"), (10, "a"), (11, "b"), (10**9, "b"), (None, "b")])
-def test_a_class_reaches_up_to_its_size_and_the_last_takes_the_rest(parameters, name):
+def test_a_class_holds_sizes_up_to_its_limit_and_the_last_class_the_rest(parameters, name):
     classes = [ResourceClass("a", 10), ResourceClass("b", 100)]
     assert Cluster(classes=classes).class_of(parameters).name == name
 
@@ -224,7 +224,7 @@ def test_a_class_reaches_up_to_its_size_and_the_last_takes_the_rest(parameters, 
         ("backbones: [one/model, two/model]", "names two runs that differ only in paths or resources"),
     ],
 )
-def test_what_is_wrong_in_the_file_is_said_in_one_line(tmp_path, text, message):
+def test_an_error_in_the_sweep_file_is_one_line(tmp_path, text, message):
     with pytest.raises(UserError) as error:
         sweep(tmp_path, text)
     assert message in str(error.value)
@@ -242,7 +242,7 @@ def test_what_is_wrong_in_the_file_is_said_in_one_line(tmp_path, text, message):
         ("classes: [{memory: 3}]", "memory: unknown setting"),
     ],
 )
-def test_what_is_wrong_in_a_cluster_file_is_said_in_one_line(tmp_path, text, message):
+def test_an_error_in_the_cluster_file_is_one_line(tmp_path, text, message):
     file = tmp_path / "cluster.yaml"
     file.write_text(text)
     with pytest.raises(UserError, match=r"cluster\.yaml") as error:
@@ -250,14 +250,14 @@ def test_what_is_wrong_in_a_cluster_file_is_said_in_one_line(tmp_path, text, mes
     assert message in str(error.value)
 
 
-def test_what_is_wrong_in_a_word_is_not_blamed_on_the_file(tmp_path):
+def test_an_error_in_a_word_is_not_blamed_on_the_file(tmp_path):
     for word in ("axes.budget=[-1]", "axes.budget={a: 1}", "budget=3", "name=a/b", "base.training.seed=-1"):
         with pytest.raises(UserError) as error:
             sweep(tmp_path, "axes: {budget: [1e15]}", word)
         assert not str(error.value).startswith(str(tmp_path))
 
 
-def test_one_sixth_is_the_same_run_however_it_is_written(tmp_path):
+def test_one_sixth_gives_the_same_run_in_any_spelling(tmp_path):
     file = tmp_path / "sixths.yaml"
     file.write_text("axes: {budget: 1e15}\nmethods: [{name: freeze, active_fraction: [1/6, 0.1667, 0.16667, 2/6]}]")
     ids = list(grid.load(file).by_id)

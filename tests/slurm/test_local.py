@@ -1,4 +1,4 @@
-"""This machine as a scheduler: the same directories and rules as on a cluster; Ctrl-C leaves no process behind."""
+"""Runs on this machine have the directories and rules of a cluster, and Ctrl-C leaves no process behind."""
 
 import json
 import os
@@ -28,7 +28,7 @@ def sweep_of(laptop, name, budget, seeds):
 
 @two_cores
 @pytest.mark.slow
-def test_interrupted_and_killed_runs_go_on_to_the_same_bits(laptop, until, same):
+def test_interrupted_and_killed_runs_end_with_the_same_bits(laptop, until, same):
     whole = sweep_of(laptop, "whole", 1.5e10, [0, 1])
     assert "2 done" in laptop.sweep("submit", whole, "--to", "here")
     broken = sweep_of(laptop, "broken", 1.5e10, [0, 1])
@@ -45,7 +45,7 @@ def test_interrupted_and_killed_runs_go_on_to_the_same_bits(laptop, until, same)
     until(both_held)
     children = psutil.Process(first.pid).children()
     first.send_signal(signal.SIGINT)
-    time.sleep(2 * POLL_SECONDS)  # in which it is passed on
+    time.sleep(2 * POLL_SECONDS)  # until the parent passes the signal on
     for pid in held.values():
         os.kill(pid, signal.SIGCONT)
     output = first.communicate(timeout=240)[0]
@@ -86,7 +86,7 @@ def attempt(directory, ended, **facts):
     directory.begin_attempt().end(ended, **facts)
 
 
-def test_three_attempts_without_a_new_checkpoint_are_too_many(tmp_path, monkeypatch):
+def test_three_attempts_without_a_new_checkpoint_are_a_failure(tmp_path, monkeypatch):
     directory = RunDirectory(tmp_path)
     directory.checkpoints.mkdir()
     for _ in range(ATTEMPTS - 1):
@@ -104,7 +104,7 @@ def test_three_attempts_without_a_new_checkpoint_are_too_many(tmp_path, monkeypa
     (directory.checkpoints / "step-000000005.pt").touch()
     assert not stalled(directory)
     attempt(directory, "killed", from_step=5)
-    attempt(directory, "killed")  # died before it knew its step
+    attempt(directory, "killed")  # killed before it wrote its step
     assert not stalled(directory), "the first of the three made a checkpoint"
     attempt(directory, "killed", from_step=5)
     assert stalled(directory)
@@ -112,7 +112,7 @@ def test_three_attempts_without_a_new_checkpoint_are_too_many(tmp_path, monkeypa
     assert not stalled(directory), "a retry counts anew"
 
 
-def test_a_run_that_stalls_or_cannot_begin_has_failed_and_says_why(laptop):
+def test_a_run_that_stalls_or_cannot_begin_fails_with_a_reason(laptop):
     broken = laptop.write(
         "nostore",
         base={"data.store": str(laptop.folder / "store")},
@@ -135,8 +135,8 @@ def test_a_run_that_stalls_or_cannot_begin_has_failed_and_says_why(laptop):
 
 
 @two_cores
-def test_runs_beside_each_other_share_the_memory(laptop):
-    """A process holds a quarter to a half GB before its first step; the whole batch would take another whole one."""
+def test_runs_on_other_cores_share_the_memory(laptop):
+    """A process holds 0.25 to 0.5 GB before its first step; the whole batch would take another GB."""
     laptop.environment["SLURM_MEM_PER_NODE"] = "2100"
     for name, seeds in {"alone": [0], "beside": [0, 1]}.items():
         axes = {"budget": [2e10], "training.seed": seeds}
@@ -146,7 +146,7 @@ def test_runs_beside_each_other_share_the_memory(laptop):
     assert read_json(alone.plan)["chunk_tokens"] is None
     chunks = [read_json(each.plan)["chunk_tokens"] for each in laptop.directories("beside")]
     assert len(chunks) == 2 and None not in chunks
-    for each in laptop.directories("beside"):  # on cores of its own: its hours are not shared
+    for each in laptop.directories("beside"):  # each run has its own cores, so its hours are not divided
         record = each.read_record()
         assert record.gpu_hours == pytest.approx(record.wall_seconds / 3600, abs=1e-4)
 
@@ -155,7 +155,7 @@ def test_runs_beside_each_other_share_the_memory(laptop):
     ("devices", "threads", "most", "count"),
     [(1, 1, 99, 8), (1, 4, 99, 2), (2, 2, 99, 2), (1, 16, 99, 1), (1, 1, 3, 3)],
 )
-def test_runs_beside_each_other_divide_the_cores(devices, threads, most, count):
+def test_runs_at_the_same_time_divide_the_cores(devices, threads, most, count):
     found = places([], 8, 1, devices, threads, most)
     assert [(len(each.processes), each.threads, each.beside) for each in found] == [(devices, threads, count)] * count
     found = places(["0", "2", "4", "5"], 8, 1, devices, threads, 99)
@@ -163,7 +163,7 @@ def test_runs_beside_each_other_divide_the_cores(devices, threads, most, count):
     assert gpus == (["0,2", "4,5"] if devices == 2 else ["0", "2", "4", "5"])
 
 
-def test_tasks_of_a_job_count_attempts_alike_whoever_comes_first(tmp_path):
+def test_tasks_of_a_job_agree_on_the_attempt_in_any_order(tmp_path):
     directory = RunDirectory(tmp_path)
     assert [next_attempt(directory, task) for task in (0, 1)] == [1, 1]
     directory.begin_attempt()

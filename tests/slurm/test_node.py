@@ -1,4 +1,4 @@
-"""What a job does with several processes, without scontrol, without accounting, and on a sick node."""
+"""A job with several processes, without scontrol, without accounting, and on a sick node."""
 
 import json
 import shutil
@@ -15,7 +15,7 @@ EACH_STEP = {"resources.checkpoint_minutes": 0, "resources.log_every": 1}
 
 
 def has_progress(directory: RunDirectory, attempts: int = 1) -> bool:
-    """Whether the run is at its attempt of that number, and has a checkpoint that is newer than its beginning."""
+    """Return whether the run makes the attempt of this number and has a checkpoint newer than the attempt's start."""
     begun = directory.read_attempts()
     newest = max((int(path.stem.split("-")[1]) for path in directory.checkpoints.glob("step-*.pt")), default=0)
     return len(begun) == attempts and newest > (newest if begun[-1].from_step is None else begun[-1].from_step)
@@ -49,7 +49,7 @@ def test_a_run_of_two_tasks_is_preempted_and_resumes_with_both_ranks(lab, until,
 
 
 def only(folder: Path, *programs: str) -> str:
-    """A PATH on which there is nothing else."""
+    """Return a PATH that holds only these programs."""
     folder.mkdir()
     for name in programs:
         (folder / name).symlink_to(shutil.which(name))
@@ -57,7 +57,7 @@ def only(folder: Path, *programs: str) -> str:
 
 
 @pytest.mark.slow
-def test_without_scontrol_and_accounting_a_job_waits_for_its_requeue_and_ends_resumable(bare_lab, until):
+def test_without_scontrol_and_accounting_a_job_can_be_resumed(bare_lab, until):
     lab = bare_lab
     nothing = only(lab.folder / "node", "srun", "bash")
     queue_alone = {"PATH": only(lab.folder / "login", "squeue")}
@@ -93,7 +93,7 @@ def test_without_scontrol_and_accounting_a_job_waits_for_its_requeue_and_ends_re
     assert directory.read_attempts()[2].ended == "interrupted", "a cancelled job has saved, and is not requeued"
 
 
-def test_a_node_with_too_little_memory_is_sick_and_kept_away_from_for_a_day(tmp_path):
+def test_a_node_with_too_little_memory_is_avoided_for_a_day(tmp_path):
     fault = self_test(gpus=0, memory_gb=1e6)
     assert fault.endswith("GB of memory are free, but 1e+06 GB were promised")
     submissions = Submissions(tmp_path)
@@ -114,7 +114,7 @@ def test_a_sick_node_is_named_and_excluded_and_costs_no_attempt(lab, until):
     lab.sweep("submit", sweep)
     (orders,) = (lab.folder / "runs" / "sick" / ".submissions").glob("sick-*/orders.json")
     promised = json.loads(orders.read_text())
-    orders.write_text(json.dumps(promised | {"gpus": 1}))  # which no node here has
+    orders.write_text(json.dumps(promised | {"gpus": 1}))  # no node here has a GPU
     gate.touch()
     sick = until(lambda: list(orders.parent.parent.glob("sick/*.json")), 240, lambda: lab.log("sick"))
     bad = sick[0].stem

@@ -1,4 +1,4 @@
-"""The plan: its figures against the paper's formula and published counts, its refusals, and no import of torch."""
+"""The plan: its figures against the paper's formula and published counts, its refusals, and its imports."""
 
 import json
 import re
@@ -44,10 +44,10 @@ def planned(tmp_path: Path, text: str, *words: str):
     return plan_sweep(grid.load(file, words))
 
 
-def test_full_fine_tuning_costs_what_the_paper_says(paper):
-    """C = 6 N D, 14 + 64 tokens a pair, 1024 pairs a step (section 3.5 and 4.1)."""
+def test_full_fine_tuning_costs_6nd(paper):
+    """C = 6 N D, 14 + 64 tokens per pair, 1024 pairs per step (sections 3.5 and 4.1)."""
     full = [each for each in paper.runnable if each.run.method.name == "full"]
-    assert len(full) == 45  # of 48: for three the 200 million pairs are too few
+    assert len(full) == 45  # 3 of the 48 runs need more than 200 million pairs
     for each in full:
         n, peak = PUBLISHED[each.run.backbone.name.removeprefix("EleutherAI/")]
         assert each.tokens == int(each.run.budget) // (6 * n)
@@ -57,7 +57,7 @@ def test_full_fine_tuning_costs_what_the_paper_says(paper):
         assert each.learning_rate == pytest.approx(peak / 10)
 
 
-def test_lora_and_bias_train_at_one_rate_for_every_size(paper):
+def test_lora_and_bias_have_one_learning_rate_for_all_sizes(paper):
     rates = {each.learning_rate for each in paper.runnable if each.run.method.name in ("lora", "bias")}
     assert rates == {1e-3}
 
@@ -70,7 +70,7 @@ def test_every_total_is_the_sum_of_its_runs(paper):
     assert paper.spent_flop == pytest.approx(sum(each.run.budget for each in paper.runnable), rel=1e-3)
 
 
-def test_what_cannot_be_run_says_why(paper):
+def test_a_run_that_cannot_be_run_has_a_reason(paper):
     reasons = {}
     for each in paper.blocked:
         label = (each.run.backbone.name.removeprefix("EleutherAI/pythia-"), each.run.method.label, each.run.budget)
@@ -93,10 +93,10 @@ def test_gpu_hours_follow_the_assumed_share_of_the_peak(tmp_path):
     text = f"cluster: {cluster}\naxes: {{budget: 1e18}}\nbackbones: [EleutherAI/pythia-410m]"
     cluster.write_text("peak_flop_per_second: 1e14\nclasses: [{name: any, utilisation: 0.5, hours: 1}]")
     (one,) = planned(tmp_path, text).estimates
-    # The exact count lies a little above the paper's 1e18 FLOP: attention scores, but no normalisation weights.
+    # The exact count is a little above the paper's 1e18 FLOP: it has attention scores, but no normalisation weights.
     assert one.gpu_hours == pytest.approx(1e18 / (1e14 * 0.5) / 3600, rel=0.03)
     assert one.seconds == pytest.approx(one.spent_flop_exact / 5e13)
-    assert one.requeues == 5  # 5.6 hours in jobs of one
+    assert one.requeues == 5  # 5.6 hours, in jobs of one hour
     for gpus in ("gpus: 4", "gpus: 2, nodes: 2"):
         shape = f"{{name: any, utilisation: 0.5, hours: 1, {gpus}}}"
         cluster.write_text(f"peak_flop_per_second: 1e14\nclasses: [{shape}]")
@@ -105,14 +105,14 @@ def test_gpu_hours_follow_the_assumed_share_of_the_peak(tmp_path):
         assert four.requeues == 1
 
 
-def test_gradcache_pays_its_second_forward_pass(tmp_path):
+def test_gradcache_costs_a_second_forward_pass(tmp_path):
     text = "axes: {budget: 1e18}\nbackbones: [EleutherAI/pythia-410m]\nbase: {resources.chunk_tokens: %s}"
     (whole,) = planned(tmp_path, text % "null").estimates
     (chunked,) = planned(tmp_path, text % 4096).estimates
     assert chunked.spent_flop == whole.spent_flop
     assert chunked.spent_flop_exact / whole.spent_flop_exact == pytest.approx(
         4 / 3, rel=1e-6
-    )  # 2 forward + 4 backward, 2 again
+    )  # 2 forward + 4 backward, and 2 for the second forward pass
 
 
 def test_measured_speeds_replace_the_assumption(tmp_path, capsys):
@@ -144,8 +144,8 @@ def test_measured_speeds_replace_the_assumption(tmp_path, capsys):
         planned(tmp_path, text)
 
 
-def test_a_store_that_is_there_is_counted(tmp_path, tiny_run, save_decoder):
-    """The figures of a prepared store, against the exact plan that training makes."""
+def test_an_existing_store_is_counted(tmp_path, tiny_run, save_decoder):
+    """The figures for a prepared store agree with the exact plan of training."""
     from embedscale.data.store import PairStore
     from embedscale.run.settings import load
     from embedscale.training.plan import plan_run
@@ -171,7 +171,7 @@ def test_a_store_that_is_there_is_counted(tmp_path, tiny_run, save_decoder):
     )
 
 
-def test_the_disk_is_what_two_checkpoints_and_the_weights_take(tmp_path, tiny_run):
+def test_disk_space_is_that_of_two_checkpoints_and_the_weights(tmp_path, tiny_run):
     from embedscale.run.directory import RunDirectory
     from embedscale.run.stop import StopRequest
     from embedscale.training.train import train
@@ -190,7 +190,7 @@ def test_the_disk_is_what_two_checkpoints_and_the_weights_take(tmp_path, tiny_ru
     assert train(estimate.run, AfterSteps()) == 75
     files = [file.stat().st_size for file in RunDirectory(estimate.run.folder).checkpoints.iterdir()]
     assert len(files) == 2
-    assert estimate.disk_bytes == pytest.approx(sum(files) * 7 / 6, rel=0.1)  # a third of a checkpoint is weights
+    assert estimate.disk_bytes == pytest.approx(sum(files) * 7 / 6, rel=0.1)  # weights are a third of a checkpoint
 
 
 @pytest.mark.parametrize(
@@ -199,16 +199,16 @@ def test_the_disk_is_what_two_checkpoints_and_the_weights_take(tmp_path, tiny_ru
         ("backbones: [{name: models/absent, learning_rate: 1e-3}]", "'models/absent' is neither a Pythia model"),
         ("methods: [{name: freeze, active_fraction: 1/5}]", "multiples of 1/6"),
         ("base: {data.context: 4096}", "4096 tokens are more than the 2048 of pythia-14m"),
-        ("base: {training.batch_size: 10, resources.devices: 4}", "training.batch_size: 10 does not divide by 4 GPUs"),
+        ("base: {training.batch_size: 10, resources.devices: 4}", "training.batch_size: 10 is not divisible by 4 GPUs"),
     ],
 )
-def test_obstacles_that_need_no_data(tmp_path, text, reason):
+def test_obstacles_are_found_without_data(tmp_path, text, reason):
     (estimate,) = planned(tmp_path, f"{text}\naxes: {{budget: 1e15}}").estimates
     assert reason in estimate.obstacle
     assert estimate.gpu_hours == estimate.spent_flop == estimate.disk_bytes == 0
 
 
-def test_a_backbone_outside_the_suite_needs_its_learning_rate(tmp_path, backbone_folder):
+def test_a_backbone_outside_the_suite_needs_a_learning_rate(tmp_path, backbone_folder):
     text = f"axes: {{budget: 1e12}}\nbackbones: [{backbone_folder}]\nmethods: [full, bias]"
     full, bias = planned(tmp_path, text).estimates
     assert "training.learning_rate: the paper's rule has no value for pythia-tiny" in full.obstacle
@@ -223,7 +223,7 @@ def test_more_gpu_hours_than_allowed_are_refused(paper):
             refuse_above(paper, limit)
 
 
-def test_the_table_tells_totals_and_every_obstacle(paper, capsys):
+def test_the_table_shows_totals_and_every_obstacle(paper, capsys):
     print_plan(paper)
     text = capsys.readouterr().out
     assert f"paper: {len(paper.runnable)} runs" in text
@@ -248,7 +248,7 @@ def test_the_table_is_readable_in_a_narrow_terminal(tmp_path, paper, capsys, mon
     assert "exclude[0] matches no run" in below
 
 
-def test_plan_of_the_papers_grid_takes_seconds_and_no_torch(tmp_path):
+def test_the_plan_of_the_paper_takes_seconds_and_no_torch(tmp_path):
     (tmp_path / "torch.py").write_text("raise ImportError('the plan imported torch')")
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from embedscale.cli import main; sys.exit(main())"
@@ -257,7 +257,7 @@ def test_plan_of_the_papers_grid_takes_seconds_and_no_torch(tmp_path):
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert done.returncode == 0, done.stderr
     assert "622 runs" in done.stdout
-    # The issue's promise, in processor time: a busy machine may take longer by the clock.
+    # Processor time, because a busy machine may take longer by the clock.
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 10
 
 

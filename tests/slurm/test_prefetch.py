@@ -1,4 +1,4 @@
-"""After prefetch a run needs no hub. The hub is a stand-in that speaks the same protocol."""
+"""After prefetch, a run needs no hub. The hub is a stand-in with the same protocol."""
 
 import json
 import shutil
@@ -14,7 +14,7 @@ NAME, COMMIT = "EleutherAI/pythia-14m", "0" * 39 + "1"
 
 @pytest.fixture
 def hub(tmp_path):
-    """A hub that serves one folder as a repository, and records the paths that it was asked for."""
+    """Serve one folder as a repository of a hub, and record the requested paths."""
     folder, asked = tmp_path / "repository", []
     folder.mkdir()
 
@@ -56,7 +56,7 @@ def hub(tmp_path):
     server.server_close()
 
 
-def test_after_prefetch_a_run_asks_no_hub(laptop, hub, tmp_path, save_decoder):
+def test_after_prefetch_a_run_sends_no_request(laptop, hub, tmp_path, save_decoder):
     local = save_decoder(
         tmp_path / "local" / "pythia-14m", width=128, blocks=6, heads=4, vocab_size=512, max_position_embeddings=2048
     )

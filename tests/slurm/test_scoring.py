@@ -17,7 +17,7 @@ def scores(lab, name):
 
 
 @pytest.mark.slow
-def test_scoring_jobs_score_what_is_done_and_no_run_twice(lab, until):
+def test_scoring_jobs_score_each_finished_run_once(lab, until):
     sweep = lab.write("scored", **FILE)
     assert "2 not done; 0 to score" in lab.sweep("submit", sweep, "--evaluate", "held-out")
     assert "2 done" in lab.sweep("submit", sweep, "--to", "here")
@@ -38,14 +38,14 @@ def test_scoring_jobs_score_what_is_done_and_no_run_twice(lab, until):
     assert scores(lab, "scored") == pytest.approx(found, abs=1e-6)
 
 
-def test_a_task_that_mteb_does_not_know_is_refused_before_anything_is_sent(laptop):
+def test_a_task_unknown_to_mteb_is_refused_before_submission(laptop):
     sweep = laptop.write("scored", **FILE)
     said = laptop.sweep("submit", sweep, "--evaluate", "SciFcat", code=2)
     assert "--evaluate: 'SciFcat' is neither a task of mteb" in said and "did you mean SciFact?" in said
     assert not laptop.directories("scored")
 
 
-def test_a_run_whose_task_fails_leaves_the_others_their_scores(tmp_path, monkeypatch, capsys):
+def test_a_failed_task_does_not_affect_the_scores_of_other_runs(tmp_path, monkeypatch, capsys):
     runs = [load(None, [f"output={tmp_path}", f"training.seed={seed}"]) for seed in range(3)]
     scored = []
 

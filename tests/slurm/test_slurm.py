@@ -1,4 +1,4 @@
-"""What `Slurm` makes of the answers of SLURM's programs; stand-ins print what the programs print."""
+"""`Slurm` reads the answers of SLURM's programs; stand-ins print what the programs print."""
 
 import signal
 from pathlib import Path
@@ -27,13 +27,13 @@ def test_the_queue_is_read_job_by_job(tmp_path, programs):
 
 
 @pytest.mark.parametrize("squeue", [None, 1, 127])
-def test_a_queue_that_cannot_be_asked_is_none(tmp_path, programs, squeue):
+def test_without_an_answer_the_queue_is_none(tmp_path, programs, squeue):
     if squeue is not None:
         programs(squeue=squeue)
     assert Slurm(tmp_path).jobs() is None
 
 
-def test_accounting_tells_how_jobs_ended(tmp_path, programs):
+def test_accounting_says_how_jobs_ended(tmp_path, programs):
     assert Slurm(tmp_path).accounting(["77"]) == {}
     calls = programs(sacct="77|NODE_FAIL\n78|CANCELLED by 1000\nno row")
     assert Slurm(tmp_path).accounting(["77", "78"]) == {"77": "NODE_FAIL", "78": "CANCELLED"}
@@ -51,7 +51,7 @@ def test_cancel_names_the_jobs_and_says_when_scancel_refuses(tmp_path, programs)
         Slurm(tmp_path).cancel(["7"])
 
 
-def test_limits_are_slurms_its_default_or_none_without_sbatch(tmp_path, programs):
+def test_limits_are_those_of_slurm_and_none_without_sbatch(tmp_path, programs):
     assert Slurm(tmp_path).limits() is None
     programs(sbatch="")
     assert Slurm(tmp_path).limits() == Limits(1001)
@@ -59,7 +59,7 @@ def test_limits_are_slurms_its_default_or_none_without_sbatch(tmp_path, programs
     assert Slurm(tmp_path).limits() == Limits(300)
 
 
-def test_scontrol_survives_the_signal_of_the_requeue_that_it_asks_for(tmp_path, programs):
+def test_scontrol_survives_the_signal_of_its_own_requeue(tmp_path, programs):
     calls = programs(scontrol="")
     (calls.parent / "scontrol").write_text("#!/bin/sh\nkill -TERM $$\nkill -USR2 $$\necho JobState=RUNNING\n")
     assert Slurm(tmp_path).requeue("7") == Requeue.ACCEPTED
@@ -67,7 +67,7 @@ def test_scontrol_survives_the_signal_of_the_requeue_that_it_asks_for(tmp_path, 
 
 
 def refuses(folder: Path, shown: str) -> None:
-    """A scontrol that shows a job and refuses everything else."""
+    """A stand-in for scontrol that shows a job and refuses everything else."""
     (folder / "scontrol").write_text(f'#!/bin/sh\n[ "$2" = show ] && echo "{shown}" && exit 0\nexit 1\n')
     (folder / "scontrol").chmod(0o755)
 
@@ -81,20 +81,20 @@ def refuses(folder: Path, shown: str) -> None:
         (None, Requeue.UNREACHABLE),
     ],
 )
-def test_a_requeue_that_slurm_does_not_accept_says_why(tmp_path, programs, shown, answer):
+def test_a_refused_requeue_gives_the_reason(tmp_path, programs, shown, answer):
     if shown:
         refuses(tmp_path / "bin", shown)
     assert Slurm(tmp_path).requeue("7") == answer
 
 
-def test_a_requeued_job_keeps_away_from_sick_nodes_with_the_rest_of_its_array(tmp_path, programs):
+def test_a_requeued_job_and_its_array_avoid_sick_nodes(tmp_path, programs):
     calls = programs(scontrol="JobState=RUNNING")
     assert Slurm(tmp_path).requeue("7_3", ["n1", "n2"]) == Requeue.ACCEPTED
     said = [line.removeprefix("scontrol ") for line in calls.read_text().splitlines()]
     assert said[1:] == ["requeue 7_3", "update JobId=7_3 ExcNodeList=n1,n2", "update JobId=7 ExcNodeList=n1,n2"]
 
 
-def test_the_allocation_is_read_from_the_jobs_variables(tmp_path, programs, monkeypatch):
+def test_the_allocation_is_read_from_the_variables_of_the_job(tmp_path, programs, monkeypatch):
     """Processes of one job agree on a port, and a requeued job takes another one."""
     variables = {"JOB_ID": 9, "NTASKS": 4, "JOB_NUM_NODES": 2, "PROCID": 3, "LOCALID": 1, "NODEID": 1}
     for name, value in variables.items():

@@ -1,4 +1,4 @@
-"""Status from run directories, then the queue, then accounting; the queue is a file."""
+"""The status comes from run directories, then the queue, then accounting; here the queue is a file."""
 
 import argparse
 import io
@@ -57,7 +57,7 @@ def directories(sweep) -> list[RunDirectory]:
     return [RunDirectory(sweep.folder / run_id) for run_id in sweep.by_id]
 
 
-def test_each_state_is_told_from_directory_and_queue(sweep):
+def test_each_state_follows_from_directory_and_queue(sweep):
     job = Job("71", "70", 1, "x", reason="Priority")
     done, diverged, failed, retried, stopped, requeued, killed, queued, _, running = directories(sweep)
     finish(done)
@@ -85,18 +85,18 @@ def test_each_state_is_told_from_directory_and_queue(sweep):
     assert found[failed.path.name].reason == "ValueError: broken"
     assert found[killed.path.name].reason == "ended without a message"
     assert found[queued.path.name].reason == "Priority"
-    # With the process gone, the run that was at it waits for the next submit.
+    # After the process has ended, its run waits for the next submit.
     assert {each.run_id: each.state for each in survey(sweep, {})}[running.path.name] == "interrupted"
 
 
-def test_a_record_counts_whatever_the_queue_says(sweep):
+def test_a_record_counts_more_than_the_queue(sweep):
     done = directories(sweep)[0]
     finish(done)
     job = Job("71", "70", 1, "x", running=True, host="n1")
     assert survey(sweep, {done.path.name: job})[0].state == "done"
 
 
-def test_a_failed_run_has_failed_while_its_job_works_on_at_the_others(sweep):
+def test_a_run_has_failed_even_while_its_job_goes_on_with_others(sweep):
     run = directories(sweep)[0]
     attempt(run, 0, 1, ended="failed", reason="ValueError: broken", job_id="71")
 
@@ -108,7 +108,7 @@ def test_a_failed_run_has_failed_while_its_job_works_on_at_the_others(sweep):
     assert state("80", running=False) == state("80", running=True) == "preempted", "--retry-failed sent it out anew"
 
 
-def test_a_lease_without_a_heartbeat_is_no_running_run(sweep):
+def test_a_lease_without_a_heartbeat_is_not_a_running_run(sweep):
     run = directories(sweep)[0]
     run.begin_attempt()
     run.lease.write_text(json.dumps({"host": "another-node", "pid": 1, "start": now()}))
@@ -122,17 +122,17 @@ def test_a_lease_without_a_heartbeat_is_no_running_run(sweep):
     "attempts, wasted",
     [
         ([(2.0, 0, 100, "done")], 0.0),
-        ([(1.0, 0, 50, "interrupted"), (1.0, 50, 100, "done")], 0.0),  # all was saved
-        ([(2.0, 0, 50, "interrupted"), (3.0, 25, 100, "done")], 1.0),  # half of it was
-        ([(1.0, 0, 10, "failed"), (5.0, 0, 100, "done")], 1.0),  # nothing was
-        ([(1.5, 0, None, "killed"), (4.0, 20, 100, "done")], 0.5),  # 20 of 100, at 20 an hour
+        ([(1.0, 0, 50, "interrupted"), (1.0, 50, 100, "done")], 0.0),  # everything was saved
+        ([(2.0, 0, 50, "interrupted"), (3.0, 25, 100, "done")], 1.0),  # half was saved
+        ([(1.0, 0, 10, "failed"), (5.0, 0, 100, "done")], 1.0),  # nothing was saved
+        ([(1.5, 0, None, "killed"), (4.0, 20, 100, "done")], 0.5),  # 20 of 100 were saved, at 20 per hour
         ([(1.5, 0, None, "killed"), (5.0, 0, 100, "done")], 1.5),
         ([(1.0, 0, 40, "failed")], 1.0),
         ([(0.25, None, None, "killed"), (1.0, 0, 10, "done")], 0.25),
         ([], 0.0),
     ],
 )
-def test_wasted_hours_are_those_that_had_to_be_done_again(attempts, wasted):
+def test_wasted_hours_are_hours_of_repeated_work(attempts, wasted):
     rows = []
     for number, (hours, began, reached, ended) in enumerate(attempts):
         start = BEGIN + number * 10 * HOUR
@@ -154,14 +154,14 @@ def test_hours_count_every_device(tmp_path):
     assert (found.device_hours, found.wasted_hours) == (12.0, 4.0)
 
 
-def test_hours_of_a_device_are_counted_once_for_all_that_share_it(sweep):
+def test_shared_device_hours_are_counted_once(sweep):
     run = directories(sweep)[0]
     attempt(run, 0, 2, ended="interrupted", from_flop=0, to_flop=100, sharing=4)
     attempt(run, 3, 1, ended="interrupted", from_flop=50, to_flop=150)
     assert (survey(sweep, {})[0].device_hours, survey(sweep, {})[0].wasted_hours) == (1.5, 0.25)
 
 
-def test_hours_of_an_attempt_that_did_not_tell_its_end_do_not_run_on(sweep):
+def test_an_attempt_without_an_end_gains_no_hours(sweep):
     run = directories(sweep)[0]
     attempt(run, 0, None)
     run.begin_attempt()
@@ -170,7 +170,7 @@ def test_hours_of_an_attempt_that_did_not_tell_its_end_do_not_run_on(sweep):
 
 
 def note(sweep, name: str, *tasks: list[str]) -> list[dict]:
-    """Note a submission whose jobs wait in the queue; returns its jobs."""
+    """Note a submission whose jobs wait in the queue, and return the jobs."""
     Submissions(sweep.folder).note(Submission(name, list(tasks)))
     return [{"id": "100", "array": "100", "task": task, "name": name} for task in range(len(tasks))]
 
@@ -188,7 +188,7 @@ def test_the_queue_is_read_by_submission_and_task(sweep, queue):
     assert [each.state for each in survey(sweep, found)[:4]] == ["queued", "queued", "queued", "missing"]
 
 
-def test_without_a_queue_directories_still_tell(sweep, queue, capsys, tmp_path):
+def test_without_a_queue_the_directories_give_the_status(sweep, queue, capsys, tmp_path):
     queue.write(answers=False)
     finish(directories(sweep)[0])
     assert Submissions(sweep.folder).jobs_by_run(queue.jobs()) is None
@@ -198,7 +198,7 @@ def test_without_a_queue_directories_still_tell(sweep, queue, capsys, tmp_path):
     assert "done" in text and "missing" in text
 
 
-def test_accounting_explains_a_silent_end_where_there_is_any(sweep, queue):
+def test_accounting_explains_an_end_without_a_message(sweep, queue):
     run = directories(sweep)[0]
     attempt(run, 0, None, job_id="77")
     assert explained(survey(sweep, {}), queue)[0].reason == "ended without a message"
@@ -207,7 +207,7 @@ def test_accounting_explains_a_silent_end_where_there_is_any(sweep, queue):
 
 
 @pytest.mark.parametrize("width", [80, 100])
-def test_the_table_says_what_a_state_means_in_a_narrow_terminal(sweep, width):
+def test_the_table_explains_states_in_a_narrow_terminal(sweep, width):
     attempt(directories(sweep)[0], 0, 1, ended="failed", reason="ValueError: broken")
     with leased(directories(sweep)[0]) as lease:
         lease.beat()
@@ -220,7 +220,7 @@ def test_the_table_says_what_a_state_means_in_a_narrow_terminal(sweep, width):
     assert any(statuses[0].run_id in line for line in lines)
 
 
-def test_only_runs_count_as_others_of_the_folder(sweep, tmp_path, capsys):
+def test_only_run_directories_count_as_other_runs(sweep, tmp_path, capsys):
     for name in ("fits.json", "runs.csv", "figures/loss.png"):
         (sweep.folder / name).parent.mkdir(parents=True, exist_ok=True)
         (sweep.folder / name).touch()
@@ -231,7 +231,7 @@ def test_only_runs_count_as_others_of_the_folder(sweep, tmp_path, capsys):
     assert "1 other runs in" in capsys.readouterr().out
 
 
-def test_failures_are_grouped_by_what_they_said(sweep, capsys):
+def test_failures_are_grouped_by_reason(sweep, capsys):
     for number, run in enumerate(directories(sweep)[:5]):
         attempt(run, 0, 1, ended="failed", reason="RuntimeError: out of memory" if number < 4 else "OSError: disk full")
     console = Console(width=150, record=True)
@@ -241,7 +241,7 @@ def test_failures_are_grouped_by_what_they_said(sweep, capsys):
     assert "out of memory" in lines[0] and f"{socket.gethostname()} (4)" in lines[0]
 
 
-def test_estimate_stands_beside_what_was_used(sweep, capsys, tmp_path):
+def test_the_estimate_is_shown_beside_the_used_hours(sweep, capsys, tmp_path):
     finish(directories(sweep)[0], gpu_hours=7.25)
     assert main(["sweep", "status", str(tmp_path / "small.yaml")]) == 0
     estimated = plan_sweep(sweep).estimates[0].gpu_hours
@@ -249,7 +249,7 @@ def test_estimate_stands_beside_what_was_used(sweep, capsys, tmp_path):
     assert f"Estimate: {estimated:,.2f} device-hours for the 1 runs done; they took 7.25." in text
 
 
-def test_watch_ends_when_everything_has(sweep, tmp_path, capsys):
+def test_watch_ends_when_all_runs_have_ended(sweep, tmp_path, capsys):
     for run in directories(sweep):
         finish(run)
     args = argparse.Namespace(sweep=tmp_path / "small.yaml", words=[], every=0.01)
@@ -272,8 +272,8 @@ def test_ten_thousand_directories_take_under_five_seconds(queued_sweep, tmp_path
         (folder / "attempts" / "1" / "attempt.json").write_text(json.dumps(interrupted))
         if number % 2:
             (folder / "record.json").write_text(json.dumps(done))
-    # The issue's promise, for the whole command, in processor time: a busy machine may take longer by the clock. On a
-    # slower machine plain Python is slower too: here, what it takes to read the files.
+    # Processor time of the whole command, because a busy machine may take longer by the clock. It is compared with
+    # the time in which plain Python reads the files, because other machines are slower.
     before = time.process_time()
     for name in ("attempts/1/attempt.json", "record.json"):
         for path in large.folder.glob(f"*/{name}"):

@@ -1,5 +1,7 @@
-"""What a submission sends out, how many jobs at once, and never a run twice: with a queue in a file, with stand-ins for
-SLURM's programs, and on a real SLURM."""
+"""A submission sends the right runs, each once, and limits jobs at the same time.
+
+The queue is a file, a set of stand-ins for SLURM's programs, or a real SLURM.
+"""
 
 import json
 import os
@@ -29,14 +31,14 @@ def in_queue(queue: FileQueue) -> list[str]:
     return [run_id for job in in_jobs(queue) for run_id in job]
 
 
-def test_what_cannot_be_run_is_not_sent_out(queued_sweep, capsys):
+def test_a_run_that_cannot_be_run_is_not_submitted(queued_sweep, capsys):
     sweep, queue = queued_sweep("axes: {budget: [1e15, 1e9]}\nbackbones: [EleutherAI/pythia-14m]", "some")
     assert submit(sweep, plan_sweep(sweep), queue, Wish()) == 1
     assert [sweep.by_id[run_id].budget for run_id in in_queue(queue)] == [1e15]
     assert "some: 2 runs: 1 cannot be run, 1 missing; 1 to submit" in capsys.readouterr().out
 
 
-def test_no_run_goes_out_twice_and_what_is_taken_out_of_the_queue_goes_out_again(queued_sweep, capsys):
+def test_no_run_is_submitted_twice_and_a_removed_one_is_submitted_again(queued_sweep, capsys):
     sweep, queue = queued_sweep("axes: {budget: 1e15, training.seed: [0, 1, 2]}", bundle_minutes=0)
     plan = plan_sweep(sweep)
     assert submit(sweep, plan, queue, Wish()) == 3
@@ -49,8 +51,8 @@ def test_no_run_goes_out_twice_and_what_is_taken_out_of_the_queue_goes_out_again
     assert "1 missing, 2 queued; 1 to submit" in capsys.readouterr().out
 
 
-def test_jobs_in_the_queue_hold_gpus_that_a_later_submit_does_not_get(queued_sweep):
-    """Of three jobs with 4 GPUs each, at most two may run: 8 of 9 GPUs. The next array waits for them or takes one."""
+def test_gpus_of_queued_jobs_are_not_given_to_a_later_submit(queued_sweep):
+    """At most two of three jobs with 4 GPUs may run (8 of 9 GPUs). The next array waits for them or takes one GPU."""
     classes = {"classes": [{"name": "wide", "gpus": 4}], "bundle_minutes": 0, "max_gpus": 9}
     sweep, queue = queued_sweep("axes: {budget: 1e15, training.seed: [0, 1, 2]}", **classes)
     submit(sweep, plan_sweep(sweep), queue, Wish())
@@ -65,7 +67,7 @@ def test_jobs_in_the_queue_hold_gpus_that_a_later_submit_does_not_get(queued_swe
     assert [each["after"] for each in queue.read()["jobs"].values()] == [[], [], []], "one job left of 100: 4 GPUs held"
 
 
-def test_a_queue_that_cannot_be_asked_or_refuses_gets_nothing(queued_sweep):
+def test_nothing_is_submitted_to_a_silent_or_refusing_queue(queued_sweep):
     sweep, queue = queued_sweep("axes: {budget: 1e15}")
     queue.write(answers=False)
     with pytest.raises(UserError, match="the queue cannot be asked; nothing was submitted"):
@@ -76,7 +78,7 @@ def test_a_queue_that_cannot_be_asked_or_refuses_gets_nothing(queued_sweep):
     assert in_jobs(queue) == []
 
 
-def test_to_names_the_clusters_scheduler_or_this_machine(queued_sweep, tmp_path, capsys):
+def test_to_names_the_scheduler_or_this_machine(queued_sweep, tmp_path, capsys):
     queued_sweep("axes: {budget: 1e15}")
     assert main(["sweep", "submit", str(tmp_path / "small.yaml"), "--to", "slurm"]) == 2
     assert "--to: 'slurm' is unknown; allowed: file, here" in capsys.readouterr().err
@@ -88,14 +90,14 @@ def test_to_names_the_clusters_scheduler_or_this_machine(queued_sweep, tmp_path,
 
 
 def test_a_time_limit_below_the_warning_is_refused(queued_sweep):
-    """1.2 minutes are two for SLURM, which counts whole ones."""
+    """SLURM counts whole minutes, so 1.2 minutes become two."""
     sweep, queue = queued_sweep("axes: {budget: 1e15}", warning_seconds=120, classes=[{"name": "brief", "hours": 0.02}])
     with pytest.raises(UserError, match="warning_seconds: 120 s before the end of a job of 2 minutes leave no time"):
         submit(sweep, plan_sweep(sweep), queue, Wish())
 
 
 @pytest.mark.slow
-def test_a_file_is_scheduler_enough_for_a_sweep_from_submission_to_records(queued_sweep, tiny_run, capsys):
+def test_a_sweep_runs_with_a_file_as_scheduler(queued_sweep, tiny_run, capsys):
     base = "{" + ", ".join(word.replace("=", ": ", 1) for word in tiny_run) + "}"
     shape = {"name": "cpu", "gpus": 0, "cpus": 1, "memory_gb": 1, "hours": 1}
     text = f"base: {base}\naxes: {{budget: 1e9, training.seed: [0, 1]}}\nmethods: [full, bias]"
@@ -110,7 +112,7 @@ def test_a_file_is_scheduler_enough_for_a_sweep_from_submission_to_records(queue
 
 
 def path_with(folder: Path, **scripts: str) -> dict[str, str]:
-    """A PATH that begins with these shell scripts."""
+    """Return a PATH that begins with these shell scripts."""
     folder.mkdir()
     for name, text in scripts.items():
         (folder / name).write_text(f"#!/bin/bash\n{text}\n")
@@ -118,7 +120,7 @@ def path_with(folder: Path, **scripts: str) -> dict[str, str]:
     return {"PATH": f"{folder}:{os.environ['PATH']}"}
 
 
-def test_a_job_is_asked_for_without_a_trace_of_the_one_that_we_are_in(laptop, tmp_path):
+def test_a_submission_from_a_job_passes_on_nothing_of_that_job(laptop, tmp_path):
     said = tmp_path / "said"
     path = path_with(
         tmp_path / "bin",
@@ -157,7 +159,7 @@ def test_a_job_is_asked_for_without_a_trace_of_the_one_that_we_are_in(laptop, tm
     assert not any(each.stat().st_mode & stat.S_IXOTH for each in pickles)
 
 
-def test_an_array_for_which_nothing_is_left_waits_for_those_before_it(laptop, tmp_path):
+def test_an_array_without_free_gpus_waits_for_earlier_ones(laptop, tmp_path):
     count = f"n=$(ls {tmp_path} | grep -c said)"
     sbatch = f'{count}; cp "$1" {tmp_path}/said.$n; echo "Submitted batch job 4$n"'
     path = path_with(tmp_path / "bin", sbatch=sbatch, squeue="", srun="", scontrol="echo 'MaxArraySize = 1'")
@@ -167,7 +169,7 @@ def test_an_array_for_which_nothing_is_left_waits_for_those_before_it(laptop, tm
     assert [re.findall(r"--dependency=(\S+)", script) for script in scripts] == [[], [], ["afterany:40"]]
 
 
-def test_without_a_queue_to_look_at_nothing_is_submitted(laptop, tmp_path):
+def test_without_squeue_nothing_is_submitted(laptop, tmp_path):
     path = path_with(tmp_path / "bin", sbatch="echo 'Submitted batch job 7'", srun="", squeue="exit 1")
     sweep = laptop.write("blind", axes={"budget": [1e9]}, methods=["full"])
     assert "the queue cannot be asked; nothing was submitted" in laptop.sweep("submit", sweep, env=path, code=2)
@@ -177,8 +179,8 @@ def test_without_a_queue_to_look_at_nothing_is_submitted(laptop, tmp_path):
     assert "QOSMaxSubmitJobPerUserLimit; submitted before: none" in output
 
 
-def test_a_submit_that_another_has_taken_over_from_sends_nothing_more(laptop, tmp_path):
-    """As it may where the first was suspended for minutes: what it has not sent, the other one sends."""
+def test_a_submit_that_lost_its_lease_sends_nothing_more(laptop, tmp_path):
+    """A submit that was suspended for minutes loses its lease; the other submit sends the rest."""
     lease = tmp_path / "runs" / "late" / ".submissions" / "submit.lease"
     other = json.dumps({"host": "elsewhere", "pid": 1, "token": "other"})
     taken_over = f"echo '{other}' > {lease}; echo 'Submitted batch job 7'"
@@ -190,15 +192,15 @@ def test_a_submit_that_another_has_taken_over_from_sends_nothing_more(laptop, tm
 
 
 def sleepers(lab, name, seeds, **cluster):
-    """A sweep whose jobs only wait: for tests of the queue alone."""
+    """Write a sweep whose jobs only wait, for tests of the queue."""
     told = f"{lab.folder}/{name}.$SLURM_JOB_ID"
-    setup = [f"env > {told}.part", f"mv {told}.part {told}.env", "sleep 600"]  # never half a file
+    setup = [f"env > {told}.part", f"mv {told}.part {told}.env", "sleep 600"]  # a reader never finds half a file
     cluster = {"setup": setup, "max_gpus": 8} | cluster
     axes = {"budget": [1e9], "training.seed": list(range(seeds))}
     return lab.write(name, axes=axes, methods=["full"], cluster=cluster)
 
 
-def test_nothing_is_submitted_twice_and_cancelled_runs_go_out_again(lab, until):
+def test_nothing_is_submitted_twice_and_cancelled_runs_are_submitted_again(lab, until):
     sweep = sleepers(lab, "once", 6)
     both = [lab.start("submit", sweep) for _ in range(2)]
     outputs = [process.communicate(timeout=120)[0] for process in both]
@@ -225,7 +227,7 @@ def test_cancel_of_a_part_leaves_the_rest_in_the_queue(lab, until):
 
 
 def test_2500_runs_in_arrays_of_1001_at_most_eight_at_once(wide_lab, until):
-    lab = wide_lab  # whose 32 cores would let 32 of them run
+    lab = wide_lab  # its 32 cores would allow 32 jobs at once
     sweep = sleepers(lab, "many", 2500, setup=["sleep 1.$((RANDOM % 10))", "exit"])
     output = lab.sweep("submit", sweep)
     assert "submitted 2,500 runs as 2,500 jobs in 3 arrays" in output
@@ -244,7 +246,7 @@ def test_2500_runs_in_arrays_of_1001_at_most_eight_at_once(wide_lab, until):
     assert most == 8
 
 
-def test_submit_works_from_inside_a_job(lab, until):
+def test_submit_works_inside_a_job(lab, until):
     sweep = sleepers(lab, "inner", 2)
     command = f"{sys.executable} -m embedscale.cli sweep submit {sweep}"
     printed = lab.folder / "outer.out"
@@ -262,13 +264,13 @@ def test_submit_works_from_inside_a_job(lab, until):
 
 
 @pytest.mark.slow
-def test_a_job_that_sbatch_lost_sight_of_is_found_by_its_name(lab, tmp_path, until):
+def test_a_job_whose_number_sbatch_did_not_return_is_found_by_name(lab, tmp_path, until):
     error = "sbatch: error: Socket timed out on send/recv operation"
     text = f'{shutil.which("sbatch")} "$@" > /dev/null; echo "{error}" >&2; exit 1'
     sweep = lab.write("lost", axes={"budget": [1e9], "training.seed": [0, 1]}, methods=["full"])
     output = lab.sweep("submit", sweep, env=path_with(tmp_path / "bin", sbatch=text))
     assert re.search(r"sbatch failed, but job \d+ is in the queue", output) and "submitted 2 runs" in output
     assert "2 queued; 0 to submit" in output or "0 to submit" in lab.sweep("submit", sweep)
-    assert "2 runs" in lab.sweep("watch", sweep, "--every", "1")  # until all is done
+    assert "2 runs" in lab.sweep("watch", sweep, "--every", "1")  # until all runs are done
     assert "2 done; 0 to submit" in lab.sweep("submit", sweep), lab.log("lost")
     assert [len(directory.read_attempts()) for directory in lab.directories("lost")] == [1, 1]

@@ -25,9 +25,9 @@ METHODS = ["full", "bias", {"name": "freeze", "active_fraction": 0.5}, {"name": 
 
 
 class Script:
-    """The things that are done to the jobs of a sweep, each as soon as its run has steps that it can lose.
+    """Disturbs the jobs of a sweep, each as soon as its run has steps that it can lose.
 
-    A long run with such steps is suspended until something is done to it, so that it cannot end before.
+    A long run with such steps is suspended until it is disturbed, so that it cannot end before.
     """
 
     def __init__(self, lab, name, long, until):
@@ -68,7 +68,7 @@ class Script:
         return self.until(ready, 240, self.tell)
 
     def look(self):
-        """Return (job, its node, its run) for runs that have steps to lose; suspend long runs until `let_go`."""
+        """Return (job, its node, its run) for runs with steps to lose; suspend long runs until `let_go`."""
         found = []
         for job, node, directory in self.running():
             run, attempts, holder = directory.path.name, directory.read_attempts(), lease_holder(directory.lease)
@@ -141,11 +141,11 @@ class Script:
 
 
 @pytest.mark.slow
-def test_every_run_ends_with_the_bits_of_the_undisturbed_one(lab, until, same, record_property):
+def test_every_run_ends_with_the_bits_of_an_undisturbed_one(lab, until, same, record_property):
     axes = {"budget": [1e10], "training.seed": [0, 1]}
     file = {"methods": METHODS, "base": {"resources.log_every": 1}}
     assert "8 done" in lab.sweep("submit", lab.write("alone", axes=axes, **file), "--to", "here")
-    # Four more runs are long on this machine: long enough for everything that is done to them.
+    # Four more runs are long enough on this machine for every disturbance.
     longer = longer_budget(lab)
     file["include"] = [{"budget": longer, "training.seed": seed, "method.name": "full"} for seed in range(4)]
     short = {directory.path.name for directory in lab.directories("alone")}
@@ -161,7 +161,7 @@ def test_every_run_ends_with_the_bits_of_the_undisturbed_one(lab, until, same, r
     begun = until(lambda: [d for d in lab.directories("sweep") if any(d.checkpoints.glob("step-*.pt"))])
     held = [lab.hold(directory) for directory in begun]
     laptop.send_signal(signal.SIGINT)
-    time.sleep(2 * POLL_SECONDS)  # until the parent has passed it on
+    time.sleep(2 * POLL_SECONDS)  # until the parent has passed the signal on
     for process in held:
         go_on(process)
     assert laptop.wait(240) == 75, laptop.stdout.read()
@@ -172,7 +172,7 @@ def test_every_run_ends_with_the_bits_of_the_undisturbed_one(lab, until, same, r
     for deed in (script.limit, script.limit, script.preempt, script.requeue, script.cut_power, script.cancel):
         deed()
     until(lambda: not script.waiting(), 120, script.tell, between=script.look)
-    assert "to submit" in lab.sweep("submit", sweep)  # what was cancelled
+    assert "to submit" in lab.sweep("submit", sweep)  # the cancelled runs
     for deed in (script.preempt, script.requeue, script.cancel):
         deed()
     script.let_go()

@@ -1,4 +1,4 @@
-"""The study's corpus: each parser on a few lines of its source, near-duplicates, and the hold-out of `prepare`."""
+"""The study's corpus: each parser on a few lines of its source, near-duplicates, and held-out articles."""
 
 import gzip
 import json
@@ -20,7 +20,7 @@ from embedscale.run.config import Data, RunConfig, Source
 ROOT = Path(__file__).parents[2]
 
 
-def test_a_description_gives_a_pair_a_paragraph_and_short_headings_join_the_next():
+def test_each_paragraph_of_a_description_is_a_pair_and_headings_join_the_next():
     translation = (
         "Package: chess-tool\nDescription-md5: 00\nDescription-en: plays chess against people\n"
         " A program that plays chess and explains\n every move it makes.\n .\n Features:\n .\n"
@@ -37,7 +37,7 @@ def test_a_description_gives_a_pair_a_paragraph_and_short_headings_join_the_next
     )
 
 
-def test_wordnet_gives_lemmas_to_gloss_and_examples_to_lemmas_and_gloss():
+def test_wordnet_pairs_lemmas_with_gloss_and_examples_with_both():
     data = (
         "  1 a line of the licence | with a bar\n"
         "02084071 05 n 02 dog 0 domestic_dog 0 001 @ 02083346 n 0000 | a tame animal; has been kept for ages; "
@@ -79,7 +79,7 @@ GCIDE = r"""Ferment \Fer"ment\ (f[~e]r"m[e^]nt), n. [L. fermentum; cf. F. fermen
 """
 
 
-def test_gcide_is_cleaned_of_its_markup():
+def test_the_markup_of_gcide_is_removed():
     entry = sources.gcide(GCIDE)
     assert entry.title == "Ferment"
     assert entry.pairs == (
@@ -89,11 +89,11 @@ def test_gcide_is_cleaned_of_its_markup():
     )
 
 
-def test_gcide_spells_letters_in_ascii():
+def test_letters_of_gcide_become_ascii():
     assert sources.gcide("Torul[ae]\n   A caf['e] of [=a]ges.\n").pairs == (("Torulae", "A cafe of ages."),)
 
 
-def test_foldoc_and_the_jargon_file_lose_links_dates_and_pronunciation():
+def test_links_dates_and_pronunciation_of_foldoc_and_the_jargon_file_are_removed():
     foldoc = (
         "LERP\n\n   <graphics> To fill in between {pixels} that lie near.\n\n   [{Jargon File}]\n\n   (1999-06-30)\n"
     )
@@ -138,7 +138,7 @@ def test_near_duplicates(first, second, reason):
 
 
 def made_up_debian(folder: Path, articles: int) -> None:
-    """What `fetch` leaves behind, with few articles."""
+    """Write the files that `fetch` downloads, with few articles."""
     root = folder / "root/usr/share"
     for name in ("wordnet", "dictd", "man/man1"):
         (root / name).mkdir(parents=True)
@@ -162,7 +162,7 @@ def made_up_debian(folder: Path, articles: int) -> None:
     (root / "man/man1/ls.1.gz").write_bytes(gzip.compress(page))
 
 
-def test_build_holds_out_what_prepare_holds_out_and_no_article_is_divided(tmp_path, monkeypatch):
+def test_build_and_prepare_hold_out_the_same_whole_articles(tmp_path, monkeypatch):
     monkeypatch.setattr(corpus, "HELD_OUT", 0.2)
     made_up_debian(tmp_path, articles=300)
     first, again = corpus.build(tmp_path), corpus.build(tmp_path)

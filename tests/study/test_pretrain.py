@@ -1,4 +1,4 @@
-"""The pre-training of the study's backbones: an interrupted training ends with the same weights."""
+"""Pre-training of the study's backbones: an interrupted training ends with the same weights."""
 
 import json
 import sys
@@ -24,7 +24,7 @@ def texts(tmp_path):
     return pretrain.read(path)
 
 
-def test_token_ids_are_those_of_the_tokenizer(tmp_path):
+def test_token_ids_equal_those_of_the_tokenizer(tmp_path):
     text = "naïve: 12 €\n"
     (tmp_path / "text").write_text(text, "utf-8")
     assert pretrain.read(tmp_path / "text").tolist() == pretrain.byte_tokenizer()(text)["input_ids"]
@@ -57,7 +57,7 @@ def test_an_interrupted_training_ends_with_the_same_weights(tmp_path, monkeypatc
     assert first["bytes_read"] == 6 * STEP
 
 
-def test_a_larger_model_reads_in_proportion(tmp_path, texts):
+def test_a_larger_model_reads_more_bytes_in_proportion(tmp_path, texts):
     ladder = OmegaConf.merge(LADDER, {"bytes_per_parameter": 100})
     pretrain.pretrain(tmp_path / "model", [8, 1, 1], ladder, texts, texts)
     measured = json.loads((tmp_path / "model/pretraining.json").read_text())

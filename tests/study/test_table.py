@@ -1,4 +1,4 @@
-"""The study's tables: what `fit` reads is what the run directories hold, and curves are thinned."""
+"""The study's tables hold what `fit` reads from the run directories, and curves are thinned."""
 
 import json
 import sys
@@ -24,7 +24,7 @@ def write_run(folder: Path, steps: int, **changes) -> None:
     (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def test_tables_hold_what_the_run_directories_hold(tmp_path, monkeypatch):
+def test_tables_hold_the_values_of_the_run_directories(tmp_path, monkeypatch):
     write_run(tmp_path / "runs", 50, run_id="b", loss=2.123456789012345)
     lora = {"rank": 8, "learning_rate": 1e-2}
     write_run(tmp_path / "runs", 1000, run_id="a", method="lora", trainable_fraction=0.1, hyperparameters=lora)
@@ -35,12 +35,12 @@ def test_tables_hold_what_the_run_directories_hold(tmp_path, monkeypatch):
     after = runs.load(tmp_path / "out/runs.csv").table.set_index("run")
     assert list(after.index) == ["a", "b"]
     given = [name for name in before if before[name].notna().any() and (before[name] != "").any()]
-    texts = {name: str for name in given if name in runs.TEXTS}  # a file has no truth values
+    texts = {name: str for name in given if name in runs.TEXTS}  # a file has no Boolean values
     pd.testing.assert_frame_equal(before[given].astype(texts), after[given].astype(texts), check_dtype=False)
 
     curves = pd.read_csv(tmp_path / "out/curves.csv")
     a, b = (curves[curves["run"] == run] for run in "ab")
-    assert b["train_loss"].dropna().tolist() == [4.99, 4.98, 4.97, 4.96]  # not that of the cut last batch
+    assert b["train_loss"].dropna().tolist() == [4.99, 4.98, 4.97, 4.96]  # without the cut last batch
     assert 8 <= a["train_loss"].notna().sum() <= table.POINTS
     assert a["spent_flop"].is_monotonic_increasing
     assert b["loss"].dropna().tolist() == [2.123457]
