@@ -56,9 +56,9 @@ def hub_config(backbone: Backbone) -> Any:
         return AutoConfig.from_pretrained(backbone.name, revision=backbone.revision)
     except Exception as error:  # transformers and the hub's client raise many classes for a wrong file
         if Path(backbone.name).is_dir():
-            found = "is a folder without a model that transformers knows"
+            found = "is a folder that holds no model known to transformers"
         else:
-            found = "is neither a local folder nor a model of the hub or of its local cache"
+            found = "is neither a local folder nor a model that the hub or its local cache has"
         reason = str(error).split("\n")[0]
         raise UserError(f"backbone.name: {backbone.name!r} {found} ({reason})") from None
 
@@ -175,7 +175,7 @@ def load_body(backbone: Backbone, seed: int) -> nn.Module:
         except (OSError, ValueError, RuntimeError, SafetensorError, UnpicklingError) as error:
             reason = (str(error) or type(error).__name__).splitlines()[0]
             raise UserError(
-                f"backbone.name: {backbone.name!r}: the weights cannot be read ({reason}); download the model again"
+                f"backbone.name: {backbone.name!r}: its weights cannot be read ({reason}); download the model again"
             ) from None
         if other := sorted(loading["mismatched_keys"]):
             key, stored, wanted = other[0]
