@@ -70,10 +70,14 @@ def schemas() -> dict[str, dict[str, Any]]:
     from analysis.fits import Fits
     from embedscale.run.record import Metric, RunRecord
     from embedscale.training.plan import PlanFile
-    from embedscale.values import schema_file
+    from embedscale.values import CHECKSUM, schema_file
 
     kinds = {"record.json": RunRecord, "metrics.jsonl": Metric, "plan.json": PlanFile, "fits.json": Fits}
-    return {f"{name.split('.')[0]}.schema.json": schema_file(kind, name) for name, kind in kinds.items()}
+    found = {f"{name.split('.')[0]}.schema.json": schema_file(kind, name) for name, kind in kinds.items()}
+    for name in ("record", "plan"):
+        text = "Digest of all other keys; a file that has changed is refused. Absent in files of version 0.2."
+        found[f"{name}.schema.json"]["properties"][CHECKSUM] = {"type": "string", "description": text}
+    return found
 
 
 def write_all(folder: Path) -> None:

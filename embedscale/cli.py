@@ -14,8 +14,8 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 
 from embedscale.errors import DONE, FAILED, INTERRUPTED, WRONG, UserError
 from embedscale.imports import load
@@ -84,6 +84,10 @@ def config(args: argparse.Namespace) -> int:
 
     print(commented(read(load(SCHEMAS[args.of]), *_file_and_words(args))))
     return DONE
+
+
+# Verbs that work for hours: they go on when nobody reads what they print any more.
+HOURS = (prepare, train, calibrate, evaluate, export, encode)
 
 
 def fit(args: argparse.Namespace) -> int:
@@ -340,6 +344,44 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
+class _Output(io.FileIO):
+    """Standard output or error; after its reader has left (`| head`, a closed terminal), what is written is dropped."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO):
+                raise
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
+            return super().write(data)
+
+
+@contextmanager
+def _outliving_the_reader() -> Iterator[None]:
+    """Let a command go on when the reader of its output leaves."""
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = map(_reopened, before)
+    try:
+        yield
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        sys.stdout, sys.stderr = before
+
+
+def _reopened(stream: Any) -> Any:
+    """Return a stream to the same file that outlives its reader; a stream to something else stays."""
+    if not isinstance(stream, io.TextIOWrapper) or not isinstance(stream.buffer, io.BufferedWriter | io.FileIO):
+        return stream
+    stream.flush()
+    file: Any = _Output(stream.fileno(), "w", closefd=False)
+    if isinstance(stream.buffer, io.BufferedWriter):  # not with PYTHONUNBUFFERED
+        file = io.BufferedWriter(file)
+    lines, through = stream.line_buffering, stream.write_through
+    return io.TextIOWrapper(file, stream.encoding, stream.errors, line_buffering=lines, write_through=through)
+
+
 class _Interrupted(KeyboardInterrupt):
     """Raised by a signal.
 
@@ -354,18 +396,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal may not have every character
     signals: list[int] = []
+    hang_up = set() if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else {signal.SIGHUP}  # ignored by nohup
 
     def interrupt(number: int, frame: object) -> None:
         signals.append(number)
         raise _Interrupted
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in {signal.SIGINT, signal.SIGTERM} | hang_up:
         signal.signal(number, interrupt)  # until a verb installs its own handlers
         # At its end Python removes handlers, and a late signal would then change the exit status.
         atexit.register(signal.signal, number, signal.SIG_IGN)
     try:
         args = parse(argv)
-        code = int(args.run(args))
+        with _outliving_the_reader() if args.run in HOURS else nullcontext():
+            code = int(args.run(args))
         with suppress(BrokenPipeError):  # `| head` is not an error; a full disk is
             print(end="", flush=True)
         return code

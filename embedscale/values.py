@@ -20,8 +20,10 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, NoReturn, Self, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from embedscale.errors import UserError
+from embedscale.files import checksum, write_json
 
 T = TypeVar("T")
+CHECKSUM = "checksum"  # key of a written value: the digest of all other keys
 
 
 @dataclass(frozen=True)
@@ -107,9 +109,15 @@ class Value:
 
     @classmethod
     def read(cls, path: Path) -> Self | Damaged | None:
-        """Return the value that a JSON file holds; None if there is no file."""
+        """Return the value that a JSON file holds; None if there is no file.
+
+        A file that `write` wrote, and that has changed since, is damaged. Files of earlier code have no checksum.
+        """
         try:
-            return cls.from_json(json.loads(path.read_text()))
+            data = json.loads(path.read_text())
+            if isinstance(data, dict) and data.pop(CHECKSUM, None) not in (None, checksum(data)):
+                return Damaged(path, "has changed since it was written: its checksum does not fit")
+            return cls.from_json(data)
         except (FileNotFoundError, NotADirectoryError):
             return None
         except (ValueError, RecursionError):  # UnicodeDecodeError is a ValueError
@@ -117,9 +125,18 @@ class Value:
         except UserError as error:
             return Damaged(path, str(error))
 
+    def write(self, path: Path) -> None:
+        """Write the value as JSON with a checksum, atomically."""
+        write_json(path, sealed(self.to_json()))
+
     def to_json(self) -> dict[str, Any]:
         """Return the value as plain lists, dictionaries, texts and numbers."""
         return asdict(self)  # type: ignore[call-overload]  # every subclass is a dataclass
+
+
+def sealed(data: dict[str, Any]) -> dict[str, Any]:
+    """Return a JSON object with the checksum of its other keys."""
+    return data | {CHECKSUM: checksum(data)}
 
 
 # --- Reading ---------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ twice its final disk space.
 import hashlib
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -19,11 +19,13 @@ from typing import Any
 import numpy as np
 
 from embedscale.data.corpora import Unit, UnitSize, read
+from embedscale.data.manifest import Manifest, ShardDigests, StoreDigests
 from embedscale.data.pair import Pair
-from embedscale.data.store import as_numpy, part_file
+from embedscale.data.store import Part, as_numpy, part_file
 from embedscale.data.tokens import load_tokenizer, mixed, pair_hashes, schema, tokenised
 from embedscale.data.workers import parent_leaves
-from embedscale.files import read_json, write_atomically, write_json
+from embedscale.errors import UserError
+from embedscale.files import digest_file, read_json, write_atomically, write_digested, write_json
 from embedscale.run.config import Data
 from embedscale.values import Value
 
@@ -65,6 +67,8 @@ class PartFacts:
     longest_query: int
     longest_positive: int
     negatives: int | None  # every pair has at least this many; None without pairs
+    file_digest: str
+    lengths_digest: str
 
 
 @dataclass(frozen=True)
@@ -128,9 +132,9 @@ def gather(bucket: int, work: Work, shares: list[float]) -> Bucket:
     """
     import pyarrow
 
-    done = read_json(work.bucket_file(bucket))
-    if done is not None:
-        return Bucket.from_json(done)
+    done = Bucket.read(work.bucket_file(bucket))
+    if isinstance(done, Bucket):  # not one that is damaged, or of early code without digests
+        return done
     columns = schema(work.token)
     table, rows, repeated = _spilled(bucket, work, [*columns.names, "pair", "source"])
     pair, source = as_numpy(table.column("pair")), as_numpy(table.column("source"))
@@ -143,10 +147,11 @@ def gather(bucket: int, work: Work, shares: list[float]) -> Bucket:
     for name, part in (("train", rows[~held_out]), ("held_out", rows[held_out])):
         batches = table.select(columns.names).take(pyarrow.array(part)).combine_chunks().to_batches()
         batch = batches[0] if batches else pyarrow.RecordBatch.from_pylist([], schema=columns)
-        write_atomically(part_file(work.folder / name, bucket), partial(_write_batch, batch=batch))
-        parts.append(_facts(batch, pair[part]))
+        path = part_file(work.folder / name, bucket)
+        digest = write_digested(path, partial(_write_batch, batch=batch))
+        parts.append(_facts(batch, pair[part], digest, Part.open(path, len(batch)).lengths_digest()))
     found = Bucket(*dropped, *parts)
-    write_json(work.bucket_file(bucket), found.to_json())
+    found.write(work.bucket_file(bucket))
     return found
 
 
@@ -214,22 +219,57 @@ def _write_batch(file: Any, batch: Any) -> None:
         writer.write_batch(batch)
 
 
-def _facts(batch: Any, hashes: np.ndarray) -> PartFacts:
+def content_digest(batch: Any, hashes: np.ndarray) -> str:
+    """Return a digest of the tokens of a store's file; `hashes` are those of its pairs."""
     # The digest joins digests of the smallest possible buckets, so that it does not depend on the number of buckets.
     smallest = hashes >> np.uint64(64 - (MOST_BUCKETS.bit_length() - 1))
     bounds = [0, *(np.flatnonzero(np.diff(smallest)) + 1).tolist(), len(batch)]
-    digests = [_digest(batch.slice(start, end - start)) for start, end in pairwise(bounds) if start < end]
+    return "".join(_digest(batch.slice(start, end - start)) for start, end in pairwise(bounds) if start < end)
+
+
+def _facts(batch: Any, hashes: np.ndarray, file_digest: str, lengths_digest: str) -> PartFacts:
     lengths = {name: np.diff(as_numpy(batch.column(name).offsets)) for name in ("query", "positive", "negatives")}
     n = len(batch)
     return PartFacts(
         pairs=n,
-        digest="".join(digests),
+        digest=content_digest(batch, hashes),
         query_tokens=int(lengths["query"].sum()),
         positive_tokens=int(lengths["positive"].sum()),
         longest_query=int(lengths["query"].max()) if n else 0,
         longest_positive=int(lengths["positive"].max()) if n else 0,
         negatives=int(lengths["negatives"].min()) if n else None,
+        file_digest=file_digest,
+        lengths_digest=lengths_digest,
     )
+
+
+def with_digests(folder: Path, manifest: Manifest) -> Manifest:
+    """Return the manifest of a store of early code with digests of its files, whose content is checked by its digest.
+
+    Raises UserError if the store is damaged.
+    """
+    import pyarrow
+
+    content, found = "", []
+    for name, sizes in (("train", manifest.parts.train), ("held_out", manifest.parts.held_out)):
+        files, lengths = [], []
+        for number, size in enumerate(sizes):
+            path = part_file(folder / name, number)
+            lengths.append(Part.open(path, size).lengths_digest())
+            files.append(digest_file(path))
+            with pyarrow.memory_map(str(path)) as file:
+                batch = pyarrow.ipc.open_file(file).get_batch(0)
+            texts = (as_numpy(batch.column(f"{text}_text")) for text in ("query", "positive"))
+            content += content_digest(batch, pair_hashes(*texts))
+        found.append(ShardDigests(files, lengths))
+    if digest_of_store(content) != manifest.digest:
+        raise UserError(f"data.store: {folder} is damaged: its content is not {manifest.digest}; prepare it again")
+    return replace(manifest, digests=StoreDigests(*found))
+
+
+def digest_of_store(content: str) -> str:
+    """Return a store's digest, given those of its files' tokens one after the other."""
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
 def _digest(batch: Any) -> str:

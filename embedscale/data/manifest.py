@@ -1,7 +1,7 @@
 """What `manifest.json` says about a store: counts, token statistics, digests, and the settings that decide the content.
 
-The manifest is written last, so a folder without one is not finished. Its keys are those of the first version, and
-manifests of the first version load.
+The manifest is written last, so a folder without one is not finished. It has digests of the store's files and a
+checksum of itself, so that damage is noticed before it is used. Manifests of the first version load; they have neither.
 """
 
 import json
@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, Self
 
 from embedscale.errors import UserError
-from embedscale.files import write_json
-from embedscale.values import Value
+from embedscale.files import checksum, write_json
+from embedscale.values import CHECKSUM, Value, sealed
 
 FORMAT = 1
 FILE = "manifest.json"
@@ -58,6 +58,22 @@ class PartSizes:
 
 
 @dataclass(frozen=True)
+class ShardDigests:
+    """Digests of the files of one part of a store, in order."""
+
+    files: list[str]  # of every byte
+    lengths: list[str]  # of the token counts alone, which planning reads without the tokens
+
+
+@dataclass(frozen=True)
+class StoreDigests:
+    """Digests of all files of a store."""
+
+    train: ShardDigests
+    held_out: ShardDigests
+
+
+@dataclass(frozen=True)
 class Manifest(Value):
     """A finished store, described."""
 
@@ -74,6 +90,7 @@ class Manifest(Value):
     parts: PartSizes
     settings: dict[str, Any]  # all settings that decide the content, by the names of their fields
     seconds: float  # of the last call of `prepare`, which may have finished the work of an earlier call
+    digests: StoreDigests | None = None  # None in manifests of version 0.2, whose files cannot be verified
 
     @property
     def context(self) -> int:
@@ -93,7 +110,11 @@ class Manifest(Value):
             raise UserError(f"data.store: {path} cannot be read; remove the store and prepare it again") from None
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise UserError(f"data.store: {folder} is not a store of format {FORMAT}; prepare it again")
+        written = data.pop(CHECKSUM, None)
         try:
+            # A manifest with digests has a checksum.
+            if written != checksum(data) and (written is not None or data.get("digests") is not None):
+                raise UserError("it has changed since it was written: its checksum does not fit")
             return cls.from_json(data)
         except UserError as misfit:
             raise UserError(
@@ -119,7 +140,7 @@ class Manifest(Value):
 
     def write_to(self, folder: Path) -> None:
         """Write the manifest, which makes the folder a finished store."""
-        write_json(folder / FILE, self.to_json())
+        write_json(folder / FILE, sealed(self.to_json()))
 
     def summary(self) -> str:
         """Say in one line how many pairs there are and why rows were dropped."""

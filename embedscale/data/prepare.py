@@ -22,13 +22,15 @@ from typing import Any
 import numpy as np
 
 from embedscale.data import buckets
-from embedscale.data.buckets import BUCKET_BYTES, Bucket, Work, buckets_for
+from embedscale.data.buckets import BUCKET_BYTES, Bucket, PartFacts, Work, buckets_for
 from embedscale.data.corpora import UNIT_SIZE, Unit, UnitSize, Unreadable, read, units_of
 from embedscale.data.manifest import FILE as MANIFEST_FILE
 from embedscale.data.manifest import (
     Manifest,
     PartSizes,
+    ShardDigests,
     SourceCounts,
+    StoreDigests,
     StoredTokenizer,
     TokenStatistics,
     describe,
@@ -106,7 +108,7 @@ def prepare(config: RunConfig, unit_size: UnitSize = UNIT_SIZE, bucket_bytes: in
 
 @contextmanager
 def _only_writer(folder: Path) -> Iterator[StopRequest]:
-    """Hold the store's lease, and turn SIGINT and SIGTERM into the request to stop that this yields.
+    """Hold the store's lease, and turn SIGINT, SIGTERM and SIGHUP into the request to stop that this yields.
 
     An error while a stop is requested becomes a KeyboardInterrupt: the signal reaches the workers too, and breaks the
     pool. If the store is finished at the end, the work folder is removed.
@@ -118,9 +120,12 @@ def _only_writer(folder: Path) -> Iterator[StopRequest]:
     def interrupt(number: int, frame: object) -> None:
         stop.request(signal.Signals(number).name)
 
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # ignored by nohup
+        numbers.append(signal.SIGHUP)
     lease = Lease(_lease(folder), lambda: stop.request("another process has taken over the store"))
     lease.take()
-    handlers = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.signal(number, interrupt) for number in numbers}
     try:
         yield stop
     except UserError:
@@ -143,6 +148,9 @@ def _report_finished(folder: Path, settings: dict[str, Any]) -> bool:
         return False
     manifest = Manifest.read_from(folder)
     _require_equal(folder, manifest.settings, settings)
+    if manifest.digests is None:
+        with suppress(PermissionError):  # a store that can only be read stays as it is
+            buckets.with_digests(folder, manifest).write_to(folder)
     print(f"{folder} is there: {manifest.summary()}")
     return True
 
@@ -301,7 +309,7 @@ def manifest_of(
     queries, positives = sum(part.query_tokens for part in train), sum(part.positive_tokens for part in train)
     content = "".join(part.digest for part in (*train, *held_out))
     return Manifest(
-        digest=hashlib.sha256(content.encode()).hexdigest()[:16],
+        digest=buckets.digest_of_store(content),
         pairs=pairs,
         held_out=sum(part.pairs for part in held_out),
         negatives=min((part.negatives for part in (*train, *held_out) if part.negatives is not None), default=0),
@@ -323,4 +331,9 @@ def manifest_of(
         parts=PartSizes([part.pairs for part in train], [part.pairs for part in held_out]),
         settings=settings,
         seconds=seconds,
+        digests=StoreDigests(*(_digests(part) for part in (train, held_out))),
     )
+
+
+def _digests(parts: list[PartFacts]) -> ShardDigests:
+    return ShardDigests([part.file_digest for part in parts], [part.lengths_digest for part in parts])

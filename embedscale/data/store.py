@@ -2,18 +2,22 @@
 
 A store is a folder of Arrow files and a manifest. Each file holds a part of the pairs, in the order of a content hash.
 A batch is a few slices of memory-mapped arrays: consecutive pairs, so a shared file system sees sequential reads.
-Reading a store needs neither torch nor a tokenizer. The price: every epoch sees the pairs in the same order.
+Each file is digested once a process, before its first pair is used. Reading a store needs neither torch nor a
+tokenizer. The price: every epoch sees the pairs in the same order, and each file is read whole before it is used.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from xxhash import xxh3_64
 
-from embedscale.data.manifest import Manifest
+from embedscale.data.manifest import Manifest, ShardDigests
 from embedscale.errors import UserError
+from embedscale.files import digest_file
 
 
 @dataclass
@@ -59,12 +63,11 @@ class Part:
         try:
             with pyarrow.memory_map(str(path)) as file:
                 table = pyarrow.ipc.open_file(file).get_batch(0)
+            table.validate()
             if len(table) != pairs:
                 raise pyarrow.ArrowInvalid
         except (OSError, pyarrow.ArrowException):
-            raise UserError(
-                f"data.store: {path} is missing or damaged; remove the store and prepare it again"
-            ) from None
+            raise _damaged(path) from None
 
         def lists(name: str) -> tuple[np.ndarray, Any]:
             column = table.column(name)
@@ -92,6 +95,13 @@ class Part:
             total = total + inner[outer[:-1] + hard_negatives] - inner[outer[:-1]]
         return total.astype(np.int32)
 
+    def lengths_digest(self) -> str:
+        """Return a digest of all that `counts` uses."""
+        digest = xxh3_64()
+        for offsets in (self.query[0], self.positive[0], *self.negatives[:2]):
+            digest.update(np.ascontiguousarray(offsets).data)
+        return str(digest.hexdigest())
+
     def read(self, start: int, stop: int, hard_negatives: int) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """Return (tokens, lengths, text hashes) of the queries, of the positives and of the negatives.
 
@@ -108,6 +118,10 @@ class Part:
             places = np.repeat(inner[kept] - (np.cumsum(lengths) - lengths), lengths) + np.arange(lengths.sum())
             found.append((tokens[places], lengths, self.negative_text[kept]))
         return found
+
+
+def _damaged(path: Path) -> UserError:
+    return UserError(f"data.store: {path} is missing or damaged; remove the store and prepare it again")
 
 
 class PairStore:
@@ -127,7 +141,7 @@ class PairStore:
     def open(cls, folder: str | Path) -> "PairStore":
         """Open a finished store. Raises UserError for any other folder.
 
-        Damaged files are found later, when they are first read: that raises UserError too.
+        Each of its files is verified later, when it is first read or asked for by `verify`: that raises UserError too.
         """
         return cls(folder, Manifest.read_from(Path(folder)))
 
@@ -140,25 +154,40 @@ class PairStore:
 
     @cached_property
     def _training(self) -> "_Parts":
-        return _Parts(self.folder / "train", self.manifest.parts.train)
+        digests = self.manifest.digests
+        return _Parts(self.folder / "train", self.manifest.parts.train, None if digests is None else digests.train)
 
     @cached_property
     def _held_out(self) -> "_Parts":
-        return _Parts(self.folder / "held_out", self.manifest.parts.held_out)
+        digests = self.manifest.digests
+        known = None if digests is None else digests.held_out
+        return _Parts(self.folder / "held_out", self.manifest.parts.held_out, known)
+
+    def verify(self, start: int, stop: int) -> None:
+        """Read every file that holds one of the training pairs start..stop, as in `batch`, at the disk's speed.
+
+        Raises UserError, naming the file, if one has changed since it was prepared.
+        """
+        for first, last in self._ranges(start, stop):
+            self._training.verify(first, last)
+
+    def _ranges(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        while start < stop:
+            first = start % self.pairs
+            last = min(first + stop - start, self.pairs)
+            yield first, last
+            start += last - first
 
     def token_counts(self, hard_negatives: int = 0) -> np.ndarray:
         """Return the number of tokens of every training pair in stored order, int32 [pairs]."""
-        parts = [part.counts(hard_negatives) for part in self._training.all()]
+        parts = self._training.counts(hard_negatives)
         return np.concatenate(parts) if parts else np.empty(0, np.int32)
 
     def batch(self, start: int, stop: int, hard_negatives: int = 0) -> PairBatch:
         """Return the training pairs start..stop in stored order; after the last pair comes the first again."""
         found = []
-        while start < stop:
-            first = start % self.pairs
-            last = min(first + stop - start, self.pairs)
+        for first, last in self._ranges(start, stop):
             found += self._training.read(first, last, hard_negatives)
-            start += last - first
         return _batch(found)
 
     def held_out_batch(self, start: int, stop: int) -> PairBatch:
@@ -167,20 +196,44 @@ class PairStore:
 
 
 class _Parts:
-    """Consecutive Arrow files of the given sizes (pairs), each mapped when it is first read."""
+    """Consecutive Arrow files of the given sizes (pairs), each mapped and verified when it is first read."""
 
-    def __init__(self, folder: Path, sizes: list[int]):
-        self.folder, self.sizes = folder, sizes
+    def __init__(self, folder: Path, sizes: list[int], digests: ShardDigests | None):
+        self.folder, self.sizes, self.digests = folder, sizes, digests
         self.ends = np.cumsum(sizes, dtype=np.int64)
         self.open: dict[int, Part] = {}
+        self.whole: set[int] = set()  # numbers of the files whose every byte was verified
 
     def part(self, number: int) -> Part:
+        """Return a file of which every byte was verified."""
+        if self.digests is not None and number not in self.whole:
+            path = part_file(self.folder, number)
+            try:
+                found = digest_file(path)
+            except OSError:
+                raise _damaged(path) from None
+            if found != self.digests.files[number]:
+                raise _damaged(path)
+            self.whole.add(number)
+        return self._opened(number)
+
+    def _opened(self, number: int) -> Part:
+        """Return a file whose token counts were verified."""
         if number not in self.open:
-            self.open[number] = Part.open(part_file(self.folder, number), self.sizes[number])
+            path = part_file(self.folder, number)
+            part = Part.open(path, self.sizes[number])
+            if self.digests is not None and part.lengths_digest() != self.digests.lengths[number]:
+                raise _damaged(path)
+            self.open[number] = part
         return self.open[number]
 
-    def all(self) -> list[Part]:
-        return [self.part(number) for number, size in enumerate(self.sizes) if size]
+    def counts(self, hard_negatives: int) -> list[np.ndarray]:
+        return [self._opened(number).counts(hard_negatives) for number, size in enumerate(self.sizes) if size]
+
+    def verify(self, start: int, stop: int) -> None:
+        for number, begin, end in zip(range(len(self.sizes)), self.ends - self.sizes, self.ends, strict=True):
+            if max(start, begin) < min(stop, end):
+                self.part(number)
 
     def read(self, start: int, stop: int, hard_negatives: int) -> list[list[tuple[np.ndarray, np.ndarray, np.ndarray]]]:
         found = []

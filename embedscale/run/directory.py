@@ -6,16 +6,21 @@ others; `sound` turns it into a UserError where only this run matters.
 
 import json
 import os
+import shutil
 import socket
-from collections.abc import Iterable
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+
+from xxhash import xxh3_64
 
 from embedscale.errors import UserError
-from embedscale.files import now, write_atomically, write_json
+from embedscale.files import now, write_atomically, write_json, write_sealed
 from embedscale.run.record import AttemptRecord, Damaged, Metric, RunRecord, sound
+
+KEPT = 2  # checkpoints: if the newest one is damaged, the one before serves
 
 
 class _Entry:
@@ -60,7 +65,17 @@ class RunDirectory:
     def newest_step(self) -> int | None:
         """The step of the newest checkpoint; None if there is none."""
         paths = self.checkpoint_paths()
-        return int(paths[-1].stem.split("-")[1]) if paths else None
+        return _step_of(paths[-1]) if paths else None
+
+    def write_checkpoint(self, step: int, write: Callable[[BinaryIO], object]) -> None:
+        """Write a sealed checkpoint; remove older ones, but for the `KEPT` newest.
+
+        A newer one, which could not be used when this attempt began, stays until the run writes it again or ends.
+        """
+        self.checkpoints.mkdir(exist_ok=True)
+        write_sealed(self.checkpoint(step), write)
+        for old in [path for path in self.checkpoint_paths() if _step_of(path) <= step][:-KEPT]:
+            old.unlink()
 
     def score(self, task: str) -> Path:
         """Return the path of the score on an mteb task."""
@@ -85,7 +100,7 @@ class RunDirectory:
         return RunRecord.read(self.record)
 
     def write_record(self, record: RunRecord) -> None:
-        write_json(self.record, record.to_json())
+        record.write(self.record)
 
     # --- Attempts ---
 
@@ -142,41 +157,95 @@ class RunDirectory:
 
         Record that they were killed and when they were last seen, and remove partly written files.
         """
-        for torn in self.path.glob("*/.*.partial"):
-            torn.unlink(missing_ok=True)
+        self.remove_partial_files()
         for attempt in self.open_attempts():
             attempt.write(end=max(last_seen or "", attempt.record.start), ended="killed")
 
+    def remove_partial_files(self) -> None:
+        """Remove what killed processes left half-written. Only for who holds the lease."""
+        for torn in (*self.path.rglob(".*.partial"), *self.model.glob(".tmp*")):  # the second kind is safetensors'
+            torn.unlink(missing_ok=True)
+
+    def left_over(self) -> bool:
+        """Whether a finished run still has checkpoints or half-written files: it was killed while it removed them."""
+        return self.checkpoints.exists() or any(self.path.rglob(".*.partial"))
+
+    def remove_checkpoints(self) -> None:
+        """Remove all checkpoints of a finished run."""
+        shutil.rmtree(self.checkpoints, ignore_errors=True)
+
     # --- Metrics ---
 
-    def append_metric(self, row: Metric) -> None:
-        with self.metrics.open("a") as file:
-            file.write(json.dumps(row.to_json()) + "\n")
-
-    def secure_metrics(self) -> None:
-        """Make the rows so far survive a power cut; to be called before a checkpoint is written."""
-        with self.metrics.open("ab") as file:
-            os.fsync(file.fileno())
-
     def read_metrics(self) -> list[Metric]:
-        """Return the rows of metrics.jsonl up to a torn line, which a power cut leaves only after secured rows."""
-        try:
-            text = self.metrics.read_text(errors="replace")
-        except FileNotFoundError:
-            return []
+        """Return the sound rows of metrics.jsonl; lines that are damaged, or half-written, are left out."""
         rows = []
-        with suppress(ValueError, UserError):
-            for line in text.split("\n")[:-1]:
+        for line in self._metric_lines():
+            with suppress(ValueError, RecursionError, UserError):  # UnicodeDecodeError is a ValueError
                 rows.append(Metric.from_json(json.loads(line)))
         return rows
 
-    def truncate_metrics(self, step: int) -> None:
-        """Drop the rows beyond `step`, which a resumed run will write again."""
-        self._write_metrics(row for row in self.read_metrics() if row.step <= step)
+    def _metric_lines(self) -> list[bytes]:
+        try:
+            return self.metrics.read_bytes().splitlines(keepends=True)
+        except FileNotFoundError:
+            return []
 
-    def _write_metrics(self, rows: Iterable[Metric]) -> None:
-        text = "".join(json.dumps(row.to_json()) + "\n" for row in rows)
-        write_atomically(self.metrics, lambda file: file.write(text.encode()))
+    def cut_metrics(self, rows: int) -> None:
+        """Keep the first `rows` rows: those of a checkpoint. A resumed run will write the others again."""
+        self._write_metrics(self._metric_lines()[:rows])
+
+    def cut_metrics_after(self, step: int) -> None:
+        """Keep the sound rows up to a step, for a checkpoint of early code, which does not know its rows."""
+        self._write_metrics([_line_of(row) for row in self.read_metrics() if row.step <= step])
+
+    def _write_metrics(self, lines: list[bytes]) -> None:
+        write_atomically(self.metrics, lambda file: file.write(b"".join(lines)))
+
+    def has_metrics(self, rows: int, digest: str) -> bool:
+        """Return whether the first `rows` rows of metrics.jsonl have this digest."""
+        lines = self._metric_lines()[:rows]
+        return len(lines) == rows and xxh3_64(b"".join(lines)).hexdigest() == digest
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.stem.split("-")[1])
+
+
+def _line_of(row: Metric) -> bytes:
+    return (json.dumps(row.to_json()) + "\n").encode()
+
+
+class MetricsLog:
+    """Appends rows to metrics.jsonl, and knows how many rows it holds and their digest, which go into a checkpoint.
+
+    The digest is of the rows as they were written. So damage that the file takes while the run is at work is noticed.
+    """
+
+    def __init__(self, directory: RunDirectory):
+        self.directory = directory
+        lines = directory._metric_lines()
+        self.rows, self._digest = len(lines), xxh3_64(b"".join(lines))
+
+    @property
+    def digest(self) -> str:
+        return str(self._digest.hexdigest())
+
+    def append(self, row: Metric) -> None:
+        line = _line_of(row)
+        with self.directory.metrics.open("ab") as file:
+            file.write(line)
+        self.rows += 1
+        self._digest.update(line)
+
+    def secure(self) -> None:
+        """Make the rows so far survive a power cut; to be called before a checkpoint is written."""
+        with self.directory.metrics.open("ab") as file:
+            os.fsync(file.fileno())
+
+    def check(self) -> None:
+        """Raise UserError if the file does not hold what was written."""
+        if not self.directory.has_metrics(self.rows, self.digest):
+            raise UserError(f"{self.directory.metrics}: has been changed while the run was at work; run it again")
 
 
 class Attempt:

@@ -251,3 +251,11 @@ def leased(directory: RunDirectory, when_lost: Callable[[], object] = lambda: No
         yield lease
     finally:
         lease.release()
+
+
+def remove_what_is_left_over(directory: RunDirectory) -> None:
+    """Remove the checkpoints of a finished run that was killed before it had removed them."""
+    if directory.left_over():
+        with suppress(UserError, OSError), leased(directory):  # another process, or a folder that can only be read
+            directory.remove_partial_files()
+            directory.remove_checkpoints()

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterable
 from multiprocessing import parent_process
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class StopRequest:
@@ -44,7 +44,8 @@ class StopRequest:
             self.request(signal.Signals(number).name)
 
         for number in signals:
-            signal.signal(number, handler)
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # ignored by nohup
+                signal.signal(number, handler)
 
 
 def end_with_parent() -> None:

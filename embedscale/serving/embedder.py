@@ -118,7 +118,8 @@ def _load_weights(body: nn.Module, directory: RunDirectory, record: RunRecord) -
         weights = load_file(path)
     except (OSError, SafetensorError):
         raise UserError(f"{path}: is missing or damaged; train the run again") from None
-    _check(directory, "weights_digest", record.weights_digest, digest_of(weights))
+    if (found := digest_of(weights)) != record.weights_digest:
+        raise UserError(f"{path}: is damaged: its digest is {found}, the record's {record.weights_digest}; train again")
     trainable = {name: parameter for name, parameter in body.named_parameters() if parameter.requires_grad}
     if trainable.keys() != weights.keys():
         other = sorted(trainable.keys() ^ weights.keys())

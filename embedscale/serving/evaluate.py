@@ -14,7 +14,7 @@ import numpy as np
 from embedscale.data.store import PairBatch, PairStore
 from embedscale.data.tokens import load_tokenizer, tokenizer_of
 from embedscale.errors import DONE, INTERRUPTED, UserError
-from embedscale.files import now, write_json
+from embedscale.files import now
 from embedscale.model.hardware import keep_freed_memory
 from embedscale.run.config import RunConfig
 from embedscale.run.directory import RunDirectory
@@ -50,7 +50,7 @@ def evaluate(run: str, names: Sequence[str], tasks: Iterable[Any] = (), stop: St
             print(f"{record.run_id}: interrupted ({stop.reason}) before {name}; run it again to continue")
             return INTERRUPTED
         print(f"{record.run_id}: task {number} of {len(missing)}, {name}", flush=True)
-        write_json(directory.score(name), score_of(mteb, adapter, task, record).to_json())
+        score_of(mteb, adapter, task, record).write(directory.score(name))
     _show(record, [found for name in known if (found := sound(Score.read(directory.score(name))))])
     return DONE
 

@@ -9,13 +9,15 @@ import math
 import signal
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import lightning
 import torch
 from rich.console import Console
 
-from embedscale.files import write_atomically
+from embedscale.errors import UserError
+from embedscale.files import seal_fits
 from embedscale.model.hardware import compile_seconds, matrix_product_peak
 from embedscale.model.parallel import world_size
 from embedscale.progress import Bar
@@ -25,10 +27,9 @@ from embedscale.training.batches import Batch
 from embedscale.training.held_out import evaluate_held_out
 from embedscale.training.run import Diverged, Stopped, TrainingRun
 
-KEPT = 2  # checkpoints: if the newest one is damaged, the one before serves
 LINE_SECONDS = 20.0  # between two lines of progress in a log file
 BAR_SECONDS = 0.5  # between two looks of a progress bar
-HANDLED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+HANDLED = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
 def between_steps(do: "BetweenSteps", trainer: lightning.Trainer) -> None:
@@ -146,7 +147,7 @@ class Log:
         if not run.may_write():
             return
         row = Metric(module.step, run.attempt.record.number, module.tokens, module.flop, **values)
-        run.directory.append_metric(row)
+        run.metrics.append(row)
         for logger in trainer.loggers:
             logger.log_metrics({"tokens": row.tokens, "spent_flop": row.spent_flop} | values, step=row.step)
 
@@ -196,29 +197,70 @@ class Checkpoints:
         self._saved = time.monotonic()
 
     def save(self, step: int, state: dict[str, Any]) -> None:
-        directory, run_id = self.run.directory, self.run.config.run_id
-        directory.secure_metrics()
-        directory.checkpoints.mkdir(exist_ok=True)
-        write_atomically(directory.checkpoint(step), lambda file: torch.save(state | {"run_id": run_id}, file))
-        for old in directory.checkpoint_paths()[:-KEPT]:
-            old.unlink()
+        run = self.run
+        run.metrics.secure()
+        state |= {"run_id": run.config.run_id, "rows": run.metrics.rows, "rows_digest": run.metrics.digest}
+        run.directory.write_checkpoint(step, lambda file: _save(state, file))
+
+
+def _save(state: dict[str, Any], file: Any) -> None:
+    # The seal covers every byte. Torch's own checksum would take longer, and torch never looks at it.
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(state, file)
+    finally:
+        torch.serialization.set_crc32_options(before)
 
 
 def newest_checkpoint(directory: RunDirectory, run_id: str, mapped: bool = False) -> dict[str, Any] | None:
-    """Return the state of the newest complete checkpoint, or None. A damaged one is named, and the one before is tried.
+    """Return the state of the newest checkpoint that is whole and that agrees with metrics.jsonl; None without one.
 
-    With `mapped`, all processes of a node share one copy in memory, but checksums are not verified.
+    A checkpoint that does not serve is named, and the one before is tried. With `mapped`, all processes of a node share
+    one copy in memory. Raises UserError if there are whole checkpoints, but metrics.jsonl lacks rows of all of them.
     """
-    for path in reversed(directory.checkpoint_paths()):
-        try:
-            state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-            if state["run_id"] == run_id:
-                return state
-            found = f"is of run {state['run_id']}"
-        except Exception as error:  # torch has no common class of errors for damaged files
-            found = f"is damaged ({type(error).__name__})"
+    paths, without_rows = directory.checkpoint_paths(), 0
+    for path in reversed(paths):
+        state, found = _read_checkpoint(path, run_id, mapped)
+        if state is not None and "rows" in state and not directory.has_metrics(state["rows"], state["rows_digest"]):
+            without_rows += 1
+            state, found = None, f"is whole, but {directory.metrics} has lost or changed rows that it had then"
+        if state is not None:
+            return state
         print(f"embedscale: {path} {found}; falling back to the one before", file=sys.stderr)
+    if without_rows:
+        raise UserError(
+            f"{directory.metrics}: is damaged or has lost rows, also those of the oldest checkpoint; restore it, or "
+            f"remove it and {directory.checkpoints} to train from the first step again"
+        )
+    if paths:
+        print(
+            f"embedscale: {directory.path} has no checkpoint that serves; training from the first step", file=sys.stderr
+        )
     return None
+
+
+def _read_checkpoint(path: Path, run_id: str, mapped: bool) -> tuple[dict[str, Any] | None, str]:
+    """Return the state of a checkpoint, or None and what is wrong with it."""
+    whole = None
+    try:
+        whole = seal_fits(path)
+        if whole is False:
+            return None, "is damaged (its digest does not fit)"
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except OSError as error:
+        return None, f"cannot be read ({error.strerror})"
+    except Exception as error:  # torch has no common class of errors for damaged files
+        if whole or isinstance(error, MemoryError):  # nothing is wrong with the file
+            raise
+        return None, f"is damaged ({type(error).__name__})"
+    if whole is None:  # of early code, unless it says otherwise
+        if "rows" in state:
+            return None, "is damaged (its digest is missing)"
+        print(
+            f"embedscale: {path} is of an earlier version, without a digest: damage cannot be noticed", file=sys.stderr
+        )
+    return (state, "") if state["run_id"] == run_id else (None, f"is of run {state['run_id']}")
 
 
 class Heartbeat:

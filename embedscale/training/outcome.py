@@ -4,19 +4,19 @@ The record is written last of all files. Whoever finds a record knows that every
 """
 
 import platform
-import shutil
 import subprocess
 import sys
 import traceback
 from dataclasses import asdict
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from embedscale.errors import DONE, FAILED, INTERRUPTED
+from embedscale import __version__
+from embedscale.errors import DONE, FAILED, INTERRUPTED, UserError
 from embedscale.files import write_atomically
 from embedscale.model.backbone import digest_of
 from embedscale.model.hardware import training_device
@@ -37,7 +37,7 @@ FROM_PLAN = (
     "width",
     "tokenizer_digest",
 )
-PACKAGES = ("embedscale", "torch", "lightning", "transformers", "peft", "numpy", "pyarrow", "omegaconf")
+PACKAGES = ("torch", "lightning", "transformers", "peft", "numpy", "pyarrow", "omegaconf")
 
 
 def end_of_steps(run: TrainingRun) -> int:
@@ -143,13 +143,14 @@ def write_record(run: TrainingRun, weights: dict[str, Tensor], diverged_at_step:
         gpu_hours=round(device_seconds * plan.world_size / 3600, 5),
         device=_device(training_device(), plan.world_size),
         attempts=attempts,
-        versions={name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
-        code=code_version(),
+        versions=run.versions,
+        code=run.code,
         diverged_at_step=diverged_at_step,
     )
-    directory.secure_metrics()
+    run.metrics.secure()
+    run.metrics.check()
     directory.write_record(record)
-    shutil.rmtree(directory.checkpoints, ignore_errors=True)
+    directory.remove_checkpoints()
     return record
 
 
@@ -175,6 +176,20 @@ def _device(device: torch.device, count: int) -> Device:
     return Device(name, count, device.type, torch.get_num_threads())
 
 
+def versions() -> dict[str, str]:
+    """Return the versions of the packages; asked before the first step, because a package may lack its metadata.
+
+    Raises UserError for a package without metadata. embedscale itself needs none: a checkout may run uninstalled.
+    """
+    found = {"embedscale": __version__}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            raise UserError(f"the package {name!r} has no metadata, which the record needs; install it again") from None
+    return found | {"python": platform.python_version()}
+
+
 def code_version() -> CodeVersion:
     """Return the package's version and, for a checkout, its commit and whether it was changed since."""
     folder = Path(__file__).parent
@@ -187,4 +202,4 @@ def code_version() -> CodeVersion:
         return done.stdout.strip() if done.returncode == 0 else None
 
     status = git("status", "--porcelain", "--untracked-files=no")
-    return CodeVersion(version("embedscale"), git("rev-parse", "HEAD"), bool(status))
+    return CodeVersion(__version__, git("rev-parse", "HEAD"), bool(status))

@@ -95,12 +95,18 @@ class PlanFile(Value):
     """Most tokens in one forward pass; null where the whole batch fits."""
     body: str | None = None
     """What computes the steps, cpu or plain, which round differently (model/body.py); null in files of version 0.1."""
+    threads: Count | None = None
+    """Threads of each process, whose number changes the rounding on a CPU; null in files of version 0.2."""
 
     def difference(self, other: "PlanFile") -> str | None:
         """Return the first fact that a resumed run must keep and that differs from `other`, with both values."""
         mine, others = (asdict(each) | asdict(each.plan) for each in (self, other))
         for name, value in mine.items():
-            if name not in ("plan", "chunk_tokens", "evaluate_after") and value is not None and others[name] != value:
+            if (
+                name not in ("plan", "chunk_tokens", "threads", "evaluate_after")
+                and value is not None
+                and others[name] != value
+            ):
                 return f"this run began with {name} {value}; now it is {others[name]}"
         return None
 

@@ -1,12 +1,14 @@
 """One attempt at a run, as a value: what trains, where it is written, and what may stop it."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from embedscale.data.store import PairStore
 from embedscale.run.config import RunConfig
-from embedscale.run.directory import Attempt, RunDirectory
+from embedscale.run.directory import Attempt, MetricsLog, RunDirectory
 from embedscale.run.lease import Lease
+from embedscale.run.record import CodeVersion
 from embedscale.run.stop import StopRequest
 from embedscale.training.module import Contrastive
 from embedscale.training.plan import PlanFile, TrainingPlan
@@ -35,8 +37,15 @@ class TrainingRun:
     facts: PlanFile  # the content of plan.json
     stop: StopRequest
     attempt: Attempt
+    versions: dict[str, str]  # of the packages
+    code: CodeVersion
     lease: Lease | None = None  # None in every process of a run but the first
     evaluated: dict[str, Any] | None = None  # held-out loss and recalls of the last evaluation, if not interrupted
+
+    @cached_property
+    def metrics(self) -> MetricsLog:
+        """What writes metrics.jsonl; first used when the file holds the rows of the checkpoint and no others."""
+        return MetricsLog(self.directory)
 
     @property
     def plan(self) -> TrainingPlan:

@@ -7,7 +7,10 @@ that holds its lease (embedscale/run/lease.py).
 import logging
 import os
 import signal
+import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -20,13 +23,13 @@ from torch.utils.data import DataLoader
 from embedscale.data.store import PairStore
 from embedscale.data.tokens import tokenizer_digest
 from embedscale.errors import DONE, FAILED, UserError
-from embedscale.files import write_atomically, write_json
+from embedscale.files import write_atomically
 from embedscale.model.backbone import digest_of, load_body, shape_of, shape_without_weights
 from embedscale.model.body import FROM_TOKENS, use_cpu_body
 from embedscale.model.hardware import keep_freed_memory, training_device
 from embedscale.run.config import RunConfig
 from embedscale.run.directory import RunDirectory
-from embedscale.run.lease import leased
+from embedscale.run.lease import leased, remove_what_is_left_over
 from embedscale.run.record import sound
 from embedscale.run.settings import load, to_yaml
 from embedscale.run.stop import STOP_SIGNALS, StopRequest, end_with_parent
@@ -57,26 +60,74 @@ def train(config: RunConfig, stop: StopRequest | None = None, sharing: int = 1, 
     directory = RunDirectory(config.folder)
     record = sound(directory.read_record())
     if record is not None:
+        remove_what_is_left_over(directory)
         outcome.say_outcome(directory, record)
         return DONE if record.status == "done" else FAILED
     _refuse_another_config(directory, config)
+    begun = _begun(directory)
+    with _as_many_threads(directory, begun):
+        return _train(config, directory, begun, stop, sharing, beside)
+
+
+def _train(
+    config: RunConfig, directory: RunDirectory, begun: PlanFile | None, stop: StopRequest, sharing: int, beside: int
+) -> int:
+    versions, code = outcome.versions(), outcome.code_version()
     store, plan = _planned(config)
     quieten()
     keep_freed_memory()
     module, facts = _build(config, plan, store)
-    _refuse_another_plan(directory, facts, module)
     module.sharing = sharing * beside
-    facts = replace(facts, chunk_tokens=_chunk_tokens(config, directory, module))
+    if begun is not None:
+        _refuse_another_plan(directory, begun, facts, module)
+    facts = replace(facts, chunk_tokens=_chunk_tokens(config, begun, module), threads=torch.get_num_threads())
     if _rank() > 0:
-        return _fit(TrainingRun(config, directory, store, module, facts, stop, directory.attempt(0)))
+        state = newest_checkpoint(directory, config.run_id, mapped=config.resources.shard)
+        attempt = directory.attempt(0)
+        return _fit(TrainingRun(config, directory, store, module, facts, stop, attempt, versions, code), state)
     with leased(directory, lambda: stop.request("another process has taken this run over")) as lease:
         if directory.record.exists():  # another process ended the run since the first look
             return train(config, stop, sharing, beside)
+        state = newest_checkpoint(directory, config.run_id, mapped=config.resources.shard)
         write_atomically(directory.config, lambda file: file.write(to_yaml(config).encode()))
-        write_json(directory.plan, facts.to_json())
+        facts.write(directory.plan)
         directory.clear_up(lease.left_behind)
         attempt = directory.begin_attempt(sharing=sharing)
-        return _fit(TrainingRun(config, directory, store, module, facts, stop, attempt, lease))
+        return _fit(TrainingRun(config, directory, store, module, facts, stop, attempt, versions, code, lease), state)
+
+
+def _begun(directory: RunDirectory) -> PlanFile | None:
+    """Return what a run with checkpoints began with, else None. Raises UserError if it is not known any more."""
+    if not directory.checkpoint_paths():
+        return None
+    begun = sound(PlanFile.read(directory.plan))
+    if begun is None:
+        raise UserError(
+            f"{directory.plan}: is missing, and the checkpoints cannot be continued without it; restore it, or remove "
+            f"{directory.checkpoints} to train from the first step again"
+        )
+    return begun
+
+
+@contextmanager
+def _as_many_threads(directory: RunDirectory, begun: PlanFile | None) -> Iterator[None]:
+    """Compute with as many threads as the run began with: another number rounds differently on a CPU.
+
+    Raises UserError if torch does not take that number.
+    """
+    before = torch.get_num_threads()
+    if begun is None or begun.threads in (None, before):
+        yield
+        return
+    torch.set_num_threads(begun.threads)
+    if torch.get_num_threads() != begun.threads:
+        raise UserError(f"{directory.path}: this run began with {begun.threads} threads, which torch refuses here")
+    said = f"{directory.path} goes on with {begun.threads} threads, as it began, not {before}"
+    print(f"embedscale: {said}", file=sys.stderr)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _planned(config: RunConfig) -> tuple[PairStore, TrainingPlan]:
@@ -91,15 +142,22 @@ def _planned(config: RunConfig) -> tuple[PairStore, TrainingPlan]:
             f"{tokenizer!r} gives other tokens"
         )
     plan = plan_run(config, shape, store)
-    store.held_out_batch(0, config.evaluation.pool)  # damaged pairs must be found now, not after the training
+    # Damaged pairs must be found now, not after hours of training.
+    store.held_out_batch(0, config.evaluation.pool)
+    store.verify(plan.first_pair, plan.first_pair + plan.pairs)
+    if store.manifest.digests is None:
+        print(
+            f"embedscale: {config.data.store} has no digests of its files (earlier version): damage cannot be noticed; "
+            "`embedscale prepare` with this configuration adds them",
+            file=sys.stderr,
+        )
     return store, plan
 
 
-def _chunk_tokens(config: RunConfig, directory: RunDirectory, module: Contrastive) -> int | None:
+def _chunk_tokens(config: RunConfig, begun: PlanFile | None, module: Contrastive) -> int | None:
     """Return the configured value, else the one that the run started with (same rounding), else what fits in memory."""
     if config.resources.chunk_tokens is not None:
         return config.resources.chunk_tokens
-    begun = sound(PlanFile.read(directory.plan)) if directory.checkpoint_paths() else None
     return fitting_chunk(module) if begun is None else begun.chunk_tokens
 
 
@@ -149,12 +207,11 @@ def _body(module: Contrastive, step_tokens: int) -> str:
     return "cpu" if use_cpu_body(module.encoder, training_device(), step_tokens) else "plain"
 
 
-def _refuse_another_plan(directory: RunDirectory, facts: PlanFile, module: Contrastive) -> None:
+def _refuse_another_plan(directory: RunDirectory, begun: PlanFile, facts: PlanFile, module: Contrastive) -> None:
     """Raise UserError if a run with checkpoints began with other data, weights, processes, or another body."""
-    before = sound(PlanFile.read(directory.plan)) if directory.checkpoint_paths() else None
-    if before is not None and before.body is None:  # version 0.1 used the CPU body for steps of any size
-        before = replace(before, body=_body(module, FROM_TOKENS))
-    if before is not None and (found := before.difference(facts)):
+    if begun.body is None:  # version 0.1 used the CPU body for steps of any size
+        begun = replace(begun, body=_body(module, FROM_TOKENS))
+    if found := begun.difference(facts):
         raise UserError(f"{directory.path}: {found}")
 
 
@@ -181,13 +238,15 @@ class _Processes(DDPStrategy):
         pass
 
 
-def _fit(run: TrainingRun) -> int:
-    """Train from the newest checkpoint to the end, a stop request or a failure; say which in the attempt."""
-    state = newest_checkpoint(run.directory, run.config.run_id, mapped=run.config.resources.shard)
+def _fit(run: TrainingRun, state: dict[str, Any] | None) -> int:
+    """Train from the state of a checkpoint to the end, a stop request or a failure; say which in the attempt."""
     if state is not None:
         run.module.restore(state)
     if run.lease is not None:
-        run.directory.truncate_metrics(run.module.step)
+        if state is not None and "rows" not in state:
+            run.directory.cut_metrics_after(run.module.step)
+        else:
+            run.directory.cut_metrics(0 if state is None else state["rows"])
         run.attempt.write(from_step=run.module.step, from_flop=run.module.flop)
     try:
         _make_steps(run)

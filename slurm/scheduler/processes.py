@@ -2,7 +2,8 @@
 
 A child is forked from a process that has imported everything and touched no GPU. So a run of seconds does not pay for
 imports, and a run that crashes ends no other run. The parent alone decides to stop: it passes the request on, waits for
-the checkpoints, and leaves no child behind. A run whose process was killed is tried again while it makes progress.
+the checkpoints, and leaves no child behind. A run whose process was killed is tried again, unless ten attempts in a row
+have left no new checkpoint.
 """
 
 import multiprocessing
@@ -24,12 +25,14 @@ from embedscale.files import now
 from embedscale.imports import importing
 from embedscale.run.config import RunConfig
 from embedscale.run.directory import RunDirectory
-from embedscale.run.lease import STALE_SECONDS, lease_holder, leased
+from embedscale.run.lease import STALE_SECONDS, lease_holder, leased, remove_what_is_left_over
 from embedscale.run.record import sound
 from embedscale.run.stop import StopRequest
 from slurm.scoring import score_all
 
-ATTEMPTS = 3  # attempts in a row without a new checkpoint after which a run has failed
+# Attempts in a row without a new checkpoint after which a run has failed. Kills say nothing about a run, but a run that
+# kills its machine must end some time.
+ATTEMPTS = 10
 ELSEWHERE = 3  # exit status of a child that found another process at its run
 POLL_SECONDS = 0.5  # between two looks at the children
 FAREWELL_SECONDS = 30.0  # that the processes of a run have to end once the first of them has ended
@@ -118,6 +121,7 @@ def _ended_before(run: RunConfig, stop: StopRequest) -> str | None:
     """Return the run's outcome if it must not be started, else None."""
     directory = RunDirectory(run.folder)
     if (record := sound(directory.read_record())) is not None:
+        remove_what_is_left_over(directory)
         return "done" if record.status == "done" else "failed"
     if int(os.environ.get("RANK", 0)) > 0:
         return None  # the first process decides

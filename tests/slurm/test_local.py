@@ -10,6 +10,7 @@ import pytest
 
 from embedscale.files import read_json
 from embedscale.run.directory import RunDirectory
+from slurm import grid
 from slurm.scheduler.local import places
 from slurm.scheduler.processes import ATTEMPTS, POLL_SECONDS, next_attempt, stalled
 
@@ -86,7 +87,7 @@ def attempt(directory, ended, **facts):
     directory.begin_attempt().end(ended, **facts)
 
 
-def test_three_attempts_without_a_new_checkpoint_are_a_failure(tmp_path, monkeypatch):
+def test_ten_attempts_without_a_new_checkpoint_are_a_failure(tmp_path, monkeypatch):
     directory = RunDirectory(tmp_path)
     directory.checkpoints.mkdir()
     for _ in range(ATTEMPTS - 1):
@@ -104,8 +105,9 @@ def test_three_attempts_without_a_new_checkpoint_are_a_failure(tmp_path, monkeyp
     (directory.checkpoints / "step-000000005.pt").touch()
     assert not stalled(directory)
     attempt(directory, "killed", from_step=5)
-    attempt(directory, "killed")  # killed before it wrote its step
-    assert not stalled(directory), "the first of the three made a checkpoint"
+    for _ in range(ATTEMPTS - 2):
+        attempt(directory, "killed")  # killed before it wrote its step
+    assert not stalled(directory), "the first of them made a checkpoint"
     attempt(directory, "killed", from_step=5)
     assert stalled(directory)
     attempt(directory, "failed")
@@ -131,7 +133,7 @@ def test_a_run_that_stalls_or_cannot_begin_fails_with_a_reason(laptop):
         attempt(directory, "killed", from_step=0, reason="out of memory")
     laptop.sweep("submit", broken, "--to", "here", code=1)
     reason = directory.read_attempts()[-1].reason
-    assert reason.startswith("3 attempts without a new checkpoint") and reason.endswith("out of memory")
+    assert reason.startswith("10 attempts without a new checkpoint") and reason.endswith("out of memory")
 
 
 @two_cores
@@ -170,3 +172,12 @@ def test_tasks_of_a_job_agree_on_the_attempt_in_any_order(tmp_path):
     assert next_attempt(directory, 1) == 1, "the first task was faster"
     (directory.attempts / "1.rank1.log").touch()
     assert [next_attempt(directory, task) for task in (0, 1)] == [2, 2]
+
+
+def test_nine_hard_kills_before_the_first_checkpoint_fail_no_run(laptop):
+    sweep = laptop.write("killed", axes={"budget": [1e9]}, methods=["full"])
+    (run,) = grid.load(sweep).runs
+    directory = RunDirectory(run.folder)
+    for _ in range(9):
+        attempt(directory, "killed", reason="killed by SIGKILL")
+    assert "1 done" in laptop.sweep("submit", sweep, "--to", "here")
