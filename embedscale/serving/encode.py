@@ -1,13 +1,15 @@
 """Embed millions of texts with a finished run, in parts of 16,384 texts.
 
-Texts are read twice: first to check and count them, then to embed them. Each part is a file, written whole, so an
-interrupted call loses at most one part, and memory holds two parts whatever the number of texts.
+Texts are read twice: first to check and count them, then to embed them. Each part is a file, written whole and then
+noted with its digest, so an interrupted call loses at most one part, and memory holds two parts whatever the number of
+texts. A lease keeps a second process away.
 """
 
 import hashlib
 import json
+import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -16,9 +18,11 @@ from typing import Any
 import numpy as np
 
 from embedscale.errors import DONE, INTERRUPTED, UserError
-from embedscale.files import write_atomically, write_json
+from embedscale.files import digest_file, write_digested
 from embedscale.model.hardware import keep_freed_memory
 from embedscale.progress import Bar
+from embedscale.run.directory import RunDirectory
+from embedscale.run.lease import leased
 from embedscale.run.stop import StopRequest
 from embedscale.serving.embedder import Embedder
 from embedscale.values import Count, Value, sound
@@ -48,6 +52,13 @@ class Encoding(Value):
     """npy or arrow."""
     texts_a_part: Count
     """Texts in each file but the last."""
+    parts: list[str] = field(default_factory=list)
+    """Digests of the files that are finished, in order; missing in version 0.2."""
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a call must have in common with the one that it continues."""
+        return replace(self, parts=[]).to_json()
 
 
 def encode(run: str, source: str, out: str, column: str = "text", form: str = "npy", texts_a_part: int = PART) -> int:
@@ -72,11 +83,16 @@ def encode(run: str, source: str, out: str, column: str = "text", form: str = "n
         format=form,
         texts_a_part=texts_a_part,
     )
-    _claim(folder, encoding)
+    _begun(folder, encoding)
     keep_freed_memory()
     stop = StopRequest()
     stop.on_signals()
-    return _encode_parts(embedder, texts_of(path, column), folder, encoding, stop)
+    directory = RunDirectory(folder)
+    with leased(directory, lambda: stop.request("another process has taken the folder over")):
+        directory.remove_partial_files()
+        encoding = _begun(folder, encoding)
+        encoding.write(folder / INDEX)
+        return _encode_parts(embedder, texts_of(path, column), folder, encoding, stop)
 
 
 def _encode_parts(embedder: Embedder, texts: Iterator[str], folder: Path, encoding: Encoding, stop: StopRequest) -> int:
@@ -84,15 +100,20 @@ def _encode_parts(embedder: Embedder, texts: Iterator[str], folder: Path, encodi
     with Bar("encoding", total=encoding.texts) as bar:
         while some := list(islice(texts, encoding.texts_a_part)):
             path = folder / f"{part:05d}.{encoding.format}"
-            if path.exists():
+            known = encoding.parts[part] if part < len(encoding.parts) else None
+            if known is not None and path.exists() and digest_file(path) == known:
                 bar.advance(len(some))
             elif stop.requested:
                 done = part * encoding.texts_a_part
                 print(f"{folder}: interrupted ({stop.reason}) after {done:,} texts; run it again to continue")
                 return INTERRUPTED
             else:
+                if known is not None:
+                    print(f"{path}: is missing or damaged; its texts are embedded again", file=sys.stderr)
                 found = embedder.encode(some, bar.advance)
-                write_atomically(path, partial(_write, embeddings=found, form=encoding.format))
+                digest = write_digested(path, partial(_write, embeddings=found, form=encoding.format))
+                encoding = replace(encoding, parts=[*encoding.parts[:part], digest, *encoding.parts[part + 1 :]])
+                encoding.write(folder / INDEX)
             part += 1
     print(f"{folder}: {encoding.texts:,} embeddings of {encoding.width} numbers in {part} files")
     return DONE
@@ -110,19 +131,28 @@ def _write(file: Any, embeddings: np.ndarray, form: str) -> None:
         writer.write_table(table)
 
 
-def _claim(folder: Path, encoding: Encoding) -> None:
-    """Make the folder, or accept one that an earlier call with the same texts and model began."""
+def _begun(folder: Path, encoding: Encoding) -> Encoding:
+    """Return what an earlier call with the same texts and model has done in a folder, or `encoding` in an empty one.
+
+    Raises UserError for a folder with another encoding, or with other files.
+    """
     before = sound(Encoding.read(folder / INDEX))
     if before is not None:
-        for name, there in before.to_json().items():
-            now = getattr(encoding, name)
+        for name, there in before.identity.items():
+            now = encoding.identity[name]
             if now != there:
                 raise UserError(f"{folder}: holds another encoding: {name} is {there} there, now {now}")
-        return
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        return before
+    own = {RunDirectory(folder).lease.name}  # and hidden files: a call was killed before it had written anything else
+    if folder.exists() and not (
+        folder.is_dir() and all(path.name in own or _hidden(path) for path in folder.iterdir())
+    ):
         raise UserError(f"{folder}: holds other files; name an empty or a new folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / INDEX, encoding.to_json())
+    return encoding
+
+
+def _hidden(path: Path) -> bool:
+    return path.name.startswith(".") and path.suffix in (".partial", ".stale")
 
 
 def _survey(path: Path, column: str) -> tuple[int, str]:

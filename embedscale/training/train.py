@@ -30,7 +30,7 @@ from embedscale.model.hardware import keep_freed_memory, training_device
 from embedscale.run.config import RunConfig
 from embedscale.run.directory import RunDirectory
 from embedscale.run.lease import leased, remove_what_is_left_over
-from embedscale.run.record import sound
+from embedscale.run.record import Damaged, sound
 from embedscale.run.settings import load, to_yaml
 from embedscale.run.stop import STOP_SIGNALS, StopRequest, end_with_parent
 from embedscale.training import outcome
@@ -100,11 +100,12 @@ def _begun(directory: RunDirectory) -> PlanFile | None:
     """Return what a run with checkpoints began with, else None. Raises UserError if it is not known any more."""
     if not directory.checkpoint_paths():
         return None
-    begun = sound(PlanFile.read(directory.plan))
-    if begun is None:
+    begun = PlanFile.read(directory.plan)
+    if begun is None or isinstance(begun, Damaged):
+        why = f"{directory.plan}: is missing" if begun is None else str(begun)
         raise UserError(
-            f"{directory.plan}: is missing, and the checkpoints cannot be continued without it; restore it, or remove "
-            f"{directory.checkpoints} to train from the first step again"
+            f"{why}; without it, no checkpoint can be continued: restore it, or remove {directory.checkpoints} "
+            "to begin the run again"
         )
     return begun
 

@@ -213,7 +213,7 @@ def test_a_plan_that_was_changed_or_lost_beside_its_checkpoints_is_one_line(dama
                 train(config, StopAfter(0))
             assert "\n" not in str(error.value)
     directory.plan.unlink()
-    with pytest.raises(UserError, match="plan.json: is missing, and the checkpoints cannot be continued"):
+    with pytest.raises(UserError, match="plan.json: is missing; without it, no checkpoint can be continued: restore"):
         train(config)
 
 

@@ -136,3 +136,44 @@ def test_the_whole_chain_needs_no_network(tmp_path, tiny_run):
     (tmp_path / "texts.txt").write_text("one text\nanother\n")
     in_fresh_process(WITHOUT_SOCKETS, str(load(None, words).folder), str(tmp_path), str(tmp_path / "texts.txt"), *words)
     assert np.load(tmp_path / "embeddings" / "00000.npy").shape[0] == 2
+
+
+@pytest.fixture
+def texts(tmp_path):
+    path = tmp_path / "texts.txt"
+    path.write_text("".join(f"text number {i}\n" for i in range(130)))
+    return path
+
+
+def test_encode_killed_before_its_first_rename_goes_on(tmp_path, runs, texts):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / ".encoding.json.0123abcd.partial").write_text('{"run_')
+    (out / ".lease.json.0123abcd.partial").write_text("{")
+    assert encode(str(runs["bias"]), str(texts), str(out), texts_a_part=50) == DONE
+    assert sorted(path.name for path in out.iterdir()) == ["00000.npy", "00001.npy", "00002.npy", "encoding.json"]
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[-9] ^= 4
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [cut, flip, lambda path: path.unlink()], ids=["cut", "flipped", "removed"])
+def test_a_part_that_was_damaged_since_is_embedded_again(tmp_path, runs, texts, capsys, damage):
+    words = (str(runs["bias"]), str(texts), str(tmp_path / "out"))
+    assert encode(*words, texts_a_part=50) == DONE
+    parts = sorted((tmp_path / "out").glob("*.npy"))
+    before = [part.read_bytes() for part in parts]
+    damage(parts[1])
+    (tmp_path / "out" / ".00002.npy.0123abcd.partial").write_bytes(b"torn")
+    capsys.readouterr()
+    assert encode(*words, texts_a_part=50) == DONE
+    assert f"{parts[1]}: is missing or damaged; its texts are embedded again" in capsys.readouterr().err
+    assert [part.read_bytes() for part in parts] == before
+    assert len(list((tmp_path / "out").iterdir())) == 4
