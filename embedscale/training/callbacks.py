@@ -200,10 +200,11 @@ class Checkpoints:
         run = self.run
         run.metrics.secure()
         state |= {"run_id": run.config.run_id, "rows": run.metrics.rows, "rows_digest": run.metrics.digest}
-        run.directory.write_checkpoint(step, lambda file: _save(state, file))
+        run.directory.write_checkpoint(step, lambda file: save_state(state, file))
 
 
-def _save(state: dict[str, Any], file: Any) -> None:
+def save_state(state: dict[str, Any], file: Any) -> None:
+    """Write the state of a checkpoint, without torch's own checksums."""
     # The seal covers every byte. Torch's own checksum would take longer, and torch never looks at it.
     before = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)
