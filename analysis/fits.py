@@ -341,6 +341,14 @@ class FitSettings(Value):
 
 
 @dataclass(frozen=True)
+class _Layout(Value):
+    """The keys of a fits.json that say how to read the others."""
+
+    format: int
+    version: str = "unknown"
+
+
+@dataclass(frozen=True)
 class Fits(Value):
     """All that the runs of an experiment say: the content of fits.json."""
 
@@ -364,7 +372,13 @@ class Fits(Value):
     @classmethod
     def from_json(cls, data: object) -> Self:
         """Return the fits of a parsed fits.json of format 1 or 2. Raise UserError, naming the key, for others."""
-        if isinstance(data, dict) and data.get("format") == 1:
+        layout = _Layout.from_json(data)
+        if layout.format not in (1, FORMAT):
+            raise UserError(
+                f"was made by version {layout.version} in format {layout.format}; "
+                f"this version reads formats 1 and {FORMAT}"
+            )
+        if isinstance(data, dict) and layout.format == 1:
             data = first_version.translated(data) | {"format": FORMAT}
         return super().from_json(data)
 
@@ -389,11 +403,6 @@ def read(path: str | Path) -> Fits:
         raise UserError(f"{path}: does not exist; write it by embedscale fit RUNS")
     if not isinstance(found, dict) or not {"methods", "settings", "runs"} <= found.keys():
         raise UserError(f"{path}: holds no fits; write them by embedscale fit RUNS")
-    if found.get("format") not in (1, FORMAT) or found["format"] is True:
-        raise UserError(
-            f"{path}: was made by version {found.get('version', 'unknown')} in format {found.get('format')}; "
-            f"this version reads formats 1 and {FORMAT}: run embedscale fit again"
-        )
     try:
         return Fits.from_json(found)
     except UserError as error:

@@ -115,11 +115,7 @@ def load(folder: str | Path) -> Study:
     if not (folder / TABLE).exists():
         raise UserError(f"{folder / TABLE}: does not exist; embedscale fit writes it beside its fits.json")
     table = runs.load(folder / TABLE).table
-    directories = {
-        str(run): RunDirectory(path)
-        for run, path in zip(table["run"], table.get("path", pd.Series(dtype=object)), strict=False)
-        if isinstance(path, str) and Path(path).is_dir()
-    }
+    directories = _directories(folder, table)
     best = {point.run for method in fits.methods.values() for point in method.points}
     return Study(
         fits,
@@ -134,6 +130,16 @@ def load(folder: str | Path) -> Study:
 def of(fits: Fits, runs: Runs) -> Study:
     """Return the study of fits that are not in a folder: a table's, with neither curves nor scores."""
     return Study(fits, runs.table, runs.excluded)
+
+
+def _directories(folder: Path, table: pd.DataFrame) -> dict[str, RunDirectory]:
+    """Return the run directories by run: at the path in the table or, if the folder was moved, inside the folder."""
+    found: dict[str, RunDirectory] = {}
+    for run, path in zip(table["run"], table.get("path", pd.Series(dtype=object)), strict=False):
+        if isinstance(path, str):
+            places = (Path(path), folder / Path(path).name)
+            found |= {str(run): RunDirectory(each) for each in places if each.is_dir()}
+    return found
 
 
 def _curves(table: pd.DataFrame, directories: Mapping[str, RunDirectory]) -> pd.DataFrame:

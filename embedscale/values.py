@@ -9,6 +9,7 @@ ignored, so that files of a later version load.
 import ast
 import inspect
 import json
+import math
 import reprlib
 import textwrap
 from collections.abc import Callable
@@ -180,6 +181,8 @@ def _plain(kind: Any) -> Read:
     expected = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", Any: ""}[kind]
 
     def read(value: Any) -> Any:
+        if kind is float and type(value) is float and not math.isfinite(value):  # Python reads NaN and Infinity too
+            _refuse(value, "a finite number")
         if type(value) is kind or kind is Any:
             return value
         if kind is float and type(value) is int:

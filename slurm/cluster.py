@@ -8,7 +8,7 @@ submission and training cannot disagree.
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from embedscale.errors import UserError, bounded
 from embedscale.run.families import SUITES, shape_by_name
@@ -95,6 +95,8 @@ def default_classes() -> list[ResourceClass]:
 @dataclass(frozen=True)
 class Cluster:
     """A cluster, or this machine: what a sweep needs to know about it."""
+
+    listed_by: ClassVar[str] = "embedscale config --of cluster"
 
     scheduler: str = "slurm"
     """Name of the scheduler that jobs go to: slurm, here (this machine), or one added in slurm/scheduler/choice.py."""

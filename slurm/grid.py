@@ -20,7 +20,6 @@
 Learning rates follow the paper's rule (section 4.1) unless they are given. A run that is described twice is one run.
 """
 
-import difflib
 import itertools
 import math
 import re
@@ -28,13 +27,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, make_dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, get_origin, get_type_hints
+from typing import Any, ClassVar, get_origin, get_type_hints
 
 from embedscale.errors import UserError, bounded
 from embedscale.run.config import Backbone, RunConfig
 from embedscale.run.families import short_name
 from embedscale.run.method import METHODS, Method
-from embedscale.run.settings import blaming, read_yaml, structured
+from embedscale.run.settings import blaming, read_yaml, structured, unknown
 from slurm import cluster as clusters
 from slurm.cluster import Cluster, ResourceClass
 
@@ -44,6 +43,8 @@ Row = dict[str, Any]  # dotted setting → value
 @dataclass(frozen=True)
 class SweepFile:
     """The settings of a sweep file, as they are written."""
+
+    listed_by: ClassVar[str] = "embedscale config --of sweep"
 
     name: str = ""
     """Name of the sweep and of its folder; default: the file's name."""
@@ -110,6 +111,8 @@ def load(path: str | Path, words: Sequence[str] = ()) -> Sweep:
 
     Raises UserError, with one line that names the file and the setting, for anything wrong in the file.
     """
+    if Path(path).is_dir():
+        raise UserError(f"{path}: is a folder; give the YAML file of the sweep, such as configs/sweep/paper.yaml")
     file: SweepFile = structured(SweepFile, read_yaml(path), words, origin=str(path))
     name = file.name or Path(path).stem
     try:
@@ -215,9 +218,7 @@ def _flat(origin: str, given: Any, prefix: str = "") -> Row:
         elif name == "output":
             raise UserError(f"{origin}.output: is the same for all runs; set output at the top of the file")
         elif name not in _setting_types():
-            nearest = difflib.get_close_matches(name, _setting_types(), n=1, cutoff=0.5)
-            hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
-            raise UserError(f"{origin}: {name}: unknown setting{hint}")
+            raise UserError(f"{origin}: {unknown(name, list(_setting_types()), RunConfig.listed_by)}")
         else:
             row[name] = _fractions(value) if name.endswith("active_fraction") else value
     return row

@@ -206,9 +206,12 @@ def run_here(sweep: Sweep, chosen: Sequence[Estimate], scores: Sequence[str] = (
         for array in arrange(longest_first, sweep.cluster, here.limits(), scores):
             parallel = sweep.cluster.max_gpus // array.gpus
             here.submit(Request(sweep.name, array, sweep.cluster, node.work, parallel))
-    counts = Counter(here.outcomes.values())
+    counts: Counter[str] = Counter()
+    for run_id, outcome in here.outcomes.items():
+        begun = outcome != "interrupted" or RunDirectory(sweep.folder / run_id).attempts.exists()
+        counts[outcome if begun else "not started"] += 1
     print(f"{sweep.name}: " + ", ".join(f"{count} {outcome}" for outcome, count in counts.items()))
-    if counts["interrupted"]:
+    if counts["interrupted"] or counts["not started"]:
         print(f"stopped by {here.stop.reason}; submit again to go on")
         return INTERRUPTED
     return FAILED if counts["failed"] else DONE

@@ -1,10 +1,12 @@
 """The rooms of the code: which room may import which, how long a file may be, and who knows a run's file names.
 
 `ROOMS` is the picture of the architecture. Its order is bottom to top: a room may import from the rooms that its line
-names, and from no other. Imports inside functions count too. Nothing is run: the arrows are read from the syntax tree.
+names, and from no other. Imports inside functions count, and so do texts that name a module for a late import:
+"package.module:name" and the argument of `import_module`. Nothing is run: the arrows are read from the syntax tree.
 """
 
 import ast
+import re
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -67,19 +69,24 @@ MODULES = modules()
 TREES = {name: ast.parse(path.read_text()) for name, path in MODULES.items()}
 
 
-def imports_of(module: str) -> Iterator[str]:
-    """Modules of this repository that a module imports, at the top or in a function, each as often as it does."""
-    for node in ast.walk(TREES[module]):
+def imports_in(tree: ast.AST) -> Iterator[str]:
+    """Yield the modules of this repository that a module imports, at the top or in a function."""
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names if alias.name in MODULES)
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{module} imports {node.module} relatively; write the whole name"
+            assert node.level == 0, f"a relative import of {node.module}; write the whole name"
             for alias in node.names:
                 submodule = f"{node.module}.{alias.name}"
                 if submodule in MODULES:
                     yield submodule
                 elif node.module in MODULES and (node.module, alias.name) != ("embedscale", "__version__"):
                     yield node.module or ""
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            if (place := re.fullmatch(r"([\w.]+):\w+", node.value)) and place[1] in MODULES:
+                yield place[1]
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+            yield from (each.value for each in node.args if isinstance(each, ast.Constant) and each.value in MODULES)
 
 
 def room_of(module: str) -> str | None:
@@ -93,13 +100,20 @@ def room_of(module: str) -> str | None:
     return names[module]
 
 
+def test_late_imports_count():
+    tree = ast.parse(
+        'import torch\ndef f():\n from slurm import plan\n load("slurm.grid:load")\n import_module("analysis.runs")'
+    )
+    assert set(imports_in(tree)) == {"slurm.plan", "slurm.grid", "analysis.runs"}
+
+
 def test_every_import_goes_down():
     upward = set()
     for module in MODULES:
         room = room_of(module)
         if room is None:
             continue
-        for imported in imports_of(module):
+        for imported in imports_in(TREES[module]):
             there = room_of(imported)
             if there != room and there not in ROOMS[room][1]:
                 upward.add(f"{module} -> {imported}")
@@ -113,7 +127,7 @@ def test_the_picture_of_the_rooms_has_no_circle():
 
 
 def test_no_modules_import_each_other_in_a_circle():
-    arrows = {module: set(imports_of(module)) - {module} for module in MODULES if module != "embedscale"}
+    arrows = {module: set(imports_in(TREES[module])) - {module} for module in MODULES if module != "embedscale"}
     try:
         list(TopologicalSorter(arrows).static_order())
     except CycleError as error:

@@ -10,7 +10,7 @@ import json
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from embedscale.errors import UserError, allowed, bounded
 from embedscale.run.families import short_name
@@ -214,6 +214,8 @@ class Resources:
 @dataclass(frozen=True)
 class RunConfig:
     """One run, completely."""
+
+    listed_by: ClassVar[str] = "embedscale config"
 
     budget: float = 1.5e15
     """FLOP to spend, by the paper's convention 2 (N_F + N_B + N_U) D (section 3.5)."""

@@ -11,7 +11,8 @@ from dataclasses import MISSING, Field, fields, is_dataclass
 from functools import cache
 from itertools import combinations
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_type_hints
+from types import NoneType
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -31,6 +32,8 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         loaded = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such file") from None
+    except IsADirectoryError:
+        raise UserError(f"{path}: is a folder; give a YAML file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({type(error).__name__})") from None
     except (YAMLError, OmegaConfBaseException) as error:
@@ -50,21 +53,14 @@ def structured(schema: type, values: dict[str, Any], words: Sequence[str] = (), 
     try:
         return OmegaConf.to_object(OmegaConf.merge(*layers))
     except ConfigKeyError as error:
-        key = str(error.full_key or error.key)
-        # Later releases of OmegaConf name a nearest key too, but only one on the same level.
-        known = known_keys(schema)
-        nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.5) or [
-            name
-            for last in difflib.get_close_matches(key, [name.rsplit(".", 1)[-1] for name in known], n=1)
-            for name in known
-            if name.rsplit(".", 1)[-1] == last
-        ]
-        hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
-        message = f"{key}: unknown setting{hint}"
+        message = unknown(str(error.full_key or error.key), known_keys(schema), getattr(schema, "listed_by", ""))
     except UserError as error:
         message = str(error)
     except (OmegaConfBaseException, TypeError) as error:
         key = str(getattr(error, "full_key", None) or "")
+        # Below a list, OmegaConf names a setting by its last part alone.
+        inside = [name for name in known_keys(schema) if name.endswith(f".{key}")]
+        key = inside[0] if len(inside) == 1 and key not in get_type_hints(schema) else key
         misfits = (_misfit(*pair) for pair in combinations(map(OmegaConf.to_container, layers), 2))
         if isinstance(error.__cause__, UserError):
             message = str(error.__cause__)
@@ -72,10 +68,46 @@ def structured(schema: type, values: dict[str, Any], words: Sequence[str] = (), 
             message = found
         elif isinstance(error, OmegaConfBaseException):
             said = str(getattr(error, "msg", None) or error).split("\n")[0]
-            message = f"{key}: {said}" if key else said
+            message = _mistyped(schema, key, layers) or (f"{key}: {said}" if key else said)
         else:
             raise
     raise UserError(blaming(message, origin, words))
+
+
+def unknown(key: str, known: Sequence[str], listed_by: str = "") -> str:
+    """Return the message for an unknown setting: the nearest known one, and the command that lists all of them."""
+    last = {name: name.rsplit(".", 1)[-1] for name in known}
+    mine = key.rsplit(".", 1)[-1]
+    # "lr" stands for "learning_rate". OmegaConf's own hint knows only names on the same level.
+    short = [name for name in known if "_" in last[name] and mine == "".join(word[0] for word in last[name].split("_"))]
+    similar = difflib.get_close_matches(mine, last.values(), n=1)
+    nearest = short or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    nearest = nearest or [name for name in known if last[name] in similar]
+    hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+    return f"{key}: unknown setting{hint}" + (f" (`{listed_by}` lists all)" if listed_by else "")
+
+
+NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", list: "a list"}
+
+
+def _mistyped(schema: Any, key: str, layers: Sequence[Any]) -> str | None:
+    """Describe a setting whose value has the wrong type: its full name, the value and the type. None if unknown."""
+    kind, values = schema, [OmegaConf.to_container(each) for each in layers[1:]]
+    for part in re.findall(r"[^.\[\]]+", key):
+        if kind is Any:
+            return None
+        origin, args = get_origin(kind), get_args(kind)
+        if part.isdigit():
+            kind = args[0]
+            values = [each[int(part)] for each in values if isinstance(each, list)]
+        else:
+            kind = args[1] if origin is dict else get_type_hints(args[0] if origin is list else kind)[part]
+            values = [each[part] for each in values if isinstance(each, dict) and part in each]
+        if NoneType in get_args(kind):
+            (kind,) = (each for each in get_args(kind) if each is not NoneType)
+    expected = "a mapping of settings to values" if is_dataclass(kind) else NAMES.get(get_origin(kind) or kind)
+    found = f"{values[-1]!r} is given; " if values else ""
+    return f"{key}: {found}expected {expected}" if expected else None
 
 
 def blaming(message: str, origin: str, words: Sequence[str]) -> str:

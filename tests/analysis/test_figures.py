@@ -225,6 +225,9 @@ def test_run_directories_give_curves_and_scores(tmp_path, capsys):
     with style.style():
         rows = figures_runs.score_and_loss(study).rows
     assert len(rows) == len(study.table)
+    moved = folder.rename(tmp_path / "moved")
+    assert studies.load(moved).curves.equals(study.curves)
+    folder = moved
     (folder / "runs.csv").unlink()
     with pytest.raises(UserError, match="runs.csv: does not exist; embedscale fit writes it"):
         studies.load(folder)

@@ -249,6 +249,7 @@ def test_fits_of_another_version_are_refused(tmp_path, whole):
             json.dumps(whole.to_json() | {"format": 99, "version": "9.9"}),
             "made by version 9.9 in format 99; this version reads",
         ),
+        (json.dumps(whole.to_json() | {"format": True}), "format: True was found; expected a whole number"),
     ):
         (tmp_path / "fits.json").write_text(content)
         with pytest.raises(UserError, match=message):

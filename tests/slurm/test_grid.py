@@ -194,7 +194,8 @@ def test_a_class_holds_sizes_up_to_its_limit_and_the_last_class_the_rest(paramet
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("axis: {budget: [1e15]}", "axis: unknown setting; did you mean 'axes'?"),
+        ("axis: {budget: [1e15]}", "axis: unknown setting; did you mean 'axes'? (`embedscale config --of sweep` lists"),
+        ("backbones: pythia-14m", "backbones: 'pythia-14m' is given; expected a list"),
         ("axes: {budgt: [1e15]}", "axes: budgt: unknown setting; did you mean 'budget'?"),
         (
             "base: {training: {batchsize: 3}}",
@@ -202,7 +203,7 @@ def test_a_class_holds_sizes_up_to_its_limit_and_the_last_class_the_rest(paramet
         ),
         ("axes: {budget: []}", "budget: is an empty list"),
         ("axes: {budget: [1e15, -1]}", "budget: -1.0 is out of range; allowed: above 0"),
-        ("axes: {budget: [many]}", "budget: Value 'many'"),
+        ("axes: {budget: [many]}", "budget: 'many' is given; expected a number"),
         ("methods: [{name: lorra}]", "method.name: 'lorra' is unknown; allowed: full, freeze, bias, lora"),
         ("methods: [{name: full, rank: [8]}]", "method: settings of 'lora' are given, but method.name is 'full'"),
         ("methods: [{rank: 8}]", "methods[0]: {'rank': 8} has no name"),
@@ -219,7 +220,7 @@ def test_a_class_holds_sizes_up_to_its_limit_and_the_last_class_the_rest(paramet
         ("name: ..\naxes: {budget: 1e15}", "name: '..' cannot be the name of a folder"),
         ("axes: {output: [a, b]}", "axes.output: is the same for all runs"),
         ("methods: {name: full}", "methods: a mapping is given; expected a list"),
-        ("backbones: [{name: 3}, {name: [3]}, {name: null}]", "backbone.name: Incompatible value 'None'"),
+        ("backbones: [{name: 3}, {name: [3]}, {name: null}]", "backbone.name: None is given; expected a text"),
         ("cluster: absent.yaml\naxes: {budget: 1e15}", "absent.yaml: there is no such file"),
         ("backbones: [one/model, two/model]", "names two runs that differ only in paths or resources"),
     ],
@@ -238,7 +239,7 @@ def test_an_error_in_the_sweep_file_is_one_line(tmp_path, text, message):
         ("classes: []", "classes: the list is empty"),
         ("classes: [{up_to: 10}, {up_to: 10}]", "classes.up_to: [10.0, 10.0] does not rise"),
         ("classes: [{hours: 0}]", "classes.hours: 0"),
-        ("max_gpu: 3", "max_gpu: unknown setting; did you mean 'max_gpus'?"),
+        ("max_gpu: 3", "max_gpu: unknown setting; did you mean 'max_gpus'? (`embedscale config --of cluster` lists"),
         ("classes: [{memory: 3}]", "memory: unknown setting"),
     ],
 )
@@ -248,6 +249,11 @@ def test_an_error_in_the_cluster_file_is_one_line(tmp_path, text, message):
     with pytest.raises(UserError, match=r"cluster\.yaml") as error:
         sweep(tmp_path, f"cluster: {file}\naxes: {{budget: 1e15}}")
     assert message in str(error.value)
+
+
+def test_a_folder_in_place_of_a_sweep_file_is_refused(tmp_path):
+    with pytest.raises(UserError, match="is a folder; give the YAML file of the sweep"):
+        grid.load(tmp_path)
 
 
 def test_an_error_in_a_word_is_not_blamed_on_the_file(tmp_path):

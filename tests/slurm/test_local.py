@@ -83,6 +83,17 @@ def test_interrupted_and_killed_runs_end_with_the_same_bits(laptop, until, same)
     assert "2 done; 0 to submit" in laptop.sweep("submit", broken, "--to", "here")
 
 
+@pytest.mark.slow
+def test_runs_that_were_never_started_are_not_called_interrupted(laptop, until):
+    axes = {"budget": [1.5e10], "training.seed": [0, 1, 2]}
+    sweep = laptop.write("stopped", base={}, axes=axes, methods=["full"], cluster={"max_gpus": 1})
+    process = laptop.start("submit", sweep, "--to", "here")
+    until(lambda: laptop.directories("stopped"))
+    process.send_signal(signal.SIGINT)
+    assert "1 interrupted, 2 not started" in process.communicate(timeout=240)[0]
+    assert process.returncode == 75
+
+
 def attempt(directory, ended, **facts):
     directory.begin_attempt().end(ended, **facts)
 
