@@ -16,6 +16,7 @@ install: $(VENV)/installed
 # First all packages of constraints.txt, without the resolver, which would take twice as long; two pips in parallel. Then
 # the resolver adds what this machine's build of torch requires, such as the CUDA libraries.
 $(VENV)/installed: pyproject.toml constraints.txt
+	@echo "Installing the packages of constraints.txt into $(VENV): 2 to 5 minutes, without further output."
 	$(PYTHON) -m venv $(VENV)
 	sed '/^# documentation/,$$d' constraints.txt | xargs -P 2 -n 31 $(PIP_INSTALL) --no-deps
 	$(PIP_INSTALL) --constraint constraints.txt --no-build-isolation --editable '.[test,mteb,loggers]'

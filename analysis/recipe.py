@@ -409,10 +409,11 @@ def lines(found: Recipe, confidence: float) -> list[tuple[str, str]]:
     def within(ends: Interval | None, digits: int = 3) -> str:
         return f" ({percent}: {ends[0]:.{digits}g} … {ends[1]:.{digits}g})" if ends else " (no interval)"
 
+    size = f"{best.n_parameters:,.0f} parameters"
     rate = "not known: neither from the runs nor from the paper's rule"
     told = [
         ("method", ", ".join([best.label, *(f"{key} {best.settings[key]}" for key in TOLD if key in best.settings)])),
-        ("model", f"{best.backbone}, {best.n_parameters:,.0f} parameters"),
+        ("model", size if best.backbone.endswith(" parameters") else f"{best.backbone}, {size}"),
         ("best size", f"{found.n_opt:.3g} parameters{within(found.n_opt_interval)}"),
         ("budget", f"{best.budget_flop:.4g} FLOP" + (f", {best.gpu_hours:.3g} GPU-hours" if best.gpu_hours else "")),
         ("data", f"{best.tokens:.3g} tokens, about {best.pairs:,.0f} pairs"),

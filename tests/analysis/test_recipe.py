@@ -346,6 +346,12 @@ def test_other_ranks_are_compared_by_the_best_of_their_other_settings(tmp_path):
     assert min(lost.values()) > 0
 
 
+def test_a_size_without_a_name_is_printed_once(tmp_path):
+    fits, read = recipe.read(fitted(paper_like().query("method == 'full'").drop(columns="backbone"), tmp_path))
+    told = dict(recipe.lines(recipe.recipe(fits, Limit(flop=BUDGETS[2]), read), 0.95))
+    assert told["model"].count("parameters") == 1 and "," in told["model"]
+
+
 @pytest.mark.parametrize(("share", "told"), [(1.0, "freeze, all blocks active"), (0.5, "freeze, 0.5 of the blocks")])
 def test_a_freezing_fraction_is_a_share_of_the_blocks(tmp_path, share, told):
     table = paper_like().query(f"method == 'freeze' and trainable_fraction == {share}")
