@@ -1,9 +1,13 @@
-"""The columns of a table of runs: what each one means, its unit, and how a column of another name is mapped to it.
+"""The columns of a table of runs: what each one means, its unit, and which column of a user's table it is.
 
-No pandas here, because `embedscale recipe` starts without it. The price is that `runs` does the work on the table.
+A column is found by its name: ours, or one that people use (`ALIASES`). A user names others (`parse_assignments`), with
+a unit where the cells are not in ours. Amounts such as "1.3B" and "6e18 FLOP" are read here too. No pandas here, since
+`embedscale recipe` starts without it. The price is that `tables` and `runs` do the work on the table.
 """
 
-from collections.abc import Collection, Mapping
+import re
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
 
 from embedscale.errors import UserError
 
@@ -63,7 +67,33 @@ TEXTS = {
     "path": "run directory",
 }
 COLUMNS = NUMBERS | TEXTS
+
 FIRST_VERSION = {"params": "n_parameters", "budget": "budget_flop"}  # names in tables of the first version
+
+# Names that people use, as `_plain` writes them.
+ALIASES = {
+    "n_parameters": (
+        *("n", "params", "parameters", "n_params", "num_params", "num_parameters", "model_size", "model_params"),
+        *("non_embedding_params", "non_embedding_parameters"),
+    ),
+    "tokens": ("d", "n_tokens", "num_tokens", "train_tokens", "training_tokens", "tokens_seen"),
+    "budget_flop": (
+        *("c", "flop", "flops", "compute", "budget", "training_flop", "training_flops", "train_flops", "total_flops"),
+        *("training_compute",),
+    ),
+    "loss": ("val_loss", "eval_loss", "valid_loss", "validation_loss", "test_loss", "held_out_loss"),
+    "learning_rate": ("lr", "peak_lr", "max_lr"),
+    "weight_decay": ("wd",),
+    "seed": ("random_seed", "rng_seed"),
+    "status": ("state",),
+    "run": ("run_id", "run_name", "name"),
+}
+OURS = {alias: ours for ours, aliases in ALIASES.items() for alias in (ours, *aliases)} | {
+    name: name for name in COLUMNS
+}
+# Exports of trackers put what was set and what was found under names of their own.
+SET, FOUND = ("config", "params"), ("summary", "metrics")
+MEASURED = ("loss", "train_loss", "recall_at_1", "recall_at_10", "gpu_hours", "wall_seconds", "status")
 
 # Losses of runs that differ in one of these columns cannot be compared.
 COMPARABLE = (
@@ -81,46 +111,170 @@ HYPERPARAMETERS = (
 EXCLUDED = ("run", "reason", "detail", "method", "n_parameters", "budget_flop")  # of a run that is left out
 
 
-def parse_assignments(option: str, text: str | None) -> dict[str, str]:
-    """Return `a=x,b=y` as {column: x, …}, with the columns' present names.
+# --- Amounts ---------------------------------------------------------------------------------------------------------
 
-    Raises UserError, naming `option`, for a word without "=", an unknown column or a column that is given twice.
+LETTERS = "kmgtpezy"  # 10^3, 10^6, … before FLOP
+UNITS = {
+    f"{letter}{word}": 10.0 ** (3 * power) * seconds
+    for power, letter in enumerate(("", *LETTERS))
+    for word, seconds in (("flop", 1.0), ("flops", 1.0), ("flop-day", 86400.0), ("flop-days", 86400.0))
+}
+_SCALES = {"": 1.0, "k": 1e3, "thousand": 1e3, "m": 1e6, "million": 1e6, "b": 1e9, "bn": 1e9, "g": 1e9}
+_SCALES |= {"billion": 1e9, "t": 1e12, "trillion": 1e12}
+_NOUNS = ("", "flop", "flops", "token", "tokens", "param", "params", "parameters")
+UNITS |= {scale + noun: value for scale, value in _SCALES.items() for noun in _NOUNS}
+
+
+def amount(text: str) -> float:
+    """Return a number such as 1e17, 1,500,000, 1.3B, 6×10^18 FLOP or 2 PFLOP-days.
+
+    Raises ValueError, which says what to write, for other texts and for a comma that does not separate thousands.
+    """
+    try:
+        return float(text)
+    except ValueError:
+        pass
+    plain = re.sub(r"\s*[x×*·]\s*10\^?([-+]?\d+)", r"e\1", text.strip().lower())
+    plain = re.sub(r"(?<=\d)[\s\u00a0\u202f](?=\d{3}(?!\d))", "", plain)  # a space may separate thousands too
+    found = re.fullmatch(r"([-+]?[\d.,_]+(?:e[-+]?\d+)?)\s*([a-z][a-z -]*)?", plain)
+    unit = (found[2] or "").replace(" ", "") if found else ""
+    if not found or unit not in UNITS:
+        raise ValueError("write a number such as 1.5e17, 1,500,000, 1.3B or 100 PFLOP")
+    digits = found[1]
+    if "," in digits:
+        if not re.fullmatch(r"[-+]?\d{1,3}(,\d{3})+(\.\d*)?(e[-+]?\d+)?", digits):  # else it is a decimal comma
+            raise ValueError("the comma does not separate thousands: write 1.5 or 1,500,000")
+        digits = digits.replace(",", "")
+    try:
+        return float(digits) * UNITS[unit]
+    except ValueError:
+        raise ValueError("write a number such as 1.5e17, 1,500,000, 1.3B or 100 PFLOP") from None
+
+
+def _factor(unit: str) -> float | None:
+    """Return the factor of a unit such as 1e9, B, GFLOP or billion; None for another text."""
+    for text in (unit, f"1 {unit}"):
+        try:
+            return amount(text)
+        except ValueError:
+            pass
+    return None
+
+
+# --- Which column is which -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a column of ours comes from: the table's name of it, and the factor to our unit."""
+
+    name: str
+    factor: float = 1.0
+    named: bool = True
+    """Whether the user named it, or it has our name. Else its name was recognised."""
+
+
+def canonical(name: str) -> str:
+    """Return our name of a column that is written as people do: `N` is n_parameters. Other texts are returned."""
+    return name if name in COLUMNS else OURS.get(_plain(name)[1], name)
+
+
+def prefix_of(name: str) -> str:
+    """Return the prefix that an export of a tracker gives a column, "config" in "config.lr", or an empty text."""
+    head = re.split(r"[./]", name.strip().lower(), maxsplit=1)[0]
+    return head if head in (*SET, *FOUND) and len(head) < len(name.strip()) else ""
+
+
+def _plain(name: str) -> tuple[str, str, float]:
+    """Return a tracker's prefix, the rest of a column's name in lower case, and the factor of a unit in brackets.
+
+    "config.Tokens (B)" is ("config", "tokens", 1e9).
+    """
+    prefix, text, factor = prefix_of(name), name.strip(), 1.0
+    text = text[len(prefix) + 1 :] if prefix else text
+    if bracketed := re.fullmatch(r"(.+?)\s*[(\[]([^()\[\]]+)[)\]]", text):
+        text, factor = bracketed[1], _factor(bracketed[2]) or 1.0
+    return prefix, re.sub(r"[\s/.-]+", "_", text.lower()), factor
+
+
+def parse_assignments(option: str, words: str | Iterable[str] | None) -> dict[str, str]:
+    """Return `a=x,b=y`, or several such texts, as {a: x, …}. A comma that no `name=` follows belongs to the value.
+
+    Raises UserError, naming `option`, for a word without "=" and for a name that is given twice.
     """
     result: dict[str, str] = {}
-    for word in (text or "").split(","):
-        name, equals, value = (part.strip() for part in word.partition("="))
-        if not name and not equals:
-            continue
-        if not equals or not value:
-            raise UserError(f"{option}: {word!r} was found; write NAME=VALUE")
-        column = FIRST_VERSION.get(name, name)
-        if column not in COLUMNS:
-            raise UserError(f"{option}: {name!r} is unknown; allowed: {', '.join(COLUMNS)}")
-        if column in result:
-            raise UserError(f"{option}: {name!r} is given twice; give it once")
-        result[column] = value
+    for text in [words] if isinstance(words, str) else words or ():
+        for word in re.split(r",(?=[^,=]*=)", text):
+            name, equals, value = (part.strip() for part in word.strip().strip(",").partition("="))
+            if not name and not equals:
+                continue
+            if not equals or not name or not value:
+                raise UserError(f"{option}: {word!r} was found; write NAME=VALUE")
+            if name in result:
+                raise UserError(f"{option}: {name!r} is given twice; give it once")
+            result[name] = value
     return result
 
 
-def present_names(mapping: Mapping[str, str]) -> dict[str, str]:
-    """Return the mapping with its keys, which are columns, under their present names."""
-    return {FIRST_VERSION.get(name, name): value for name, value in mapping.items()}
+def sources(names: Collection[str], mapping: Mapping[str, str] | None = None) -> dict[str, Source]:
+    """Return {our name: where it comes from} for a table's `names` and `mapping` {our name: name in the table}.
 
-
-def renames(names: Collection[str], mapping: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Return {name in the table: our name} for `mapping` {our name: name in the table}.
-
-    A table of the first version is mapped too, unless it also has the present name. Raises UserError for one of our
-    names that is unknown, and for a column that the table does not have.
+    The name in the table may have a unit: `D:1e9`, `tokens seen:B`, `C:EFLOP`. Columns that are not mapped are found by
+    our name, or else by a name that people use. Raises UserError for one of our names that is unknown or given twice, a
+    column that the table does not have, an unknown unit, a column that is used twice, and for two columns that could
+    be the same.
     """
-    result = {}
-    for ours, theirs in (mapping or {}).items():
+    result: dict[str, Source] = {}
+    for name, theirs in (mapping or {}).items():
+        ours = canonical(name)
         if ours not in COLUMNS:
-            raise UserError(f"columns: {ours!r} is unknown; allowed: {', '.join(COLUMNS)}")
-        if theirs not in names:
-            raise UserError(f"column {theirs!r} ({ours}) is missing; it has {', '.join(map(str, names))}")
-        result[theirs] = ours
-    for former, ours in FIRST_VERSION.items():
-        if former in names and ours not in names and ours not in result.values():
-            result.setdefault(former, ours)
+            raise UserError(f"columns: {name!r} is unknown; allowed: {', '.join(COLUMNS)}")
+        if ours in result:
+            raise UserError(f"columns: {ours!r} is given twice; give it once")
+        result[ours] = _named(ours, theirs, names)
+        for other, source in result.items():
+            if source.name == result[ours].name and other != ours:
+                raise UserError(
+                    f"columns: {source.name!r} is given for {other} and for {ours}; a column can be one of the two"
+                )
+    taken = {source.name: ours for ours, source in result.items()}
+    candidates: dict[str, list[Source]] = {}
+    for name in names:
+        prefix, plain, factor = _plain(name)
+        ours = name if name in COLUMNS else OURS.get(plain, "")
+        if not ours or (prefix in SET and ours in MEASURED) or (prefix in FOUND and ours not in MEASURED):
+            continue
+        if name in taken and ours not in result and name != ours:
+            raise UserError(
+                f"columns: {name!r} is given for {taken[name]}, and its name says {ours}; "
+                f"name the column of {ours} too: {ours}=NAME"
+            )
+        if ours not in result and name not in taken:
+            candidates.setdefault(ours, []).append(Source(name, factor, named=name == ours))
+    for ours, found in candidates.items():
+        exact = [source for source in found if source.named] or found
+        if len(exact) > 1 and ours != "run":
+            told = ", ".join(source.name for source in exact)
+            raise UserError(f"{ours} may be any of {told}; choose by --columns {ours}={exact[0].name}")
+        result[ours] = exact[0]
     return result
+
+
+def _named(ours: str, theirs: str, names: Collection[str]) -> Source:
+    if theirs in names:
+        return Source(theirs)
+    name, colon, unit = (part.strip() for part in theirs.rpartition(":"))
+    if colon and name in names:
+        factor = _factor(unit)
+        if factor is None:
+            raise UserError(
+                f"columns: {theirs!r} has the unit {unit!r}; allowed: a factor or a unit: {name}:1e9, {name}:B"
+            )
+        return Source(name, factor)
+    raise UserError(f"column {theirs!r} ({ours}) is missing; it has {listed(names)}")
+
+
+def listed(values: Iterable[object], most: int = 30) -> str:
+    """Return values with commas between them; of very many, the first ones."""
+    texts = [str(value) for value in values]
+    return ", ".join(texts[:most]) + (f", … ({len(texts)} in all)" if len(texts) > most else "")

@@ -1,12 +1,13 @@
-"""Read runs into one table: from run directories, or from a CSV, Parquet or JSON-lines file.
+"""Read runs into one table: from run directories, or from a table as people have it (`tables`).
 
 `load` returns `Runs`: a row for each usable run, and a row with the reason for each run that is left out. Runs whose
 losses cannot be compared (another held-out pool, other data, another batch size or context) are refused by the name of
-the column, never averaged. The price is that a mixed folder needs `where`, which selects runs by a column's value.
+the column, never averaged; so are rows that differ in a column that nobody mapped (`replicates`). The price is that a
+mixed folder or table needs `where`, which selects runs by a column's value, or `ignore`.
 """
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,7 +16,18 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis.columns import COLUMNS, COMPARABLE, EXCLUDED, NUMBERS, TEXTS, present_names, renames
+from analysis import replicates, tables
+from analysis.columns import (
+    COLUMNS,
+    COMPARABLE,
+    EXCLUDED,
+    NUMBERS,
+    Source,
+    amount,
+    canonical,
+    listed,
+    sources,
+)
 from embedscale.errors import UserError
 from embedscale.progress import Bar
 from embedscale.run.directory import RunDirectory
@@ -32,13 +44,15 @@ class Runs:
 
     `table` has a row for each usable run. The columns `run`, `method`, `n_parameters`, `tokens`, `budget_flop` and
     `loss` are always there, other `columns.COLUMNS` where the source has them. `excluded` has a row for each run that
-    is left out: `run`, `reason` ("unfinished", "diverged", "duplicate", "another COLUMN"), `detail`, and `method`,
-    `n_parameters` and `budget_flop` where they are known. `source` names what was read.
+    is left out: `run`, `reason` ("unfinished", "diverged", "duplicate", "checkpoint", "another COLUMN"), `detail`, and
+    `method`, `n_parameters` and `budget_flop` where they are known. `source` names what was read. `notes` say how it
+    was read, a line each.
     """
 
     table: pd.DataFrame
     excluded: pd.DataFrame
     source: str
+    notes: tuple[str, ...] = ()
 
     @property
     def methods(self) -> list[str]:
@@ -50,36 +64,47 @@ def load(
     source: str | Path | pd.DataFrame,
     columns: Mapping[str, str] | None = None,
     where: Mapping[str, str] | None = None,
+    ignore: Collection[str] = (),
 ) -> Runs:
-    """Read the runs of a run directory, a folder of them, a .csv, .parquet or .jsonl file, or a DataFrame.
+    """Read the runs of a run directory, a folder of them, a file with a table (`tables.read`), or a DataFrame.
 
-    `columns` maps our name of a column (`columns.COLUMNS`) to the table's name. `where` keeps the runs whose column has
-    the value.
+    `columns` maps our name of a column (`columns.COLUMNS`) to the table's name, with a unit after a colon where it has
+    another one than ours: {"tokens": "D:1e9"}. `where` keeps the runs whose column, ours or any of the table, has the
+    value. Columns of the table in `ignore` are not read: rows that differ only in them become replicates.
 
-    Raises UserError for a folder without runs, a missing or non-numeric column, a loss that is not positive and
-    finite, a source without a finished run, and runs that cannot be compared.
+    Raises UserError for a folder without runs, a missing or non-numeric column, a loss that is not positive, a source
+    without a finished run, runs that cannot be compared, and rows that differ in a column that is not known.
     """
-    columns = present_names(columns or {})
+    where = dict(where or {})
     if isinstance(source, pd.DataFrame):
-        name = "table"
-        table, excluded = _tidy(name, _mapped(name, source, columns).copy())
-        return _usable(name, table, excluded, present_names(where or {}))
+        table = source.set_axis([str(name) for name in source], axis="columns").reset_index(drop=True)
+        return _from_table("table", tables.flattened(table), columns or {}, where, ignore)
     path = Path(source)
-    if path.is_dir():
-        if columns:
-            raise UserError(f"columns: {path} is a folder of runs; columns are mapped for a file only")
-        table, excluded = _from_directories(path)
-    elif path.is_file():
-        table, excluded = _tidy(str(path), _renamed(path, columns))
-    else:
-        raise UserError(f"{path}: does not exist; allowed: a folder of runs, or a .csv, .parquet or .jsonl file")
-    return _usable(str(path), table, excluded, present_names(where or {}))
+    if path.is_file():
+        return _from_table(str(path), tables.read(path), columns or {}, where, ignore)
+    if not path.is_dir():
+        raise UserError(f"{path}: does not exist; allowed: a folder of runs, or a table ({tables.ENDINGS})")
+    if columns or ignore:
+        option = "columns" if columns else "ignore"
+        raise UserError(f"{option}: {path} is a folder of runs; columns are chosen for a table only")
+    table, excluded = _from_directories(path)
+    if not table.empty:
+        table, excluded = _selected(table, excluded, {canonical(name): value for name, value in where.items()})
+        again = table["run"].duplicated()
+        excluded += [_exclusion(row, "duplicate", row["path"]) for row in table[again].to_dict("records")]
+        table = table[~again]
+    return _comparable(str(path), table, excluded)
 
 
 def load_grid(path: str | Path, columns: Mapping[str, str] | None = None) -> pd.DataFrame:
     """Read the runs of a file that have no loss yet, for a simulation: `load`'s table without the loss."""
-    table = _renamed(Path(path), present_names(columns or {})).drop(columns="loss", errors="ignore")
-    return _tidy(str(path), table.assign(loss=1.0))[0].drop(columns="loss")
+    raw = tables.read(Path(path))
+    found = _chosen(str(path), raw, columns or {}, ())
+    found.pop("loss", None)
+    table, wrong = _ours(raw.assign(loss=1.0), found | {"loss": Source("loss")})
+    _check_cells(str(path), found, raw, wrong)
+    table, _ = _completed(str(path), table, found)
+    return table.drop(columns="loss")
 
 
 def flop_per_token(method: str, n_parameters: Any, trainable_fraction: Any) -> Any:
@@ -163,74 +188,147 @@ def _exclusion(row: Mapping[Any, Any], reason: str, detail: str = "") -> Row:
     return {"run": row["run"], "reason": reason, "detail": detail} | {key: row.get(key) for key in EXCLUDED[3:]}
 
 
-# --- Files -----------------------------------------------------------------------------------------------------------
+# --- Tables ----------------------------------------------------------------------------------------------------------
+
+# What trackers and people write for a run that is done, and for one that is not. Other words are reasons of their own.
+DONE = {"done", "finished", "complete", "completed", "success", "succeeded", "ok"}
+UNFINISHED = {"running", "crashed", "failed", "killed", "cancelled", "canceled", "preempted", "pending", "scheduled"}
+Wrong = dict[str, pd.Series]  # our name of a column → the reason for each cell that is no number, by its row
 
 
-def _renamed(path: Path, columns: dict[str, str]) -> pd.DataFrame:
-    """Read a file's table and give its columns our names."""
-    # A text may look like a number: a run called 000, a digest of 12e4567890123456.
-    texts = {columns.get(name, name): str for name in TEXTS}
-    readers: dict[str, Any] = {
-        ".csv": lambda file: pd.read_csv(file, dtype=texts, float_precision="round_trip"),
-        ".parquet": pd.read_parquet,
-        ".jsonl": lambda file: pd.read_json(file, lines=True, dtype=False),
-    }
-    if path.suffix not in readers:
-        raise UserError(f"{path}: has the ending {path.suffix!r}; allowed: {', '.join(readers)} or a folder of runs")
+def _from_table(
+    origin: str, raw: pd.DataFrame, columns: Mapping[str, str], where: Mapping[str, str], ignore: Collection[str]
+) -> Runs:
+    if raw.empty:
+        raise UserError(f"{origin}: holds no run")
+    raw = raw[~raw.map(tables.blank).all(axis="columns")]
+    found = _chosen(origin, raw, columns, ignore)
+    if "loss" not in found:
+        raise UserError(f"{origin}: column 'loss' is missing; name it by --columns loss=NAME; it has {listed(raw)}")
+    notes = _notes_of_names(found, ignore)
+    table, wrong = _ours(raw, found)
+    excluded: list[Row] = []
+    late: dict[str, str] = {}  # of columns that are computed from others
+    for name, value in where.items():
+        ours = canonical(name)
+        if name not in raw and ours not in table:
+            if ours not in ("n_parameters", "tokens", "budget_flop"):
+                raise UserError(f"where: {origin} has no column {name!r}; allowed: {listed(raw)}")
+            late[ours] = value
+            continue
+        cells = raw.loc[table.index, name] if name in raw else table[ours]
+        table, excluded = _kept(table, excluded, _equal(name, cells, value), name, cells)
+    _check_cells(origin, found, raw, {name: cells[cells.index.isin(table.index)] for name, cells in wrong.items()})
+    table, more = _completed(origin, table, found)
+    table, excluded = _selected(table, excluded + more, late)
+    if not table.empty:
+        notes += _notes_of_units(origin, table)
+        reasons = replicates.repeated(origin, table)
+        if (reasons == "checkpoint").any():
+            notes.append(
+                f"names in the column run recur: {(reasons == 'checkpoint').sum()} rows are earlier checkpoints, and "
+                "the last row of each run, by tokens, is used; --ignore run takes each row for a run of its own"
+            )
+        gone = table[reasons != ""].to_dict("records")
+        excluded += [_exclusion(row, why) for row, why in zip(gone, reasons[reasons != ""], strict=True)]
+        table = table[reasons == ""]
+        others = raw.loc[table.index].drop(columns=[*(source.name for source in found.values()), *ignore])
+        replicates.refuse(origin, others, table)
+    return _comparable(origin, table, excluded, notes)
+
+
+def _chosen(origin: str, raw: pd.DataFrame, columns: Mapping[str, str], ignore: Collection[str]) -> dict[str, Source]:
+    """Return where each of our columns comes from."""
+    for name in ignore:
+        if name not in raw:
+            raise UserError(f"ignore: {origin} has no column {name!r}; allowed: {listed(raw)}")
     try:
-        table = readers[path.suffix](path)
-    except (ValueError, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path}: cannot be read as {path.suffix[1:]}: {reason}") from None
-    return _mapped(str(path), table, columns)
-
-
-def _mapped(origin: str, table: pd.DataFrame, columns: Mapping[str, str]) -> pd.DataFrame:
-    try:
-        ours = renames(list(table.columns), columns)
+        found = sources([str(name) for name in raw if name not in ignore], columns)
     except UserError as error:
         raise UserError(f"{origin}: {error}") from None
-    # A mapped column replaces a column that happens to have our name.
-    table = table.drop(columns=[name for name in table if name in ours.values() and name not in ours])
-    return table.rename(columns=ours)
+    run = found.get("run")
+    if run and not run.named and raw[run.name].duplicated().any():  # a name that recurs may be that of a model
+        del found["run"]
+    return found
 
 
-def _tidy(origin: str, table: pd.DataFrame) -> tuple[pd.DataFrame, list[Row]]:
-    """Keep the known columns and check their types; compute N, D or C where one of the three is missing."""
-    table = table[[name for name in table if name in COLUMNS]].reset_index(drop=True)
-    if table.empty:
-        raise UserError(f"{origin}: holds no run")
-    if "loss" not in table:
-        raise UserError(f"{origin}: column 'loss' is missing; name it by --columns loss=NAME")
-    for name in table.columns.intersection(list(NUMBERS)):
-        values = pd.to_numeric(table[name], errors="coerce")
-        wrong = values.isna() & table[name].notna()
-        if wrong.any():
-            row = int(np.argmax(wrong))
-            raise UserError(f"{origin}: {name}: row {row + 1} has {table[name][row]!r}; allowed: numbers")
-        table[name] = values.astype(float)
+def _notes_of_names(found: Mapping[str, Source], ignore: Collection[str]) -> list[str]:
+    guessed = [
+        f"{ours} from {source.name!r}" + (f" × {source.factor:g}" if source.factor != 1 else "")
+        for ours, source in found.items()
+        if not source.named
+    ]
+    notes = [f"columns were recognised by their names: {', '.join(guessed)}"] if guessed else []
+    if ignore:
+        notes.append(f"ignored, as asked: {', '.join(ignore)}; rows that differ only there are replicates")
+    return notes
+
+
+def _ours(raw: pd.DataFrame, found: Mapping[str, Source]) -> tuple[pd.DataFrame, Wrong]:
+    """Return the table in our columns and units, and the cells that are no numbers."""
+    table, wrong = pd.DataFrame(index=raw.index), {}
+    for ours, source in found.items():
+        if ours in NUMBERS:
+            values, wrong[ours] = tables.numbers(raw[source.name])
+            table[ours] = values * source.factor
+        else:
+            table[ours] = tables.texts(raw[source.name])
     if "run" not in table:
-        table["run"] = [f"row {i + 1}" for i in range(len(table))]
-    table["run"] = table["run"].astype(str)
-    table["method"] = table["method"].fillna("full").astype(str) if "method" in table else "full"
-    excluded = []
-    if "status" in table:
-        done = table["status"].fillna("done") == "done"
-        excluded = [_exclusion(row, str(row["status"])) for row in table[~done].to_dict("records")]
-        table = table[done].reset_index(drop=True)
+        table["run"] = [f"row {i + 1}" for i in table.index]
+    table["run"] = table["run"].fillna(pd.Series([f"row {i + 1}" for i in table.index], table.index))
+    table["method"] = table["method"].fillna("full") if "method" in table else "full"
+    return table, wrong
+
+
+def _check_cells(origin: str, found: Mapping[str, Source], raw: pd.DataFrame, wrong: Wrong) -> None:
+    """Raise UserError for the first cell that is no number."""
+    for ours, reasons in wrong.items():
+        if len(reasons):
+            row = reasons.index[0]
+            raise UserError(
+                f"{_place(origin, ours, found[ours].name, row)} has {raw[found[ours].name][row]!r}; {reasons[row]}"
+            )
+
+
+def _place(origin: str, ours: str, theirs: str, row: int) -> str:
+    column = ours if ours == theirs else f"{theirs} ({ours})"
+    return f"{origin}: {column}: row {row + 1}"
+
+
+def _completed(origin: str, table: pd.DataFrame, found: Mapping[str, Source]) -> tuple[pd.DataFrame, list[Row]]:
+    """Compute N, D or C where one of the three is missing; leave out runs that are not done or have no finite loss."""
     if "trainable_fraction" in table or (table["method"] == "full").any():
         fraction = table.get("trainable_fraction", pd.Series(np.nan, table.index))
         table["trainable_fraction"] = fraction.where(fraction.notna() | (table["method"] != "full"), 1.0)
-    _complete(origin, table)
+    _complete(table)
+    words = table["status"].fillna("done") if "status" in table else pd.Series("done", table.index)
+    lower = words.str.lower()
+    reasons = lower.where(~lower.isin(UNFINISHED), "unfinished").where(~lower.isin(DONE), "")
+    details = words.where(lower.isin(UNFINISHED), "")
+    lost = (reasons == "") & ~np.isfinite(table["loss"])
+    reasons = reasons.where(~lost, "diverged")
+    details = details.where(~lost, "loss is " + table["loss"].astype(str))
+    gone = reasons != ""
+    excluded = [
+        _exclusion(row, reason, detail)
+        for row, reason, detail in zip(table[gone].to_dict("records"), reasons[gone], details[gone], strict=True)
+    ]
+    table = table[~gone].copy()
+    if "status" in table:
+        table["status"] = "done"
     for name in ("n_parameters", "tokens", "budget_flop", "loss"):
-        wrong = ~(np.isfinite(table[name]) & (table[name] > 0))
-        if wrong.any():
-            row = int(np.argmax(wrong))
-            raise UserError(f"{origin}: {name}: row {row + 1} has {table[name][row]}; allowed: finite and above 0")
+        for row in table.index[~(np.isfinite(table[name]) & (table[name] > 0))][:1]:
+            place = _place(origin, name, found[name].name if name in found else name, row)
+            if np.isnan(table[name][row]):
+                raise UserError(
+                    f"{place} has none, and the other columns do not tell it; "
+                    f"name the column by --columns {name}=NAME, or leave the row out by --where"
+                )
+            raise UserError(f"{place} has {table[name][row]}; allowed: finite and above 0")
     return table, excluded
 
 
-def _complete(origin: str, table: pd.DataFrame) -> None:
+def _complete(table: pd.DataFrame) -> None:
     """Fill in N, D or C where it follows from the other two: C = D × FLOP a token."""
     for name in ("n_parameters", "tokens", "budget_flop"):
         if name not in table:
@@ -242,28 +340,37 @@ def _complete(origin: str, table: pd.DataFrame) -> None:
     table["tokens"] = table["tokens"].fillna(table["budget_flop"] / per_token)
     table["budget_flop"] = table["budget_flop"].fillna(table["tokens"] * per_token)
     table["n_parameters"] = table["n_parameters"].fillna(table["budget_flop"] / table["tokens"] / factor)
-    for name in ("n_parameters", "tokens", "budget_flop"):
-        missing = table[name].isna()
-        if missing.any():
-            raise UserError(
-                f"{origin}: {name}: row {int(np.argmax(missing)) + 1} has none, and the other columns do not tell it; "
-                f"name the column by --columns {name}=NAME"
-            )
+
+
+def _notes_of_units(origin: str, table: pd.DataFrame) -> list[str]:
+    """Return a note where sizes or tokens look as if they were in millions or billions.
+
+    Raises UserError where N, D and C cannot be in one unit: C is 2 to 12 N D for every method of the paper.
+    """
+    ratio = float((table["budget_flop"] / table["n_parameters"] / table["tokens"]).median())
+    if not 1e-2 < ratio < 1e4:
+        raise UserError(
+            f"{origin}: budget_flop is {ratio:.2g} × n_parameters × tokens, and 6 is usual: one of the three is in "
+            "another unit; name it, such as --columns tokens=D:1e9, or leave the column out by --ignore NAME"
+        )
+    return [
+        f"{name}: the median is {table[name].median():.4g}, which is very few; name the unit if it is not 1, such as "
+        f"--columns {name}=NAME:1e9"
+        for name in ("n_parameters", "tokens")
+        if table[name].median() < 1000
+    ]
 
 
 # --- What can be compared --------------------------------------------------------------------------------------------
 
 
-def _usable(source: str, table: pd.DataFrame, excluded: list[Row], where: dict[str, str]) -> Runs:
-    if not table.empty:
-        for name in table.columns.intersection(list(NUMBERS)):
-            table[name] = pd.to_numeric(table[name], errors="coerce").astype(float)
-        table, excluded = _selected(table, excluded, where)
-        table, excluded = _without_duplicates(table, excluded)
+def _comparable(source: str, table: pd.DataFrame, excluded: list[Row], notes: Collection[str] = ()) -> Runs:
     if table.empty:
         reasons = pd.Series([row["reason"] for row in excluded]).value_counts()
         told = ", ".join(f"{count} {reason}" for reason, count in reasons.items()) or "it holds no run"
         raise UserError(f"{source}: no finished run ({told})")
+    for name in table.columns.intersection(list(NUMBERS)):
+        table[name] = pd.to_numeric(table[name], errors="coerce").astype(float)
     for field in COMPARABLE:
         values: Any = table[field].dropna().unique() if field in table else []
         if len(values) > 1:
@@ -272,30 +379,32 @@ def _usable(source: str, table: pd.DataFrame, excluded: list[Row], where: dict[s
                 f"{source}: runs differ in {field} ({told}), so their losses cannot be compared; "
                 f"allowed: one value, such as --where {field}={values[0]}"
             )
-    return Runs(table.reset_index(drop=True), pd.DataFrame(excluded, columns=list(EXCLUDED)), source)
+    return Runs(table.reset_index(drop=True), pd.DataFrame(excluded, columns=list(EXCLUDED)), source, tuple(notes))
 
 
 def _selected(table: pd.DataFrame, excluded: list[Row], where: Mapping[str, str]) -> tuple[pd.DataFrame, list[Row]]:
+    """Keep the runs whose columns, which are ours, have the values."""
     for name, value in where.items():
         if name not in table:
-            raise UserError(f"where: no run has {name!r}; allowed: {', '.join(map(str, table))}")
-        if name in NUMBERS:
-            try:
-                keep = np.isclose(table[name], float(value), rtol=1e-9)
-            except ValueError:
-                raise UserError(f"where: {name}={value}: {value!r} is not a number; write a number") from None
-        else:
-            keep = table[name].astype(str) == value
-        excluded = excluded + [
-            _exclusion(row, f"another {name}", str(row[name])) for row in table[~keep].to_dict("records")
-        ]
-        table = table[keep]
+            raise UserError(f"where: no run has {name!r}; allowed: {listed(table)}")
+        table, excluded = _kept(table, excluded, _equal(name, table[name], value), name, table[name])
     return table, excluded
 
 
-def _without_duplicates(table: pd.DataFrame, excluded: list[Row]) -> tuple[pd.DataFrame, list[Row]]:
-    """Keep the first of the rows that have one id or, where rows have no ids, of the rows that are equal."""
-    content = table.drop(columns=["run", "path"], errors="ignore").astype(str)
-    repeated = content.duplicated() if table["run"].str.startswith("row ").all() else table["run"].duplicated()
-    rows = [_exclusion(row, "duplicate", row.get("path", "")) for row in table[repeated].to_dict("records")]
-    return table[~repeated], excluded + rows
+def _kept(
+    table: pd.DataFrame, excluded: list[Row], keep: pd.Series, name: str, cells: pd.Series
+) -> tuple[pd.DataFrame, list[Row]]:
+    rows = zip(table[~keep].to_dict("records"), cells[~keep], strict=True)
+    return table[keep], excluded + [_exclusion(row, f"another {name}", str(cell)) for row, cell in rows]
+
+
+def _equal(name: str, cells: pd.Series, value: str) -> pd.Series:
+    """Return for each cell whether it has the value, as a text or as a number."""
+    same = cells.astype(str).str.strip() == value
+    try:
+        number = amount(value)
+    except ValueError:
+        if name in NUMBERS:
+            raise UserError(f"where: {name}={value}: {value!r} is not a number; write a number") from None
+        return same
+    return same | np.isclose(tables.numbers(cells)[0], number, rtol=1e-9)

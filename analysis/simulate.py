@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from analysis import fits as fits_file
-from analysis.columns import renames
+from analysis.columns import sources
 from analysis.fits import Interval
 from analysis.fitting import grouping, optima, solver
 from analysis.fitting.laws import LAWS, Array, Law, StatedLaw, fraction_law, interval, lowest_point, power_law, size_law
@@ -161,7 +161,7 @@ def grid(rows: pd.DataFrame) -> pd.DataFrame:
 
     Cost and tokens follow from the paper's formula where the rows lack them. Raises UserError for a missing column.
     """
-    rows = rows.rename(columns=renames(list(rows.columns)))
+    rows = rows.rename(columns={source.name: ours for ours, source in sources(list(rows.columns)).items()})
     for name in NEEDED:
         if name not in rows:
             raise UserError(f"simulate: column {name!r} is missing; a grid has {', '.join(NEEDED)}")

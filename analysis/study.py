@@ -12,7 +12,7 @@ import pandas as pd
 
 from analysis import fits as fits_file
 from analysis import runs
-from analysis.columns import EXCLUDED
+from analysis.columns import COLUMNS, EXCLUDED, FIRST_VERSION
 from analysis.fits import Fits
 from analysis.fitting import grouping, joint
 from analysis.runs import Runs
@@ -94,9 +94,22 @@ def short_number(value: float) -> str:
     return f"{value:.3g}"
 
 
+def check_out(folder: str | Path) -> None:
+    """Raise UserError where `write` would replace a table that is not its own, such as the one that is fitted."""
+    for name, own in ((TABLE, set(COLUMNS)), (LEFT_OUT, set(EXCLUDED))):
+        path = Path(folder) / name
+        if path.is_file():
+            with path.open("rb") as file:
+                names = file.readline().decode(errors="replace").strip().split(",")
+            header = {FIRST_VERSION.get(each, each) for each in names}
+            if not set(EXCLUDED) - {"reason", "detail"} <= header <= own:
+                raise UserError(f"out: {path} would be replaced; give another folder by --out FOLDER")
+
+
 def write(fits: Fits, runs: Runs, folder: str | Path) -> Path:
     """Write fits.json into a folder, with the runs.csv and excluded.csv it was made from; return its path."""
     folder = Path(folder)
+    check_out(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):

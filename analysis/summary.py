@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
@@ -22,9 +23,12 @@ SIGNS = {"n_opt": "N*", "d_opt": "D*", "loss": "L*"}  # how a reader sees the qu
 
 
 def console() -> Console:
-    """Return standard output; where it is not a terminal, wide enough that no column is cut."""
-    found = Console(highlight=False)
-    return found if found.is_terminal else Console(highlight=False, width=160)
+    """Return standard output; where it is not a terminal, wide enough that no column is cut.
+
+    Names of methods and columns are texts, whatever brackets and colons they hold.
+    """
+    width = None if Console().is_terminal else 160
+    return Console(highlight=False, markup=False, emoji=False, width=width)
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -157,11 +161,13 @@ def command(args: Namespace) -> int:
     from analysis.fitting.fit import fit
     from embedscale.progress import Bar
 
-    where: dict[str, str] = {}
-    for word in args.where or []:
-        where |= parse_assignments("where", word)
-    runs = loading.load(args.runs, parse_assignments("columns", args.columns), where)
-    with Bar("fit") as bar:
+    out = args.out or (args.runs if Path(args.runs).is_dir() else ".")
+    study.check_out(out)
+    where = parse_assignments("where", args.where)
+    ignore = tuple(name.strip() for word in args.ignore or () for name in word.split(","))
+    runs = loading.load(args.runs, parse_assignments("columns", args.columns), where, ignore)
+    # A refit far off the data may leave a float's range; it is left out, and numpy need not tell the terminal.
+    with Bar("fit") as bar, np.errstate(all="ignore"):
         fits = fit(
             runs,
             residual=args.residual,
@@ -174,7 +180,7 @@ def command(args: Namespace) -> int:
             where=where,
             advance=bar.say,
         )
-    path = study.write(fits, runs, args.out or (args.runs if Path(args.runs).is_dir() else "."))
+    path = study.write(fits, runs, out)
     output = console()
     show_fits(fits, output)
     output.print(f"\nwritten: {path}", soft_wrap=True)

@@ -245,14 +245,18 @@ def _fit_verb(verbs: Any) -> None:
     verb.add_argument(
         "runs",
         metavar="RUNS",
-        help="folder of runs, or a .csv, .parquet or .jsonl table; with --simulate a sweep file",
+        help="folder of runs, or a table (.csv, .tsv, .json, .jsonl, .parquet, .gz); with --simulate a sweep file",
     )
     verb.add_argument(
         "--columns",
-        metavar="OURS=THEIRS,…",
-        help="names of a table's columns: n_parameters=N,tokens=D,budget_flop=C,loss=loss",
+        action="append",
+        metavar="OURS=THEIRS[:UNIT],…",
+        help="names of columns that are not recognised, with a unit where it is another: loss=bpb,tokens=D:1e9",
     )
-    verb.add_argument("--where", action="append", metavar="NAME=VALUE", help="use only these runs; may be repeated")
+    text = "use only the rows that have this value in a column, ours or any of the table; may be repeated"
+    verb.add_argument("--where", action="append", metavar="NAME=VALUE", help=text)
+    text = "do not read these columns of a table: rows that differ only in them are replicates"
+    verb.add_argument("--ignore", action="append", metavar="NAME,…", help=text)
     verb.add_argument(
         "--out", metavar="FOLDER", help="folder for fits.json (default: RUNS, or the current folder for a table)"
     )

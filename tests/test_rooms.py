@@ -29,7 +29,10 @@ ROOMS: dict[str, tuple[list[str], list[str]]] = {
     "sweep": (["slurm"], ["ground", "run", "data", "model", "training", "serving"]),
     # Figures and laws need no torch: the analysis may import what a run is, and nothing else of `embedscale`.
     "table": (
-        ["analysis.runs", "analysis.columns", "analysis.fits", "analysis.first_version"],
+        [
+            *("analysis.runs", "analysis.columns", "analysis.tables", "analysis.replicates"),
+            *("analysis.fits", "analysis.first_version"),
+        ],
         ["ground", "run"],
     ),
     "fitting": (["analysis.fitting"], ["ground", "run", "table"]),

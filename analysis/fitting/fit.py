@@ -112,7 +112,7 @@ def fit(
         methods=methods,
         frontier=line,
         excluded=tuple(Exclusion(**_plain(row)) for row in runs.excluded.to_dict("records")),
-        notes=tuple(notes_of(settings, known, methods, line)),
+        notes=(*runs.notes, *notes_of(settings, known, methods, line)),
     )
     # What is returned equals what a reader of fits.json gets: JSON's own types, and None for what is not finite.
     return Fits.from_json(_plain(found.to_json()))
