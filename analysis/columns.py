@@ -271,7 +271,7 @@ def _named(ours: str, theirs: str, names: Collection[str]) -> Source:
                 f"columns: {theirs!r} has the unit {unit!r}; allowed: a factor or a unit: {name}:1e9, {name}:B"
             )
         return Source(name, factor)
-    raise UserError(f"column {theirs!r} ({ours}) is missing; it has {listed(names)}")
+    raise UserError(f"column {theirs!r} ({ours}) is missing; the table has {listed(names)}")
 
 
 def listed(values: Iterable[object], most: int = 30) -> str:

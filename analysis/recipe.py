@@ -175,9 +175,9 @@ def _compare(
 
 
 def recipe(fits: Fits, limit: Limit, runs: Sequence[Row] | None = None) -> Recipe:
-    """Return what to train within `limit`. `runs` are the rows of runs.csv; they tell what other ranks lose.
+    """Return what to train within `limit`. `runs` are the rows of runs.csv, which have the losses of other ranks.
 
-    Raises UserError where no method has what the limit needs, and for a budget below the cost of one pair.
+    Raises UserError if no method has what the limit needs, and for a budget below the cost of one pair.
     """
     confidence = fits.settings.confidence
     names = {point.n_parameters: point.backbone for fit in fits.methods.values() for point in fit.points}

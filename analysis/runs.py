@@ -321,7 +321,7 @@ def _completed(origin: str, table: pd.DataFrame, found: Mapping[str, Source]) ->
             place = _place(origin, name, found[name].name if name in found else name, row)
             if np.isnan(table[name][row]):
                 raise UserError(
-                    f"{place} has none, and the other columns do not tell it; "
+                    f"{place} has none, and it does not follow from the other columns; "
                     f"name the column by --columns {name}=NAME, or leave the row out by --where"
                 )
             raise UserError(f"{place} has {table[name][row]}; allowed: finite and above 0")

@@ -1,4 +1,4 @@
-"""Exit statuses of the commands, the one exception for mistakes of the user, and checks of settings that raise it."""
+"""Exit statuses of the commands, the exception for mistakes of the user, and checks of settings that raise it."""
 
 import math
 from collections.abc import Sequence

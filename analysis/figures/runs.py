@@ -40,7 +40,7 @@ def curves(study: Study) -> Drawn:
 
 
 def hours(study: Study) -> Drawn:
-    """Draw the held-out loss of the best run of each method and budget against its device-hours, a line a method."""
+    """Draw the held-out loss of the best run of each method and budget against device-hours, a line for each method."""
     if "gpu_hours" not in study.table:  # a table of others
         raise NotDrawn("the table of runs has no device-hours")
     best = study.table.loc[study.table.groupby(["method", "budget_flop"])["loss"].idxmin()].dropna(subset=["gpu_hours"])

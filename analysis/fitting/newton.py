@@ -114,8 +114,8 @@ def _evaluate(task: _Task, theta: Array, target: Array, weights: Array) -> _Rows
 def _scaled(law: Law, value: Array, gradient: Array, scale: Array, weights: Array) -> Array:
     """Return the largest scaled gradient [b]; 1 is a slope as large as the objective.
 
-    A coordinate that has run to its limit, such as ln E where E goes to 0, does not count: there its term is nothing
-    in every row. It counts again where the objective would fall if the term came back.
+    A coordinate at its limit, such as ln E for E near 0, does not count, because its term is 0 in every row. It counts
+    again if the objective would fall with a larger term.
     """
     logarithm = np.isin(law.coefficients, law.logarithms)
     gone = (scale < LIMIT * scale.max(1, keepdims=True)) & ((gradient >= 0) | ~logarithm)

@@ -168,7 +168,7 @@ def _remove_work(folder: Path) -> None:
 
 def _check_sources(sources: list[Source]) -> None:
     if not sources:
-        raise UserError("data.sources: nothing is given; name at least one corpus")
+        raise UserError("data.sources: nothing is given; list one corpus or more")
     weights = [source.weight for source in sources]
     if None in weights and any(weights):
         raise UserError("data.sources.weight: some sources have a weight and some do not; give all or none")

@@ -90,7 +90,7 @@ class RunDirectory:
         return self.attempts / (f"{attempt}.rank{rank}.log" if rank else f"{attempt}.log")
 
     def begun(self) -> bool:
-        """Whether this folder is a run directory: something was written into it."""
+        """Return whether this folder is a run directory: whether it holds a file of a run."""
         return self.record.exists() or self.config.exists() or self.attempts.exists()
 
     # --- The record ---

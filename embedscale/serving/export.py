@@ -66,12 +66,12 @@ def export(run: str, folder: str, least_cosine: float = SIMILAR) -> int:
         likeness = _compare(embedder, made, Path(temporary))
         if isinstance(likeness, str) or likeness <= least_cosine:
             found = likeness if isinstance(likeness, str) else f"cosine {likeness:.6f}, expected above {least_cosine}"
-            print(f"embedscale: the exported model does not embed as the run does ({found}); nothing was left")
+            print(f"embedscale: the exported model does not embed as the run does ({found}); no file was kept")
             return FAILED
         card = model_card(embedder, RunDirectory(run), target.name, likeness)
         (made / "README.md").write_text(card, encoding="utf-8")
         made.rename(target)
-    print(f"{target}: a sentence-transformers model; cosine with the run's embeddings at least {likeness:.7f}")
+    print(f"{target}: a sentence-transformers model; lowest cosine with the run's embeddings: {likeness:.7f}")
     return DONE
 
 

@@ -177,7 +177,7 @@ def _build(config: RunConfig, plan: TrainingPlan, store: PairStore) -> tuple[Con
     if module.cost.flop_per_token != plan.flop_per_token:  # a hub name that ends as that of a known size
         raise UserError(
             f"backbone.name: {config.backbone.name!r} has other layers than the known model of its name: a token costs "
-            f"{module.cost.flop_per_token:,} FLOP, not {plan.flop_per_token:,}; allowed: a local folder of it"
+            f"{module.cost.flop_per_token:,} FLOP, not {plan.flop_per_token:,}; give a local folder with the model"
         )
     return module, PlanFile(
         backbone_digest=digest,

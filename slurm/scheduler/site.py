@@ -91,7 +91,7 @@ def missing_programs() -> list[str]:
 
 
 def ask_site() -> Site | None:
-    """Return what the site says of itself, or None if the controller does not answer."""
+    """Return the settings of the site, or None if the controller does not answer."""
     config = settings(ask("scontrol", "show", "config") or "")
     if not config:
         return None

@@ -223,7 +223,7 @@ def test_bad_values_are_named_with_their_row(tmp_path, change, message):
     ("columns", "message"),
     [
         ({"colour": "n_parameters"}, "columns: 'colour' is unknown; allowed: n_parameters, tokens"),
-        ({"loss": "val"}, r"column 'val' \(loss\) is missing; it has n_parameters, tokens, budget_flop, loss"),
+        ({"loss": "val"}, r"column 'val' \(loss\) is missing; the table has n_parameters, tokens, budget_flop, loss"),
     ],
 )
 def test_wrong_column_names_are_refused(tmp_path, columns, message):

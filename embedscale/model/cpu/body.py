@@ -93,7 +93,7 @@ class CpuBody:
         cores = min(torch.get_num_threads(), len(parts))
 
         def backward(core: int) -> list[Tensor]:
-            """Take every `cores`-th part: the first core adds to the leaves, the others return a sum of their own."""
+            """Process every `cores`-th part. Core 0 adds to the leaves' gradients; the others return their sums."""
             total: list[Tensor] = []
             for part, above in list(zip(parts, gradients, strict=True))[core::cores]:
                 if core == 0:
