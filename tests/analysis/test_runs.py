@@ -79,7 +79,7 @@ def test_each_excluded_run_has_a_reason(tmp_path):
     assert reasons == {
         "unfinished": "unfinished",
         "diverged": "diverged",
-        "nan": "diverged",
+        "nan": "unreadable",
         "nothing": "diverged",
         "torn": "unreadable",
         "empty": "unreadable",
