@@ -386,7 +386,7 @@ class Fits(Value):
     def miniature(self) -> str:
         """The warning that belongs beside results of tiny models; empty for other sweeps."""
         sizes = self.runs.sizes
-        if max(sizes) >= MINIATURE:
+        if not sizes or max(sizes) >= MINIATURE:
             return ""
         return (
             f"a miniature: models of {min(sizes):,.0f} to {max(sizes):,.0f} parameters, so take the pattern, "

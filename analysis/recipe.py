@@ -367,7 +367,7 @@ def configuration(folder: str, budget: str, config: str | None, words: Sequence[
     """
     from embedscale.run.config import RunConfig
     from embedscale.run.directory import RunDirectory
-    from embedscale.run.settings import read_yaml, structured
+    from embedscale.run.settings import load, read_yaml, structured
 
     fits, runs = read(folder)
     best = recipe(fits, parse_limit(budget), runs).best
@@ -387,7 +387,7 @@ def configuration(folder: str, budget: str, config: str | None, words: Sequence[
     own = at_hand([row for row in runs if row.get("backbone") in (None, best.backbone) and distance(row)[2] == 0])
     values = read_yaml(similar) if similar else {}
     if own:
-        name = read_yaml(own)["backbone"]["name"]
+        name = load(own).backbone.name
     elif on_hub := hub_name(best.backbone):
         name = on_hub
     elif any(word.startswith("backbone.name=") for word in words):

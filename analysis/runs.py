@@ -125,11 +125,16 @@ def in_order(methods: Any) -> list[str]:
 def _directories(folder: Path, depth: int = 3) -> Iterator[RunDirectory]:
     """Yield the run directories in `folder`, itself included, in order of their paths; a run holds no further runs."""
     directory = RunDirectory(folder)
-    if directory.begun():
-        yield directory
-    elif depth:
+    try:
+        if directory.begun():
+            yield directory
+            return
         with os.scandir(folder) as entries:
             inner = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+    except PermissionError:  # its record cannot be read either, and says why
+        yield directory
+        return
+    if depth:
         for name in inner:
             yield from _directories(folder / name, depth - 1)
 

@@ -1,6 +1,7 @@
 """A folder that `embedscale fit` wrote: its fits, its table of runs, and what figures need of the run directories."""
 
 import json
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -17,9 +18,10 @@ from analysis.fits import Fits
 from analysis.fitting import grouping, joint
 from analysis.runs import Runs
 from embedscale.errors import UserError
-from embedscale.files import read_json, write_atomically, write_json
+from embedscale.files import write_atomically, write_json
 from embedscale.run.directory import RunDirectory
-from embedscale.run.record import RunRecord
+from embedscale.run.record import Damaged, RunRecord
+from embedscale.values import Value
 
 TABLE, LEFT_OUT = "runs.csv", "excluded.csv"
 
@@ -172,13 +174,22 @@ def _curves(table: pd.DataFrame, directories: Mapping[str, RunDirectory]) -> pd.
     return found.astype({"train_loss": float, "loss": float, "spent_flop": float}) if rows else found
 
 
+@dataclass(frozen=True)
+class _MainScore(Value):
+    """What the figures need of a score's file."""
+
+    score: float
+
+
 def _scores(directories: Mapping[str, RunDirectory]) -> pd.DataFrame:
     rows = []
     for run, directory in directories.items():
         for path in directory.score_paths():
-            found = read_json(path) or {}
-            if isinstance(found.get("score"), int | float):
-                rows.append({"run": run, "task": path.stem, "score": float(found["score"])})
+            found = _MainScore.read(path)
+            if isinstance(found, Damaged):
+                print(f"left out: {found}", file=sys.stderr)
+            elif found is not None:
+                rows.append({"run": run, "task": path.stem, "score": found.score})
     return pd.DataFrame(rows)
 
 

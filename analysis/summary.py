@@ -15,20 +15,14 @@ from analysis.fits import Fits, Frontier, MethodFit
 from analysis.simulate import Simulated
 from embedscale.errors import UserError
 from embedscale.files import write_json
+from embedscale.terminal import console, shortened
 
 if TYPE_CHECKING:
     import pandas as pd
 
+WIDTH = 160  # columns where the output is no terminal: no column of a table is cut
+MOST_LINES = 20  # lines about damaged files
 SIGNS = {"n_opt": "N*", "d_opt": "D*", "loss": "L*"}  # how a reader sees the quantities of an optimum
-
-
-def console() -> Console:
-    """Return standard output; where it is not a terminal, wide enough that no column is cut.
-
-    Names of methods and columns are texts, whatever brackets and colons they hold.
-    """
-    width = None if Console().is_terminal else 160
-    return Console(highlight=False, markup=False, emoji=False, width=width)
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -59,6 +53,9 @@ def show_fits(fits: Fits, console: Console) -> None:
         reasons[row.reason] = reasons.get(row.reason, 0) + 1
     for reason, count in reasons.items():
         console.print(f"  left out: {count} {reason}")
+    damaged = [f"{row.run}: {row.detail}" for row in fits.excluded if row.reason == "unreadable"]
+    for line in shortened(damaged, MOST_LINES):
+        console.print(f"  damaged: {line}", soft_wrap=True)
     console.print(f"noise of ln L: {number(fits.noise.log_loss)} ({fits.noise.source})")
     for name, method in fits.methods.items():
         _show_optima(name, method, percent, console)
@@ -181,7 +178,7 @@ def command(args: Namespace) -> int:
             advance=bar.say,
         )
     path = study.write(fits, runs, out)
-    output = console()
+    output = console(WIDTH)
     show_fits(fits, output)
     output.print(f"\nwritten: {path}", soft_wrap=True)
     return 0
@@ -199,7 +196,7 @@ def simulation(args: Namespace, rows: "pd.DataFrame | None") -> int:
         rows = load_grid(args.runs, parse_assignments("columns", args.columns))
     noise = simulate.NOISE if args.noise is None else args.noise
     result = simulate.simulate(rows, laws, noise, window=args.window, seed=args.seed)
-    show_simulation(result, console())
+    show_simulation(result, console(WIDTH))
     if args.out:
         Path(args.out).mkdir(parents=True, exist_ok=True)
         write_json(Path(args.out) / "simulation.json", {name: found.to_json() for name, found in result.items()})

@@ -9,16 +9,17 @@ from __future__ import annotations
 import argparse
 import atexit
 import errno
-import io
+import math
 import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from embedscale.errors import DONE, FAILED, INTERRUPTED, WRONG, UserError
 from embedscale.imports import load
+from embedscale.terminal import outlive_readers
 
 TYPE_CHECKING = False  # as in `imports`
 if TYPE_CHECKING:
@@ -35,6 +36,14 @@ SCHEMAS = {
 }
 
 Verb = Callable[[argparse.Namespace], int]
+
+
+def number(text: str) -> float:
+    """Return the finite number of an option; argparse says what is wrong with any other text."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError
+    return value
 
 
 def verb_at(place: str) -> Verb:
@@ -84,10 +93,6 @@ def config(args: argparse.Namespace) -> int:
 
     print(commented(read(load(SCHEMAS[args.of]), *_file_and_words(args))))
     return DONE
-
-
-# Verbs that work for hours: they go on when nobody reads what they print any more.
-HOURS = (prepare, train, calibrate, evaluate, export, encode)
 
 
 def fit(args: argparse.Namespace) -> int:
@@ -170,7 +175,7 @@ def _run_verbs(verbs: Any) -> None:
         "--methods", nargs="+", default=usual, metavar="METHOD", help=f"methods to measure (default: {' '.join(usual)})"
     )
     measured.add_argument(
-        "--seconds", type=float, default=10.0, metavar="S", help="time to measure each of them (default: 10)"
+        "--seconds", type=number, default=10.0, metavar="S", help="time to measure each of them (default: 10)"
     )
     measured.add_argument(
         "--out",
@@ -216,7 +221,9 @@ def _sweep_verbs(verbs: Any) -> None:
 
     plan = action("plan", "slurm.plan:command", "show what the sweep costs, and which runs are impossible")
     plan.add_argument("--each", action="store_true", help="show a row for each run")
-    plan.add_argument("--max-gpu-hours", type=float, metavar="H", help="refuse a sweep that needs more by the estimate")
+    plan.add_argument(
+        "--max-gpu-hours", type=number, metavar="H", help="refuse a sweep that needs more by the estimate"
+    )
     fetch = action(
         "prefetch", "slurm.prefetch:command", "download models, tokenizers and pairs, for nodes without a network"
     )
@@ -228,13 +235,13 @@ def _sweep_verbs(verbs: Any) -> None:
         help="where to run: slurm, or here on this machine (default: slurm, or here without it)",
     )
     submit.add_argument("--retry-failed", action="store_true", help="also start failed runs again")
-    submit.add_argument("--max-gpu-hours", type=float, metavar="H", help="refuse if the started runs need more")
+    submit.add_argument("--max-gpu-hours", type=number, metavar="H", help="refuse if the started runs need more")
     submit.add_argument(
         "--evaluate", nargs="+", metavar="TASK", help="score finished runs: MTEB tasks, or held-out, paper, …"
     )
     action("status", "slurm.status:command", "show the state of every run")
     watch = action("watch", "slurm.status:watch", "show the status repeatedly until all runs are done or Ctrl-C")
-    watch.add_argument("--every", type=float, default=10.0, metavar="SECONDS", help="time between looks (default: 10)")
+    watch.add_argument("--every", type=number, default=10.0, metavar="SECONDS", help="time between looks (default: 10)")
     cancel = action("cancel", "slurm.cancel:command", "end the sweep's jobs and its processes on this machine")
     cancel.add_argument("--yes", action="store_true", help="do not ask first")
 
@@ -266,14 +273,14 @@ def _fit_verb(verbs: Any) -> None:
         metavar="KIND",
         help="loss function for fitting joint laws: huber, lad, log or raw (default: huber)",
     )
-    verb.add_argument("--delta", type=float, default=1e-3, help="Huber's delta, in ln L (default: 1e-3)")
+    verb.add_argument("--delta", type=number, default=1e-3, help="Huber's delta, in ln L (default: 1e-3)")
     text = "parabola, law, or akima (on dense grids it underestimates the loss and its interval) (default: parabola)"
     verb.add_argument("--optimum", default="parabola", metavar="KIND", help=text)
     verb.add_argument(
-        "--window", type=float, default=4.0, metavar="FACTOR", help="range of N around the optimum (default: 4)"
+        "--window", type=number, default=4.0, metavar="FACTOR", help="range of N around the optimum (default: 4)"
     )
     verb.add_argument(
-        "--noise", type=float, metavar="SD", help="standard deviation of ln L (default: measured on repeated runs)"
+        "--noise", type=number, metavar="SD", help="standard deviation of ln L (default: measured on repeated runs)"
     )
     verb.add_argument("--bootstrap", type=int, default=1000, metavar="DRAWS", help="bootstrap draws (default: 1000)")
     verb.add_argument("--seed", type=int, default=0, help="seed of the draws (default: 0)")
@@ -345,45 +352,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
                 rest += [value for value in values if "=" in value]
                 setattr(args, name, [value for value in values if "=" not in value])
         args.words += rest
+    for name, value in vars(args).items():
+        if isinstance(value, str) and value.startswith("~/"):  # a shell leaves it so in --out=~/x
+            setattr(args, name, str(Path(value).expanduser()))
     return args
-
-
-class _Output(io.FileIO):
-    """Standard output or error; after its reader has left (`| head`, a closed terminal), what is written is dropped."""
-
-    def write(self, data: Any) -> int:
-        try:
-            return super().write(data)
-        except OSError as error:
-            if error.errno not in (errno.EPIPE, errno.EIO):
-                raise
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
-            return super().write(data)
-
-
-@contextmanager
-def _outliving_the_reader() -> Iterator[None]:
-    """Let a command go on when the reader of its output leaves."""
-    before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = map(_reopened, before)
-    try:
-        yield
-    finally:
-        for stream in (sys.stdout, sys.stderr):
-            stream.flush()
-        sys.stdout, sys.stderr = before
-
-
-def _reopened(stream: Any) -> Any:
-    """Return a stream to the same file that outlives its reader; a stream to something else stays."""
-    if not isinstance(stream, io.TextIOWrapper) or not isinstance(stream.buffer, io.BufferedWriter | io.FileIO):
-        return stream
-    stream.flush()
-    file: Any = _Output(stream.fileno(), "w", closefd=False)
-    if isinstance(stream.buffer, io.BufferedWriter):  # not with PYTHONUNBUFFERED
-        file = io.BufferedWriter(file)
-    lines, through = stream.line_buffering, stream.write_through
-    return io.TextIOWrapper(file, stream.encoding, stream.errors, line_buffering=lines, write_through=through)
 
 
 class _Interrupted(KeyboardInterrupt):
@@ -396,9 +368,7 @@ class _Interrupted(KeyboardInterrupt):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command. Returns its exit status: 0 done, 1 failed, 2 wrong command, 75 interrupted and resumable."""
-    # SIGPIPE stays ignored, as Python sets it: otherwise a logger's closed socket would end a run.
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a terminal may not have every character
+    outlive_readers()
     signals: list[int] = []
     hang_up = set() if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else {signal.SIGHUP}  # ignored by nohup
 
@@ -412,10 +382,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         atexit.register(signal.signal, number, signal.SIG_IGN)
     try:
         args = parse(argv)
-        with _outliving_the_reader() if args.run in HOURS else nullcontext():
-            code = int(args.run(args))
-        with suppress(BrokenPipeError):  # `| head` is not an error; a full disk is
-            print(end="", flush=True)
+        code = int(args.run(args))
+        print(end="", flush=True)  # a full disk is an error
         return code
     except (KeyboardInterrupt, Exception) as error:
         # Any error may follow a signal: OmegaConf, for one, raises an error of its own when it is interrupted.

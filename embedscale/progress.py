@@ -7,6 +7,8 @@ drawn: a log file has no use for a line that is written again and again.
 from types import TracebackType
 from typing import Any
 
+from embedscale.terminal import console
+
 
 class Bar:
     """A progress bar, or a spinner where the amount of work is not known.
@@ -22,7 +24,6 @@ class Bar:
 
     def __init__(self, what: str, total: float | None = None, completed: float = 0, share: bool = False):
         # Imported late: rich.progress takes a twentieth of a second, and most commands draw no bar.
-        from rich.console import Console
         from rich.progress import (
             BarColumn,
             MofNCompleteColumn,
@@ -34,15 +35,16 @@ class Bar:
             TimeRemainingColumn,
         )
 
-        name, text = TextColumn("{task.description}"), TextColumn("{task.fields[text]}")
+        name = TextColumn("{task.description}", markup=False)
+        text = TextColumn("{task.fields[text]}", markup=False)
         amount = TextColumn("{task.percentage:>3.0f} %") if share else MofNCompleteColumn()
         columns: tuple[ProgressColumn, ...] = (name, BarColumn(), amount, text, TimeRemainingColumn())
         if total is None:
             columns = (SpinnerColumn(), name, text, TimeElapsedColumn())
-        console = Console(stderr=True)
-        self.drawn = console.is_terminal
+        output = console(stderr=True)
+        self.drawn = output.is_terminal
         # `disable` alone would still print an empty line at the end of a spinner.
-        self._progress = Progress(*columns, console=console, disable=not self.drawn, transient=total is None)
+        self._progress = Progress(*columns, console=output, disable=not self.drawn, transient=total is None)
         self._task = self._progress.add_task(what, total=total, text="")
         self._progress.update(self._task, completed=completed)
 

@@ -14,6 +14,7 @@ import reprlib
 import textwrap
 from collections.abc import Callable
 from dataclasses import MISSING, Field, asdict, dataclass, fields, is_dataclass
+from datetime import datetime
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -26,10 +27,12 @@ from embedscale.files import checksum, write_json
 T = TypeVar("T")
 CHECKSUM = "checksum"  # key of a written value: the digest of all other keys
 
+LARGEST = 1e300  # of a number that is read: sums and products of a few such numbers are finite
+
 
 @dataclass(frozen=True)
 class AtLeast:
-    """The range of a number: `low` or more."""
+    """The range of a number: from `low` to LARGEST, which leaves out infinity and NaN."""
 
     low: float
 
@@ -38,7 +41,7 @@ class AtLeast:
         return {"minimum": self.low}
 
     def __contains__(self, value: float) -> bool:
-        return self.low <= value
+        return self.low <= value <= LARGEST
 
     def __str__(self) -> str:
         return f"at least {self.low:g}"
@@ -62,12 +65,36 @@ class Between:
         return f"from {self.low:g} to {self.high:g}"
 
 
+@dataclass(frozen=True)
+class InIsoFormat:
+    """The form of a time: ISO 8601 with an offset from UTC."""
+
+    @property
+    def schema(self) -> dict[str, object]:
+        return {"format": "date-time"}
+
+    def __contains__(self, value: str) -> bool:
+        try:
+            return datetime.fromisoformat(value).tzinfo is not None
+        except ValueError:
+            return False
+
+    def __str__(self) -> str:
+        return "such as 2026-01-31T12:00:00+00:00"
+
+
 Count = Annotated[int, AtLeast(0)]
 """A whole number of at least 0."""
 Amount = Annotated[float, AtLeast(0)]
 """A number of at least 0."""
 Share = Annotated[float, Between(0, 1)]
 """A number from 0 to 1."""
+Positive = Annotated[int, AtLeast(1)]
+"""A whole number of at least 1."""
+ProcessNumber = Annotated[int, Between(1, 2**31 - 1)]
+"""The number of a process. 0 and -1 would stand for many processes."""
+Time = Annotated[str, InIsoFormat()]
+"""A time, ISO 8601 with an offset from UTC."""
 
 
 class Misfit(UserError):
@@ -121,6 +148,8 @@ class Value:
             return cls.from_json(data)
         except (FileNotFoundError, NotADirectoryError):
             return None
+        except OSError as error:
+            return Damaged(path, f"cannot be read ({error.strerror})")
         except (ValueError, RecursionError):  # UnicodeDecodeError is a ValueError
             return Damaged(path, "is not valid JSON")
         except UserError as error:
@@ -158,7 +187,7 @@ def reader(kind: Any) -> Read:
     if origin is Literal:
         return _literal(args)
     if origin in (list, tuple):
-        return _sequence(origin, reader(args[0]))
+        return _sequence(origin, reader(args[0]), _length(origin, args))
     if origin is dict:
         return _mapping(reader(args[1]))
     return _dataclass(kind) if is_dataclass(kind) else _plain(kind)
@@ -173,7 +202,7 @@ def _part(read: Read, value: Any, key: str) -> Any:
     try:
         return read(value)
     except Misfit as misfit:
-        misfit.keys.insert(0, key)
+        misfit.keys.insert(0, key if key.isprintable() and len(key) < 80 else reprlib.repr(key))
         raise
 
 
@@ -195,10 +224,12 @@ def _plain(kind: Any) -> Read:
     return read
 
 
-def _ranged(read: Read, limits: AtLeast | Between) -> Read:
+def _ranged(read: Read, limits: AtLeast | Between | InIsoFormat) -> Read:
+    what = "a time" if isinstance(limits, InIsoFormat) else "a number"
+
     def ranged(value: Any) -> Any:
         found = read(value)
-        return found if found in limits else _refuse(value, f"a number {limits}")
+        return found if found in limits else _refuse(value, f"{what} {limits}")
 
     return ranged
 
@@ -210,10 +241,17 @@ def _literal(allowed: tuple[Any, ...]) -> Read:
     return read
 
 
-def _sequence(kind: type, read: Read) -> Read:
+def _length(origin: Any, args: tuple[Any, ...]) -> int | None:
+    """Return the length of a tuple type; None for a sequence of any length."""
+    return None if origin is list or args[-1] is Ellipsis else len(args)
+
+
+def _sequence(kind: type, read: Read, length: int | None) -> Read:
     def sequence(value: Any) -> Any:
         if not isinstance(value, list):
             _refuse(value, "a list")
+        if length is not None and len(value) != length:
+            _refuse(value, f"a list of {length}")
         return kind(_part(read, each, str(number)) for number, each in enumerate(value))
 
     return sequence
@@ -283,7 +321,9 @@ def schema_of(kind: Any) -> dict[str, Any]:
     if origin is Literal:
         return {"enum": list(args)}
     if origin in (list, tuple):
-        return {"type": "array", "items": schema_of(args[0])}
+        length = _length(origin, args)
+        limits = {} if length is None else {"minItems": length, "maxItems": length}
+        return {"type": "array", "items": schema_of(args[0])} | limits
     if origin is dict:
         return {"type": "object", "additionalProperties": schema_of(args[1])}
     if is_dataclass(kind) and isinstance(kind, type):

@@ -19,6 +19,7 @@ from importlib import metadata
 from pathlib import Path
 
 from embedscale.errors import DONE, FAILED
+from embedscale.terminal import console
 from embedscale.values import Value
 from slurm import cluster as clusters
 from slurm.cluster import Cluster, ResourceClass
@@ -333,15 +334,14 @@ def probe(token: Path, cpus: int, gpu: bool) -> list[Finding]:
 
 def print_findings(findings: Iterable[Finding]) -> int:
     """Print each finding as it comes. Returns DONE if all are fine, else FAILED."""
-    from rich.console import Console
     from rich.text import Text
 
-    console, changes = Console(soft_wrap=True), 0
+    output, changes = console(soft_wrap=True), 0
     for each in findings:
         changes += not each.fine
         verdict = Text("fine  ", "green") if each.fine else Text("change", "bold red")
-        console.print(verdict, Text(f"{each.subject}: ", "bold") + Text(each.text), sep="  ")
-    console.print(f"{changes} to change" if changes else "all fine", style="bold")
+        output.print(verdict, Text(f"{each.subject}: ", "bold") + Text(each.text), sep="  ")
+    output.print(f"{changes} to change" if changes else "all fine", style="bold")
     return FAILED if changes else DONE
 
 

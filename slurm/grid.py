@@ -33,7 +33,7 @@ from embedscale.errors import UserError, bounded
 from embedscale.run.config import Backbone, RunConfig
 from embedscale.run.families import short_name
 from embedscale.run.method import METHODS, Method
-from embedscale.run.settings import blaming, read_yaml, structured, unknown
+from embedscale.run.settings import blaming, read_yaml, structured, typed, unknown
 from slurm import cluster as clusters
 from slurm.cluster import Cluster, ResourceClass
 
@@ -196,7 +196,7 @@ def _short(section: str, index: int, given: Any, schema: type) -> Row:
     if isinstance(given, str):
         given = {"name": given}
     if not isinstance(given, dict) or "name" not in given:
-        raise UserError(f"{origin}: {given!r} has no name; expected a mapping such as {{name: …}}")
+        raise UserError(f"{origin}: {given} has no name; expected a mapping such as {{name: …}}")
     own = {item.name: f"{section[:-1]}.{item.name}" for item in fields(schema)}
     own["learning_rate"] = "training.learning_rate"
     only = {"only": given["only"]} if section == "methods" and "only" in given else {}
@@ -209,7 +209,7 @@ def _flat(origin: str, given: Any, prefix: str = "") -> Row:
     Raises UserError for an unknown setting, with the nearest known one.
     """
     if not isinstance(given, dict):
-        raise UserError(f"{origin}: {given!r} is not a mapping; expected settings and values")
+        raise UserError(f"{origin}: {given} is not a mapping; expected settings and values")
     row: Row = {}
     for key, value in given.items():
         name = f"{prefix}{key}"
@@ -220,6 +220,7 @@ def _flat(origin: str, given: Any, prefix: str = "") -> Row:
         elif name not in _setting_types():
             raise UserError(f"{origin}: {unknown(name, list(_setting_types()), RunConfig.listed_by)}")
         else:
+            value = typed(_setting_types()[name], value)
             row[name] = _fractions(value) if name.endswith("active_fraction") else value
     return row
 
@@ -236,7 +237,7 @@ def _expanded(row: Row) -> Iterator[Row]:
     """Yield every combination of the row's lists. For a setting whose value is a list, an axis is a list of lists."""
     axes = []
     for key, value in row.items():
-        nested = _setting_types().get(key) is list
+        nested = get_origin(_setting_types().get(key)) is list
         is_axis = isinstance(value, list) and (not nested or any(isinstance(each, list) for each in value))
         if is_axis and not value:
             raise UserError(f"{key}: is an empty list; expected one value or more")
@@ -246,15 +247,15 @@ def _expanded(row: Row) -> Iterator[Row]:
 
 
 @cache
-def _setting_types() -> dict[str, type]:
+def _setting_types() -> dict[str, Any]:
     """Return every dotted setting of a run and its type."""
 
-    def types(schema: type, prefix: str) -> Iterator[tuple[str, type]]:
+    def types(schema: type, prefix: str) -> Iterator[tuple[str, Any]]:
         for name, kind in get_type_hints(schema).items():
             if is_dataclass(kind) and isinstance(kind, type):
                 yield from types(kind, f"{prefix}{name}.")
             else:
-                yield prefix + name, get_origin(kind) or kind
+                yield prefix + name, kind
 
     return dict(types(RunConfig, ""))
 
@@ -306,7 +307,7 @@ class _Parser:
             for section in sections:
                 inner = inner.setdefault(section, {})
             inner[last] = value
-        name = str(row.get("backbone.name", Backbone().name))  # YAML reads a folder called 7 as a number
+        name = str(row.get("backbone.name", Backbone().name))
         defaults = self.cluster.class_of(self.size_of(name)).resources()
         nested["resources"] = defaults | nested.get("resources", {})
         return RunConfig(output=self.output, **{key: self._part(key, value) for key, value in nested.items()})

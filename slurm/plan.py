@@ -26,6 +26,7 @@ from embedscale.run.cost import Cost, cost_of
 from embedscale.run.directory import RunDirectory
 from embedscale.run.families import short_name
 from embedscale.run.shape import BackboneShape
+from embedscale.terminal import console
 from embedscale.training.plan import learning_rate_of
 from slurm import grid
 from slurm.cluster import ResourceClass, shape_of
@@ -149,10 +150,9 @@ def refuse_above(plan: SweepPlan, max_gpu_hours: float | None) -> None:
 
 
 def _pairs_of(sweep: Sweep, folder: str, hard_negatives: int) -> Pairs:
-    try:
-        store = PairStore.open(folder)
-    except UserError:
+    if not is_finished(folder):
         return Pairs(sweep.expected_pairs, sweep.expected_tokens_per_pair, counted=False)
+    store = PairStore.open(folder)
     if not hard_negatives:
         mean = store.manifest.tokens.training / store.pairs
     elif hard_negatives <= store.negatives:
@@ -171,10 +171,10 @@ def _measured_speeds(path: str | None) -> dict[tuple[str, str], float]:
         raise UserError(f"calibration: {path}: the file does not exist; run `embedscale calibrate` on a node")
     try:
         speeds = {(each["backbone"], each["method"]): float(each["tokens_per_second"]) for each in found["rows"]}
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):
         raise UserError(f"calibration: {path}: is not a file of `embedscale calibrate`; measure again") from None
     for pair, speed in speeds.items():
-        bounded(f"calibration: {path}: tokens_per_second of {' '.join(pair)}", speed, 0, above=True)
+        bounded(f"calibration: {path}: tokens_per_second of {' '.join(map(str, pair))}", speed, 0, above=True)
     return speeds
 
 
@@ -266,8 +266,7 @@ def _disk(run: RunConfig, shape: BackboneShape, cost: Cost, steps: int) -> int:
 
 def print_plan(plan: SweepPlan, each: bool = False) -> None:
     """Print the plan, with a row for each backbone and method or, with `each`, for each run."""
-    sweep, terminal = plan.sweep, Console()
-    console = terminal if terminal.is_terminal else Console(width=160)
+    sweep, output = plan.sweep, console(160)
     on_gpus = any(estimate.resource_class.gpus for estimate in plan.estimates)
     unit = "GPU-hours" if on_gpus else "core-hours"
     table = Table(title=f"{sweep.name}: {len(plan.runnable):,} runs under {sweep.folder}", title_justify="left")
@@ -284,10 +283,10 @@ def print_plan(plan: SweepPlan, each: bool = False) -> None:
         table.add_row(*cells, *_figures(members)[1 if each else 0 :])
     table.add_section()
     table.add_row("total", "", *_figures(plan.runnable)[1 if each else 0 :], style="bold")
-    console.print(Narrowed(table, "requeues", "disk", "longest", "tokens", "FLOP"))
-    _print_blocked(console, plan.blocked)
+    output.print(Narrowed(table, "requeues", "disk", "longest", "tokens", "FLOP"))
+    _print_blocked(output, plan.blocked)
     for line in _footnotes(plan, unit):
-        console.print(line, highlight=False, soft_wrap=True)
+        output.print(line, soft_wrap=True)
 
 
 def _figures(members: list[Estimate]) -> list[str]:
@@ -304,7 +303,7 @@ def _figures(members: list[Estimate]) -> list[str]:
     ]
 
 
-def _print_blocked(console: Console, blocked: list[Estimate]) -> None:
+def _print_blocked(output: Console, blocked: list[Estimate]) -> None:
     if not blocked:
         return
     table = Table(title=f"{len(blocked):,} runs cannot be run", title_justify="left")
@@ -321,7 +320,7 @@ def _print_blocked(console: Console, blocked: list[Estimate]) -> None:
         methods = ", ".join(label for label, _ in labels)
         runs = sum(count for _, count in labels)
         table.add_row(why, backbone, methods, ", ".join(f"{b:g}" for b in at), f"{runs:,}")
-    console.print(table)
+    output.print(table)
 
 
 def _footnotes(plan: SweepPlan, unit: str) -> Iterable[str]:

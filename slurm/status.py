@@ -16,13 +16,14 @@ from enum import StrEnum
 from itertools import zip_longest
 from pathlib import Path
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.table import Table
 
 from embedscale.errors import DONE, bounded
 from embedscale.run.directory import RunDirectory
 from embedscale.run.lease import lease_holder
-from embedscale.run.record import AttemptRecord, RunRecord, sound
+from embedscale.run.record import AttemptRecord, Damaged, RunRecord
+from embedscale.terminal import console, reader_left, shortened
 from slurm import grid
 from slurm.grid import Sweep
 from slurm.plan import SweepPlan, plan_sweep
@@ -45,10 +46,11 @@ class RunState(StrEnum):
     MISSING = "missing"
     FAILED = "failed"
     DIVERGED = "diverged"
+    DAMAGED = "damaged"
     DONE = "done"
 
 
-ENDED = (RunState.FAILED, RunState.DIVERGED, RunState.DONE)
+ENDED = (RunState.FAILED, RunState.DIVERGED, RunState.DAMAGED, RunState.DONE)
 MEANINGS = {
     RunState.RUNNING: "a process works on it",
     RunState.QUEUED: "waits in the queue for its first attempt",
@@ -57,6 +59,7 @@ MEANINGS = {
     RunState.MISSING: "was never started and is not queued",
     RunState.FAILED: "ended with an error; submit --retry-failed tries again",
     RunState.DIVERGED: "ended because its loss was not finite",
+    RunState.DAMAGED: "has a file that cannot be read; no submit touches it",
     RunState.DONE: "spent its budget and has its record",
 }
 
@@ -86,14 +89,14 @@ class RunStatus:
     job_id: str | None = None
     """Number of the run's job, or of its last attempt's job."""
     reason: str | None = None
-    """Why the run failed, diverged, was interrupted, or waits."""
+    """Why the run failed, diverged, was interrupted, or waits; which file is damaged, and how."""
 
 
 def survey(sweep: Sweep, jobs: Mapping[str, Job] | None) -> list[RunStatus]:
     """Return the status of every run of the grid, in the grid's order.
 
     `jobs` are the queued and running jobs by run id, as `Submissions.jobs_by_run` returns them; None if the queue
-    cannot be asked. Raises UserError if a file of a run is damaged.
+    cannot be asked. A run with a damaged file is `RunState.DAMAGED`.
     """
     jobs = jobs or {}
     present = _names(sweep.folder)
@@ -122,14 +125,13 @@ def _unstarted(run_id: str, budget: float, job: Job | None) -> RunStatus:
 
 
 def status_of(directory: RunDirectory, run_id: str, budget: float, devices: int, job: Job | None) -> RunStatus:
-    """Return one run's status; `devices` is the number of devices of each attempt, `job` the run's job in the queue.
-
-    Raises UserError if a file of the run is damaged.
-    """
-    record = sound(directory.read_record())
-    if record is not None:
+    """Return one run's status; `devices` is the number of devices of each attempt, `job` the run's job in the queue."""
+    record = directory.read_record()
+    if isinstance(record, RunRecord):
         return _finished(record, run_id, devices)
-    attempts = sound(directory.read_attempts())
+    attempts = directory.read_attempts() if record is None else record
+    if isinstance(attempts, Damaged):
+        return RunStatus(run_id, RunState.DAMAGED, budget_flop=budget, reason=str(attempts))
     holder = lease_holder(directory.lease)
     hours = sum(_hours(attempt, now=holder is not None and attempt is attempts[-1]) for attempt in attempts)
     so_far = RunStatus(
@@ -257,6 +259,13 @@ def render(
     return Group(*parts)
 
 
+def damage(sweep: Sweep, statuses: Sequence[RunStatus], rows: int = 20) -> list[str]:
+    """Return a line for each damaged file of these runs and of the sweep's submissions; at most `rows` lines."""
+    files = [each.reason or "" for each in statuses if each.state == RunState.DAMAGED]
+    files += map(str, Submissions(sweep.folder).damaged())
+    return [f"damaged: {line}" for line in shortened(files, rows)]
+
+
 def _counts(sweep: Sweep, by_state: Mapping[str, list[RunStatus]]) -> Narrowed:
     table = Table(title=f"{sweep.name}: {len(sweep.by_id):,} runs in {sweep.folder}", title_justify="left")
     for name in ("state", "runs", "attempts", "FLOP spent", "of budget", "device-hours", "wasted"):
@@ -336,9 +345,10 @@ def command(args: Namespace) -> int:
     sweep = grid.load(args.sweep, args.words)
     scheduler = scheduler_of(sweep.cluster.scheduler, sweep.folder)
     jobs = Submissions(sweep.folder).jobs_by_run(scheduler.jobs())
-    terminal = Console()
-    console = terminal if terminal.is_terminal else Console(width=150)
-    console.print(render(sweep, plan_sweep(sweep), explained(survey(sweep, jobs), scheduler), jobs), highlight=False)
+    statuses = explained(survey(sweep, jobs), scheduler)
+    console(150).print(render(sweep, plan_sweep(sweep), statuses, jobs))
+    for line in damage(sweep, statuses):
+        print(line)
     return DONE
 
 
@@ -352,12 +362,12 @@ def watch(args: Namespace) -> int:
     scheduler = scheduler_of(sweep.cluster.scheduler, sweep.folder)
     plan = plan_sweep(sweep)
     blocked = {each.run_id for each in plan.blocked}
-    with suppress(KeyboardInterrupt), Live(console=Console(), auto_refresh=False) as live:
+    with suppress(KeyboardInterrupt), Live(console=console(), auto_refresh=False) as live:
         while True:
             jobs = Submissions(sweep.folder).jobs_by_run(scheduler.jobs())
             statuses = survey(sweep, jobs)
-            live.update(render(sweep, plan, statuses, jobs), refresh=True)
-            if all(each.state in ENDED or each.run_id in blocked for each in statuses):
+            live.update(Group(render(sweep, plan, statuses, jobs), *damage(sweep, statuses)), refresh=True)
+            if reader_left() or all(each.state in ENDED or each.run_id in blocked for each in statuses):
                 break
             time.sleep(args.every)
     return DONE

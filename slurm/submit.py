@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from embedscale.errors import DONE, FAILED, INTERRUPTED, UserError, allowed
 from embedscale.run.directory import RunDirectory
 from embedscale.run.lease import Lease
-from embedscale.run.record import sound
+from embedscale.run.record import Damaged
 from slurm import grid
 from slurm.arrange import arrange, throttles
 from slurm.grid import Sweep
@@ -26,7 +26,7 @@ from slurm.scheduler.scheduler import Job, Request, Scheduler
 from slurm.scheduler.snapshot import CodeCopy, snapshot
 from slurm.scheduler.submissions import Orders, Submission, Submissions
 from slurm.scoring import checked
-from slurm.status import RunState, survey
+from slurm.status import RunState, damage, survey
 
 TASK_SECONDS = 300.0  # assumed duration of one mteb task, by which runs to score are grouped into jobs
 
@@ -64,7 +64,10 @@ def _to_train(
 ) -> tuple[list[Estimate], Counter[str], str]:
     blocked = {each.run_id for each in plan.blocked}
     outgoing = {RunState.MISSING, RunState.INTERRUPTED} | ({RunState.FAILED} if retry_failed else set())
-    states = {each.run_id: each.state for each in survey(sweep, jobs)}
+    statuses = survey(sweep, jobs)
+    states = {each.run_id: each.state for each in statuses}
+    for line in damage(sweep, statuses):
+        print(line)
     chosen = [plan.by_id[run_id] for run_id, state in states.items() if state in outgoing and run_id not in blocked]
     counts = Counter("cannot be run" if run_id in blocked else str(state) for run_id, state in states.items())
     return chosen, counts, "to submit"
@@ -77,9 +80,12 @@ def _to_score(
     chosen = []
     for run_id, run in sweep.by_id.items():
         directory = RunDirectory(sweep.folder / run_id)
-        record = sound(directory.read_record())
+        record = directory.read_record()
         missing = [name for name in names if not directory.score(name).exists()]
-        if record is None or record.status != "done":
+        if isinstance(record, Damaged):
+            counts["damaged"] += 1
+            print(f"damaged: {record}")
+        elif record is None or record.status != "done":
             counts["not done"] += 1
         elif not missing:
             counts["scored"] += 1
@@ -103,11 +109,17 @@ def submit(sweep: Sweep, plan: SweepPlan, scheduler: Scheduler, wish: Wish) -> i
     if limits is None:
         raise UserError(f"--to {sweep.cluster.scheduler}: this machine cannot submit to it; allowed: here")
     with _alone(submissions) as lease:
-        jobs = submissions.jobs_by_run(scheduler.jobs())
-        if jobs is None:
+        queue = scheduler.jobs()
+        jobs = submissions.jobs_by_run(queue)
+        if queue is None or jobs is None:
             raise UserError(
                 f"{sweep.cluster.scheduler}: the queue cannot be asked; nothing was submitted, try again later"
             )
+        waiting = {job.name: job for job in queue}
+        for each in submissions.damaged():
+            if each.path.stem in waiting:  # its runs are not known, and must not go out twice
+                job = waiting[each.path.stem].array
+                raise UserError(f"{each}; its job {job} is queued: cancel it, or wait for its end")
         chosen = choose(sweep, plan, jobs, wish)
         if not chosen:
             return 0

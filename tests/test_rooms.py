@@ -18,7 +18,14 @@ ROOT = Path(__file__).parents[1]
 # Each room: its modules or folders (the longest matching name decides), and the rooms that it may import.
 ROOMS: dict[str, tuple[list[str], list[str]]] = {
     "ground": (
-        ["embedscale.errors", "embedscale.files", "embedscale.imports", "embedscale.progress", "embedscale.values"],
+        [
+            "embedscale.errors",
+            "embedscale.files",
+            "embedscale.imports",
+            "embedscale.progress",
+            "embedscale.terminal",
+            "embedscale.values",
+        ],
         [],
     ),
     "run": (["embedscale.run"], ["ground"]),

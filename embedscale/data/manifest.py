@@ -12,7 +12,7 @@ from typing import Any, Self
 
 from embedscale.errors import UserError
 from embedscale.files import checksum, write_json
-from embedscale.values import CHECKSUM, Value, sealed
+from embedscale.values import CHECKSUM, Count, Positive, Value, sealed
 
 FORMAT = 1
 FILE = "manifest.json"
@@ -78,12 +78,12 @@ class Manifest(Value):
     """A finished store, described."""
 
     digest: str  # of the training and held-out tokens, in stored order
-    pairs: int  # for training
-    held_out: int  # pairs
-    negatives: int  # every pair has at least this many
+    pairs: Positive  # for training
+    held_out: Count  # pairs
+    negatives: Count  # every pair has at least this many
     tokens: TokenStatistics
     tokenizer: StoredTokenizer
-    vocabulary: int  # rows that an embedding table needs
+    vocabulary: Count  # rows that an embedding table needs
     rows_read: int  # over all sources; the file's key is `read`
     counts: dict[str, int]  # rows by what became of them, over all sources
     sources: list[SourceCounts]
@@ -106,7 +106,7 @@ class Manifest(Value):
         except FileNotFoundError:
             state = "is not finished" if folder.exists() else "does not exist"
             raise UserError(f"data.store: {folder} {state}; run `embedscale prepare` with this configuration") from None
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             raise UserError(f"data.store: {path} cannot be read; remove the store and prepare it again") from None
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise UserError(f"data.store: {folder} is not a store of format {FORMAT}; prepare it again")
@@ -130,7 +130,10 @@ class Manifest(Value):
         if isinstance(data, dict) and isinstance(data.get("sources"), list):
             data = {"rows_read" if key == "read" else key: value for key, value in data.items()}
             data["sources"] = [_nested(source) for source in data["sources"]]
-        return super().from_json(data)
+        found = super().from_json(data)
+        if not isinstance(found.settings.get("context"), int):
+            raise UserError("settings.context: no whole number was found")
+        return found
 
     def to_json(self) -> dict[str, Any]:
         """Return the value that the file holds."""

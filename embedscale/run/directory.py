@@ -107,18 +107,24 @@ class RunDirectory:
     def read_attempts(self) -> list[AttemptRecord] | Damaged:
         """Return every attempt that began, in order; or the first damaged file."""
         found = []
-        for number in self._numbers():
+        try:
+            numbers = self._numbers()
+        except OSError as error:
+            return Damaged(self.attempts, f"cannot be read ({error.strerror})")
+        for number in numbers:
             attempt = AttemptRecord.read(self.attempt(number).file)
             if isinstance(attempt, Damaged):
                 return attempt
+            if attempt is not None and attempt.number != number:
+                return Damaged(self.attempt(number).file, f"number: {attempt.number} was found; expected {number}")
             if attempt is not None:
                 found.append(attempt)
         return found
 
     def _numbers(self) -> list[int]:
         try:
-            return sorted(int(entry.name) for entry in os.scandir(self.attempts) if entry.name.isdigit())
-        except FileNotFoundError:
+            return sorted(int(entry.name) for entry in os.scandir(self.attempts) if entry.name.isdecimal())
+        except (FileNotFoundError, NotADirectoryError):
             return []
 
     def attempt(self, number: int) -> "Attempt":

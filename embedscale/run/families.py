@@ -124,7 +124,7 @@ def shape_by_name(backbone: str) -> BackboneShape | None:
         return size.shape if size else None
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError:
+    except (ValueError, RecursionError):
         raise UserError(f"backbone.name: {file} is not valid JSON") from None
     kind = config.get("model_type") if isinstance(config, dict) else None
     for family in FAMILIES:

@@ -20,7 +20,7 @@ from pathlib import Path
 from embedscale.errors import UserError
 from embedscale.files import now, write_json
 from embedscale.run.directory import RunDirectory
-from embedscale.values import Amount, Count, Damaged, Value
+from embedscale.values import Amount, Count, Damaged, ProcessNumber, Time, Value
 
 HEARTBEAT_SECONDS = 20.0
 STALE_SECONDS = 180.0
@@ -65,17 +65,17 @@ class Holder(Value):
 
     host: str = "unknown"
     """Name of the machine."""
-    pid: int = 0
+    pid: ProcessNumber = 0
     """Number of the process on its machine."""
     born: str | None = None
     """`start_time` of the process; null in leases of early code."""
     token: str | None = None
     """Text that no other holder has."""
-    start: str | None = None
+    start: Time | None = None
     """Time at which the lease was taken, ISO 8601."""
     job_id: str | None = None
     """SLURM's number of the job; null outside SLURM."""
-    time: str | None = None
+    time: Time | None = None
     """Time of the last heartbeat, ISO 8601; null before the first."""
     step: Count | None = None
     """Steps made."""

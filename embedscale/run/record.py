@@ -6,10 +6,10 @@ the first version load: what they lack has a default, and rows of metrics in the
 
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 
 from embedscale.files import now
-from embedscale.values import Amount, AtLeast, Count, Damaged, Share, Value, sound
+from embedscale.values import Amount, Count, Damaged, Positive, ProcessNumber, Share, Time, Value, sound
 
 __all__ = [
     "AttemptRecord",
@@ -73,21 +73,21 @@ class AttemptRecord(Value):
 
     number: Count
     """N, counted from 1."""
-    start: str
+    start: Time
     """Time at which the attempt began, ISO 8601."""
     host: str | None = None
     """Name of the machine."""
     job_id: str | None = None
     """SLURM's number of the job; null outside SLURM."""
-    pid: int | None = None
+    pid: ProcessNumber | None = None
     """Number of the process on its machine."""
-    sharing: Count = 1
+    sharing: Positive = 1
     """Runs that shared the device with this one."""
     from_step: Count | None = None
     """Step at which the attempt began."""
     from_flop: Count | None = None
     """FLOP already spent when the attempt began."""
-    end: str | None = None
+    end: Time | None = None
     """Time at which the attempt ended, ISO 8601; null while it runs."""
     ended: Literal["done", "diverged", "interrupted", "failed", "killed"] | None = None
     """How the attempt ended; null while it runs."""
@@ -219,7 +219,7 @@ class RunRecord(Value):
     """N_B: parameters that the backward pass goes through (paper, section 3.5)."""
     n_updated: Count
     """N_U: parameters that train (paper, section 3.5)."""
-    n_parameters: Annotated[int, AtLeast(1)]
+    n_parameters: Positive
     """N: non-embedding parameters of the backbone, without adapters."""
     blocks: Count
     """Blocks of the backbone."""

@@ -1,12 +1,16 @@
 """Settings from YAML files and `key=value` words into dataclasses, and back: with every default and its meaning.
 
-OmegaConf merges and converts; this module adds messages that name the setting, the file and the nearest known setting,
-and prints a configuration as commented YAML or as a Markdown table.
+YAML guesses types: it reads `no` as False, `0123` as 83 and `695e0514` as infinity. Here every scalar stays the text
+that is written, and the type of its setting decides what the text means. OmegaConf merges and converts; this module
+adds messages that name the setting, the file and the nearest known setting, and prints a configuration as commented
+YAML or as a Markdown table.
 """
 
 import difflib
 import re
+from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import MISSING, Field, fields, is_dataclass
 from functools import cache
 from itertools import combinations
@@ -18,6 +22,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from yaml import YAMLError
+from yaml.constructor import ConstructorError
 
 from embedscale.errors import UserError
 from embedscale.run.config import RunConfig
@@ -25,22 +30,91 @@ from embedscale.values import descriptions
 
 T = TypeVar("T")
 
+MOST_VALUES = 1_000_000  # of a file; aliases can make a few lines stand for more than any memory holds
+
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """Return the mapping of a YAML file. Raise UserError for a file that is missing, unreadable or malformed."""
     try:
-        loaded = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+        loaded = _loaded(Path(path).read_bytes())
+        if loaded is None:
+            return {}
+        if not isinstance(loaded, dict):
+            raise UserError(f"{path}: holds a {type(loaded).__name__}; expected a mapping of settings")
+        found = OmegaConf.to_container(OmegaConf.create(loaded), resolve=True)
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such file") from None
     except IsADirectoryError:
         raise UserError(f"{path}: is a folder; give a YAML file") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
         raise UserError(f"{path}: cannot be read ({type(error).__name__})") from None
-    except (YAMLError, OmegaConfBaseException) as error:
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"{path}: is not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(loaded, dict):
-        raise UserError(f"{path}: holds a {type(loaded).__name__}; expected a mapping of settings")
-    return {str(key): value for key, value in loaded.items()}
+    assert isinstance(found, dict)
+    return {str(key): value for key, value in found.items()}
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML whose scalars stay texts. Only null, infinity and NaN have no other spelling; `~/` is the home folder."""
+
+    yaml_implicit_resolvers = {}  # noqa: RUF012
+    yaml_constructors = {}  # noqa: RUF012
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        counts = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        if repeated := [key for key, count in counts.items() if count > 1]:
+            raise ConstructorError(None, None, f"found the key {repeated[0]!r} twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+    def construct_text(self, node: yaml.ScalarNode) -> str:
+        text = str(self.construct_scalar(node))
+        return str(Path(text).expanduser()) if text.startswith("~/") else text
+
+
+_YAML = "tag:yaml.org,2002:"
+_Loader.add_implicit_resolver(f"{_YAML}null", re.compile("(~|null|Null|NULL|)$"), ["~", "n", "N", ""])
+_Loader.add_implicit_resolver(f"{_YAML}merge", re.compile("<<$"), ["<"])
+_Loader.add_implicit_resolver(f"{_YAML}float", re.compile(r"([-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$"), ["-", "+", "."])
+_CONSTRUCTORS: dict[str | None, Any] = {
+    f"{_YAML}null": _Loader.construct_yaml_null,
+    f"{_YAML}float": _Loader.construct_yaml_float,
+    f"{_YAML}str": _Loader.construct_text,
+    f"{_YAML}seq": _Loader.construct_yaml_seq,
+    f"{_YAML}map": _Loader.construct_yaml_map,
+    None: _Loader.construct_undefined,
+}
+for _tag, _construct in _CONSTRUCTORS.items():
+    _Loader.add_constructor(_tag, _construct)
+
+
+def _loaded(text: str | bytes) -> Any:
+    """Return what YAML holds. Raise YAMLError for what is not YAML or repeats itself without end."""
+    loaded = yaml.load(text, Loader=_Loader)
+    waiting, seen = [loaded], 0
+    while waiting:
+        value = waiting.pop()
+        waiting += value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        seen += 1
+        if seen > MOST_VALUES:
+            raise YAMLError(f"its aliases stand for more than {MOST_VALUES:,} values")
+    return loaded
+
+
+def typed(kind: Any, value: Any) -> Any:
+    """Return the text of a setting, or a list of texts, as its type says; what does not fit stays as it is."""
+    parts = get_args(kind)
+    if isinstance(value, list):
+        inner = parts[0] if get_origin(kind) is list else kind
+        return [typed(kind if isinstance(each, list) else inner, each) for each in value]
+    kinds = parts or (kind,)
+    if isinstance(value, str) and str not in kinds:
+        if bool in kinds:
+            return {"true": True, "false": False}.get(value.lower(), value)
+        for each in (int, float):
+            if each in kinds or (each is float and int in kinds):
+                with suppress(ValueError):
+                    return each(value)
+    return value
 
 
 def structured(schema: type, values: dict[str, Any], words: Sequence[str] = (), origin: str = "") -> Any:
@@ -123,10 +197,18 @@ def _of_words(words: Sequence[str]) -> DictConfig:
         if word.find("=") < 1:
             raise UserError(f"{word!r} is not a key=value word; only the first word may be a file")
         try:
-            OmegaConf.from_dotlist([word])
-        except (OmegaConfBaseException, YAMLError):
+            _set(OmegaConf.create(), word)
+        except (OmegaConfBaseException, YAMLError, RecursionError):
             raise UserError(f"{word!r}: the value after the '=' is not valid YAML") from None
-    return OmegaConf.from_dotlist(list(words))
+    config = OmegaConf.create()
+    for word in words:
+        _set(config, word)
+    return config
+
+
+def _set(config: DictConfig, word: str) -> None:
+    key, _, value = word.partition("=")
+    OmegaConf.update(config, key, _loaded(value))
 
 
 def _misfit(known: Any, given: Any, key: str = "") -> str | None:
@@ -136,7 +218,7 @@ def _misfit(known: Any, given: Any, key: str = "") -> str | None:
         found = (_misfit(known[name], given[name], f"{key}.{name}".lstrip(".")) for name in names)
         return next(filter(None, found), None)
     if isinstance(known, dict):
-        return f"{key}: {given!r} is given; expected a mapping of settings to values"
+        return f"{key}: {given} is given; expected a mapping of settings to values"
     return (
         f"{key}: a mapping is given; expected a list" if isinstance(known, list) and isinstance(given, dict) else None
     )

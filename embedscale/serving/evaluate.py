@@ -24,6 +24,7 @@ from embedscale.run.settings import load
 from embedscale.run.stop import StopRequest
 from embedscale.serving.embedder import Embedder, finished
 from embedscale.serving.tasks import HELD_OUT, load_data, mteb_package, names_of, task_of
+from embedscale.terminal import console
 
 
 def evaluate(run: str, names: Sequence[str], tasks: Iterable[Any] = (), stop: StopRequest | None = None) -> int:
@@ -79,13 +80,12 @@ def score_of(mteb: Any, adapter: Any, task: Any, record: RunRecord) -> Score:
 
 
 def _show(record: RunRecord, scores: list[Score]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     table = Table("task", "kind", "score", "measure", "seconds", title=record.run_id)
     for found in scores:
         table.add_row(found.task, found.type, f"{found.score:.4f}", found.main_score, f"{found.seconds}")
-    Console(highlight=False).print(table)
+    console().print(table)
 
 
 def adapter_of(embedder: Embedder) -> Any:

@@ -16,7 +16,6 @@ from typing import Any
 import lightning
 import numpy as np
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
@@ -37,6 +36,7 @@ from embedscale.run.config import RunConfig
 from embedscale.run.cost import cost_of
 from embedscale.run.families import FAMILIES, short_name
 from embedscale.run.method import method_of_label
+from embedscale.terminal import console
 from embedscale.training.batches import Batch
 from embedscale.training.memory import fitting_chunk
 from embedscale.training.module import Contrastive, assemble
@@ -74,14 +74,14 @@ def calibrate(config: RunConfig, out: str, sizes: Sequence[str], methods: Sequen
             raise UserError(f"{path}: was measured with {name} {found.get(name)}, not {value}; give another --out")
     done = {(row["backbone"], row["method"]) for row in found["rows"] + found["too_large"]}
     path.parent.mkdir(parents=True, exist_ok=True)
-    console = Console(width=None if Console().is_terminal else 120)
+    output = console(120)
     quieten()
     keep_freed_memory()
     for each in configs:
         backbone, method = short_name(each.backbone.name), each.method.label
         if (backbone, method) in done:
             continue
-        console.print(f"{now()} {backbone} {method} …", highlight=False)
+        output.print(f"{now()} {backbone} {method} …")
         peak = matrix_product_peak(device, config.training.precision, 8192 if device.type == "cuda" else 2048)
         found["peak_flop_per_second"] = max(found["peak_flop_per_second"], peak)
         try:
@@ -93,7 +93,7 @@ def calibrate(config: RunConfig, out: str, sizes: Sequence[str], methods: Sequen
             torch.cuda.empty_cache()
         found["rows" if measured else "too_large"].append({"backbone": backbone, "method": method} | measured)
         write_json(path, found)
-    console.print(_table(found))
+    output.print(_table(found))
     return DONE
 
 

@@ -14,7 +14,6 @@ from typing import Any
 
 import lightning
 import torch
-from rich.console import Console
 
 from embedscale.errors import UserError
 from embedscale.files import seal_fits
@@ -23,6 +22,7 @@ from embedscale.model.parallel import world_size
 from embedscale.progress import Bar
 from embedscale.run.directory import RunDirectory
 from embedscale.run.record import Metric
+from embedscale.terminal import console
 from embedscale.training.batches import Batch
 from embedscale.training.held_out import evaluate_held_out
 from embedscale.training.run import Diverged, Stopped, TrainingRun
@@ -296,7 +296,7 @@ class ProgressLine:
 
     def __init__(self, run: TrainingRun, heartbeat: Heartbeat):
         self.run, self.heartbeat = run, heartbeat
-        self.console = Console(stderr=True)
+        self.console = console(stderr=True)
         self.bar: Bar | None = None
 
     def start(self) -> None:
@@ -331,7 +331,7 @@ class ProgressLine:
         )
 
     def _print(self, text: str) -> None:
-        self.console.print(f"{self.run.config.run_id}: {text}", soft_wrap=True, highlight=False)
+        self.console.print(f"{self.run.config.run_id}: {text}", soft_wrap=True)
 
     def stop(self) -> None:
         if self.bar is not None:

@@ -13,6 +13,7 @@ from embedscale.run.config import RunConfig
 from embedscale.run.cost import Cost, cost_of
 from embedscale.run.families import pretraining_learning_rate, shape_by_name, short_name
 from embedscale.run.shape import BackboneShape
+from embedscale.terminal import console
 from embedscale.values import Count, Value
 
 PAPER_PAIR = 14 + 64  # mean tokens of a query and of a positive (section 4.1), while no store exists
@@ -227,7 +228,6 @@ def parse_budget(text: str) -> float:
 
 def print_flops(config: RunConfig, budgets: Sequence[str] | None) -> int:
     """Print the cost of a token by both conventions, and what each budget buys, without loading weights."""
-    from rich.console import Console
     from rich.table import Table
 
     shape = shape_by_name(config.backbone.name)
@@ -241,7 +241,7 @@ def print_flops(config: RunConfig, budgets: Sequence[str] | None) -> int:
         store: PairStore | None = PairStore.open(config.data.store)
     except UserError:
         store = None
-    console = Console(width=None if Console().is_terminal else 120)
+    output = console(120)
     table = Table(title=f"{shape.name}, {config.method.label}: the cost of a token", show_header=True)
     table.add_column("convention")
     for name in ("forward", "backward", "updates", "sum"):
@@ -258,8 +258,8 @@ def print_flops(config: RunConfig, budgets: Sequence[str] | None) -> int:
         f"{(cost.forward_attention + cost.backward_attention) * config.data.context:,}",
     )
     table.add_row("  activation checkpointing adds", f"{again.recompute:,}", "", "", f"{again.recompute:,}")
-    console.print(table)
-    console.print(
+    output.print(table)
+    output.print(
         f"N = {cost.n_parameters:,} non-embedding parameters; N_F = {cost.n_forward:,}, N_B = {cost.n_backward:,}, "
         f"N_U = {cost.n_updated:,}"
     )
@@ -281,7 +281,7 @@ def print_flops(config: RunConfig, budgets: Sequence[str] | None) -> int:
         squared = int(tokens * mean * PAPER_SQUARES)
         row = (f"{budget:.4g}", f"{tokens:,}", f"{pairs:,}", f"{steps:,}", f"{cost.exact(tokens, squared):.4g}")
         bought.add_row(*row)
-    console.print(bought)
+    output.print(bought)
     source = f"counted in {config.data.store}" if store else f"estimated at {PAPER_PAIR} tokens a pair (no store yet)"
-    console.print(f"Pairs and steps are {source}; batches of {config.training.batch_size} pairs.")
+    output.print(f"Pairs and steps are {source}; batches of {config.training.batch_size} pairs.")
     return DONE

@@ -85,18 +85,27 @@ def run_all(runs: Iterable[RunConfig], places: Sequence[Place], stop: StopReques
     while running or (waiting and not stop.requested):
         while waiting and free and not stop.requested:
             run = waiting.popleft()
-            ended = _ended_before(run, stop)
-            if ended is None:
-                running.append(_start(run, free.pop()))
-            else:
-                outcomes[run.run_id] = ended
+            try:
+                ended = _ended_before(run, stop)
+                if ended is None:
+                    running.append(_start(run, free[-1]))
+                    free.pop()
+                    continue
                 _say(run, ended)
+            except (UserError, OSError) as error:  # a damaged file of one run ends no other run
+                ended = "failed"
+                _say(run, str(error))
+            outcomes[run.run_id] = ended
         wait([process.sentinel for each in running for process in each.processes if process.is_alive()], POLL_SECONDS)
         for each in [each for each in running if _over(each, stop)]:
             running.remove(each)
             free.append(each.place)
-            outcome = _outcome(each, stop)
-            _say(each.run, outcome or "was killed; it is tried again")
+            try:
+                outcome = _outcome(each, stop)
+                _say(each.run, outcome or "was killed; it is tried again")
+            except (UserError, OSError) as error:
+                outcome = "failed"
+                _say(each.run, str(error))
             if outcome is None:
                 waiting.appendleft(each.run)
             else:
@@ -207,7 +216,8 @@ def _child(run: RunConfig, environment: dict[str, str], place: Place, log: Path)
         if lease_holder(directory.lease) is not None:
             sys.exit(ELSEWHERE)
         if int(os.environ.get("RANK", 0)) == 0:
-            note_failure(directory, str(error))
+            with suppress(UserError):  # a damaged file of the run, which `status` names
+                note_failure(directory, str(error))
         sys.exit(FAILED)
 
 

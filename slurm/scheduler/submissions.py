@@ -5,18 +5,22 @@ counts even if the scheduler accepted it without returning its number.
 """
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import TypeVar
 
+from embedscale.errors import UserError
 from embedscale.files import now, read_json, write_json
 from embedscale.run.config import RunConfig
 from embedscale.run.lease import process_alive
 from embedscale.run.settings import structured
-from embedscale.values import Value, sound
+from embedscale.values import Damaged, ProcessNumber, Time, Value
 from slurm.scheduler.scheduler import Job
 from slurm.scheduler.snapshot import CodeCopy
+
+V = TypeVar("V", bound=Value)
 
 SICK_SECONDS = 24 * 3600.0  # for which no job is sent to a node that failed its self-test
 
@@ -71,7 +75,7 @@ class Process(Value):
 
     host: str
     """Machine of the process."""
-    pid: int
+    pid: ProcessNumber
     """Id of the process."""
     born: str
     """`lease.start_time` of the process, which tells it from a later process with the same id."""
@@ -85,7 +89,7 @@ class SickNode(Value):
     """Name of the node, as the scheduler spells it."""
     fault: str
     """What is wrong with the node."""
-    time: str
+    time: Time
     """Time of the self-test, ISO 8601."""
     job_id: str | None = None
     """Number of the job that tested the node."""
@@ -110,9 +114,18 @@ class Submissions:
         write_json(self.path / f"{submission.name}.json", submission.to_json())
 
     def noted(self) -> dict[str, Submission]:
-        """Return every submission by name. Raises UserError for a damaged note."""
-        found = (sound(Submission.read(file)) for file in sorted(self.path.glob("*.json")))
-        return {each.name: each for each in found if each}
+        """Return every submission by name, without those whose note is `damaged`."""
+        return {each.name: each for each in self._sound(Submission, "*.json")}
+
+    def _sound(self, kind: type[V], pattern: str) -> Iterator[V]:
+        found = (kind.read(file) for file in sorted(self.path.glob(pattern)))
+        return (each for each in found if isinstance(each, kind))
+
+    def damaged(self) -> list[Damaged]:
+        """Return the damaged files of submissions. The other methods leave them out."""
+        kinds: dict[str, type[Value]] = {"*.json": Submission, "sick/*.json": SickNode, "*.process": Process}
+        found = (kind.read(file) for pattern, kind in kinds.items() for file in sorted(self.path.glob(pattern)))
+        return [each for each in found if isinstance(each, Damaged)]
 
     def jobs_by_run(self, jobs: Iterable[Job] | None) -> dict[str, Job] | None:
         """Return, of the jobs of a queue, the one that holds each run of this sweep; None if `jobs` is None."""
@@ -133,10 +146,14 @@ class Submissions:
 
     def read_orders(self, name: str, run_ids: Iterable[str]) -> Orders:
         """Return a submission's orders, for some of its runs."""
-        found = read_json(self.files(name) / "orders.json")
-        runs = {run_id: structured(RunConfig, found["runs"][run_id]) for run_id in run_ids}
-        code = CodeCopy.from_json(found["code"])
-        return Orders(**found | {"runs": runs, "code": code, "scores": tuple(found.get("scores", ()))})
+        path = self.files(name) / "orders.json"
+        try:
+            found = read_json(path)
+            runs = {run_id: structured(RunConfig, found["runs"][run_id]) for run_id in run_ids}
+            code = CodeCopy.from_json(found["code"])
+            return Orders(**found | {"runs": runs, "code": code, "scores": tuple(found.get("scores", ()))})
+        except (TypeError, KeyError, AttributeError) as error:
+            raise UserError(f"{path}: does not hold the orders of {name} ({error!r}); submit again") from None
 
     def note_sick(self, node: str, fault: str, job: str | None = None) -> None:
         """Note that a node failed its self-test."""
@@ -147,9 +164,8 @@ class Submissions:
     def sick_nodes(self) -> dict[str, str]:
         """Return the nodes that failed a self-test within the last day, each with its fault."""
         found = {}
-        for path in sorted((self.path / "sick").glob("*.json")):
-            noted = sound(SickNode.read(path))
-            if noted and time.time() - datetime.fromisoformat(noted.time).timestamp() < SICK_SECONDS:
+        for noted in self._sound(SickNode, "sick/*.json"):
+            if time.time() - datetime.fromisoformat(noted.time).timestamp() < SICK_SECONDS:
                 found[noted.node] = noted.fault
         return found
 
@@ -163,5 +179,5 @@ class Submissions:
     def processes(self, host: str) -> list[Process]:
         """Return the noted processes: those of `host` if they are alive, and all of other hosts, because a process can
         only be checked on its own host."""
-        found = [noted for note in self.path.glob("*.process") if (noted := sound(Process.read(note)))]
+        found = self._sound(Process, "*.process")
         return [each for each in found if each.host != host or process_alive(each.pid, each.born)]

@@ -135,7 +135,7 @@ def test_a_character_that_the_terminal_lacks_is_replaced():
         ("budget=[1e11", "'budget=[1e11': the value after the '=' is not valid YAML"),
         ("training.seed=-1", "training.seed: -1 is out of range"),
         ("trainin.seed=1", "trainin: unknown setting; did you mean 'training'"),
-        ("data.sources=3", "data.sources: 3 is given; expected a list"),
+        ("data.sources=3", "data.sources: '3' is given; expected a list"),
         ("method.targets=q_proj", "method.targets: 'q_proj' is given; expected a list"),
         ("data.sources=[{weight: x}]", "data.sources.weight: expected a number"),
         ("training.batch_size=many", "training.batch_size: 'many' is given; expected a whole number"),

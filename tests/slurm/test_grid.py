@@ -206,7 +206,7 @@ def test_a_class_holds_sizes_up_to_its_limit_and_the_last_class_the_rest(paramet
         ("axes: {budget: [many]}", "budget: 'many' is given; expected a number"),
         ("methods: [{name: lorra}]", "method.name: 'lorra' is unknown; allowed: full, freeze, bias, lora"),
         ("methods: [{name: full, rank: [8]}]", "method: settings of 'lora' are given, but method.name is 'full'"),
-        ("methods: [{rank: 8}]", "methods[0]: {'rank': 8} has no name"),
+        ("methods: [{rank: 8}]", "methods[0]: {'rank': '8'} has no name"),
         ("methods: [{name: full, only: {backbone: 14m}}]", "methods[0].only: backbone: unknown setting"),
         ("axes: {method.name: [full]}\nmethods: [full]", "axes.method.name: is given in methods too"),
         ("base: {output: x}", "base.output: is the same for all runs; set output at the top"),
