@@ -198,7 +198,7 @@ def _exclusion(row: Mapping[Any, Any], reason: str, detail: str = "") -> Row:
 # What trackers and people write for a run that is done, and for one that is not. Other words are reasons of their own.
 DONE = {"done", "finished", "complete", "completed", "success", "succeeded", "ok"}
 UNFINISHED = {"running", "crashed", "failed", "killed", "cancelled", "canceled", "preempted", "pending", "scheduled"}
-Wrong = dict[str, pd.Series]  # our name of a column → the reason for each cell that is no number, by its row
+Wrong = dict[str, pd.Series]  # our name of a column → the reason for each cell that is not a number, by its row
 
 
 def _from_table(

@@ -143,7 +143,7 @@ def load(folder: str | Path) -> Study:
 
 
 def of(fits: Fits, runs: Runs) -> Study:
-    """Return the study of fits that are not in a folder: a table's, with neither curves nor scores."""
+    """Return the study of fits that are not in a folder. It has no curves and no scores."""
     return Study(fits, runs.table, runs.excluded)
 
 

@@ -26,12 +26,12 @@ SIGNS = {"n_opt": "N*", "d_opt": "D*", "loss": "L*"}  # how a reader sees the qu
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """Return a number with so many significant digits, or a dash for None."""
+    """Return a number with this many significant digits, or a dash for None."""
     return "–" if value is None else f"{value:.{digits}g}"
 
 
 def spread(ends: Sequence[float] | None, digits: int = 3) -> str:
-    """Return an interval with so many significant digits, or a dash for None."""
+    """Return an interval with this many significant digits, or a dash for None."""
     return "–" if ends is None else f"{ends[0]:.{digits}g} … {ends[1]:.{digits}g}"
 
 

@@ -1,4 +1,4 @@
-"""What a sweep will cost before anything is submitted: steps, tokens, FLOP, disk, GPU-hours, and runs that cannot run.
+"""Estimate a sweep before it is submitted: steps, tokens, FLOP, disk, GPU-hours, and the runs that cannot be run.
 
 Every figure is computed from the grid, without SLURM, torch or weights. Tokens per pair are the mean of the store, or
 the sweep file's assumption while the store does not exist. So steps are estimates; `training.plan` counts the tokens

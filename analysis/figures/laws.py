@@ -234,7 +234,7 @@ def _positive(axes: Axes, values: Array) -> None:
 
 
 def _outside(axes: Axes, values: Array) -> str:
-    """Return what a caption says of points beyond the ends of the ordinate."""
+    """Return the caption's words about points outside the ordinate."""
     low, high = axes.get_ylim()
     count = int(((values < low) | (values > high)).sum())
     return f" {count} of the {len(values)} points lie outside." if count else ""

@@ -82,7 +82,7 @@ class Bucket(Value):
 
 
 def buckets_for(text_bytes: int, bucket_bytes: int = BUCKET_BYTES) -> int:
-    """Return the number of buckets for a corpus of so many bytes: a power of two, at least 2."""
+    """Return the number of buckets for a corpus of this many bytes: a power of two, at least 2."""
     return 1 << min(max(text_bytes // bucket_bytes, 1).bit_length(), MOST_BUCKETS.bit_length() - 1)
 
 

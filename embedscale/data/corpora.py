@@ -38,7 +38,7 @@ class UnitSize:
     most_units: int = 2048  # in one source; a larger source gets larger units
 
     def bytes_of(self, corpus: int) -> int:
-        """Return the bytes of a unit, for a corpus of so many bytes."""
+        """Return the bytes of a unit, for a corpus of this many bytes."""
         return max(self.least_bytes, math.ceil(corpus / self.most_units))
 
 

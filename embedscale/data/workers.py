@@ -90,5 +90,5 @@ def _begin_worker(leaving: Event) -> None:
 
 
 def parent_leaves() -> bool:
-    """In a worker: whether the result of the current task is no longer wanted. Ask this in long loops."""
+    """Return, in a worker, whether the result of the current task is no longer needed. Ask this in long loops."""
     return _leaving.is_set()

@@ -173,7 +173,7 @@ class RunDirectory:
             torn.unlink(missing_ok=True)
 
     def left_over(self) -> bool:
-        """Whether a finished run still has checkpoints or half-written files: it was killed while it removed them."""
+        """Return whether a finished run still has checkpoints or half-written files, as after a kill."""
         return self.checkpoints.exists() or any(self.path.rglob(".*.partial"))
 
     def remove_checkpoints(self) -> None:

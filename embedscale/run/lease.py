@@ -27,7 +27,7 @@ STALE_SECONDS = 180.0
 
 
 def process_alive(pid: int, born: str | None = None) -> bool:
-    """Whether a process of this machine runs. `born` is its `start_time`; None if it was not noted."""
+    """Return whether a process of this machine runs. `born` is its `start_time`; None if it was not noted."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -189,7 +189,7 @@ class Lease:
         return self.path.with_name(f".{self.path.name}.{(self.holder.token or '')[:8]}.{ending}")
 
     def held(self) -> bool:
-        """Whether no other process has taken the lease; to be asked before each write into the run directory.
+        """Return whether this process still has the lease; call this before each write into the run directory.
 
         While the file server does not answer, the lease counts as held.
         """

@@ -23,7 +23,7 @@ class StopRequest:
 
     @property
     def requested(self) -> bool:
-        """Whether to stop."""
+        """Return whether to stop."""
         if self.reason is None and self.deadline is not None and time.time() >= self.deadline:
             self.request("the time is up")
         return self.reason is not None

@@ -59,7 +59,7 @@ class BetweenSteps(lightning.Callback):
     def __init__(self, run: TrainingRun):
         self.run = run
         self.rows, self.checkpoints = Log(run), Checkpoints(run)
-        # Made in every process; only the one with the lease tells of its progress.
+        # Every process makes one, but only the process with the lease reports progress.
         self.heartbeat = Heartbeat(run) if run.lease is not None else None
         self.progress = ProgressLine(run, self.heartbeat) if self.heartbeat is not None else None
         self._handlers = {number: signal.getsignal(number) for number in HANDLED}

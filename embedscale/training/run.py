@@ -53,7 +53,7 @@ class TrainingRun:
 
     @property
     def done(self) -> bool:
-        """Whether all planned steps are made."""
+        """Return whether all planned steps are made."""
         return self.module.step == self.plan.steps
 
     def may_write(self) -> bool:

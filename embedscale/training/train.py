@@ -133,7 +133,7 @@ def _as_many_threads(directory: RunDirectory, begun: PlanFile | None) -> Iterato
 
 def _planned(config: RunConfig) -> tuple[PairStore, TrainingPlan]:
     """Return the store and the plan, without weights. Raises UserError if they do not fit the configuration."""
-    shape = shape_without_weights(config.backbone)  # first: a mistyped backbone is no fault of the tokenizer
+    shape = shape_without_weights(config.backbone)  # first, so that a mistyped backbone is not blamed on the tokenizer
     store = PairStore.open(config.data.store)
     tokenizer = config.data.tokenizer or config.backbone.name
     revision = None if config.data.tokenizer else config.backbone.revision

@@ -123,7 +123,7 @@ class Allocation:
 
 
 class Requeue(StrEnum):
-    """What became of a job's request to be put back into the queue."""
+    """The answer to a job's request to be requeued."""
 
     ACCEPTED = "accepted"  # the scheduler ends the job's processes and starts the job again later
     REFUSED = "refused"

@@ -1,4 +1,4 @@
-"""What a SLURM site says of itself: its settings, partitions and nodes, and what a node answers through srun.
+"""Ask a SLURM site for its settings, partitions and nodes, and a node for its cores and GPUs through srun.
 
 The doctor holds these values against the cluster file. Sizes are in GB of 1000 MB, times in hours or seconds.
 """

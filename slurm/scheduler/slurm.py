@@ -135,7 +135,7 @@ class Slurm:
             time.sleep(2)
 
     def allocation(self) -> Allocation:
-        """Return what SLURM's variables say of the job and of this task."""
+        """Return the job and the task as SLURM's variables describe them."""
         node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
         processes, nodes = int(os.environ.get("SLURM_NTASKS", 1)), int(os.environ.get("SLURM_JOB_NUM_NODES", 1))
         # Another port after a requeue, and for every job that may share the node.

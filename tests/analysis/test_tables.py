@@ -326,7 +326,7 @@ def test_names_times_measurements_and_what_follows_from_the_size_are_no_settings
 
 
 def test_one_column_for_two_fields_is_refused():
-    """With N as the tokens, the sizes would follow from C: N* and D* would swap without a word."""
+    """With N as the tokens, the sizes would follow from C: N* and D* would swap without a message."""
     with pytest.raises(UserError, match="'N' is given for tokens, and its name says n_parameters"):
         runs.load(sweep(), {"tokens": "N"})
     with pytest.raises(UserError, match="'N' is given for n_parameters and for tokens"):

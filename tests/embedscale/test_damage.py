@@ -208,7 +208,7 @@ def test_a_plan_that_was_changed_or_lost_beside_its_checkpoints_is_one_line(dama
     for _ in range(40):
         changed = flipped(content, rng)
         directory.plan.write_bytes(changed)
-        if b'"checksum"' in changed:  # without this key, it is a file of earlier code, and all else is as it was
+        if b'"checksum"' in changed:  # without this key it is a file of earlier code; the rest is unchanged
             with pytest.raises(UserError, match="plan.json") as error:
                 train(config, StopAfter(0))
             assert "\n" not in str(error.value)

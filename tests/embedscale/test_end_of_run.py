@@ -102,7 +102,7 @@ def test_what_the_record_needs_is_asked_for_before_the_first_step(tmp_path, tiny
 
 
 def test_checkpoints_of_a_finished_run_do_not_stay(tmp_path, tiny_run):
-    """Killed between the record and the removal of what it needs no longer."""
+    """The run was killed after it wrote its record and before it removed files that it no longer needs."""
     config, directory = run_of(tmp_path, tiny_run)
     assert train(config) == DONE
     before = comparable(directory)

@@ -29,7 +29,7 @@ def flip(path, rng):
 
 
 def read_all(folder):
-    """What a run reads of a store: the token counts, the training pairs, the held-out pairs."""
+    """The parts of a store that a run reads: token counts, training pairs, held-out pairs."""
     store = PairStore.open(folder)
     counts = store.token_counts(1)
     batches = (store.batch(0, store.pairs, 1), store.held_out_batch(0, store.held_out))
