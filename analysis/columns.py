@@ -42,6 +42,9 @@ NUMBERS = {
     "wall_seconds": "seconds over all attempts",
     "spent_flop": "FLOP spent, the paper's convention",
     "spent_flop_exact": "FLOP spent, the exact convention",
+    "n_opt": "N*, best size of a budget, in a table of optima without runs",
+    "d_opt": "D*, tokens of the best size, in a table of optima",
+    "n_opt_spread": "standard deviation of ln N*, in a table of optima",
     "evaluation.pool": "held-out pairs",
     "evaluation.negatives": "negatives of a held-out query",
     "evaluation.temperature": "temperature of the held-out loss",
@@ -81,7 +84,10 @@ ALIASES = {
         *("c", "flop", "flops", "compute", "budget", "training_flop", "training_flops", "train_flops", "total_flops"),
         *("training_compute",),
     ),
-    "loss": ("val_loss", "eval_loss", "valid_loss", "validation_loss", "test_loss", "held_out_loss"),
+    "loss": ("val_loss", "eval_loss", "valid_loss", "validation_loss", "test_loss", "held_out_loss", "loss_star"),
+    "n_opt": ("n_star", "nstar", "n*", "n_optimal", "optimal_n", "optimal_params", "optimal_parameters"),
+    "d_opt": ("d_star", "dstar", "d*", "t_star", "d_optimal", "optimal_d", "optimal_tokens"),
+    "n_opt_spread": ("n_star_log_std",),
     "learning_rate": ("lr", "peak_lr", "max_lr"),
     "weight_decay": ("wd",),
     "seed": ("random_seed", "rng_seed"),
@@ -93,6 +99,7 @@ OURS = {alias: ours for ours, aliases in ALIASES.items() for alias in (ours, *al
 }
 # Exports of trackers put what was set and what was found under names of their own.
 SET, FOUND = ("config", "params"), ("summary", "metrics")
+AXES = {"n_parameters", "tokens", "budget_flop", "loss"}
 MEASURED = ("loss", "train_loss", "recall_at_1", "recall_at_10", "gpu_hours", "wall_seconds", "status")
 
 # Losses of runs that differ in one of these columns cannot be compared.
@@ -244,7 +251,7 @@ def sources(names: Collection[str], mapping: Mapping[str, str] | None = None) ->
         ours = name if name in COLUMNS else OURS.get(plain, "")
         if not ours or (prefix in SET and ours in MEASURED) or (prefix in FOUND and ours not in MEASURED):
             continue
-        if name in taken and ours not in result and name != ours:
+        if {ours, taken.get(name)} <= AXES and ours not in result and name != ours:
             raise UserError(
                 f"columns: {name!r} is given for {taken[name]}, and its name says {ours}; "
                 f"name the column of {ours} too: {ours}=NAME"

@@ -47,12 +47,19 @@ class Runs:
     is left out: `run`, `reason` ("unfinished", "diverged", "duplicate", "checkpoint", "another COLUMN"), `detail`, and
     `method`, `n_parameters` and `budget_flop` where they are known. `source` names what was read. `notes` say how it
     was read, a line each.
+
+    A table of optima has a row for each budget instead: N* and D* as `n_parameters` and `tokens`, N* also as `n_opt`,
+    and a loss only where the source has one.
     """
 
     table: pd.DataFrame
     excluded: pd.DataFrame
     source: str
     notes: tuple[str, ...] = ()
+
+    @property
+    def are_optima(self) -> bool:
+        return "n_opt" in self.table
 
     @property
     def methods(self) -> list[str]:
@@ -208,7 +215,7 @@ def _from_table(
         raise UserError(f"{origin}: holds no run")
     raw = raw[~raw.map(tables.blank).all(axis="columns")]
     found = _chosen(origin, raw, columns, ignore)
-    if "loss" not in found:
+    if not {"loss", "n_opt"} & found.keys():
         raise UserError(f"{origin}: column 'loss' is missing; name it by --columns loss=NAME; it has {listed(raw)}")
     notes = _notes_of_names(found, ignore)
     table, wrong = _ours(raw, found)
@@ -237,7 +244,9 @@ def _from_table(
         gone = table[reasons != ""].to_dict("records")
         excluded += [_exclusion(row, why) for row, why in zip(gone, reasons[reasons != ""], strict=True)]
         table = table[reasons == ""]
-        others = raw.loc[table.index].drop(columns=[*(source.name for source in found.values()), *ignore])
+        others = raw.loc[table.index].drop(columns=list({source.name for source in found.values()} | set(ignore)))
+        if "n_opt" in table and not table.duplicated(["method", "budget_flop"]).any():
+            others = others[[name for name in others if len(tables.numbers(others[name])[1])]]  # no row can be averaged
         replicates.refuse(origin, others, table)
     return _comparable(origin, table, excluded, notes)
 
@@ -254,14 +263,17 @@ def _chosen(origin: str, raw: pd.DataFrame, columns: Mapping[str, str], ignore: 
     run = found.get("run")
     if run and not run.named and raw[run.name].duplicated().any():  # a name that recurs may be that of a model
         del found["run"]
-    return found
+    if "n_opt" in found and (found["n_opt"].named or "n_parameters" not in found):  # a table of optima
+        of_runs = {"n_parameters": found["n_opt"]} | ({"tokens": found["d_opt"]} if "d_opt" in found else {})
+        return found | of_runs
+    return {ours: source for ours, source in found.items() if ours not in ("n_opt", "d_opt", "n_opt_spread")}
 
 
 def _notes_of_names(found: Mapping[str, Source], ignore: Collection[str]) -> list[str]:
     guessed = [
         f"{ours} from {source.name!r}" + (f" × {source.factor:g}" if source.factor != 1 else "")
         for ours, source in found.items()
-        if not source.named
+        if not source.named and not (ours in ("n_parameters", "tokens") and "n_opt" in found)
     ]
     notes = [f"columns were recognised by their names: {', '.join(guessed)}"] if guessed else []
     if ignore:
@@ -310,9 +322,11 @@ def _completed(origin: str, table: pd.DataFrame, found: Mapping[str, Source]) ->
     lower = words.str.lower()
     reasons = lower.where(~lower.isin(UNFINISHED), "unfinished").where(~lower.isin(DONE), "")
     details = words.where(lower.isin(UNFINISHED), "")
-    lost = (reasons == "") & ~np.isfinite(table["loss"])
-    reasons = reasons.where(~lost, "diverged")
-    details = details.where(~lost, "loss is " + table["loss"].astype(str))
+    needed, why = ("n_opt", "no optimum") if "n_opt" in table else ("loss", "diverged")
+    lost = (reasons == "") & ~np.isfinite(table[needed])
+    reasons = reasons.where(~lost, why)
+    details = details.where(~lost, f"{needed} is " + table[needed].astype(str))
+    table["loss"] = table.get("loss", pd.Series(np.nan, table.index))
     gone = reasons != ""
     excluded = [
         _exclusion(row, reason, detail)
@@ -322,7 +336,8 @@ def _completed(origin: str, table: pd.DataFrame, found: Mapping[str, Source]) ->
     if "status" in table:
         table["status"] = "done"
     for name in ("n_parameters", "tokens", "budget_flop", "loss"):
-        for row in table.index[~(np.isfinite(table[name]) & (table[name] > 0))][:1]:
+        unknown = table[name].isna() if name == "loss" else False
+        for row in table.index[~(np.isfinite(table[name]) & (table[name] > 0) | unknown)][:1]:
             place = _place(origin, name, found[name].name if name in found else name, row)
             if np.isnan(table[name][row]):
                 raise UserError(

@@ -129,7 +129,10 @@ def load(folder: str | Path) -> Study:
     folder = folder if folder.is_dir() else folder.parent
     if not (folder / TABLE).exists():
         raise UserError(f"{folder / TABLE}: does not exist; embedscale fit writes it beside its fits.json")
-    table = runs.load(folder / TABLE).table
+    loaded = runs.load(folder / TABLE)
+    if loaded.are_optima:
+        raise UserError(f"{folder}: holds the fits of a table of optima; figures and the report need runs")
+    table = loaded.table
     directories = _directories(folder, table)
     best = {point.run for method in fits.methods.values() for point in method.points}
     return Study(

@@ -29,6 +29,7 @@ from analysis.fits import (
 from analysis.fitting import grouping, optima, uncertainty
 from analysis.fitting import joint as joint_laws
 from analysis.fitting.frontier import frontier
+from analysis.fitting.given import fit_optima
 from analysis.fitting.joint import KEPT_DRAWS, Fitted
 from analysis.fitting.laws import Array, interval, power_law
 from analysis.fitting.notes import notes_of
@@ -71,6 +72,8 @@ def fit(
         residual, delta, optima.check_estimator(optimum, window), window, bootstrap, confidence, seed, dict(where or {})
     )
     _check(settings, noise)
+    if runs.are_optima:
+        return fit_optima(runs, settings)
     # Grouped over all methods, so that the methods meet at budgets that are equal to the last bit.
     table = runs.table.assign(profile=grouping.group_budgets(runs.table["budget_flop"].to_numpy(float)))
     budgets, sizes = np.unique(table["profile"]), np.unique(table["n_parameters"])

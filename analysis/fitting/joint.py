@@ -164,10 +164,17 @@ def hold_out(
             predicted = np.ravel(fitted.predict(n, d, s))
             if np.isfinite(predicted).all():  # a law far off its data can leave a float's range
                 result.append(uncertainty.judged(what, value, law.name, predicted, loss))
+    return (*result, *hold_out_optima(rows))
+
+
+def hold_out_optima(rows: Sequence[Optimum]) -> tuple[HoldOut, ...]:
+    """Predict N* and L* of the largest budget by power laws through the other optima, where there are at least two."""
+    result = []
     interior = [row for row in rows if row.interior]
     if len(interior) >= 3:
         budgets, last = np.array([row.budget_flop for row in interior]), interior[-1]
-        for name in ("n_opt", "loss"):
+        known = [name for name in ("n_opt", "loss") if all(getattr(row, name) for row in interior)]
+        for name in known:
             values = np.array([getattr(row, name) for row in interior])
             log_coefficient, exponent = power_law(budgets[:-1], values[:-1])
             predicted = np.exp(log_coefficient + exponent * np.log([last.budget_flop]))
