@@ -131,8 +131,8 @@ class Law(ABC):
         """Return the loss [b, points] and d ln L / d theta [b, p, points]."""
 
     @abstractmethod
-    def starts(self, loss: Array, data: Data, count: int) -> Array:
-        """Return `count` starting points theta [count, p] for the loss [points], the most promising first."""
+    def starts(self, loss: Array, data: Data) -> Array:
+        """Return starting points theta [starts, p] for the loss [points], the most promising first."""
 
     @abstractmethod
     def published(self, theta: Array, data: Data) -> Array:
@@ -259,14 +259,14 @@ class Chinchilla(Law):
         total[:, 3, 3], total[:, 4, 4] = w[:, 3] @ by_n, w[:, 4] @ by_d
         return total
 
-    def starts(self, loss: Array, data: Data, count: int) -> Array:
+    def starts(self, loss: Array, data: Data) -> Array:
         grid = np.geomspace(0.03, 1.5, 14)
         alpha, beta = (axis.ravel() for axis in np.meshgrid(grid, grid))
         by_n, by_d = np.exp(-np.outer(alpha, data.log_n)), np.exp(-np.outer(beta, data.log_d))
         linear, squares = projected(np.stack([np.ones_like(by_n), by_n, by_d], 2), loss)
         # The coefficients are positive: one that least squares drives below zero starts small instead.
         linear = np.maximum(linear, 0.02 * loss.min())
-        best = np.argsort(squares)[:count]
+        best = np.argsort(squares)
         return np.column_stack([np.log(linear[best]), alpha[best], beta[best]])
 
     def published(self, theta: Array, data: Data) -> Array:
@@ -339,7 +339,7 @@ class TrainableFraction(Law):
             total[:, i, 7] = total[:, 7, i] = w[:, i] @ by_d
         return total
 
-    def starts(self, loss: Array, data: Data, count: int) -> Array:
+    def starts(self, loss: Array, data: Data) -> Array:
         grid = np.geomspace(0.04, 1.2, 9)
         alpha, beta, power = (axis.ravel() for axis in np.meshgrid(grid, grid, [0.5, 1.0, 2.0, 4.0]))
         frozen = np.clip(1 - data.s, 0, 1)
@@ -347,7 +347,7 @@ class TrainableFraction(Law):
         share = np.where(frozen > 0, frozen ** power[:, None], 0.0)
         design = np.stack([np.ones_like(by_n), data.log_d * by_n, by_n, share * by_d, by_d], 2)
         linear, squares = projected(design, loss)
-        best = np.argsort(squares)[:count]
+        best = np.argsort(squares)
         e, slope, level, gain, rest = linear[best].T
         e = np.log(np.maximum(e, 0.02 * loss.min()))
         return np.stack([e, slope, level, gain, np.log(power[best]), rest, alpha[best], beta[best]], 1)

@@ -21,6 +21,7 @@ LIMIT = 1e-7  # of the largest scale: a coordinate below it has run to its limit
 EXACT = 1e-7  # rms residual below which a fit is as good as exact, so that rounding decides its gradient
 ITERATIONS = 500  # of the last stage; a flat valley between kinks of Huber's ρ takes many
 RADIUS = 0.3  # of the first step, in internal coordinates; renewed every 40 steps
+SAME = 1e-4  # relative difference of objectives up to which two least squares are the same
 BLOCK = 128  # rows that are solved together, at least
 NUMBERS = 30_000  # points of all rows that are solved together, so that their arrays fit into the cache
 
@@ -235,11 +236,28 @@ def began(theta: Array) -> Solution:
 
 
 def minimise(
-    law: Law, theta: Array, data: Data, loss: Array, weights: Array, residual: str = "huber", delta: float = 1e-3
-) -> Solution:
-    """Minimise the objective of the residuals at `loss` [points] from every row of `theta` [b, p]."""
+    law: Law,
+    theta: Array,
+    data: Data,
+    loss: Array,
+    weights: Array,
+    residual: str = "huber",
+    delta: float = 1e-3,
+    most: int | None = None,
+) -> tuple[Solution, NDArray[np.int_]]:
+    """Minimise the objective of the residuals at `loss` [points] from the rows of `theta` [b, p].
+
+    Rows with the same least squares go on as one, and only the `most` lowest of these. Return where they end, and how
+    many rows each of them stands for.
+    """
     problem, rows = Problem(law, data, loss[None], weights[None], residual, delta), np.zeros(len(theta), int)
-    return problem.staged(problem.squares(began(theta), rows), rows)
+    found = problem.squares(began(theta), rows)
+    order = np.argsort(found.objective)
+    value = found.objective[order]
+    first = np.flatnonzero(np.append(True, ~(value[1:] <= value[:-1] * (1 + SAME))))
+    count = np.diff(np.append(first, len(order)))
+    found = found.take(order[first[:most]])
+    return problem.staged(found, rows[: len(found.theta)]), count[:most]
 
 
 def lowest_of_many(problem: Problem, theta: Array, rows: NDArray[np.int_]) -> Solution:
@@ -250,7 +268,7 @@ def lowest_of_many(problem: Problem, theta: Array, rows: NDArray[np.int_]) -> So
     # Starts that reached the same least squares go on as one.
     order = np.lexsort((found.objective, owner))
     found, value = found.take(order), found.objective[order]
-    same = np.append(False, (owner[1:] == owner[:-1]) & (value[1:] <= value[:-1] * (1 + 1e-4)))
+    same = np.append(False, (owner[1:] == owner[:-1]) & (value[1:] <= value[:-1] * (1 + SAME)))
     found, owner = found.take(~same), owner[~same]
     found = problem.staged(found, rows[owner])
     order = np.lexsort((found.objective, owner))

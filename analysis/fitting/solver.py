@@ -16,7 +16,7 @@ from embedscale.errors import UserError
 
 RESIDUALS = ("huber", "lad", "log", "raw")
 MANY = 100  # points from which a refit has one basin, so that it starts at the last δ
-OTHERS = 4  # starts of a refit besides the fit, below so many points
+OTHERS = slice(0, 24, 6)  # starts of a refit besides the fit, below so many points
 
 
 class NoFit(UserError):
@@ -88,7 +88,7 @@ class JointFit:
             found = problem.directly(found, rows)
         left = rows[~found.converged]
         if len(left):
-            starts = np.vstack([self.theta, self.law.starts(self.loss, self.data, 24)[:: 24 // OTHERS]])
+            starts = np.vstack([self.theta, self.law.starts(self.loss, self.data)[OTHERS]])
             again = lowest_of_many(problem, starts, left)
             found.theta[left], found.gradient[left] = again.theta, again.gradient
         return np.where(found.converged[:, None], self.law.published(found.theta, self.data), np.nan)
@@ -108,7 +108,8 @@ def fit_joint(
     """Fit a joint law to points [points]; `residual` is one of `RESIDUALS`, `delta` is Huber's δ on ln L.
 
     Raises UserError for an unknown residual and a δ that is not positive. Raises TooFewRuns where there are no more
-    points than coefficients, or fewer than three sizes, and DidNotConverge where no start reaches a minimum.
+    points than coefficients, or fewer than three sizes, DidNotConverge where no start reaches a minimum, and NoFit
+    where the minimum has a coefficient that the law does not allow.
     """
     if residual not in RESIDUALS:
         raise UserError(f"residual: {residual!r} is unknown; allowed: {', '.join(RESIDUALS)}")
@@ -123,7 +124,7 @@ def fit_joint(
     weights = np.ones_like(loss) if weights is None else np.asarray(weights, float)
     data = Data.of(n_parameters, tokens, trainable_fraction)
 
-    found = minimise(law, law.starts(loss, data, starts), data, loss, weights, residual, delta)
+    found, count = minimise(law, law.starts(loss, data), data, loss, weights, residual, delta, most=starts)
     # The lowest end of all, converged or not: a minimum above the end of another start is not the minimum.
     lowest = float(found.objective.min())
     agreeing = found.objective <= lowest * (1 + 1e-6) + 1e-18
@@ -136,6 +137,13 @@ def fit_joint(
             f"the {law.name} law did not converge: the scaled gradient is {gradient:.1e} where a minimum has at most "
             f"{TOLERANCE:.0e}"
         )
+    values = dict(zip(law.coefficients, law.published(theta[None], data)[0], strict=True))
+    for name, (low, high) in law.bounds.items():
+        if not low < values[name] < high:
+            raise NoFit(
+                f"the {law.name} law does not fit: its {name} would be {values[name]:.3g}, where it has to be between "
+                f"{low:g} and {high:g}"
+            )
     condition, not_fixed, spread = _identifiability(law, theta, data, loss, weights)
     return JointFit(
         law,
@@ -146,8 +154,8 @@ def fit_joint(
         residual,
         delta,
         lowest,
-        len(found.theta),
-        int(agreeing.sum()),
+        int(count.sum()),
+        int(count[agreeing].sum()),
         gradient,
         int(found.iterations[best]),
         condition,

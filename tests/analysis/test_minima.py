@@ -72,7 +72,7 @@ def test_fits_of_few_runs_are_no_higher_than_scipys(seed):
     rows = rng.choice(len(n), min(len(n), int(rng.integers(12, 30))), replace=False)
     n, d, loss = n[rows], d[rows], loss[rows]
     found = fit_joint(CHINCHILLA, n, d, loss, delta=DELTA)
-    low = lowest(CHINCHILLA.starts(loss, found.data, 3), found.theta, found.data, loss, 1.0, rng)
+    low = lowest(CHINCHILLA.starts(loss, found.data)[:3], found.theta, found.data, loss, 1.0, rng)
     assert 1e4 * found.objective <= low * (1 + 1e-6)
 
 
@@ -84,7 +84,7 @@ def test_refits_of_few_runs_are_no_higher_than_scipys():
     weights = rng.multinomial(len(n), np.full(len(n), 1 / len(n)), 3).astype(float)
     for w, values in zip(weights, found.refit(weights=weights), strict=True):
         theta = CHINCHILLA.internal(values[None], found.data)[0]
-        low = lowest(CHINCHILLA.starts(loss, found.data, 3), theta, found.data, loss, w, rng)
+        low = lowest(CHINCHILLA.starts(loss, found.data)[:3], theta, found.data, loss, w, rng)
         assert huber(theta, found.data, loss, w) <= low * (1 + 1e-6)
 
 

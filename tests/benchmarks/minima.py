@@ -4,7 +4,8 @@
 
 DATA holds the public tables (`olmo_ladder`, `chinchilla_epoch`, `farseer`, `porian_isoflop`). Each subset is 12 to 40
 random rows of a random table, fitted by both laws and three residuals. scipy runs BFGS from the law's own starts and
-from points near our minimum, and Nelder–Mead from our minimum. A fit that "did not converge" is counted separately.
+from points near our minimum, and Nelder–Mead from our minimum. A fit that is refused, because it
+did not converge or because a coefficient has a sign that the law does not allow, is counted separately.
 """
 
 import sys
@@ -18,7 +19,7 @@ from scipy.optimize import minimize
 
 from analysis.fitting import solver
 from analysis.fitting.laws import CHINCHILLA, LAWS, Data, Law
-from analysis.fitting.solver import DidNotConverge, JointFit, fit_joint
+from analysis.fitting.solver import JointFit, NoFit, fit_joint
 
 Table = tuple[np.ndarray, np.ndarray, np.ndarray]  # N, D, loss
 KINDS = ("huber", "log", "raw")
@@ -102,19 +103,19 @@ def fits(found: dict[str, Table], count: int) -> None:
                 try:
                     turn = time.perf_counter()
                     fit = fit_joint(law, n, d, tried, s, residual=kind, delta=DELTA)
-                except DidNotConverge as error:
+                except NoFit as error:
                     refused[law.name, kind] += 1
                     print(f"  {name}, {len(n)} rows, {law.name}, {kind}: {error}", flush=True)
                     continue
                 finally:
                     ours += time.perf_counter() - turn
                 at = objective(law, fit.data, tried, fit.weights, kind)
-                low = lowest(at, list(law.starts(tried, fit.data, 4)), fit.theta, rng)
+                low = lowest(at, list(law.starts(tried, fit.data)[:4]), fit.theta, rng)
                 excess[law.name, kind].append(fit.objective / low - 1)
                 if fit.objective > low * (1 + MORE):
                     print(f"  {name}, {len(n)} rows, {law.name}, {kind}: {fit.objective:.6e}, scipy {low:.6e}")
     print(f"{count} subsets in {time.perf_counter() - began:.0f} s, of which our fits took {ours:.1f} s")
-    print("law, residual: fits, did not converge, above scipy by more than 1e-6, largest excess")
+    print("law, residual: fits, refused, above scipy by more than 1e-6, largest excess")
     for (law, kind), values in excess.items():
         missed = int((np.array(values) > MORE).sum())
         print(f"{law}, {kind}: {len(values)}, {refused[law, kind]}, {missed}, {max(values):.1e}")
@@ -128,7 +129,7 @@ def refits(found: dict[str, Table], count: int) -> None:
         name, (n, d, loss), _ = subset(found, rng)
         try:
             fit = fit_joint(CHINCHILLA, n, d, loss, delta=DELTA)
-        except solver.NoFit:
+        except NoFit:
             continue
         weights = rng.multinomial(len(n), np.full(len(n), 1 / len(n)), 20).astype(float)
         for w, values in zip(weights, fit.refit(weights=weights), strict=True):
@@ -147,7 +148,7 @@ def refits(found: dict[str, Table], count: int) -> None:
 def _excess(fit: JointFit, weights: np.ndarray, values: np.ndarray, rng: np.random.Generator) -> float:
     at = objective(fit.law, fit.data, fit.loss, weights, "huber")
     theta = fit.law.internal(values[None], fit.data)[0]
-    low = lowest(at, list(fit.law.starts(fit.loss, fit.data, 4)), theta, rng)
+    low = lowest(at, list(fit.law.starts(fit.loss, fit.data)[:4]), theta, rng)
     return at(theta)[0] / 1e4 / low - 1
 
 
