@@ -52,7 +52,7 @@ def _described(sweep: Sweep, going: dict[str, Job]) -> Sequence[str]:
     running = sum(job.running for job in going.values())
     parts = [f"{jobs:,} jobs with {len(going):,} runs, {running:,} of them in jobs that run now"]
     if others := len(going.keys() - sweep.by_id.keys()):
-        parts.append(f"{others:,} of these runs were not asked for, but share a job with one that was")
+        parts.append(f"{others:,} of these runs are not in this command, but share a job with one that is")
     return parts
 
 

@@ -324,7 +324,7 @@ def probe(token: Path, cpus: int, gpu: bool) -> list[Finding]:
     found += offline()
     if gpu and any(each.subject == "GPU" and each.text.startswith("none") for each in found):
         found.append(
-            Finding("GPU", False, "one was asked for, but none is visible: check the partition and the class's gpus")
+            Finding("GPU", False, "a GPU was requested, but none is visible; check partition and gpus of the class")
         )
     has = shutil.which("scontrol") is not None
     text = "here: a job can requeue itself" if has else "is missing: a stopped job waits for the next submit"

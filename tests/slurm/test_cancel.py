@@ -61,7 +61,7 @@ def test_cancel_of_some_runs_ends_their_jobs_and_names_other_runs_in_them(sweep,
     assert cancelled(1)[0] == {"1_1"}
     handles, said = cancelled(0, 2, 5)
     assert handles == {"1_0", "1_2", "2_0"}
-    assert "3 jobs with 5 runs, 0 of them in jobs that run now; 2 of these runs were not asked for" in said
+    assert "3 jobs with 5 runs, 0 of them in jobs that run now; 2 of these runs are not in this command" in said
     assert "not asked for" not in cancelled(0, 1)[1]
 
 
