@@ -22,8 +22,9 @@ Interval = tuple[float, float]
 """Low and high end of a percentile interval; `settings.confidence` says which."""
 Draws = tuple[tuple[float | None, ...], ...]
 """One row for each bootstrap draw that is kept."""
-State = Literal["interior", "edge", "too few", "diverged"]
-Estimator = Literal["parabola", "akima", "law"]
+State = Literal["interior", "edge", "too few", "diverged", "too narrow", "below all runs"]
+"""Whether a budget has an optimum, and why not (`fitting.optima` states the rules)."""
+Estimator = Literal["parabola", "akima", "law", "best-run"]
 
 
 # --- What was run ----------------------------------------------------------------------------------------------------
@@ -85,11 +86,27 @@ class Counts(Value):
 
 @dataclass(frozen=True)
 class Noise(Value):
-    """The standard deviation of ln L of one run, and how it is known."""
+    """The standard deviation of ln L of one run about its profile's curve, and how it is known."""
 
     log_loss: float | None
-    source: Literal["replicates", "given", "residuals", "none"]
+    source: Literal["pooled", "replicates", "residuals", "given", "none"]
+    """"pooled": from replicates and residuals together."""
     degrees_of_freedom: int
+    """0 where the noise is given."""
+    replicates: float | None = None
+    replicates_freedom: Count = 0
+    residuals: float | None = None
+    residuals_freedom: Count = 0
+
+    @property
+    def told(self) -> str:
+        """How the noise is known, in words."""
+        if self.source in ("given", "none"):
+            return self.source
+        found = f"{self.source}, {self.degrees_of_freedom} degrees of freedom"
+        if self.source == "residuals" and self.replicates is not None:
+            found += f"; replicates alone {self.replicates:.2g}, {self.replicates_freedom} degrees of freedom"
+        return found
 
 
 # --- Optima ----------------------------------------------------------------------------------------------------------
@@ -310,12 +327,21 @@ class Comparison(Value):
 
 
 @dataclass(frozen=True)
+class Gap(Value):
+    """A budget that the frontier leaves out."""
+
+    budget_flop: float
+    why: str
+
+
+@dataclass(frozen=True)
 class Frontier(Value):
     """Which method is best at which budget."""
 
     segments: tuple[Segment, ...] = ()
     crossings: tuple[Crossing, ...] = ()
     comparisons: tuple[Comparison, ...] = ()
+    gaps: tuple[Gap, ...] = ()
 
 
 # --- All of it -------------------------------------------------------------------------------------------------------
@@ -333,6 +359,8 @@ class FitSettings(Value):
     confidence: Share
     seed: Count
     where: dict[str, str] = field(default_factory=dict)
+    bins: float | None = None
+    """Bins of a decade of compute; None groups nearly equal budgets."""
 
     @property
     def percent(self) -> str:

@@ -314,7 +314,7 @@ def _checklist(found: Study) -> Table:
         ("Schedule", "; ".join(schedule)),
         ("Hyper-parameters compared", ", ".join(varied) or "none: one value each"),
         ("Seeds", f"{seeds}" if seeds else ""),
-        ("Noise of ln L", f"{number(noise.log_loss)}, from {noise.source}" if noise.log_loss else ""),
+        ("Noise of ln L", f"{number(noise.log_loss)}, from {noise.told}" if noise.log_loss else ""),
         ("Fit", f"residual {settings.residual}, δ {settings.delta:g}, "
          f"{', '.join(map(str, sorted(starts))) or 'no'} starts; "
          f"optima by {settings.optimum}, window {settings.window:g}"),

@@ -69,7 +69,10 @@ class Study:
     @cached_property
     def cells(self) -> dict[str, pd.DataFrame]:
         """Method → a row a setting, replicates averaged (`joint.cells_of`)."""
-        return {method: joint.cells_of(self.table[self.table["method"] == method]) for method in self.methods}
+        bins, budgets = self.fits.settings.bins, self.table["budget_flop"].to_numpy(float)
+        profile = grouping.bin_budgets(budgets, bins) if bins else grouping.group_budgets(budgets)
+        table = self.table.assign(profile=profile)
+        return {method: joint.cells_of(table[table["method"] == method]) for method in self.methods}
 
     @cached_property
     def points(self) -> dict[str, pd.DataFrame]:

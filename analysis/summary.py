@@ -56,7 +56,7 @@ def show_fits(fits: Fits, console: Console) -> None:
     damaged = [f"{row.run}: {row.detail}" for row in fits.excluded if row.reason == "unreadable"]
     for line in shortened(damaged, MOST_LINES):
         console.print(f"  damaged: {line}", soft_wrap=True)
-    console.print(f"noise of ln L: {number(fits.noise.log_loss)} ({fits.noise.source})")
+    console.print(f"noise of ln L: {number(fits.noise.log_loss)} ({fits.noise.told})")
     for name, method in fits.methods.items():
         _show_optima(name, method, percent, console)
         _show_laws(name, method, percent, console)
@@ -171,6 +171,7 @@ def command(args: Namespace) -> int:
             delta=args.delta,
             optimum=args.optimum,
             window=args.window,
+            bins=args.bins,
             noise=args.noise,
             bootstrap=args.bootstrap,
             seed=args.seed,

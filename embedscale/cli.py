@@ -274,14 +274,15 @@ def _fit_verb(verbs: Any) -> None:
         help="loss function for fitting joint laws: huber, lad, log or raw (default: huber)",
     )
     verb.add_argument("--delta", type=number, default=1e-3, help="Huber's delta, in ln L (default: 1e-3)")
-    text = "parabola, law, or akima (on dense grids it underestimates the loss and its interval) (default: parabola)"
+    text = "parabola, law, best-run, or akima (on dense grids it underestimates the loss) (default: parabola)"
     verb.add_argument("--optimum", default="parabola", metavar="KIND", help=text)
     verb.add_argument(
         "--window", type=number, default=4.0, metavar="FACTOR", help="range of N around the optimum (default: 4)"
     )
-    verb.add_argument(
-        "--noise", type=number, metavar="SD", help="standard deviation of ln L (default: measured on repeated runs)"
-    )
+    text = "compare runs within N bins a decade of compute (default: within nearly equal budgets)"
+    verb.add_argument("--bins", type=number, metavar="N", help=text)
+    text = "standard deviation of ln L (default: from repeated runs and residuals)"
+    verb.add_argument("--noise", type=number, metavar="SD", help=text)
     verb.add_argument("--bootstrap", type=int, default=1000, metavar="DRAWS", help="bootstrap draws (default: 1000)")
     verb.add_argument("--seed", type=int, default=0, help="seed of the draws (default: 0)")
     verb.add_argument(

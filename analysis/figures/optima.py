@@ -19,7 +19,7 @@ from analysis.fitting.laws import Array
 from analysis.study import Study
 from embedscale.run.method import METHODS, Choice
 
-HOLLOW = "Hollow marks are not interior optima (edge of the grid, too few sizes, or diverged) and enter no line."
+HOLLOW = "Hollow marks are budgets without an interior optimum; they enter no line."
 MANY = 12  # budgets above which those with fewer than three sizes are not drawn
 
 

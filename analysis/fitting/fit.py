@@ -21,6 +21,7 @@ from analysis.fits import (
     JointLaw,
     Line,
     MethodFit,
+    Noise,
     Optimum,
     Point,
     PowerLaw,
@@ -51,6 +52,7 @@ def fit(
     delta: float = 1e-3,
     optimum: str = "parabola",
     window: float = 4.0,
+    bins: float | None = None,
     noise: float | None = None,
     bootstrap: int = 1000,
     confidence: float = 0.95,
@@ -61,21 +63,25 @@ def fit(
     """Return all that the runs say.
 
     `residual` (`solver.RESIDUALS`) and `delta` are those of the joint laws. `optimum` is the estimator whose optima
-    enter the power laws, and `window` the factor in N within which a parabola is fitted. `noise` is the standard
-    deviation of ln L; None takes it from replicates, or else from the residuals of the joint laws. `bootstrap` is the
-    number of draws behind each interval. `where` is kept as the setting that selected the runs. `advance` is called
-    with the name of each method as its fit begins.
+    enter the power laws, and `window` the factor in N within which a parabola is fitted. `bins` replaces profiles of
+    nearly equal budgets by that many bins a decade of compute. `noise` is the standard deviation of ln L; None takes it
+    from replicates and residuals (`uncertainty.noise_of`). `bootstrap` is the number of draws behind each interval.
+    `where` is kept as the setting that selected the runs. `advance` is called with the name of each method as its fit
+    begins.
 
     Raises UserError for a setting out of range, for runs of a single budget, and for runs of fewer than three sizes.
     """
+    estimator = optima.check_estimator(optimum, window)
     settings = FitSettings(
-        residual, delta, optima.check_estimator(optimum, window), window, bootstrap, confidence, seed, dict(where or {})
+        residual, delta, estimator, window, bootstrap, confidence, seed, dict(where or {}), bins=bins
     )
     _check(settings, noise)
     if runs.are_optima:
         return fit_optima(runs, settings)
     # Grouped over all methods, so that the methods meet at budgets that are equal to the last bit.
-    table = runs.table.assign(profile=grouping.group_budgets(runs.table["budget_flop"].to_numpy(float)))
+    every = runs.table["budget_flop"].to_numpy(float)
+    profile = grouping.bin_budgets(every, bins) if bins else grouping.group_budgets(every)
+    table = runs.table.assign(profile=profile)
     budgets, sizes = np.unique(table["profile"]), np.unique(table["n_parameters"])
     if len(budgets) < 2:
         raise UserError(
@@ -85,24 +91,32 @@ def fit(
         told = ", ".join(f"{size:.4g}" for size in sizes)
         raise UserError(f"n_parameters: {len(sizes)} sizes only ({told}); optima and laws need at least three")
 
-    cells = {method: joint_laws.cells_of(table[table["method"] == method]) for method in runs.methods}
+    own = {method: table[table["method"] == method] for method in runs.methods}
+    cells = {method: joint_laws.cells_of(each) for method, each in own.items()}
     points = {method: grouping.best_points(found) for method, found in cells.items()}
     joint: dict[str, Fitted] = {}
+    moved: dict[str, pd.DataFrame] = {}
+    profiles: dict[str, list[Profile]] = {}
     for method in runs.methods:
         advance(method)
         joint[method] = joint_laws.fit_laws(method, cells[method], points[method], residual, delta)
-    known = joint_laws.noise_of(noise, cells, joint)
+        law = joint_laws.predictor(joint_laws.size_fit(joint[method]))
+        moved[method] = joint_laws.cells_of(grouping.at_profile(own[method], law))
+        diverged = runs.excluded[(runs.excluded["method"] == method) & (runs.excluded["reason"] == "diverged")]
+        profiles[method] = optima.profiles(grouping.best_points(moved[method]), diverged)
+    by_law = [(profiles[method], joint_laws.predictor(joint_laws.size_fit(joint[method]))) for method in runs.methods]
+    known = uncertainty.noise_of(noise, list(moved.values()), by_law, window)
 
     rng = np.random.default_rng(seed)
+    spread = uncertainty.noise_draws(known, bootstrap, rng)
     methods: dict[str, MethodFit] = {}
     draws: dict[str, dict[float, OptimumDraws]] = {}
     for method in runs.methods:
         advance(method)
-        excluded = runs.excluded[runs.excluded["method"] == method]
         methods[method], draws[method] = _fit_method(
-            cells[method], points[method], excluded, joint[method], settings, known.log_loss or None, rng
+            cells[method], points[method], profiles[method], joint[method], settings, known, spread, rng
         )
-    line = frontier(methods, draws, known.log_loss or None, budgets, confidence, bootstrap, rng)
+    line = frontier(methods, draws, spread, confidence, rng)
     found = Fits(
         format=FORMAT,
         version=__version__,
@@ -128,6 +142,8 @@ def _check(settings: FitSettings, noise: float | None) -> None:
         raise UserError(f"noise: {noise} is out of range; allowed: above 0, the standard deviation of ln L")
     if not 0 < settings.confidence < 1:
         raise UserError(f"confidence: {settings.confidence} is out of range; allowed: between 0 and 1")
+    if settings.bins is not None and not (math.isfinite(settings.bins) and settings.bins > 0):
+        raise UserError(f"bins: {settings.bins} is out of range; allowed: above 0, the bins of a decade of compute")
     if settings.bootstrap < 100:
         raise UserError(f"bootstrap: {settings.bootstrap} is out of range; allowed: at least 100")
 
@@ -151,30 +167,28 @@ def _plain(value: Any) -> Any:
 def _fit_method(
     cells: pd.DataFrame,
     points: pd.DataFrame,
-    excluded: pd.DataFrame,
+    profiles: Sequence[Profile],
     joint: Fitted,
     settings: FitSettings,
-    sigma: float | None,
+    known: Noise,
+    spread: Array | None,
     rng: np.random.Generator,
 ) -> tuple[MethodFit, dict[float, OptimumDraws]]:
-    """Return a method's fit, and the draws of its interior optima by budget."""
+    """Return a method's fit, and the draws of its interior optima by budget; `spread` are draws of the noise."""
     # One refit of each law, from which all of its intervals are taken.
     refits = {}
     for name, each in joint.items():
         if isinstance(each, JointFit):
             losses = list(joint_laws.points_for(each.law, cells, points)["losses"])
             refits[name] = uncertainty.resampled(each, losses, settings.bootstrap, rng)
-    profiled = points
-    if not (cells["profile"] == cells["budget_flop"]).all():  # the best of each group of nearly equal budgets
-        profiled = grouping.best_points(cells.assign(budget_flop=cells["profile"]))
     rows: list[Optimum] = []
     draws: dict[float, OptimumDraws] = {}
     law = joint_laws.size_fit(joint)
-    for profile in optima.profiles(profiled, excluded[excluded["reason"] == "diverged"]):
-        row, spread = _optimum(profile, law, refits[law.law.name] if law else None, settings, sigma, rng)
+    for profile in profiles:
+        row, drawn = _optimum(profile, law, refits[law.law.name] if law else None, settings, known, spread, rng)
         rows.append(row)
-        if spread is not None:
-            draws[profile.budget] = spread
+        if drawn is not None:
+            draws[profile.budget] = drawn
     laws: dict[str, JointLaw] = {
         name: joint_laws.summarise(each, refits[name], points, settings.confidence)
         for name, each in joint.items()
@@ -183,7 +197,7 @@ def _fit_method(
     return MethodFit(
         points=tuple(map(_point, points.to_dict("records"))),
         optima=tuple(rows),
-        power_laws=_power_laws(rows, draws, profiled, settings.confidence),
+        power_laws=_power_laws(rows, draws, profiles, settings.confidence),
         joint_laws=laws,
         refused={name: each for name, each in joint.items() if isinstance(each, str)},
         hold_out=joint_laws.hold_out(cells, points, joint, rows, settings.residual, settings.delta),
@@ -195,20 +209,23 @@ def _optimum(
     law: JointFit | None,
     refits: Array | None,
     settings: FitSettings,
-    sigma: float | None,
+    known: Noise,
+    spread: Array | None,
     rng: np.random.Generator,
 ) -> tuple[Optimum, OptimumDraws | None]:
     """Return the optimum of a profile, with the draws behind its intervals where it is interior."""
-    state, why, add_size = profile.state()
+    noise, window = known.log_loss, settings.window
+    state, why, add_size = profile.state(noise, window)
     found: dict[str, Estimate | None] = dict.fromkeys(optima.ESTIMATORS)
     curve = None
     if len(profile.points) >= 3:
-        log_n, log_loss, curvature = optima.parabola(profile.log_n, profile.log_loss[None], settings.window)
+        log_n, log_loss, curvature = optima.parabola(profile.log_n, profile.log_loss[None], window)
         found["parabola"] = _estimate(log_n, np.log(profile.tokens_at(log_n)), log_loss)
         if found["parabola"]:
             curve = Curve(float(log_n[0]), float(curvature[0]))
-        log_n, log_loss = optima.akima(profile.log_n, profile.log_loss[None])
-        found["akima"] = _estimate(log_n, np.log(profile.tokens_at(log_n)), log_loss)
+        for name, estimator in (("akima", optima.akima), ("best-run", optima.lowest_run)):
+            log_n, log_loss = estimator(profile.log_n, profile.log_loss[None])
+            found[name] = _estimate(log_n, np.log(profile.tokens_at(log_n)), log_loss)
         if law is not None:
             found["law"] = _estimate(*optima.law_optimum(law.law, law.values, profile.points, profile.budget))
     chosen = found[settings.optimum]
@@ -217,14 +234,21 @@ def _optimum(
         state, why = "edge", f"the {settings.optimum} has no minimum within the sizes"
         below = bool(profile.log_loss[0] < profile.log_loss[-1])
         add_size = optima.next_size(profile.points["n_parameters"].to_numpy(float), below)
-    spread = None
+    elif state == "interior" and chosen and profile.too_deep(math.log(chosen.loss), noise, window):
+        lost = 1 - chosen.loss / profile.points["loss"].min()
+        state, add_size = "below all runs", chosen.n_opt
+        why = (
+            f"the {settings.optimum} falls to {chosen.loss:.4g}, {100 * lost:.3g} % below the best run, more than "
+            f"noise and the depth of the valley explain: add a size near {chosen.n_opt:.4g} parameters"
+        )
+    drawn = None
     if state == "interior" and settings.optimum == "law":
         assert law is not None and refits is not None
-        spread = OptimumDraws(*optima.law_optimum(law.law, refits, profile.points, profile.budget))
-    elif state == "interior" and sigma is not None:
-        spread = uncertainty.optimum_draws(profile, settings.optimum, settings.window, sigma, settings.bootstrap, rng)
+        drawn = OptimumDraws(*optima.law_optimum(law.law, refits, profile.points, profile.budget))
+    elif state == "interior" and spread is not None:
+        drawn = uncertainty.optimum_draws(profile, settings.optimum, window, spread, settings.bootstrap, rng)
     ends: dict[str, Interval | None] = {
-        f"{name}_interval": interval(np.exp(getattr(spread, draws)), settings.confidence) if spread else None
+        f"{name}_interval": interval(np.exp(getattr(drawn, draws)), settings.confidence) if drawn else None
         for name, draws in QUANTITIES.items()
     }
     row = Optimum(
@@ -232,14 +256,21 @@ def _optimum(
         state=state,
         **{name: getattr(chosen, name) if state == "interior" else None for name in QUANTITIES},
         **ends,  # type: ignore[arg-type]
-        valid_share=spread.valid_share if spread else None,
-        **found,  # type: ignore[arg-type]
+        valid_share=drawn.valid_share if drawn else None,
+        parabola=found["parabola"],
+        akima=found["akima"],
+        law=found["law"],
         curve=curve,
-        best=_point(profile.points.iloc[int(profile.log_loss.argmin())].to_dict()) if len(profile.points) else None,
+        best=_as_run(profile.points.iloc[int(profile.log_loss.argmin())].to_dict()) if len(profile.points) else None,
         add_size=add_size,
         why=why,
     )
-    return row, spread
+    return row, drawn
+
+
+def _as_run(row: Mapping[Any, Any]) -> Point:
+    """Return a point of a profile as it was run, at its own budget."""
+    return _point({**row, "budget_flop": row["own_budget"], "loss": row["own_loss"]})
 
 
 def _estimate(log_n: Array, log_d: Array, log_loss: Array) -> Estimate | None:
@@ -248,7 +279,10 @@ def _estimate(log_n: Array, log_d: Array, log_loss: Array) -> Estimate | None:
 
 
 def _power_laws(
-    rows: Sequence[Optimum], draws: Mapping[float, OptimumDraws], points: pd.DataFrame, confidence: float
+    rows: Sequence[Optimum],
+    draws: Mapping[float, OptimumDraws],
+    profiles: Sequence[Profile],
+    confidence: float,
 ) -> PowerLaws:
     """Return the power laws through the interior optima; no law below two of them, or out of a float's range."""
     interior = [row for row in rows if row.interior]
@@ -256,7 +290,8 @@ def _power_laws(
         return PowerLaws()
     budgets = np.array([row.budget_flop for row in interior])
     spreads = [draws[budget] for budget in budgets if budget in draws]
-    floors = np.array([FLOOR * np.diff(_log_sizes(points, budget)).mean() for budget in budgets])
+    steps = {profile.budget: np.diff(profile.log_n).mean() for profile in profiles if len(profile.points) > 1}
+    floors = np.array([FLOOR * steps[budget] for budget in budgets])
     laws: dict[str, PowerLaw | None] = {}
     for name, values in QUANTITIES.items():
         y = np.array([getattr(row, name) for row in interior])
@@ -287,10 +322,6 @@ def _power_laws(
             else None
         )
     return PowerLaws(**laws)
-
-
-def _log_sizes(points: pd.DataFrame, budget: float) -> Array:
-    return np.log(np.sort(points[np.isclose(points["budget_flop"], budget)]["n_parameters"].to_numpy(float)))
 
 
 def _line(log_coefficient: Array, exponent: Array, draws: Array | None = None, confidence: float = 0.95) -> Line:

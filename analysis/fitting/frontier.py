@@ -6,45 +6,84 @@ from itertools import combinations, pairwise
 
 import numpy as np
 
-from analysis.fits import Comparison, Crossing, Frontier, MethodFit, Segment
+from analysis.fits import Comparison, Crossing, Frontier, Gap, MethodFit, Segment
 from analysis.fitting import uncertainty
 from analysis.fitting.laws import Array, interval
 from analysis.fitting.uncertainty import OptimumDraws
 
 REACH = math.log(100)  # two laws that meet farther from the budgets than this do not cross
+SIGMAS = 3.0  # standard deviations of ln L by which a measured run may lie below the frontier
 Draws = Mapping[str, Mapping[float, OptimumDraws]]
 
 
 def frontier(
     methods: Mapping[str, MethodFit],
     draws: Draws,
-    sigma: float | None,
-    budgets: Array,
+    spread: Array | None,
     confidence: float,
-    bootstrap: int,
     rng: np.random.Generator,
 ) -> Frontier:
     """Return the lower envelope of the methods' power laws of the loss (figure 1), and the methods compared.
 
-    `draws` are those of the interior optima of each method and budget; `sigma` is the standard deviation of ln L.
+    `draws` are those of the interior optima of each method and budget; `spread` are draws of the noise of ln L. The
+    envelope runs between neighbouring budgets at both of which a method has an optimum between its sizes, its own or
+    its joint law's, and no run was measured below the envelope by more than the noise.
     """
     laws = {name: each.power_laws.loss for name, each in methods.items() if each.power_laws.loss}
     lines = {name: np.array([math.log(law.coefficient), law.exponent]) for name, law in laws.items()}
-    low, high = np.log([budgets.min(), budgets.max()])
-    segments = _envelope(lines, low, high)
+    noise = 0.0 if spread is None else float(np.median(spread))
+    budgets = sorted({row.budget_flop for each in methods.values() for row in each.optima if row.best})
+    held = {budget: _holding(methods, lines, budget, noise) for budget in budgets}
+    segments: list[Segment] = []
+    for low, high in pairwise(budgets):
+        both = {name: lines[name] for name in lines if name in held[low][0] and name in held[high][0]}
+        for found in _envelope(both, math.log(low), math.log(high)):
+            last = segments[-1] if segments else None
+            if last and last.method == found.method and last.to_flop == found.from_flop:
+                found = Segment(found.method, segments.pop().from_flop, found.to_flop)
+            segments.append(found)
     crossings = []
     for below, above in pairwise(segments):
         a, b = below.method, above.method
+        if a == b or below.to_flop != above.from_flop:
+            continue
         drawn = np.array([])
         if laws[a].draws and laws[b].draws:
             drawn = uncertainty.crossing(_all_draws(methods, draws, a), _all_draws(methods, draws, b))
             # Lines that hardly differ can meet anywhere.
-            drawn = np.where((drawn > low - REACH) & (drawn < high + REACH), drawn, np.nan)
+            near = (drawn > math.log(budgets[0]) - REACH) & (drawn < math.log(budgets[-1]) + REACH)
+            drawn = np.where(near, drawn, np.nan)
         ends = interval(np.exp(drawn), confidence) if len(drawn) else None
         share = float(np.isfinite(drawn).mean()) if len(drawn) else None
         crossings.append(Crossing(below.to_flop, a, b, ends, share))
-    comparisons = _comparisons(methods, draws, sigma, confidence, bootstrap, rng)
-    return Frontier(tuple(segments), tuple(crossings), tuple(comparisons))
+    comparisons = _comparisons(methods, draws, spread, confidence, rng)
+    gaps = tuple(Gap(budget, why) for budget, (names, why) in held.items() if not names)
+    return Frontier(tuple(segments), tuple(crossings), tuple(comparisons), gaps)
+
+
+def _holding(
+    methods: Mapping[str, MethodFit], lines: Mapping[str, Array], budget: float, noise: float
+) -> tuple[list[str], str]:
+    """Return the methods whose power law of the loss holds at a budget; if there is none, why."""
+    rows = {name: row for name, each in methods.items() for row in each.optima if row.budget_flop == budget}
+    names = [name for name in lines if name in rows and (rows[name].interior or rows[name].law)]
+    if not names:
+        return [], "no method with a power law has an optimum between its sizes"
+    runs = {name: row.best for name, row in rows.items() if row.best}
+    best = min(runs, key=lambda name: runs[name].loss)
+    by_line = {name: lines[name][0] + lines[name][1] * math.log(runs[best].budget_flop) for name in names}
+    least = min(names, key=lambda name: by_line[name])
+    allowed = SIGMAS * math.hypot(noise, _misfit(methods[least], lines[least]))
+    if by_line[least] > math.log(runs[best].loss) + allowed:
+        said, found = math.exp(by_line[least]), runs[best].loss
+        return [], f"the power law of {least} says {said:.4g}, but {best} was measured at {found:.4g}"
+    return names, ""
+
+
+def _misfit(method: MethodFit, line: Array) -> float:
+    """Return the standard deviation of a method's ln L* about its power law; 0 for a line through two optima."""
+    left = [math.log(row.loss) - line[0] - line[1] * math.log(row.budget_flop) for row in method.interior if row.loss]
+    return math.sqrt(sum(each**2 for each in left) / (len(left) - 2)) if len(left) > 2 else 0.0
 
 
 def _envelope(lines: Mapping[str, Array], low: float, high: float) -> list[Segment]:
@@ -70,9 +109,8 @@ def _all_draws(methods: Mapping[str, MethodFit], draws: Draws, method: str) -> A
 def _comparisons(
     methods: Mapping[str, MethodFit],
     draws: Draws,
-    sigma: float | None,
+    noise: Array | None,
     confidence: float,
-    bootstrap: int,
     rng: np.random.Generator,
 ) -> Sequence[Comparison]:
     """Compare the lowest losses of each two methods at each budget: optima where interior, else the best runs."""
@@ -84,9 +122,9 @@ def _comparisons(
             spread = draws[name].get(row.budget_flop)
             value = math.log(row.lowest_loss)
             drawn = None if spread is None else spread.log_loss
-            if sigma is not None:
+            if noise is not None:
                 # A draw whose minimum is at an end of the grid still has a lowest loss: that of a run.
-                own = value + sigma / math.sqrt(row.best.seeds) * rng.standard_normal(bootstrap)
+                own = value + noise / math.sqrt(row.best.seeds) * rng.standard_normal(len(noise))
                 drawn = own if drawn is None else np.where(np.isfinite(drawn), drawn, own)
             found.setdefault(row.budget_flop, {})[name] = (value, drawn)
     result = []

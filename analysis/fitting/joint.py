@@ -4,13 +4,12 @@ A law of N and D is fitted to the best point of each budget and size. A law that
 best point of each budget, size and trainable fraction, if a method has at least three fractions.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
 
-from analysis.fits import Convergence, HoldOut, JointLaw, Noise, Optimum, Span
+from analysis.fits import Convergence, HoldOut, JointLaw, Optimum, Span
 from analysis.fitting import grouping, uncertainty
 from analysis.fitting.laws import LAWS, Array, Law, interval, power_law
 from analysis.fitting.solver import DidNotConverge, JointFit, NoFit, fit_joint
@@ -36,7 +35,7 @@ def points_for(law: Law, cells: pd.DataFrame, points: pd.DataFrame) -> pd.DataFr
     if not law.needs_fraction:
         return points
     cells = cells.dropna(subset=["trainable_fraction"])
-    return grouping.best_points(cells, ("budget_flop", "n_parameters", "trainable_fraction"))
+    return grouping.best_points(cells, ("n_parameters", "trainable_fraction"))
 
 
 def fit_laws(method: str, cells: pd.DataFrame, points: pd.DataFrame, residual: str, delta: float) -> Fitted:
@@ -76,31 +75,14 @@ def size_fit(found: Mapping[str, JointFit | str]) -> JointFit | None:
     return next((fit for fit in fits if isinstance(fit, JointFit)), None)
 
 
-def noise_of(given: float | None, cells: Mapping[str, pd.DataFrame], joint: Mapping[str, Fitted]) -> Noise:
-    """Return the standard deviation of ln L of one run: as given, of replicates, or of the joint laws' residuals."""
-    if given is not None:
-        return Noise(given, "given", 0)
-    sigma, freedom = grouping.noise_of(pd.concat(cells.values()))
-    if sigma:
-        return Noise(sigma, "replicates", freedom)
-    found = [fit for fit in map(size_fit, joint.values()) if fit]
-    if not found:
-        return Noise(None, "none", 0)
-    # Huber's and LAD's fits ignore outliers, and so does the median; the factor 1.4826 gives a Gaussian's deviation.
-    spreads = [
-        1.4826 * np.median(np.abs(np.log(fit.loss / fit.predict(*_where(fit))))) * _inflation(fit) for fit in found
-    ]
-    sigma = float(np.sqrt(np.mean(np.square(spreads))))
-    return Noise(sigma, "residuals", sum(len(fit.loss) - len(fit.theta) for fit in found))
+def predictor(fit: JointFit | None) -> grouping.Losses | None:
+    """Return the loss of N and D by a fit, or None without one."""
+    return None if fit is None else lambda n, d: np.ravel(fit.predict(n, d))
 
 
 def _where(fit: JointFit) -> tuple[Array, Array]:
     """Return N and D of the points of a fit."""
     return np.exp(fit.data.log_n + fit.data.centre[0]), np.exp(fit.data.log_d + fit.data.centre[1])
-
-
-def _inflation(fit: JointFit) -> float:
-    return math.sqrt(len(fit.loss) / (len(fit.loss) - len(fit.theta)))
 
 
 def summarise(fit: JointFit, refits: Array, points: pd.DataFrame, confidence: float) -> JointLaw:

@@ -45,7 +45,8 @@ def power_law(budgets: Array, values: Array, weights: Array | None = None) -> tu
     `values` and `weights` have the shape [..., budgets]. NaN values are left out, row by row. A row with fewer than
     two values gives NaN.
     """
-    y = np.log(values)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        y = np.log(values)
     w = np.isfinite(y) * (1.0 if weights is None else weights)
     w = np.where(np.isfinite(w), w, 0.0)
     y = np.where(w > 0, y, 0.0)

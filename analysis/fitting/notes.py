@@ -36,7 +36,7 @@ def notes_of(settings: FitSettings, noise: Noise, methods: Mapping[str, MethodFi
         notes += _parabola_bias(name, method)
     if noise.source == "none":
         notes.append(
-            "noise: it follows neither from replicates nor from a joint law, so optima have no intervals; "
+            "noise: it follows neither from replicates nor from residuals, so optima have no intervals; "
             "give it by --noise"
         )
     elif settings.optimum == "akima":
@@ -45,7 +45,16 @@ def notes_of(settings: FitSettings, noise: Noise, methods: Mapping[str, MethodFi
             "often the interval of the loss holds the true loss (half as often as stated, at fifteen sizes within the "
             "noise)"
         )
+    elif settings.optimum == "best-run":
+        notes.append(
+            "best-run: the lowest of several runs is low by its noise too, so losses are too low, and best sizes are "
+            "as coarse as the grid"
+        )
     notes += _selection(noise, methods)
+    for why in dict.fromkeys(gap.why for gap in line.gaps):
+        budgets = [f"{gap.budget_flop:.3g}" for gap in line.gaps if gap.why == why]
+        told = ", ".join(budgets[:6]) + (f" and {len(budgets) - 6} more" if len(budgets) > 6 else "")
+        notes.append(f"no frontier at {told} FLOP: {why}")
     notes += [
         f"{each.budget_flop:.3g} FLOP: {each.a} and {each.b} are not distinguishable"
         for each in line.comparisons

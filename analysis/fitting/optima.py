@@ -1,9 +1,16 @@
 """IsoFLOP optima: which model size reaches the lowest loss at each budget, and whether the grid of sizes can tell.
 
-The best hyper-parameters are chosen for each size first (`grouping`). Then the optimum is estimated by a
-parabola in ln N within a window about the best size, by an Akima interpolation (Porian et al. 2024), or by the joint
-law. A minimum at the end of the grid is not an optimum: every budget has a state, and only interior optima enter a law.
-A parabola is biased, even without noise, where the grid is wide or off-centre; therefore all three estimates are kept.
+The best hyper-parameters are chosen for each size first (`grouping`). Then the optimum is estimated by a parabola in
+ln N within a window about the best size, by an Akima interpolation (Porian et al. 2024), by the joint law, or as the
+best run. A parabola is biased, even without noise, where the grid is wide or off-centre; therefore all are kept.
+
+Every budget has a state, and only interior optima enter a law. An optimum is "interior" if
+- the best size lies between two others ("edge" otherwise, "diverged" if the runs beyond it diverged),
+- the sizes of the curve span a factor of at least `NARROW`, and the parabola bends upward by at least `BENT` standard
+  errors ("too narrow" otherwise),
+- its loss lies below the best run by at most `SIGMAS` standard deviations of the noise and what the curve explains,
+  `DEPTH` of the valley's depth at the best size or `RISE` of the lower end's rise ("below all runs" otherwise).
+`tests/benchmarks/states.py` counts how often these rules err.
 
 Everything is batched: losses have the shape [draws, sizes], and a thousand draws cost little more than one.
 """
@@ -13,6 +20,7 @@ from typing import cast, get_args
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from analysis.fits import Estimator, State
 from analysis.fitting.laws import Array, Law
@@ -22,9 +30,21 @@ from embedscale.run.families import family_with
 ESTIMATORS = get_args(Estimator)
 AKIMA_STEPS = 25  # grid points for each interval between sizes, as in Porian et al.
 LAW_STEPS = 801  # grid points between the smallest and the largest size
+NARROW = 1.5  # factor between the smallest and the largest size of a curve
+BENT = 2.0  # standard errors of the curvature
+SIGMAS = 3.0  # standard deviations of ln L of one run
+# A parabola through three evenly spaced runs dips below the best by at most a quarter of the depth of their valley.
+DEPTH, RISE = 0.5, 0.05
 
 
 # --- Estimators ------------------------------------------------------------------------------------------------------
+
+
+def near_best(log_n: Array, best: int, window: float) -> NDArray[np.bool_]:
+    """Return which sizes [sizes] a curve is fitted to: within a factor `window` of the best, and its neighbours."""
+    near: NDArray[np.bool_] = np.abs(log_n - log_n[best]) <= np.log(window) + 1e-9
+    near[max(best - 1, 0) : best + 2] = True
+    return near
 
 
 def parabola(log_n: Array, log_loss: Array, window: float = 4.0) -> tuple[Array, Array, Array]:
@@ -41,11 +61,10 @@ def parabola(log_n: Array, log_loss: Array, window: float = 4.0) -> tuple[Array,
         rows = np.flatnonzero(best == i)
         if not len(rows):
             continue
-        near = np.abs(log_n - log_n[i]) <= np.log(window) + 1e-9
-        near[i - 1 : i + 2] = True
+        near = near_best(log_n, i, window)
         x = log_n[near] - log_n[i]
         a, b, c = np.linalg.pinv(np.stack([x**2, x, np.ones_like(x)], 1)) @ log_loss[np.ix_(rows, near)].T
-        with np.errstate(divide="ignore", invalid="ignore"):
+        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
             top = np.where(a > 0, -b / (2 * a), np.nan) + log_n[i]
             low = c - b**2 / (4 * a)
         inside = (top > log_n[0]) & (top < log_n[-1])
@@ -53,6 +72,13 @@ def parabola(log_n: Array, log_loss: Array, window: float = 4.0) -> tuple[Array,
         lowest[rows] = np.where(inside, low, np.nan)
         curvature[rows] = np.where(inside, a, np.nan)
     return vertex, lowest, curvature
+
+
+def lowest_run(log_n: Array, log_loss: Array) -> tuple[Array, Array]:
+    """Return ln N and ln L [draws] of the best run; NaN where its size is the first or the last."""
+    best = log_loss.argmin(1)
+    inside = (best > 0) & (best < len(log_n) - 1)
+    return np.where(inside, log_n[best], np.nan), np.where(inside, log_loss[np.arange(len(best)), best], np.nan)
 
 
 def akima(log_n: Array, log_loss: Array) -> tuple[Array, Array]:
@@ -105,8 +131,11 @@ class Profile:
         log_cost = np.log(self.points["flop_per_token"].to_numpy(float))
         return self.budget / np.exp(np.interp(log_n, self.log_n, log_cost))
 
-    def state(self) -> tuple[State, str, float | None]:
-        """Return the state, the reason in words, and the parameters of the size to add."""
+    def state(self, noise: float | None = None, window: float = 4.0) -> tuple[State, str, float | None]:
+        """Return the state before an estimator is asked, the reason in words, and the parameters of the size to add.
+
+        `noise` is the standard deviation of ln L of one run, if it is known.
+        """
         sizes = self.points["n_parameters"].to_numpy(float)
         if len(sizes) < 3:
             if len(sizes) + len(self.diverged) >= 3:
@@ -117,7 +146,7 @@ class Profile:
             between = [size for size in self.diverged if sizes[best - 1] < size < sizes[best + 1]]
             if between:  # the minimum may lie among the sizes that diverged
                 return "diverged", f"the best size is beside {between[0]:.4g}, whose runs diverged", None
-            return "interior", "", None
+            return self._narrow(best, noise, window)
         below = best == 0
         beyond = [size for size in self.diverged if (size < sizes[0] if below else size > sizes[-1])]
         if beyond:
@@ -127,11 +156,40 @@ class Profile:
         word, end = ("below", "smallest") if below else ("above", "largest")
         return "edge", f"the best size is the {end}: add one {word} it, such as {added:.4g} parameters", added
 
+    def _narrow(self, best: int, noise: float | None, window: float) -> tuple[State, str, float | None]:
+        """Return "interior", or "too narrow" where the sizes near the best do not fix a curve."""
+        near = near_best(self.log_n, best, window)
+        x, y = self.log_n[near] - self.log_n[best], self.log_loss[near]
+        span = float(np.exp(np.ptp(x)))
+        below = -x[0] < x[-1]  # the side that reaches less far
+        added = next_size(np.exp(self.log_n[near]), below, least=2.0)
+        if span < NARROW:
+            told = f"the sizes span a factor {span:.3g} only, a curve needs {NARROW:g}"
+            return "too narrow", f"{told}: add sizes on both sides, such as {added:.4g} parameters", added
+        weight = np.sqrt(self.points["seeds"].to_numpy(float)[near])
+        design = np.stack([x**2, x, np.ones_like(x)], 1) * weight[:, None]
+        bend = float(np.linalg.lstsq(design, y * weight, rcond=None)[0][0])
+        error = (noise or 0.0) * float(np.sqrt(np.linalg.pinv(design.T @ design)[0, 0]))
+        if bend <= BENT * error:
+            told = f"the curve bends upward by {bend:.2g} ± {error:.2g}, within {BENT:g} standard errors of a line"
+            return "too narrow", f"{told}: add sizes farther out, such as {added:.4g} parameters, or seeds", added
+        return "interior", "", None
 
-def next_size(sizes: Array, below: bool) -> float:
+    def too_deep(self, log_loss: float, noise: float | None, window: float = 4.0) -> bool:
+        """Return whether a minimum of ln L lies below the best run by more than noise and curve explain."""
+        best, x, y = int(self.log_loss.argmin()), self.log_n, self.log_loss
+        if not 0 < best < len(x) - 1:
+            return False
+        valley = np.interp(x[best], x[[best - 1, best + 1]], y[[best - 1, best + 1]]) - y[best]
+        ends = y[near_best(x, best, window)][[0, -1]]
+        explained = max(DEPTH * valley, RISE * (ends.min() - y[best])) + SIGMAS * (noise or 0.0)
+        return bool(y[best] - log_loss > explained + 1e-9)
+
+
+def next_size(sizes: Array, below: bool, least: float = 1.0) -> float:
     """Return the size to add beyond the grid: of the sizes' family if they have one, else one more step like the last.
 
-    The size of a family is the nearest that is at least a factor 1.5 away.
+    The size of a family is the nearest that is at least a factor 1.5 away. The step is at least a factor `least`.
     """
     end = sizes.min() if below else sizes.max()
     family = family_with(sizes)
@@ -141,7 +199,7 @@ def next_size(sizes: Array, below: bool) -> float:
         if found:
             return float(found[-1] if below else found[0])
     ordered = np.sort(sizes)
-    step = ordered[1] / ordered[0] if below else ordered[-1] / ordered[-2]
+    step = max(ordered[1] / ordered[0] if below else ordered[-1] / ordered[-2], least)
     return float(end / step if below else end * step)
 
 

@@ -1,11 +1,17 @@
 """Intervals: bootstrap over runs for joint laws, noise on the losses for optima and what follows from them.
 
 Joint laws are fitted again to resampled runs. A profile of five sizes cannot be resampled, because a parabola needs its
-points. Optima, power laws and crossings therefore get their spread from noise that is drawn and added to ln L. The
-price is that this noise has to be known: from replicates, from the user, or from the residuals of the joint law. All
-intervals are percentile intervals.
+points. Optima, power laws and crossings therefore get their spread from noise that is drawn and added to ln L.
+
+The noise is what moves a run's loss off the curve of its profile (`noise_of`). Replicates tell only a part: they differ
+in the seed alone, while sizes also differ in how well they were tuned. Residuals of the profiles tell all, and a little
+more, because no curve fits exactly. So both are pooled, unless the residuals are larger than the replicates allow; then
+the residuals stand alone. Each draw has a noise of its own, so that few degrees of freedom widen the intervals, as in
+Student's t. All intervals are percentile intervals.
 """
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,9 +19,10 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from analysis.fits import HoldOut
+from analysis.fits import HoldOut, Noise
+from analysis.fitting.grouping import Losses
 from analysis.fitting.laws import Array, interval, power_law
-from analysis.fitting.optima import Profile, akima, parabola
+from analysis.fitting.optima import Profile, akima, lowest_run, near_best, parabola
 from analysis.fitting.solver import JointFit
 
 __all__ = ["OptimumDraws", "interval", "optimum_draws", "resampled"]
@@ -44,6 +51,93 @@ def resampled(fit: JointFit, losses: list[Array], count: int, rng: np.random.Gen
     return fit.law.published(fit.theta + widening * (theta - fit.theta), fit.data)
 
 
+# --- Noise -----------------------------------------------------------------------------------------------------------
+
+FREEDOM = 8  # fewest degrees of freedom for which the residuals of parabolas are taken
+CLIP = 20.0  # times the median of all profiles: the largest mean square of a profile that counts
+PROFILES = 4  # fewest profiles for which a wild one is clipped
+ALONE = 0.05  # probability of such large residuals, given the replicates, below which they are not pooled
+
+
+def noise_of(
+    given: float | None,
+    cells: Sequence[pd.DataFrame],
+    profiles: Sequence[tuple[Sequence[Profile], Losses | None]],
+    window: float,
+) -> Noise:
+    """Return the standard deviation of ln L of one run about the curve of its profile.
+
+    `cells` are the settings of each method with the `losses` of their replicates; `profiles` are those of each method,
+    with its joint law. Residuals are those of the parabolas near the best size, or of the joint law's curves, each
+    shifted and tilted to fit its profile: those with the smaller mean square. Parabolas with fewer than `FREEDOM`
+    degrees of freedom are not asked.
+    """
+    from scipy.special import fdtrc  # here, so that `embedscale report` starts without scipy
+
+    if given is not None:
+        return Noise(given, "given", 0)
+    groups = [np.log(losses) for each in cells for losses in each["losses"] if len(losses) > 1]
+    repeated, free = float(sum(((g - g.mean()) ** 2).sum() for g in groups)), sum(len(g) - 1 for g in groups)
+    bends = _pooled([_residuals(each, None, window) for every, _ in profiles for each in every])
+    tilts = _pooled([_residuals(each, law, window) for every, law in profiles for each in every])
+    left, rest = min((bends, tilts), key=lambda each: each[0] / each[1]) if bends[1] >= FREEDOM else tilts
+    parts = {
+        "replicates": math.sqrt(repeated / free) if free else None,
+        "replicates_freedom": free,
+        "residuals": math.sqrt(left / rest) if rest else None,
+        "residuals_freedom": rest,
+    }
+    if not free and not rest:
+        return Noise(None, "none", 0)
+    if not rest:
+        return Noise(parts["replicates"], "replicates", free, **parts)  # type: ignore[arg-type]
+    if not free or float(fdtrc(rest, free, left / rest / max(repeated / free, 1e-300))) < ALONE:
+        return Noise(parts["residuals"], "residuals", rest, **parts)  # type: ignore[arg-type]
+    return Noise(math.sqrt((repeated + left) / (free + rest)), "pooled", free + rest, **parts)  # type: ignore[arg-type]
+
+
+def _residuals(profile: Profile, law: Losses | None, window: float) -> tuple[Array, int]:
+    """Return the residuals of ln L near a profile's best size, × √seeds, and their degrees of freedom."""
+    if len(profile.points) < 3:
+        return np.array([]), 0
+    inner = int(np.clip(profile.log_loss.argmin(), 1, len(profile.points) - 2))
+    near = near_best(profile.log_n, inner, window)
+    x, y = profile.log_n[near] - profile.log_n[inner], profile.log_loss[near]
+    terms = [np.ones_like(x), x]
+    if law is None:
+        terms.append(x**2)
+    else:
+        y = y - np.log(law(np.exp(profile.log_n), profile.tokens_at(profile.log_n)))[near]
+    weight = np.sqrt(profile.points["seeds"].to_numpy(float)[near])
+    if not np.isfinite(y).all() or len(y) <= len(terms):
+        return np.array([]), 0
+    design = np.stack(terms, 1) * weight[:, None]
+    left = y * weight - design @ np.linalg.lstsq(design, y * weight, rcond=None)[0]
+    return left, len(y) - len(terms)
+
+
+def _pooled(found: Sequence[tuple[Array, int]]) -> tuple[float, int]:
+    """Return the sum of squares of the residuals of profiles, wild profiles clipped, and their degrees of freedom."""
+    squares = np.array([float((left**2).sum()) / count for left, count in found if count])
+    freedom = np.array([count for _, count in found if count])
+    if len(squares) >= PROFILES:
+        squares = np.minimum(squares, CLIP * np.median(squares))
+    return float(squares @ freedom), int(freedom.sum())
+
+
+def noise_draws(noise: Noise, count: int, rng: np.random.Generator) -> Array | None:
+    """Return `count` draws of the noise, whose degrees of freedom leave it open (scaled inverse χ²), or None."""
+    if not noise.log_loss:
+        return None
+    freedom = noise.degrees_of_freedom
+    if not freedom:  # given
+        return np.full(count, noise.log_loss)
+    return noise.log_loss * np.sqrt(freedom / rng.chisquare(freedom, count))
+
+
+# --- Optima and what follows from them -------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class OptimumDraws:
     """Draws [draws] of ln N*, ln D* and ln L* at one budget; NaN where a draw has its minimum at an end of the grid."""
@@ -58,13 +152,15 @@ class OptimumDraws:
 
 
 def optimum_draws(
-    profile: Profile, estimator: str, window: float, noise: float, count: int, rng: np.random.Generator
+    profile: Profile, estimator: str, window: float, noise: float | Array, count: int, rng: np.random.Generator
 ) -> OptimumDraws:
-    """Return `count` optima of a profile by "parabola" or "akima", with noise of `noise` / √seeds added to ln L."""
-    scale = noise / np.sqrt(profile.points["seeds"].to_numpy(float))
-    drawn = profile.log_loss + scale * rng.standard_normal((count, len(scale)))
+    """Return `count` optima of a profile by an estimator, with noise of `noise` [draws] / √seeds added to ln L."""
+    scale = np.broadcast_to(noise, count)[:, None] / np.sqrt(profile.points["seeds"].to_numpy(float))
+    drawn = profile.log_loss + scale * rng.standard_normal(scale.shape)
     if estimator == "akima":
         log_n, log_loss = akima(profile.log_n, drawn)
+    elif estimator == "best-run":
+        log_n, log_loss = lowest_run(profile.log_n, drawn)
     else:
         log_n, log_loss, _ = parabola(profile.log_n, drawn, window)
     return OptimumDraws(log_n, np.log(profile.tokens_at(log_n)), log_loss)
@@ -83,7 +179,8 @@ def floored_spread(draws: Array, floor: Array) -> Array:
 
 def power_law_draws(budgets: Array, draws: Array, weights: Array | None = None) -> Array:
     """Return ln coefficient and exponent [draws, 2] of power laws through draws of ln y [budgets, draws]."""
-    return np.stack(power_law(budgets, np.exp(draws.T), weights), 1)
+    with np.errstate(over="ignore", under="ignore"):  # a draw whose curve is nearly a line
+        return np.stack(power_law(budgets, np.exp(draws.T), weights), 1)
 
 
 def crossing(a: Array, b: Array) -> Array:
@@ -99,9 +196,10 @@ LARGEST: dict[Literal["largest budget", "largest size"], str] = {
 
 
 def held_out_rows(points: pd.DataFrame, column: str) -> tuple[NDArray[np.bool_], float]:
-    """Return which rows have the largest budget or size, and that value."""
-    largest = float(points[column].max())
-    return np.isclose(points[column], largest, rtol=1e-9), largest
+    """Return which rows have the largest budget (their profile's) or size, and that value."""
+    values = points["profile"] if column == "budget_flop" and "profile" in points else points[column]
+    largest = float(values.max())
+    return np.isclose(values, largest, rtol=1e-9), largest
 
 
 def judged(

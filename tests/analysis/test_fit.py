@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from typing import get_args
 
 import numpy as np
 import pandas as pd
@@ -130,7 +131,7 @@ def test_methods_within_the_noise_are_not_distinguishable():
 
 
 @pytest.mark.parametrize(
-    ("given", "seeds", "source"), [(None, 3, "replicates"), (None, 1, "residuals"), (0.01, 3, "given")]
+    ("given", "seeds", "source"), [(None, 3, "pooled"), (None, 1, "residuals"), (0.01, 3, "given")]
 )
 def test_the_noise_is_known_from_replicates_or_residuals_or_given(given, seeds, source):
     found = fit(runs.load(sweep(seeds=seeds, methods=("full",))), noise=given, bootstrap=100).noise
@@ -179,7 +180,7 @@ def test_a_sweep_with_missing_runs_never_crashes(seed, tmp_path):
     study.write(found, loaded, tmp_path)
     assert "NaN" not in (tmp_path / "fits.json").read_text()
     for method in fits.read(tmp_path).methods.values():
-        assert {row.state for row in method.optima} <= {"interior", "edge", "too few", "diverged"}
+        assert {row.state for row in method.optima} <= set(get_args(fits.State))
 
 
 def test_every_estimator_gives_optima():
@@ -320,7 +321,7 @@ def test_runs_with_different_settings_are_not_replicates(tmp_path, better):
     points = found.methods["full"].points
     assert {(point.budget_flop, point.n_parameters): point.loss for point in points} == losses
     assert {(point.seeds, point.tried) for point in points} == {(1, 2)}
-    assert found.noise.source != "replicates"
+    assert found.noise.replicates_freedom == 0
     (name, value), *_ = better.get("hyperparameters", better).items()
     assert all(getattr(point, name, point.setting(name)) == value for point in points) or name == "blocks"
 
@@ -351,5 +352,5 @@ def test_methods_are_compared_at_budgets_that_are_nearly_equal(told):
     rows = found.frontier.comparisons
     assert [row.budget_flop for row in rows] == pytest.approx(list(BUDGETS), rel=1e-3)
     assert [row.budget_flop for row in rows] == list(found.runs.budgets)
-    assert [row.difference for row in rows] == pytest.approx([-np.log(1.05)] * 5, abs=1e-6)  # full minus bias
+    assert [row.difference for row in rows] == pytest.approx([-np.log(1.05)] * 5, abs=1e-4)  # full minus bias
     assert all(row.distinguishable for row in rows)

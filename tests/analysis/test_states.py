@@ -1,0 +1,86 @@
+"""Optima that the runs do not show are told by their state, with what to add, and enter no law."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from law_sweep import BUDGETS, FULL, sweep
+
+from analysis import fits, runs, summary
+from analysis.fitting import optima
+from analysis.fitting.fit import fit
+from analysis.fitting.laws import CHINCHILLA
+
+CLUSTER = {"sizes": [4e7, 4.004e7, 4.008e7, 1.6e8], "loss": [0.56, 0.53, 0.50, 0.60]}  # its parabola falls to 1e-10
+OUTLIER = {"sizes": 5e7 * 1.5 ** np.arange(-3, 4), "loss": [0.504, 0.502, 0.501, 0.499, 0.5, 0.501, 0.7]}
+NARROW = {"sizes": [5e7, 5.125e7, 5.25e7], "loss": [0.503, 0.499, 0.502]}
+
+
+def among_others(sizes, loss, budget: float = 4 * BUDGETS[-1]) -> fits.Fits:
+    """The fits of five sound profiles and, at the largest budget, one of these sizes, at the law's level."""
+    sizes = np.asarray(sizes, float)
+    level = CHINCHILLA.predict(FULL, 5.6e7, budget / 6 / 5.6e7)[0]
+    loss = np.asarray(loss) * level / min(loss)
+    rows = {"method": "full", "n_parameters": sizes, "budget_flop": budget, "tokens": budget / 6 / sizes}
+    return fit(runs.load(pd.concat([sweep(methods=("full",)), pd.DataFrame(rows | {"loss": loss})])), bootstrap=100)
+
+
+@pytest.mark.parametrize(
+    ("case", "state", "told"),
+    [
+        (
+            CLUSTER,
+            "below all runs",
+            "more than noise and the depth of the valley explain: add a size near",
+        ),
+        (OUTLIER, "below all runs", "% below the best run"),
+        (NARROW, "too narrow", "the sizes span a factor 1.05 only, a curve needs 1.5: add sizes on both sides"),
+    ],
+    ids=["cluster", "outlier", "narrow"],
+)
+def test_an_optimum_that_no_run_shows_is_none_and_says_what_to_add(case, state, told, capsys):
+    found = among_others(**case)
+    row = found.methods["full"].optima[-1]
+    assert (row.state, row.n_opt, row.loss, row.n_opt_interval) == (state, None, None, None)
+    assert told in row.why and row.add_size > 0
+    assert row.lowest_loss == row.best.loss
+    law = found.methods["full"].power_laws.loss
+    assert law.points == len(found.methods["full"].interior)
+    assert any(f"({state}): {row.why}" in note for note in found.notes)
+    summary.show_fits(found, summary.console())
+    assert state in capsys.readouterr().out
+
+
+def test_what_was_taken_for_an_optimum():
+    """The parabolas themselves: 1e-10 beside a best run of 0.50, and 28 deviations of the noise below it."""
+    log_n, log_loss = (np.log(np.asarray(CLUSTER[name])) for name in ("sizes", "loss"))
+    assert np.exp(optima.parabola(log_n, log_loss[None])[1][0]) < 1e-6
+    log_n, log_loss = (np.log(np.asarray(OUTLIER[name])) for name in ("sizes", "loss"))
+    assert np.log(0.499) - optima.parabola(log_n, log_loss[None])[1][0] > 28 * 0.001
+
+
+def test_a_curve_within_the_noise_is_too_narrow_and_a_sound_grid_is_not():
+    log_n = np.log(1e7) + 0.4 * np.arange(-1, 2)
+    loss = 0.5 * np.exp(0.04 * (log_n - log_n[1]) ** 2)
+    columns = {"n_parameters": np.exp(log_n), "loss": loss, "flop_per_token": 6 * np.exp(log_n)}
+    points = pd.DataFrame(columns).assign(seeds=1)
+    profile = optima.Profile(1e17, points)
+    assert profile.state(noise=0.001)[0] == "interior"
+    state, why, added = profile.state(noise=0.01)
+    assert state == "too narrow" and "± 0.077, within 2 standard errors of a line" in why
+    assert added >= 2 * np.exp(log_n[-1]) or added <= np.exp(log_n[0]) / 2
+    assert optima.Profile(1e17, points.assign(seeds=100)).state(noise=0.01)[0] == "interior"
+
+
+@pytest.mark.parametrize("step", [1.5, 2, 4, 8])
+def test_without_noise_every_centred_optimum_is_interior(step):
+    """Also where the parabola of a wide grid, or of one between two sizes, dips below all runs."""
+    for budget in BUDGETS:
+        best = (0.45 / 0.35) ** (1 / 0.8) * (budget / 6) ** (0.35 / 0.8)
+        for shift in (-0.5, -0.25, 0.0, 0.25):
+            sizes = best * step ** (np.arange(-3, 4) + shift)
+            loss = np.ravel(CHINCHILLA.predict(FULL, sizes, budget / 6 / sizes))
+            points = pd.DataFrame({"n_parameters": sizes, "loss": loss, "flop_per_token": 6 * sizes, "seeds": 1})
+            profile = optima.Profile(budget, points)
+            assert profile.state(noise=1e-6)[0] == "interior"
+            _, lowest, _ = optima.parabola(profile.log_n, profile.log_loss[None])
+            assert not profile.too_deep(lowest[0], 1e-6)
