@@ -232,4 +232,4 @@ def _plain_number(cell: Any) -> float:
 
 def texts(column: pd.Series) -> pd.Series:
     """Return a column as texts without spaces around them, None for blank cells."""
-    return column.map(lambda cell: None if blank(cell) else str(cell).strip()).astype(object)
+    return pd.Series([None if blank(cell) else str(cell).strip() for cell in column], column.index)

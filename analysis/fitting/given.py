@@ -7,10 +7,10 @@ or four budgets, and missing for two.
 
 import math
 from datetime import UTC, datetime
+from statistics import NormalDist
 
 import numpy as np
 import pandas as pd
-from scipy.stats import norm, t
 
 from analysis.fits import (
     FORMAT,
@@ -102,7 +102,7 @@ def _fit_method(rows: pd.DataFrame, settings: FitSettings, rng: np.random.Genera
 def _around(value: float, spread: float, confidence: float) -> Interval | None:
     if not math.isfinite(spread):
         return None
-    reach = math.exp(norm.ppf((1 + confidence) / 2) * spread)
+    reach = math.exp(NormalDist().inv_cdf((1 + confidence) / 2) * spread)
     return value / reach, value * reach
 
 
@@ -121,6 +121,8 @@ def _line(
 ) -> tuple[Line, Array]:
     """Return the least-squares line of ln y on ln C, and draws of (ln coefficient, exponent) [draws, 2]."""
     log_coefficient, exponent = (float(each) for each in power_law(budgets, values, weights))
+    from scipy.stats import t  # here, because it takes most of a second
+
     freedom = len(values) - 2
     if not freedom:
         return Line(math.exp(log_coefficient), exponent), np.empty((0, 2))

@@ -8,6 +8,7 @@ import pandas as pd
 from records import record
 
 from analysis import runs
+from analysis.columns import TEXTS
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "configs" / "study"))
 import table
@@ -35,7 +36,7 @@ def test_tables_hold_the_values_of_the_run_directories(tmp_path, monkeypatch):
     after = runs.load(tmp_path / "out/runs.csv").table.set_index("run")
     assert list(after.index) == ["a", "b"]
     given = [name for name in before if before[name].notna().any() and (before[name] != "").any()]
-    texts = {name: str for name in given if name in runs.TEXTS}  # a file has no Boolean values
+    texts = {name: str for name in given if name in TEXTS}  # a file has no Boolean values
     pd.testing.assert_frame_equal(before[given].astype(texts), after[given].astype(texts), check_dtype=False)
 
     curves = pd.read_csv(tmp_path / "out/curves.csv")
