@@ -26,7 +26,8 @@ def test_accidental_duplicates_do_not_set_the_noise(capsys):
     assert found.noise.log_loss == pytest.approx(0.01, rel=0.5)
     assert (found.noise.replicates, found.noise.replicates_freedom) == (pytest.approx(1.414e-4, rel=1e-3), 2)
     summary.show_fits(found, summary.console())
-    assert "degrees of freedom; replicates alone 0.00014, 2 degrees of freedom)" in " ".join(capsys.readouterr().out.split())
+    told = " ".join(capsys.readouterr().out.split())
+    assert "degrees of freedom; replicates alone 0.00014, 2 degrees of freedom)" in told
 
 
 def test_replicates_and_residuals_that_agree_are_pooled():
