@@ -85,7 +85,7 @@ def export(args: argparse.Namespace) -> int:
 
 def encode(args: argparse.Namespace) -> int:
     run = load("embedscale.serving.encode:encode")
-    return run(args.run_folder, args.texts, args.out, args.column, args.format)
+    return run(args.run_folder, args.texts, args.out, args.column, args.format, blank=args.blank)
 
 
 def config(args: argparse.Namespace) -> int:
@@ -198,10 +198,15 @@ def _model_verbs(verbs: Any) -> None:
     exported = action("export", export, "export a finished run as a sentence-transformers model")
     exported.add_argument("folder", metavar="FOLDER", help="folder to write; it must be new or empty")
     encoded = action("encode", encode, "embed the texts of a file; run it again to continue")
-    encoded.add_argument("texts", metavar="TEXTS", help="a .txt file (one text per line), a .jsonl or .parquet file")
+    encoded.add_argument(
+        "texts", metavar="TEXTS", help="a .txt file (one text per line), a .jsonl, .csv or .parquet file"
+    )
     encoded.add_argument("out", metavar="OUT", help="folder to write: 00000.npy, 00001.npy, …")
     encoded.add_argument(
-        "--column", default="text", metavar="NAME", help="column of a .jsonl or .parquet file (default: text)"
+        "--column", default="text", metavar="NAME", help="column of a .jsonl, .csv or .parquet file (default: text)"
+    )
+    encoded.add_argument(
+        "--blank", default="zero", metavar="KIND", help="what a blank text gets: zero (a row of zeros) or drop (no row)"
     )
     encoded.add_argument("--format", default="npy", metavar="KIND", help="npy or arrow (default: npy)")
 

@@ -1,19 +1,18 @@
-"""Where text pairs come from: JSON lines, Parquet, Hugging Face datasets, and the installed Python packages.
+"""Where text pairs come from: JSON lines, CSV, Parquet, Hugging Face datasets, and the installed Python packages.
 
 A source is divided into units that can be read independently: byte ranges of JSON lines, row groups of Parquet, shards
 of a dataset, groups of Python files. Each worker reads its own units, and an interrupted `prepare` repeats only the
 units that were not finished. A row that is not a pair is counted by reason and skipped; a source that cannot be read is
-a `UserError`. The price: a compressed file is one unit, because it cannot be read from the middle.
+a `UserError`. The price: a compressed file and a CSV file are one unit, because they cannot be read from the middle.
 """
 
 import glob
-import gzip
 import json
 import math
 import textwrap
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -21,12 +20,29 @@ from typing import Any
 
 from embedscale.data.installed_python import documented_functions, installed_files
 from embedscale.data.pair import Pair
+from embedscale.data.rows import (
+    array_rows,
+    compression,
+    field_of,
+    holds_array,
+    holds_lists,
+    opened,
+    require,
+    table_rows,
+    text_column,
+    values_of,
+)
 from embedscale.errors import UserError
 from embedscale.run.config import Source
 
 SHARD_BYTES = 256 * 2**20  # assumed size of a shard, if a dataset does not tell its size
 READ_ROWS = 1024  # rows of a table read at a time
 PYTHON_FILES = 200  # files in a unit of installed Python
+ENDINGS = {
+    "jsonl": (".jsonl", ".jsonl.gz", ".jsonl.bz2", ".jsonl.zst"),
+    "csv": (".csv", ".tsv", ".csv.gz", ".tsv.gz", ".csv.bz2", ".tsv.bz2", ".csv.zst", ".tsv.zst"),
+    "parquet": (".parquet",),
+}
 PYTHON_UNIT_BYTES = 2**20  # text of such a unit: docstrings and code are a small part of the files
 
 
@@ -73,19 +89,21 @@ def units_of(number: int, source: Source, size: UnitSize = UNIT_SIZE) -> list[Un
         rows, total = _dataset(source, size)
         shards = rows.num_shards
         return [Unit(number, source.path, shard, shard + 1, total // shards) for shard in range(shards)]
+    if source.kind == "jsonl" and source.path.endswith(ENDINGS["csv"]):
+        raise UserError(f"data.sources.kind: {source.path} is no file of JSON lines by its name; use kind csv")
     files_of_source = [(path, path.stat().st_size) for path in _files(source)]
     step = size.bytes_of(sum(bytes_of_file for _, bytes_of_file in files_of_source))
     units = []
     for path, length in files_of_source:
         if source.kind == "parquet":
             groups = _parquet(path).num_row_groups
-            each = math.ceil(groups * step / length)  # some writers make a group of every thousand rows
+            each = math.ceil(groups * step / length) or 1  # some writers make a group of every thousand rows, or none
             units += [
                 Unit(number, str(path), first, min(first + each, groups), length * min(each, groups - first) // groups)
                 for first in range(0, groups, each)
             ]
-        elif path.suffix == ".gz":
-            units.append(Unit(number, str(path), 0, 0, 4 * length))
+        elif (packed := compression(path)) or source.kind == "csv" or holds_array(path):
+            units.append(Unit(number, str(path), 0, 0, 4 * length if packed else length))
         else:
             units += [
                 Unit(number, str(path), first, min(first + step, length), min(step, length - first))
@@ -126,7 +144,7 @@ def _reason(error: Exception) -> str:
 
 def _files(source: Source) -> list[Path]:
     path = Path(source.path)
-    endings = {"jsonl": (".jsonl", ".jsonl.gz"), "parquet": (".parquet",)}[source.kind]
+    endings = ENDINGS[source.kind]
     # Not Path.glob, which refuses absolute patterns.
     named = [path] if path.exists() else map(Path, glob.glob(source.path, recursive=True))  # noqa: PTH207
     found = {file for each in named for file in (_below(each, endings) if each.is_dir() else [each])}
@@ -166,7 +184,10 @@ def _dataset(source: Source, size: UnitSize) -> tuple[Any, int]:
     path = Path(source.path)
     try:
         if not any((path / name).exists() for name in ("dataset_info.json", "dataset_dict.json")):
-            loaded = datasets.load_dataset(source.path, source.subset, split=source.split, streaming=True)
+            words = {"split": source.split, "streaming": True}
+            loaded = datasets.load_dataset(source.path, source.subset, **words)
+            if loaded.info.builder_name == "csv":  # or `NA` and `null` would be taken for missing texts
+                loaded = datasets.load_dataset(source.path, source.subset, keep_default_na=False, **words)
             return loaded, loaded.info.dataset_size or SHARD_BYTES * loaded.num_shards
         loaded = datasets.load_from_disk(source.path)
         if isinstance(loaded, datasets.DatasetDict):
@@ -185,53 +206,91 @@ def _dataset(source: Source, size: UnitSize) -> tuple[Any, int]:
         raise Unreadable(f"data.sources.path: the dataset {source.path!r} cannot be loaded ({reason})") from None
 
 
-def _rows(unit: Unit, source: Source, counts: Counter[str], size: UnitSize) -> Iterator[dict[str, Any]]:
+def check_files(units: list[Unit], source: Source, size: UnitSize) -> tuple[int, int]:
+    """Look at the first row of each file of a source. Return the number of files, and of those without a row.
+
+    Raises UserError for a file without one of the columns.
+    """
+    if source.kind not in ENDINGS:
+        return 0, 0
+    full = set()
+    for unit in units:
+        if unit.start == 0:
+            rows = _rows(unit, source, Counter(), size)
+            if next(rows, None) is not None:
+                full.add(unit.path)
+            rows.close()
+    files = len(_files(source))
+    return files, files - len(full)
+
+
+def _rows(unit: Unit, source: Source, counts: Counter[str], size: UnitSize) -> Generator[dict[str, Any], None, None]:
     columns = [name for name in (source.query, source.positive, source.negative) if name]
+    path = Path(unit.path)
     if source.kind == "jsonl":
-        yield from _json_rows(unit, columns, counts)
+        yield from _json_rows(unit, source, columns, counts)
+        return
+    if source.kind == "csv":
+        for line in table_rows(path, columns):
+            counts["read"] += 1
+            yield {name: line.get(name) for name in columns}
         return
     tables: Iterable[Any]
     if source.kind == "parquet":
-        file = _parquet(Path(unit.path))
-        _require(columns, file.schema_arrow.names, unit.path)
+        file = _parquet(path)
+        require(columns, file.schema_arrow.names, path)
         tables = file.iter_batches(READ_ROWS, row_groups=range(unit.start, unit.stop), columns=columns)
     else:
         rows, _ = _dataset(source, size)
         shard = rows.shard(num_shards=rows.num_shards, index=unit.start)
         tables = shard.with_format("arrow").iter(batch_size=READ_ROWS)
     for table in tables:
-        _require(columns, table.schema.names, unit.path)
-        values = [_values(table.column(name)) for name in columns]
+        require(columns, table.schema.names, path)
+        values = [values_of(text_column(table, name, path)) for name in columns]
         for row in zip(*values, strict=True):
             counts["read"] += 1
             yield dict(zip(columns, row, strict=True))
 
 
-def _json_rows(unit: Unit, columns: list[str], counts: Counter[str]) -> Iterator[dict[str, Any]]:
-    first = unit.start == 0
+def _json_rows(unit: Unit, source: Source, columns: list[str], counts: Counter[str]) -> Iterator[dict[str, Any]]:
+    first, lists = unit.start == 0, holds_lists(Path(unit.path))
+    for row in _json_values(unit, counts):
+        if lists and isinstance(row, list) and len(row) >= 2:
+            query, positive, *negatives = row
+            row = {source.query: query, source.positive: positive}
+            if source.negative:
+                row[source.negative] = negatives
+        if not isinstance(row, dict):
+            counts["malformed"] += 1
+            continue
+        if first:  # only the first row of a file must have all columns; later rows without one count as empty
+            require(columns, list(row), unit.path)
+            first = False
+        yield {name: field_of(row, name) for name in columns}
+
+
+def _json_values(unit: Unit, counts: Counter[str]) -> Iterator[Any]:
+    """Yield the value of each row, and count the rows that are not JSON."""
+    if not unit.stop and holds_array(Path(unit.path)):
+        for row in array_rows(Path(unit.path)):
+            counts["read"] += 1
+            yield row
+        return
     for line in _lines(unit):
         counts["read"] += 1
         try:
-            row = json.loads(line.decode("utf-8-sig"))
+            yield json.loads(line.decode("utf-8-sig"))
         except UnicodeDecodeError:
             counts["not_utf8"] += 1
         except (ValueError, RecursionError):
             counts["malformed"] += 1
-        else:
-            if not isinstance(row, dict):
-                counts["malformed"] += 1
-                continue
-            if first:  # only the first row of a file must have all columns; later rows without one count as empty
-                _require(columns, list(row), unit.path)
-                first = False
-            yield row
 
 
 def _lines(unit: Unit) -> Iterator[bytes]:
     """Yield the non-empty lines that begin inside the unit's byte range."""
-    if unit.path.endswith(".gz"):
-        with gzip.open(unit.path) as compressed:
-            yield from (line for line in compressed if line.strip())
+    if not unit.stop:
+        with opened(Path(unit.path)) as whole:
+            yield from (line for line in whole if line.strip())
         return
     with Path(unit.path).open("rb") as file:
         if unit.start:
@@ -243,29 +302,14 @@ def _lines(unit: Unit) -> Iterator[bytes]:
                 yield line
 
 
-def _values(column: Any) -> list[Any]:
-    """Convert an Arrow column to Python values; text that is not UTF-8 becomes bytes."""
-    import pyarrow
-
-    try:
-        return column.to_pylist()
-    except UnicodeDecodeError:
-        is_list = pyarrow.types.is_list(column.type) or pyarrow.types.is_large_list(column.type)
-        raw = pyarrow.large_binary()
-        return column.cast(pyarrow.large_list(raw) if is_list else raw).to_pylist()
-
-
-def _require(wanted: list[str], present: list[str], path: str) -> None:
-    for name in wanted:
-        if name not in present:
-            raise UserError(f"{path}: there is no column {name!r}; it has: {', '.join(present)}")
-
-
 def _pair(row: dict[str, Any], source: Source, counts: Counter[str]) -> Pair | None:
     query, positive = _texts(row.get(source.query)), _texts(row.get(source.positive))
     negatives = _texts(row.get(source.negative)) if source.negative else []
     if not query or not positive:
         counts["empty"] += 1
+        return None
+    if source.least_negatives is not None and len(negatives) < source.least_negatives:
+        counts["few_negatives"] += 1
         return None
     texts = [query[0], positive[0], *negatives]
     if len(query) > 1 or not all(isinstance(text, str | bytes) for text in texts):

@@ -18,7 +18,7 @@ FORMAT = 1
 FILE = "manifest.json"
 
 # Why a row of a source did not become a stored pair, in the order in which the reasons are reported.
-REASONS = ("empty", "duplicate", "not_utf8", "malformed", "left_out")
+REASONS = ("empty", "duplicate", "not_utf8", "malformed", "few_negatives", "left_out")
 
 
 @dataclass(frozen=True)

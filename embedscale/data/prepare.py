@@ -23,7 +23,7 @@ import numpy as np
 
 from embedscale.data import buckets
 from embedscale.data.buckets import BUCKET_BYTES, Bucket, PartFacts, Work, buckets_for
-from embedscale.data.corpora import UNIT_SIZE, Unit, UnitSize, Unreadable, read, units_of
+from embedscale.data.corpora import UNIT_SIZE, Unit, UnitSize, check_files, read, units_of
 from embedscale.data.manifest import FILE as MANIFEST_FILE
 from embedscale.data.manifest import (
     Manifest,
@@ -36,6 +36,7 @@ from embedscale.data.manifest import (
     describe,
     is_finished,
 )
+from embedscale.data.store import PairStore
 from embedscale.data.tokens import load_tokenizer, tokenizer_of, vocabulary
 from embedscale.data.workers import in_parallel, worker_pool
 from embedscale.errors import DONE, FAILED, UserError
@@ -87,8 +88,8 @@ def prepare(config: RunConfig, unit_size: UnitSize = UNIT_SIZE, bucket_bytes: in
             if _report_finished(folder, settings):  # another process finished it while this one listed the files
                 return DONE
             write_json(folder / "work" / "settings.json", begun)
-            for torn in folder.glob("*/.*.arrow.*.partial"):  # left by a process that was killed
-                torn.unlink()
+            for torn in (*folder.glob(".*.partial"), *folder.glob("*/.*.arrow.*.partial")):
+                torn.unlink()  # left by a process that was killed
             with _undone_by_errors(folder, made):
                 start = time.monotonic()
                 counts, parts = _both_passes(work, units, stop)
@@ -103,7 +104,21 @@ def prepare(config: RunConfig, unit_size: UnitSize = UNIT_SIZE, bucket_bytes: in
         return FAILED
     rate = manifest.rows_read / max(seconds, 0.1)
     print(f"{folder}: {manifest.summary()}; {seconds:.0f} s, {rate:,.0f} pairs a second")
+    if any(source.negative for source in data.sources):
+        _say_negatives(PairStore.open(folder))
     return DONE
+
+
+def _say_negatives(store: PairStore) -> None:
+    """Say how many pairs have how many hard negatives, if not all have equally many."""
+    counts = store.negative_counts()
+    found = np.flatnonzero(counts)
+    if len(found) > 1:
+        said = ", ".join(f"{number}: {counts[number]:,}" for number in found)
+        print(
+            f"Training pairs by their number of hard negatives: {said}. A run can use {found[0]} of each pair; "
+            f"data.sources.least_negatives={found[-1]} would leave out the pairs with fewer than {found[-1]}."
+        )
 
 
 @contextmanager
@@ -175,10 +190,16 @@ def _check_sources(sources: list[Source]) -> None:
 
 
 def _check_first_pairs(sources: list[Source], units: list[Unit], unit_size: UnitSize) -> None:
-    """Read the first pair of each source, so that a wrong source is reported now and not after hours of work."""
+    """Read the first row of each file and the first pair of each source.
+
+    So a wrong file is reported now, and not after hours of work. Files without rows are counted.
+    """
     for number, source in enumerate(sources):
         counts: Counter[str] = Counter()
-        own = (unit for unit in units if unit.source == number)
+        own = [unit for unit in units if unit.source == number]
+        files, empty = check_files(own, source, unit_size)
+        if 0 < empty < files:
+            print(f"data.sources[{number}]: {empty} of {files} files hold no row", file=sys.stderr)
         if not any(True for unit in own for _ in read(unit, source, counts, unit_size)):
             name = source.path or source.kind
             raise UserError(f"data.sources[{number}]: {name} yields no pair ({describe(counts) or 'nothing read'})")
@@ -236,21 +257,25 @@ def _names(folder: Path) -> set[str]:
 
 @contextmanager
 def _undone_by_errors(folder: Path, made: list[Path]) -> Iterator[None]:
-    """Remove the folders in `made` after a UserError. Parent folders are removed only if they are empty.
+    """Remove the folders in `made` after a UserError that came before any unit was finished, and after `NoPairs`.
 
-    What could not be read may be readable at the next call, so `Unreadable` keeps the units finished until then.
+    Finished units are kept: what was wrong with another file may be mended. Parent folders are removed only if they are
+    empty.
     """
     try:
         yield
-    except Unreadable:
-        raise
-    except UserError:
-        if made and not is_finished(folder):
+    except UserError as error:
+        worthless = isinstance(error, NoPairs) or not any((folder / "work").glob("unit-*.json"))
+        if made and worthless and not is_finished(folder):
             shutil.rmtree(made[-1], ignore_errors=True)
             with suppress(OSError):
                 for path in reversed(made[:-1]):
                     path.rmdir()
         raise
+
+
+class NoPairs(UserError):
+    """All sources were read, and no store can be made of them."""
 
 
 def _both_passes(work: Work, units: list[Unit], stop: StopRequest) -> tuple[list[Counter[str]], list[Bucket]]:
@@ -271,7 +296,7 @@ def _both_passes(work: Work, units: list[Unit], stop: StopRequest) -> tuple[list
     parts = [gathered[number] for number in numbers]
     if not sum(part.train.pairs for part in parts):
         read = describe(sum(counts, Counter())) or "nothing read"
-        raise UserError(f"data.sources: they yield no training pair ({read})")
+        raise NoPairs(f"data.sources: they yield no training pair ({read})")
     return counts, parts
 
 
@@ -281,7 +306,7 @@ def _shares(weights: list[float], distinct: np.ndarray) -> list[float]:
     The source that is smallest for its weight is kept whole.
     """
     if not distinct.all():
-        raise UserError(
+        raise NoPairs(
             f"data.sources[{distinct.argmin()}].weight: no pair of this source is left for the mixture; its pairs are "
             "empty or repeat those of earlier sources"
         )

@@ -180,8 +180,12 @@ class PairStore:
 
     def token_counts(self, hard_negatives: int = 0) -> np.ndarray:
         """Return the number of tokens of every training pair in stored order, int32 [pairs]."""
-        parts = self._training.counts(hard_negatives)
+        parts = [part.counts(hard_negatives) for part in self._training.counted()]
         return np.concatenate(parts) if parts else np.empty(0, np.int32)
+
+    def negative_counts(self) -> np.ndarray:
+        """Return how many training pairs have 0, 1, 2, … hard negatives."""
+        return np.bincount(np.concatenate([np.diff(part.negatives[0]) for part in self._training.counted()]))
 
     def batch(self, start: int, stop: int, hard_negatives: int = 0) -> PairBatch:
         """Return the training pairs start..stop in stored order; after the last pair comes the first again."""
@@ -227,8 +231,9 @@ class _Parts:
             self.open[number] = part
         return self.open[number]
 
-    def counts(self, hard_negatives: int) -> list[np.ndarray]:
-        return [self._opened(number).counts(hard_negatives) for number, size in enumerate(self.sizes) if size]
+    def counted(self) -> list[Part]:
+        """Return the files that hold pairs, of which the token counts may be used."""
+        return [self._opened(number) for number, size in enumerate(self.sizes) if size]
 
     def verify(self, start: int, stop: int) -> None:
         for number, begin, end in zip(range(len(self.sizes)), self.ends - self.sizes, self.ends, strict=True):

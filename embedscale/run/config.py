@@ -16,7 +16,7 @@ from embedscale.errors import UserError, allowed, bounded
 from embedscale.run.families import short_name
 from embedscale.run.method import Method
 
-SOURCES = ("jsonl", "parquet", "dataset", "installed-python")
+SOURCES = ("jsonl", "csv", "parquet", "dataset", "installed-python")
 WEIGHTS = ("pretrained", "random")
 POOLINGS = ("mean", "last", "weighted")
 LOSSES = ("symmetric", "one_directional", "gte")
@@ -29,7 +29,7 @@ class Source:
     """One corpus of text pairs."""
 
     kind: str = "jsonl"
-    """Where the pairs are: jsonl or parquet files, dataset (of the Hugging Face hub, or a folder), installed-python."""
+    """Where the pairs are: jsonl, csv or parquet files, dataset (of the hub, or a folder), installed-python."""
     path: str = ""
     """A file, a folder or a glob; for a dataset, its hub name or folder."""
     query: str = "query"
@@ -38,6 +38,8 @@ class Source:
     """Column of the positive: a text, or a list whose first text is used."""
     negative: str | None = None
     """Column of hard negatives: a text, or a list of texts; default: none."""
+    least_negatives: int | None = None
+    """Leave out rows with fewer hard negatives; default: leave out no row."""
     subset: str | None = None
     """Configuration of a dataset; default: the dataset's own default."""
     split: str = "train"
@@ -48,6 +50,7 @@ class Source:
     def __post_init__(self) -> None:
         allowed("data.sources.kind", self.kind, SOURCES)
         bounded("data.sources.weight", self.weight, 0, above=True)
+        bounded("data.sources.least_negatives", self.least_negatives, 1)
         if not self.path and self.kind != "installed-python":
             raise UserError(f"data.sources.path: no path is given; a source of kind {self.kind!r} needs one")
 

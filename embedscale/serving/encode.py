@@ -8,7 +8,8 @@ texts. A lease keeps a second process away.
 import hashlib
 import json
 import sys
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
@@ -17,7 +18,17 @@ from typing import Any
 
 import numpy as np
 
-from embedscale.errors import DONE, INTERRUPTED, UserError
+from embedscale.data.rows import (
+    array_rows,
+    field_of,
+    holds_array,
+    opened,
+    require,
+    table_rows,
+    text_column,
+    values_of,
+)
+from embedscale.errors import DONE, INTERRUPTED, UserError, allowed
 from embedscale.files import digest_file, write_digested
 from embedscale.model.hardware import keep_freed_memory
 from embedscale.progress import Bar
@@ -29,6 +40,7 @@ from embedscale.values import Count, Value, sound
 
 PART = 16384  # texts
 FORMATS = ("npy", "arrow")
+BLANK = ("zero", "drop")  # what a blank text becomes: a row of zeros, or no row
 INDEX = "encoding.json"
 
 
@@ -61,17 +73,28 @@ class Encoding(Value):
         return replace(self, parts=[]).to_json()
 
 
-def encode(run: str, source: str, out: str, column: str = "text", form: str = "npy", texts_a_part: int = PART) -> int:
+def encode(
+    run: str,
+    source: str,
+    out: str,
+    column: str = "text",
+    form: str = "npy",
+    texts_a_part: int = PART,
+    blank: str = "zero",
+) -> int:
     """Write the embeddings of a file's texts as OUT/00000.npy (float32 [texts, width]) or .arrow files, in order.
 
-    `source` is a .txt file (one text per line), or a .jsonl or .parquet file with the texts in `column`. A second call
+    `source` is a .txt file (one text per line), or a .jsonl, .csv, .tsv or .parquet file with the texts in `column`;
+    files of text may be compressed. A blank text gets a row of zeros, or with `blank="drop"` no row. A second call
     continues where the first was stopped. Returns DONE, or INTERRUPTED after a signal. Raises UserError, before
-    anything is written, for an empty text, a text that is not UTF-8, a missing column, or a folder with other files.
+    anything is written, for a text that is not UTF-8, a missing column, or a folder with other files.
     """
-    if form not in FORMATS:
-        raise UserError(f"--format: {form!r} is unknown; allowed: {', '.join(FORMATS)}")
+    allowed("--format", form, FORMATS)
+    allowed("--blank", blank, BLANK)
     path, folder = Path(source), Path(out)
-    number, digest = _survey(path, column)
+    number, digest, blanks = _survey(path, column, blank)
+    if blanks:
+        print(f"{path}: {blanks:,} blank texts; they get {'rows of zeros' if blank == 'zero' else 'no row'}")
     embedder = Embedder.load(run)
     encoding = Encoding(
         run_id=embedder.record.run_id,
@@ -92,7 +115,7 @@ def encode(run: str, source: str, out: str, column: str = "text", form: str = "n
         directory.remove_partial_files()
         encoding = _begun(folder, encoding)
         encoding.write(folder / INDEX)
-        return _encode_parts(embedder, texts_of(path, column), folder, encoding, stop)
+        return _encode_parts(embedder, _kept(path, column, blank), folder, encoding, stop)
 
 
 def _encode_parts(embedder: Embedder, texts: Iterator[str], folder: Path, encoding: Encoding, stop: StopRequest) -> int:
@@ -155,42 +178,86 @@ def _hidden(path: Path) -> bool:
     return path.name.startswith(".") and path.suffix in (".partial", ".stale")
 
 
-def _survey(path: Path, column: str) -> tuple[int, str]:
-    """Count the texts of a file and return a digest of them. Raises UserError for an empty text."""
-    sha, number = hashlib.sha256(), 0
-    for number, text in enumerate(texts_of(path, column), 1):
-        if not text.strip():
-            raise UserError(f"{path}: text {number} is empty; every text needs at least one character")
-        sha.update(f"{len(text)} {text}".encode())
+def _survey(path: Path, column: str, blank: str) -> tuple[int, str, int]:
+    """Return the number of texts that get a row, a digest of them, and the number of blank texts in the file."""
+    sha, number, blanks = hashlib.sha256(), 0, 0
+    for text in texts_of(path, column):
+        empty = not text.strip()
+        blanks += empty
+        if not empty or blank == "zero":
+            number += 1
+            sha.update(f"{len(text)} {text}".encode())
     if not number:
         raise UserError(f"{path}: holds no text")
-    return number, sha.hexdigest()[:16]
+    return number, sha.hexdigest()[:16], blanks
+
+
+def _kept(path: Path, column: str, blank: str) -> Iterator[str]:
+    return (text for text in texts_of(path, column) if blank == "zero" or text.strip())
 
 
 def texts_of(path: Path, column: str = "text") -> Iterator[str]:
-    """Yield the texts of a .txt, .jsonl or .parquet file. Raises UserError for anything that is not a text."""
+    """Yield the texts of a file; a missing value is a blank text. Raises UserError for anything that is not a text."""
     if not path.is_file():
         raise UserError(f"{path}: there is no such file")
-    if path.suffix == ".parquet":
-        yield from _parquet_texts(path, column)
-        return
-    if path.suffix not in (".txt", ".jsonl"):
-        raise UserError(f"{path}: {path.suffix or 'no ending'} is not known; allowed: .txt, .jsonl, .parquet")
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                # Editors on Windows begin a file with a byte-order mark.
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
-                if path.suffix == ".jsonl":
-                    text = json.loads(text)[column]
-                    str(text).encode()  # fails for a lone surrogate, which JSON can contain
-            except UnicodeError:
-                raise UserError(f"{path}: line {number} is not UTF-8") from None
-            except (ValueError, KeyError, TypeError, RecursionError):
-                raise UserError(f"{path}: line {number} is not a JSON object with a column {column!r}") from None
-            if not isinstance(text, str):
-                raise UserError(f"{path}: line {number}: {column!r} is {type(text).__name__}; expected a text")
-            yield text
+    kind = next((ending for ending in path.suffixes[::-1] if ending in READERS), None)
+    if kind is None:
+        raise UserError(f"{path}: {path.suffix or 'no ending'} is not known; allowed: {', '.join(READERS)}")
+    try:
+        yield from READERS[kind](path, column)
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path}: cannot be read ({str(error) or type(error).__name__})") from None
+
+
+def _lines(path: Path, column: str) -> Iterator[str]:
+    for number, line in _numbered(path):
+        yield _decoded(line, path, number).rstrip("\r\n")
+
+
+def _json_texts(path: Path, column: str) -> Iterator[str]:
+    if holds_array(path):
+        rows: Iterator[tuple[int, Any]] = enumerate(array_rows(path), 1)
+    else:
+        rows = ((number, _row(line, path, number)) for number, line in _numbered(path) if line.strip())
+    for number, row in rows:
+        if not isinstance(row, dict) or (column.partition(".")[0] not in row and column not in row):
+            raise UserError(f"{path}: line {number} is not a JSON object with a column {column!r}")
+        yield _text(field_of(row, column), path, number, column)
+
+
+def _table_texts(path: Path, column: str) -> Iterator[str]:
+    for number, row in enumerate(table_rows(path, [column]), 2):
+        yield _text(row[column], path, number, column)
+
+
+def _numbered(path: Path) -> Iterator[tuple[int, bytes]]:
+    with opened(path) as file:
+        yield from enumerate(file, 1)
+
+
+def _row(line: bytes, path: Path, number: int) -> Any:
+    try:
+        return json.loads(_decoded(line, path, number))
+    except (ValueError, RecursionError):
+        return None
+
+
+def _decoded(line: bytes, path: Path, number: int) -> str:
+    try:
+        # Editors on Windows begin a file with a byte-order mark.
+        return line.decode("utf-8-sig" if number == 1 else "utf-8")
+    except UnicodeError:
+        raise UserError(f"{path}: line {number} is not UTF-8") from None
+
+
+def _text(value: Any, path: Path, number: int, column: str) -> str:
+    if not isinstance(value, str | None):
+        raise UserError(f"{path}: line {number}: {column!r} is {type(value).__name__}; expected a text")
+    try:
+        (value or "").encode()  # fails for a lone surrogate, which JSON can contain
+    except UnicodeError:
+        raise UserError(f"{path}: line {number} is not UTF-8") from None
+    return value or ""
 
 
 def _parquet_texts(path: Path, column: str) -> Iterator[str]:
@@ -201,19 +268,29 @@ def _parquet_texts(path: Path, column: str) -> Iterator[str]:
         file = parquet.ParquetFile(path)
     except (OSError, pyarrow.ArrowException):
         raise UserError(f"{path}: not a readable Parquet file") from None
-    names = file.schema_arrow.names
-    if column not in names:
-        raise UserError(f"{path}: there is no column {column!r}; it has: {', '.join(names)}")
-    kind = file.schema_arrow.field(column).type
-    if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
-        raise UserError(f"{path}: column {column!r} holds {kind}; expected texts")
+    require([column], file.schema_arrow.names, path)
     number = 0
     try:
         for batch in file.iter_batches(1024, columns=[column]):
-            for text in batch.column(0):
+            texts = text_column(batch, column, path)
+            if pyarrow.types.is_list(texts.type) or pyarrow.types.is_large_list(texts.type):
+                raise UserError(f"{path}: column {column!r} holds {texts.type}; expected texts")
+            for text in values_of(texts):
                 number += 1
-                yield text.as_py() or ""
+                if isinstance(text, bytes):
+                    text = text.decode()
+                yield text or ""
     except UnicodeDecodeError:
         raise UserError(f"{path}: text {number} is not UTF-8") from None
     except (OSError, pyarrow.ArrowException) as error:
         raise UserError(f"{path}: cannot be read ({str(error).splitlines()[0]})") from None
+
+
+READERS: dict[str, Callable[[Path, str], Iterator[str]]] = {
+    ".txt": _lines,
+    ".jsonl": _json_texts,
+    ".json": _json_texts,
+    ".csv": _table_texts,
+    ".tsv": _table_texts,
+    ".parquet": _parquet_texts,
+}

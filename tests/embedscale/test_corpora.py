@@ -180,7 +180,7 @@ def test_an_unreadable_source_is_named(tmp_path):
 
     good = write_jsonl(tmp_path / "good.jsonl", rows(3))
     (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(good.read_bytes())[:-9])
-    (tmp_path / "other.jsonl.gz").write_bytes(bz2.compress(good.read_bytes()))
+    (tmp_path / "cut.jsonl.bz2").write_bytes(bz2.compress(good.read_bytes())[:-9])
     (tmp_path / "text.parquet").write_text("no table")
     (tmp_path / "empty").mkdir()
     parquet.write_table(pa.table(plain_columns(3)), tmp_path / "plain.parquet")
@@ -198,7 +198,7 @@ def test_an_unreadable_source_is_named(tmp_path):
         ("jsonl", "good.jsonl", {"query": "qeury"}, "no column 'qeury'; it has: query, pos, neg"),
         ("jsonl", "good.jsonl", {"negative": "hard"}, "no column 'hard'"),
         ("jsonl", "cut.jsonl.gz", {}, r"cut\.jsonl\.gz: cannot be read"),
-        ("jsonl", "other.jsonl.gz", {}, r"other\.jsonl\.gz: cannot be read"),
+        ("jsonl", "cut.jsonl.bz2", {}, r"cut\.jsonl\.bz2: cannot be read"),
         ("parquet", "text.parquet", {}, "not a readable Parquet file"),
         ("parquet", "plain.parquet", {"query": "question"}, "no column 'pos'; it has: question, answer, id"),
         ("dataset", "saved", {"query": "question"}, "no column 'pos'; it has: question, answer, id"),

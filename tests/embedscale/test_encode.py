@@ -69,13 +69,13 @@ def test_a_text_without_tokens_has_similarity_zero(runs):
 
 
 BAD = {
-    "an empty text": ("encode", "empty.txt", "text 2 is empty"),
+    "no text": ("encode", "empty.txt", "empty.txt: holds no text"),
     "no UTF-8": ("encode", "latin.txt", "line 1 is not UTF-8"),
     "half a character": ("encode", "half.jsonl", "line 1 is not UTF-8"),
-    "no JSON": ("encode", "deep.jsonl", "line 1 is not a JSON object"),
+    "no JSON": ("encode", "deep.jsonl", "is an array that is cut off or not valid JSON"),
     "no UTF-8 in a table": ("encode", "latin.parquet", "text 3 is not UTF-8"),
     "a damaged table": ("encode", "damaged.parquet", "damaged.parquet: cannot be read"),
-    "another ending": ("encode", "texts.csv", ".csv is not known"),
+    "another ending": ("encode", "texts.xml", ".xml is not known"),
     "a missing column": ("encode", "texts.jsonl", "not a JSON object with a column 'text'"),
     "a missing file": ("encode", "nothing.txt", "no such file"),
 }
@@ -83,7 +83,7 @@ BAD = {
 
 @pytest.mark.parametrize("case", BAD)
 def test_bad_texts_are_refused_in_one_line(tmp_path, runs, capsys, case):
-    (tmp_path / "empty.txt").write_text("one\n\nthree\n")
+    (tmp_path / "empty.txt").touch()
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9\n")
     (tmp_path / "half.jsonl").write_text('{"text": "\\ud83d"}\n')
     (tmp_path / "deep.jsonl").write_text("[" * 100_000)
@@ -94,7 +94,7 @@ def test_bad_texts_are_refused_in_one_line(tmp_path, runs, capsys, case):
     with (tmp_path / "damaged.parquet").open("r+b") as file:
         file.seek(4)
         file.write(b"\xff" * 12)
-    (tmp_path / "texts.csv").write_text("a,b\n")
+    (tmp_path / "texts.xml").write_text("a,b\n")
     (tmp_path / "texts.jsonl").write_text('{"other": "a"}\n')
     verb, file, expected = BAD[case]
     assert main([verb, str(runs["full"]), str(tmp_path / file), str(tmp_path / "out")]) == 2
