@@ -281,6 +281,15 @@ def _named(ours: str, theirs: str, names: Collection[str]) -> Source:
     raise UserError(f"column {theirs!r} ({ours}) is missing; the table has {listed(names)}")
 
 
+def missing(names: Iterable[object], wanted: Collection[str]) -> str:
+    """Return the words to add for columns that were not found: a guess where a name ends in one that is known."""
+    texts = [str(name) for name in names]
+    ends = {OURS.get(_plain(re.split(r"[./]", name)[-1])[1]): name for name in reversed(texts)}
+    guessed = [f"{ours}={ends[ours]}" for ours in wanted if ours in ends]
+    words = ",".join(guessed or [f"{ours}=NAME" for ours in wanted])
+    return f"name it by --columns {words}; the table has {listed(texts)}"
+
+
 def listed(values: Iterable[object], most: int = 30) -> str:
     """Return values with commas between them; of very many, the first ones."""
     texts = [str(value) for value in values]

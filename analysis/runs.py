@@ -26,6 +26,7 @@ from analysis.columns import (
     amount,
     canonical,
     listed,
+    missing,
     sources,
 )
 from embedscale.errors import UserError
@@ -216,7 +217,13 @@ def _from_table(
     raw = raw[~raw.map(tables.blank).all(axis="columns")]
     found = _chosen(origin, raw, columns, ignore)
     if not {"loss", "n_opt"} & found.keys():
-        raise UserError(f"{origin}: column 'loss' is missing; name it by --columns loss=NAME; it has {listed(raw)}")
+        raise UserError(f"{origin}: column 'loss' is missing; {missing(raw, ['loss'])}")
+    unknown = [name for name in ("n_parameters", "tokens", "budget_flop") if name not in found]
+    if len(unknown) > (2 if "n_opt" in found else 1):
+        raise UserError(
+            f"{origin}: of n_parameters, tokens and budget_flop two are needed, and {', '.join(unknown)} are missing; "
+            f"{missing(raw, unknown)}"
+        )
     notes = _notes_of_names(found, ignore)
     table, wrong = _ours(raw, found)
     excluded: list[Row] = []

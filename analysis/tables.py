@@ -54,7 +54,7 @@ def read(path: Path) -> pd.DataFrame:
         ".parquet": lambda found: pd.read_parquet(io.BytesIO(found)),
     }
     if ending not in readers:
-        raise UserError(f"{path}: has the ending {ending!r}; allowed: {ENDINGS}, or a folder of runs")
+        raise UserError(f"{path}: has the ending {ending!r}; allowed: {ENDINGS} (save a spreadsheet as .csv)")
     table = _tried(path, ending[1:], readers[ending], content)
     names = [str(name) for name in table]
     if twice := sorted({name for name in names if names.count(name) > 1}):
@@ -85,6 +85,8 @@ def _delimited(content: bytes) -> pd.DataFrame:
     if not rows:
         raise ValueError("it is empty")
     names = [name.strip() or f"column {place}" for place, name in enumerate(rows[0], 1)]
+    if all(re.fullmatch(r"[-+.\d]+(e[-+]?\d+)?", name) for name in names):
+        raise ValueError("its first row holds numbers, and must name the columns")
     for number, row in enumerate(rows[1:], 1):
         if len(row) > len(names) and any(row[len(names) :]):
             raise ValueError(f"row {number} has {len(row)} cells, and the header names {len(names)} columns")

@@ -193,6 +193,20 @@ def test_two_columns_that_could_be_one_field_are_refused():
     assert runs.load(table).table["loss"].tolist() == sweep()["loss"].tolist()
 
 
+def test_what_is_missing_is_named_with_the_columns_that_may_be_meant():
+    nested = sweep().rename(columns={"N": "model.n_params", "D": "data.tokens", "loss": "result.loss"})
+    with pytest.raises(UserError, match="'loss' is missing; name it by --columns loss=result.loss; the table"):
+        runs.load(nested)
+    with pytest.raises(UserError, match=r"name it by --columns n_parameters=model.n_params,tokens=data.tokens; the"):
+        runs.load(nested.drop(columns="C"), {"loss": "result.loss"})
+
+
+def test_a_table_without_a_header_is_refused(tmp_path):
+    sweep().to_csv(tmp_path / "runs.csv", index=False, header=False)
+    with pytest.raises(UserError, match="its first row holds numbers, and must name the columns"):
+        runs.load(tmp_path / "runs.csv")
+
+
 def test_two_columns_of_one_name_are_refused(tmp_path):
     (tmp_path / "runs.csv").write_text("N,D,loss,loss\n1e7,1e9,3,3\n")
     with pytest.raises(UserError, match="runs.csv: two columns are called 'loss'; rename one of them"):
