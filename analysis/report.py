@@ -22,10 +22,11 @@ from analysis.fits import Fits
 from analysis.fitting.laws import LAWS
 from analysis.recipe import Recipe, Row
 from analysis.study import Study
-from analysis.summary import SIGNS, number, spread
+from analysis.summary import SIGNS
 from embedscale.errors import UserError
 from embedscale.files import write_atomically
 from embedscale.progress import Bar
+from embedscale.texts import number, spread
 
 if TYPE_CHECKING:
     from analysis.figures.catalogue import Written
@@ -38,7 +39,8 @@ FARTHER = 4  # the last recipe's budget / the largest budget that was run
 SHOWN_OPTIMA = 80  # above which budgets with too few sizes are not listed
 SHOWN_COMPARISONS = 20  # budgets above which methods are not compared at each
 SHOWN_ROWS = 60  # of the runs left out; all of them are in excluded.csv
-TWO_COLUMNS = 1000  # pixels of a figure above which it is two columns wide
+TWO_COLUMNS = 4.0  # inches of a figure above which it is two columns wide
+SHOWN_DPI = 125  # pixels of the page for an inch of the print
 CONTENTS = (
     ("figures", "Figures"),
     ("laws", "Laws"),
@@ -69,7 +71,7 @@ class Shown:
     title: str
     caption: str
     image: str  # PNG, base64
-    width: int  # pixels
+    width: float  # inches
 
     @property
     def two_columns(self) -> bool:
@@ -77,11 +79,11 @@ class Shown:
 
     @property
     def shown_width(self) -> int:
-        return int(self.width / 1.6) if self.two_columns else self.width // 2
+        return round(self.width * SHOWN_DPI)
 
     @property
-    def csv(self) -> str:
-        return f"{FOLDER}/{self.name}.csv"
+    def files(self) -> list[str]:
+        return [f"{FOLDER}/{self.name}.{ending}" for ending in ("csv", "pdf", "png")]
 
 
 # --- Recipes and figures ---------------------------------------------------------------------------------------------
@@ -130,9 +132,8 @@ def _figures(written: Iterable["Written"]) -> list[Shown]:
     found = []
     for each in written:
         if each.png is not None:
-            data = each.png.read_bytes()
-            width = int.from_bytes(data[16:20])  # where PNG has it
-            found.append(Shown(each.name, each.title, each.caption, base64.b64encode(data).decode(), width))
+            image = base64.b64encode(each.png.read_bytes()).decode()
+            found.append(Shown(each.name, each.title, each.caption, image, each.width))
     return found
 
 
@@ -376,11 +377,10 @@ def command(args: Namespace) -> int:
         written = catalogue.write(found, folder / FOLDER, bar.say)
     text = page(found, written, runs, args.budget or [])
     write_atomically(folder / FILE, lambda file: file.write(text.encode()))
-    drawn = sum(each.png is not None for each in written)
-    print(f"{drawn} figures as PNG, PDF and CSV: {folder / FOLDER}")
-    for each in written:
-        if each.missing:
-            print(f"  not drawn: {each.title}: {each.missing}")
+    missing = sum(each.png is None for each in written)
+    print(f"{len(written) - missing} figures as PNG, PDF and CSV: {folder / FOLDER}")
+    if missing:
+        print(f"not drawn, because the runs do not have what they show: {missing} figures; {FILE} says what each needs")
     if found.fits.miniature:
         print(f"note: {found.fits.miniature}")
     print(f"written: {folder / FILE}")

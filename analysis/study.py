@@ -16,11 +16,13 @@ from analysis import runs
 from analysis.columns import COLUMNS, EXCLUDED, FIRST_VERSION
 from analysis.fits import Fits
 from analysis.fitting import grouping, joint
+from analysis.fitting.laws import Array
 from analysis.runs import Runs
 from embedscale.errors import UserError
 from embedscale.files import write_atomically, write_json
 from embedscale.run.directory import RunDirectory
 from embedscale.run.record import Damaged, RunRecord
+from embedscale.texts import short_number
 from embedscale.values import Value
 
 TABLE, LEFT_OUT = "runs.csv", "excluded.csv"
@@ -79,6 +81,18 @@ class Study:
         """Method → the best setting of each budget and size."""
         return {method: grouping.best_points(cells) for method, cells in self.cells.items()}
 
+    def profile(self, method: str, budget_flop: float) -> pd.DataFrame:
+        """Return the best setting of each size of a method at a budget, by ascending size."""
+        points = self.points[method]
+        return points[np.isclose(points["budget_flop"], budget_flop, rtol=0.1)].sort_values("n_parameters")
+
+    def window(self, profile: pd.DataFrame) -> Array:
+        """Return which points of a profile its parabola is fitted to, as in `optima.parabola`."""
+        size, best = profile["n_parameters"].to_numpy(float), int(profile["loss"].argmin())
+        near: Array = np.abs(np.log(size / size[best])) <= np.log(self.fits.settings.window) + 1e-9
+        near[max(best - 1, 0) : best + 2] = True
+        return near
+
     def left_out(self, method: str | None = None) -> pd.DataFrame:
         """Return the excluded runs of a method, or of all, as rows for the table of a figure."""
         rows = self.excluded if method is None else self.excluded[self.excluded["method"] == method]
@@ -89,14 +103,6 @@ def by_number(rows: pd.DataFrame, column: str) -> Iterator[tuple[float, pd.DataF
     """Yield each value of a numeric column with its rows, in ascending order."""
     for value in np.unique(rows[column].dropna().to_numpy(float)):
         yield float(value), rows[rows[column] == value]
-
-
-def short_number(value: float) -> str:
-    """Return a number as 1.2M, 85k or 1.2B."""
-    for limit, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if value >= 0.9995 * limit:
-            return f"{value / limit:.3g}{letter}"
-    return f"{value:.3g}"
 
 
 def check_out(folder: str | Path) -> None:

@@ -2,7 +2,7 @@
 
 import math
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +16,7 @@ from analysis.simulate import Simulated
 from embedscale.errors import UserError
 from embedscale.files import write_json
 from embedscale.terminal import console, shortened
+from embedscale.texts import measured, number, spread
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -23,16 +24,6 @@ if TYPE_CHECKING:
 WIDTH = 160  # columns where the output is no terminal: no column of a table is cut
 MOST_LINES = 20  # lines about damaged files
 SIGNS = {"n_opt": "N*", "d_opt": "D*", "loss": "L*"}  # how a reader sees the quantities of an optimum
-
-
-def number(value: float | None, digits: int = 3) -> str:
-    """Return a number with this many significant digits, or a dash for None."""
-    return "–" if value is None else f"{value:.{digits}g}"
-
-
-def spread(ends: Sequence[float] | None, digits: int = 3) -> str:
-    """Return an interval with this many significant digits, or a dash for None."""
-    return "–" if ends is None else f"{ends[0]:.{digits}g} … {ends[1]:.{digits}g}"
 
 
 def _table(title: str, *columns: str) -> Table:
@@ -69,10 +60,8 @@ def _show_optima(name: str, method: MethodFit, percent: str, console: Console) -
     table = _table(f"\n{name}: optima", "budget", "state", "N*", percent, "D*", "loss", percent, "Akima N*", "law N*")
     for row in method.optima:
         others = [number(each.n_opt if each else None) for each in (row.akima, row.law)]
-        own = number(row.n_opt), spread(row.n_opt_interval), number(row.d_opt)
-        table.add_row(
-            number(row.budget_flop), row.state, *own, number(row.loss, 4), spread(row.loss_interval, 4), *others
-        )
+        own = *measured(row.n_opt, row.n_opt_interval, 3), number(row.d_opt)
+        table.add_row(number(row.budget_flop), row.state, *own, *measured(row.loss, row.loss_interval), *others)
     console.print(table)
 
 
@@ -81,11 +70,11 @@ def _show_laws(name: str, method: MethodFit, percent: str, console: Console) -> 
     for quantity, sign in SIGNS.items():
         line = getattr(method.power_laws, quantity)
         if line:
-            table.add_row(f"{sign} = k C^a", "a", number(line.exponent, 4), spread(line.exponent_interval))
-            table.add_row("", "k", number(line.coefficient, 4), spread(line.coefficient_interval))
+            table.add_row(f"{sign} = k C^a", "a", *measured(line.exponent, line.exponent_interval))
+            table.add_row("", "k", *measured(line.coefficient, line.coefficient_interval))
     for law, fitted in method.joint_laws.items():
         for i, (coefficient, ends) in enumerate(fitted.intervals.items()):
-            shown = (number(fitted.coefficients[coefficient], 4), spread(ends))
+            shown = measured(fitted.coefficients[coefficient], ends)
             if coefficient in fitted.not_fixed:
                 shown = ("not fixed by the data", "")
             table.add_row(law if i == 0 else "", coefficient, *shown)
@@ -124,18 +113,18 @@ def show_simulation(result: Mapping[str, Simulated], console: Console) -> None:
             continue
         table = _table(f"{found.law} law, {found.repeats} sweeps", "coefficient", "truth", "mean", "95 %")
         for coefficient, each in found.coefficients.items():
-            table.add_row(coefficient, number(each.truth, 4), number(each.mean, 4), spread(each.interval))
+            table.add_row(coefficient, number(each.truth, 4), *measured(each.mean, each.interval))
         exponent = found.n_exponent
         for estimator, by in (("law", exponent.law), ("parabola", exponent.parabola)):
             if by:
-                shown = number(exponent.truth, 4), number(by.median, 4), spread(by.interval)
+                shown = number(exponent.truth, 4), *measured(by.median, by.interval)
                 table.add_row(f"exponent of N*, {estimator}", *shown)
         console.print(table)
         table = _table(
             "optima, as shares of the truth", "budget", "true N*", "parabola", "95 %", "without noise", "law", "95 %"
         )
         for row in found.optima:
-            shares = [(number(by.median), spread(by.interval)) if by else ("–", "–") for by in (row.parabola, row.law)]
+            shares = [measured(by.median, by.interval, 3) if by else ("–", "–") for by in (row.parabola, row.law)]
             clean = number(None if row.bias_without_noise is None else 1 + row.bias_without_noise)
             truth = number(row.truth) if row.truth else "edge"
             table.add_row(number(row.budget_flop), truth, *shares[0], clean, *shares[1])

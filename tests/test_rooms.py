@@ -24,6 +24,7 @@ ROOMS: dict[str, tuple[list[str], list[str]]] = {
             "embedscale.imports",
             "embedscale.progress",
             "embedscale.terminal",
+            "embedscale.texts",
             "embedscale.values",
         ],
         [],

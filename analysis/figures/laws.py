@@ -19,6 +19,7 @@ from analysis.fitting import joint, uncertainty
 from analysis.fitting.laws import LAWS, Array, Law, StatedLaw, fraction_law, size_law
 from analysis.fitting.solver import NoFit, fit_joint
 from analysis.study import Study, by_number
+from embedscale.texts import listed
 
 DRAWS = 100  # refits behind the interval of a prediction
 COLUMNS = ["method", "budget_flop", "n_parameters", "tokens", "trainable_fraction", "loss"]
@@ -34,7 +35,7 @@ def _columns(rows: pd.DataFrame, *names: str) -> list[Array]:
 def _best_law(study: Study, method: str) -> StatedLaw:
     """Return the paper's law L(S, N, D) where the method has one, else L(N, D)."""
     if method not in study.methods:
-        raise NotDrawn(f"no run of {style.label(method)}")
+        raise NotDrawn(f"there is no run of {style.label(method)}")
     fit = study.fits.methods[method]
     law = fraction_law(fit.joint_laws) or size_law(fit.joint_laws)
     if law is None:
@@ -74,17 +75,16 @@ def _against(rows: pd.DataFrame, study: Study, predicted_kind: str) -> Figure:
     ends = np.array([rows[["loss", "predicted"]].min().min() / 1.05, rows[["loss", "predicted"]].max().max() * 1.05])
     upper.plot(ends, ends, color=style.GREY, linewidth=0.7, zorder=0.5)
     upper.set(xlim=ends, ylim=ends, ylabel="predicted loss (nats)")
-    style.log_axis(upper.xaxis, "plain")
-    style.log_axis(upper.yaxis, "plain")
+    style.log_axis(upper.xaxis)
+    style.log_axis(upper.yaxis)
     lower.axhline(0, color=style.GREY, linewidth=0.7, zorder=0.5)
     lower.set(xlabel="found: " + style.LOSS, ylabel="error (%)")
     told = []
     for kind in ("fitted", predicted_kind):
         part = rows[rows["kind"] == kind]
         mean = np.abs(part["predicted"] / part["loss"] - 1).mean()
-        told.append(f"{kind}: {len(part)} points, mean error {100 * mean:.2f} %")
-    upper.text(0.03, 0.97, "\n".join(told), va="top", fontsize=7, transform=upper.transAxes)
-    upper.set_title(style.label(rows["method"].iloc[0]))
+        told.append(f"{kind}: {len(part)} point{'s' * (len(part) != 1)}, mean error {100 * mean:.2f} %")
+    upper.set_title("\n".join([style.label(rows["method"].iloc[0]), *told]), fontsize=style.SMALLEST + 0.5)
     sizes = [size for size in study.sizes if (rows["n_parameters"] == size).any()]
     style.legend_below(figure, style.size_handles(study, sizes, "none"), columns=3)
     return figure
@@ -99,8 +99,9 @@ def _predicted(rows: pd.DataFrame, law: StatedLaw, study: Study, amount: str) ->
     return found.assign(predicted=law.loss(n, d, s), low=low, high=high)
 
 
-def hold_out(study: Study, method: str) -> Drawn:
+def hold_out(study: Study, methods: Sequence[str]) -> Drawn:
     """Draw figures 7, 14, 19: the law fitted without the largest size predicts the largest size."""
+    (method,) = methods
     law = _best_law(study, method).law
     points = joint.points_for(law, study.cells[method], study.points[method])
     out, largest = uncertainty.held_out_rows(points, "n_parameters")
@@ -110,7 +111,7 @@ def hold_out(study: Study, method: str) -> Drawn:
         _against(rows, study, "held out"),
         rows,
         f"The joint law {law.symbol} fitted to every size below {study.names[largest]} (small marks), against the "
-        "largest size (ringed, 95 % intervals of the law).",
+        f"largest size (ringed, {study.fits.settings.percent} intervals of the law).",
     )
 
 
@@ -142,7 +143,7 @@ def steps(study: Study) -> Drawn:
         _against(rows, study, "predicted"),
         rows,
         f"The law of size and training steps fitted at {told[0]} (small marks) against the runs at {told[1]} (ringed, "
-        "95 % intervals of the law).",
+        f"{study.fits.settings.percent} intervals of the law).",
     )
 
 
@@ -152,6 +153,8 @@ def fixed_data(study: Study) -> Drawn:
     points = study.points[method]
     figure, (axes,) = style.panels(1, height=3.2)
     law = size_law(study.fits.methods[method].joint_laws)
+    if law and _not_fixed(study, method, law):
+        law = None
     for size, part in by_number(points, "n_parameters"):
         part, look = part.sort_values("tokens"), style.size_style(size, study)
         line = {"linewidth": 0.6, "linestyle": ":"} if law else {}
@@ -160,12 +163,17 @@ def fixed_data(study: Study) -> Drawn:
             grid = np.geomspace(part["tokens"].min(), part["tokens"].max(), 40)
             axes.plot(grid, law.loss(np.full(40, size), grid), color=look["color"])
     style.log_axis(axes.xaxis)
-    style.log_axis(axes.yaxis, "plain")
+    style.log_axis(axes.yaxis)
     axes.set(xlabel=style.TOKENS, ylabel=style.LOSS, title=style.label(method))
-    style.legend_below(figure, style.size_handles(study, study.sizes), columns=3)
+    style.legend_below(figure, style.size_handles(study, sorted(points["n_parameters"].unique())), columns=3)
     rows = points[["method", "budget_flop", "n_parameters", "tokens", "loss"]]
-    told = " Solid: the joint law." if law else ""
+    told = " Solid: the joint law; dotted: the runs." if law else ""
     return Drawn(figure, rows, f"Loss against tokens for each size: with data fixed, the largest model is best.{told}")
+
+
+def _not_fixed(study: Study, method: str, law: StatedLaw) -> str:
+    """Return the coefficients of a method's law that the data do not fix, as a text; empty if they fix all."""
+    return listed(study.fits.methods[method].joint_laws[law.law.name].not_fixed)
 
 
 # --- The trends behind the law ---------------------------------------------------------------------------------------
@@ -206,6 +214,9 @@ def _trend_of(study: Study, needs_fraction: bool, one_fraction: bool = False) ->
                 if LAWS[name].needs_fraction or not needs_fraction
             ]
             continue
+        if free := _not_fixed(study, method, law):
+            reasons.append(f"{style.label(method)}: the data do not fix {free} of the law {law.law.symbol}")
+            continue
         rows = joint.points_for(law.law, study.cells[method], study.points[method])
         if one_fraction and law.law.needs_fraction:
             rows = rows[np.isclose(rows["trainable_fraction"], rows["trainable_fraction"].mode().iloc[-1])]
@@ -230,7 +241,7 @@ def _against_tokens(study: Study, rows: pd.DataFrame, y: Array, y_by_law: Array,
 def _positive(axes: Axes, values: Array) -> None:
     """Make the ordinate logarithmic where all values allow it."""
     if (values > 0).all():
-        style.log_axis(axes.yaxis, "plain")
+        style.log_axis(axes.yaxis)
 
 
 def _outside(axes: Axes, values: Array) -> str:
@@ -312,7 +323,7 @@ def fraction_trend(study: Study) -> Drawn:
     style.legend_below(figure, style.size_handles(study, sorted(rows["n_parameters"].unique()), "none"), columns=3)
     return Drawn(
         figure, rows, f"{style.label(trend.method)}: the data coefficient against the frozen fraction. Line: "
-        f"a_s (1 − S)^b_s + c_s of the law with its 95 % band{bars}.{_outside(axes, left)}",
+        f"a_s (1 − S)^b_s + c_s of the law with its {study.fits.settings.percent} band{bars}.{_outside(axes, left)}",
     )  # fmt: skip
 
 

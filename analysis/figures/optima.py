@@ -3,31 +3,59 @@
 The numbers are those of the paper's figures.
 """
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from analysis.figures import style
 from analysis.figures.style import Drawn, NotDrawn
 from analysis.fits import Interval, Optimum, PowerLaw
-from analysis.fitting.laws import Array
+from analysis.fitting.laws import Array, size_law
 from analysis.study import Study
 from embedscale.run.method import METHODS, Choice
+from embedscale.texts import listed, measured, number, short_name
 
-HOLLOW = "Hollow marks are budgets without an interior optimum; they enter no line."
+EXACT = 3  # points that a parabola goes through exactly, and optima below which a power law leaves no residual
+LONG = 32  # characters above which two names stand on two lines of a legend
+NO_OPTIMUM = "no optimum between sizes"
+MOST_CURVES = 10  # budgets of a panel of profiles; of more, an even selection is drawn
 MANY = 12  # budgets above which those with fewer than three sizes are not drawn
 
 
 def _present(study: Study, methods: Sequence[str]) -> list[str]:
     found = [method for method in methods if method in study.methods]
     if not found:
-        raise NotDrawn(f"no run of {' or '.join(map(style.label, methods))}")
+        raise NotDrawn(f"there is no run of {' or '.join(map(style.label, methods))}")
     return found
+
+
+def _hollow(optima: Sequence[Optimum]) -> str:
+    """Return what a caption says of hollow marks; empty where there are none."""
+    states = sorted({row.state for row in optima if not row.interior})
+    return f" Hollow marks are no optima ({', '.join(states)}) and enter no line." if states else ""
+
+
+def _hollow_handle(optima: Sequence[Optimum]) -> list[Line2D]:
+    """Return the legend entry of hollow marks; none where there are none."""
+    look = style.hollow({"color": style.GREY, "marker": "o"})
+    return [Line2D([], [], label=NO_OPTIMUM, **look)] if any(not row.interior for row in optima) else []
+
+
+def _handle(study: Study, method: str, line: bool, optima: Sequence[Optimum]) -> list[Line2D]:
+    """Return the legend entry of a method as it is drawn: with a line, with marks, or with hollow marks alone."""
+    look = style.method_style(method, study.methods)
+    if not any(row.interior for row in optima):
+        look = style.hollow(look)
+    elif not line:
+        look |= {"linestyle": "none"}
+    return [Line2D([], [], label=style.label(method), **look)] if optima else []
 
 
 def _error(value: float, ends: Interval | None) -> list[list[float]] | None:
@@ -47,8 +75,9 @@ def line_band(law: PowerLaw, budgets: Array, confidence: float) -> tuple[Array, 
 
 
 def _draw_line(axes: Axes, law: PowerLaw, study: Study, inside: Sequence[float], look: dict[str, Any]) -> None:
-    """Draw the law over the optima that it is fitted to, and thinner over the other budgets, with its interval."""
-    budgets = np.geomspace(0.8 * min(study.budgets), 1.25 * max(study.budgets), 60)
+    """Draw the law over its optima and, where it has at least three, thinner over all budgets, with its interval."""
+    ends = (0.8 * min(study.budgets), 1.25 * max(study.budgets)) if law.points >= EXACT else (min(inside), max(inside))
+    budgets = np.geomspace(*ends, 60)
     value, band = line_band(law, budgets, study.fits.settings.confidence)
     own = (budgets >= min(inside) * 0.999) & (budgets <= max(inside) * 1.001)
     axes.plot(budgets, value, color=look["color"], linestyle=look["linestyle"], linewidth=0.6)
@@ -57,13 +86,22 @@ def _draw_line(axes: Axes, law: PowerLaw, study: Study, inside: Sequence[float],
         axes.fill_between(budgets, *band, color=look["color"], alpha=0.13, linewidth=0)
 
 
+def _through_two(laws: Sequence[tuple[str, PowerLaw | None]]) -> str:
+    """Return what a caption says of power laws through two optima; empty where there are none."""
+    found = [style.label(method) for method, law in laws if law and law.points < EXACT]
+    return f" Two optima fix the line of {listed(found)} exactly: it says nothing beyond them." if found else ""
+
+
 def frontier(study: Study) -> Drawn:
     """Draw figure 1: the lowest loss of each method against the budget."""
     figure, (axes,) = style.panels(1, height=2.9)
-    rows, handles = [], []
-    for method in study.methods:
+    rows: list[dict[str, Any]] = []
+    handles: list[Line2D] = []
+    marked: list[Optimum] = []
+    laws = [(method, study.fits.methods[method].power_laws.loss) for method in study.methods]
+    for method, law in laws:
         fit = study.fits.methods[method]
-        look = style.method_style(method, study.methods)
+        look, own = style.method_style(method, study.methods), []
         for row in fit.optima:
             loss, ends = row.lowest_loss, row.loss_interval
             rows.append(
@@ -72,42 +110,46 @@ def frontier(study: Study) -> Drawn:
             )
             if loss is None or (row.state == "too few" and len(study.budgets) > MANY):
                 continue
+            own.append(row)
             marks = look | {"linestyle": "none"} if row.interior else style.hollow(look)
             axes.errorbar(row.budget_flop, loss, _error(loss, ends), linewidth=0.8, **marks)
-        if fit.power_laws.loss:
-            _draw_line(axes, fit.power_laws.loss, study, [row.budget_flop for row in fit.interior], look)
-        handles.append(Line2D([], [], label=style.label(method), **look))
+        if law:
+            _draw_line(axes, law, study, [row.budget_flop for row in fit.interior], look)
+        handles += _handle(study, method, bool(law), own)
+        marked += own
+    if not marked:
+        raise NotDrawn("no method has a loss at any budget")
+    handles += _hollow_handle(marked)
     line = study.fits.frontier
     for segment in line.segments:
-        law = study.fits.methods[segment.method].power_laws.loss
+        best = study.fits.methods[segment.method].power_laws.loss
         budgets = np.array([segment.from_flop, segment.to_flop])
-        if law:
-            axes.plot(budgets, law.at(budgets), color="black", alpha=0.25, linewidth=5, zorder=0.5)
+        if best:
+            axes.plot(budgets, best.at(budgets), color="black", alpha=0.25, linewidth=5, zorder=0.5)
     if line.segments:
         handles.append(Line2D([], [], color="black", alpha=0.25, linewidth=5, label="optimal frontier"))
     for crossing in line.crossings:
         axes.axvline(crossing.budget_flop, color=style.GREY, linewidth=0.7, linestyle=":")
         if crossing.interval:
             axes.axvspan(*crossing.interval, color="black", alpha=0.06, linewidth=0)
-        axes.annotate(
-            style.power_of_ten(crossing.budget_flop) + " FLOP", (crossing.budget_flop, 1), (2, -2),
-            xycoords=("data", "axes fraction"), textcoords="offset points", va="top", fontsize=6.5,
-            color=style.GREY, rotation=90,
-        )  # fmt: skip
-    if not any(row["loss"] for row in rows):
-        raise NotDrawn("no method has a loss at any budget")
+        below, above = style.label(crossing.below), style.label(crossing.above)
+        apart = "\n" if len(below + above) > LONG else " "
+        told = f"{below} →{apart}{above}: {number(crossing.budget_flop, 2)} FLOP"
+        handles.append(Line2D([], [], color=style.GREY, linewidth=0.7, linestyle=":", label=told))
     low, high = min(study.budgets), max(study.budgets)
     axes.set_xlim(low * 0.6, high * 1.7)
     style.log_axis(axes.xaxis)
-    style.log_axis(axes.yaxis, "plain")
+    style.log_axis(axes.yaxis)
     axes.set(xlabel=style.BUDGET, ylabel="lowest " + style.LOSS)
     style.legend_below(figure, handles, columns=2)
-    return Drawn(
-        figure,
-        pd.DataFrame(rows),
-        "Lowest held-out loss of each method, with a power law through its interior optima (95 % bands) and the lower "
-        f"envelope of the laws. Vertical: where the best method changes, with its interval. {HOLLOW}",
-    )
+    parts = [
+        "Lowest held-out loss of each method",
+        f", with a power law through its interior optima ({study.fits.settings.percent} bands)" if any(
+            law for _, law in laws) else "",
+        " and the lower envelope of the laws" if line.segments else "",
+        ". Vertical: where the best method changes, with its interval" if line.crossings else "",
+    ]  # fmt: skip
+    return Drawn(figure, pd.DataFrame(rows), f"{''.join(parts)}.{_through_two(laws)}{_hollow(marked)}")
 
 
 # --- IsoFLOP profiles ------------------------------------------------------------------------------------------------
@@ -125,18 +167,27 @@ def _choice(method: str, row: Mapping[Any, Any]) -> str:
     return choice.write(value) if choice and value and np.isfinite(value) else ""
 
 
-def _profile(axes: Axes, study: Study, method: str, optimum: Optimum, rows: list[dict[str, Any]]) -> bool:
-    """Draw the points of one budget, their parabola and its optimum. Return False if the budget has no points."""
+@dataclass(frozen=True)
+class _Profile:
+    """What is drawn of one budget: rows of the figure's table, labels beside points, points of the parabola."""
+
+    rows: list[dict[str, Any]]
+    labels: list[tuple[float, float, str]]
+    parabola: int
+
+
+def _profile(axes: Axes, study: Study, method: str, optimum: Optimum) -> _Profile | None:
+    """Draw the points of one budget, their parabola and its optimum. Return None if the budget has no points."""
     budget = optimum.budget_flop
-    points = study.points[method]
-    points = points[np.isclose(points["budget_flop"], budget, rtol=0.1)].sort_values("n_parameters")
+    points = study.profile(method, budget)
     if points.empty:
-        return False
+        return None
     look = style.budget_style(budget, study)
     size, loss = points["n_parameters"].to_numpy(float), points["loss"].to_numpy(float)
     axes.plot(size, loss, linestyle="none", **look)
     best = int(loss.argmin())
-    for number, row in enumerate(points.to_dict("records")):
+    rows, labels = [], []
+    for place, row in enumerate(points.to_dict("records")):
         choice = _choice(method, row)
         rows.append(
             {
@@ -146,35 +197,31 @@ def _profile(axes: Axes, study: Study, method: str, optimum: Optimum, rows: list
                 "loss": row["loss"],
                 "choice": choice,
             }
-            | {"seeds": row["seeds"], "state": optimum.state if number == best else "", "run": row.get("run")}
+            | {"seeds": row["seeds"], "state": optimum.state if place == best else "", "run": row.get("run")}
         )
         if choice:
-            axes.annotate(
-                choice, (row["n_parameters"], row["loss"]), (0, 3), textcoords="offset points",
-                ha="center", fontsize=5.5, color="0.2", path_effects=style.HALO,
-            )  # fmt: skip
+            labels.append((row["n_parameters"], row["loss"], choice))
     curve = optimum.curve
-    if optimum.interior and curve and optimum.parabola and optimum.n_opt and optimum.loss:
-        window = np.log(study.fits.settings.window)
-        near = np.abs(np.log(size) - np.log(size[best])) <= window + 1e-9
-        near[max(best - 1, 0) : best + 2] = True
-        grid = np.geomspace(size[near].min(), size[near].max(), 80)
-        bowl = optimum.parabola.loss * np.exp(curve.curvature * (np.log(grid) - curve.log_n) ** 2)
-        axes.plot(grid, bowl, color=look["color"])
-        axes.plot(size, loss, color=look["color"], linewidth=0.4)
-        axes.errorbar(
-            optimum.n_opt, optimum.loss, _error(optimum.loss, optimum.loss_interval),
-            _error(optimum.n_opt, optimum.n_opt_interval), marker="*", markersize=8, color="black",
-            markerfacecolor=look["color"], markeredgewidth=0.6, linewidth=0.8, zorder=4,
-        )  # fmt: skip
-        rows.append(
-            {"method": method, "budget_flop": budget, "n_parameters": optimum.n_opt, "loss": optimum.loss}
-            | {"choice": "", "seeds": None, "state": "optimum", "run": None}
-        )
-    else:
+    if not (optimum.interior and curve and optimum.parabola and optimum.n_opt and optimum.loss):
         axes.plot(size, loss, color=look["color"], linewidth=0.8, linestyle=":")
         axes.plot(size[best], loss[best], markersize=8, zorder=4, **style.hollow(look))
-    return True
+        return _Profile(rows, labels, 0)
+    near = study.window(points)
+    grid = np.geomspace(size[near].min(), size[near].max(), 80)
+    bowl = optimum.parabola.loss * np.exp(curve.curvature * (np.log(grid) - curve.log_n) ** 2)
+    axes.plot(grid, bowl, color=look["color"], linestyle="--" if near.sum() == EXACT else "-")
+    if not near.all():  # the parabola does not show which of the other points belong together
+        axes.plot(size, loss, color=look["color"], linewidth=0.4)
+    axes.errorbar(
+        optimum.n_opt, optimum.loss, _error(optimum.loss, optimum.loss_interval),
+        _error(optimum.n_opt, optimum.n_opt_interval), marker="*", markersize=8, color="black",
+        markerfacecolor=look["color"], markeredgewidth=0.6, linewidth=0.8, zorder=4,
+    )  # fmt: skip
+    rows.append(
+        {"method": method, "budget_flop": budget, "n_parameters": optimum.n_opt, "loss": optimum.loss}
+        | {"choice": "", "seeds": None, "state": "optimum", "run": None, "points": int(near.sum())}
+    )
+    return _Profile(rows, labels, int(near.sum()))
 
 
 def _worth_drawing(optima: Sequence[Optimum]) -> list[Optimum]:
@@ -182,45 +229,67 @@ def _worth_drawing(optima: Sequence[Optimum]) -> list[Optimum]:
     return [row for row in optima if len(optima) <= MANY or row.state != "too few"]
 
 
-def isoflop(study: Study, methods: Sequence[str], letters: str = "ab") -> Drawn:
+def _even(optima: Sequence[Optimum]) -> list[Optimum]:
+    """Return an even selection of very many budgets: curves of more cannot be told apart."""
+    return [optima[i] for i in np.unique(np.linspace(0, len(optima) - 1, MOST_CURVES).round().astype(int))]
+
+
+def isoflop(study: Study, methods: Sequence[str]) -> Drawn:
     """Draw figures 2 and 4: loss against size, a curve a budget, with the best fraction or rank beside each point."""
     found = _present(study, methods)
     figure, every = style.panels(len(found), height=3.0)
     rows: list[dict[str, Any]] = []
-    shown: set[float] = set()
-    for axes, method in zip(every, found, strict=True):
+    labels: list[list[tuple[float, float, str]]] = [[] for _ in found]
+    drawn: list[Optimum] = []
+    possible, parabolas = 0, set[int]()
+    for place, (axes, method) in enumerate(zip(every, found, strict=True)):
         optima = _worth_drawing(study.fits.methods[method].optima)
-        drawn = [row.budget_flop for row in optima if _profile(axes, study, method, row, rows)]
-        shown |= set(drawn)
+        possible += len(optima)
+        for optimum in _even(optima):
+            profile = _profile(axes, study, method, optimum)
+            if profile:
+                rows += profile.rows
+                labels[place] += profile.labels
+                drawn.append(optimum)
+                parabolas.add(profile.parabola)
         axes.margins(0.06)
         style.log_axis(axes.xaxis, "sizes")
-        style.log_axis(axes.yaxis, "plain")
-        letter = letters[methods.index(method)] if len(methods) <= len(letters) else ""
-        axes.set(xlabel=style.PARAMETERS, title=(f"({letter}) " if letter else "") + style.label(method))
+        style.log_axis(axes.yaxis)
+        letter = f"({'ab'[place]}) " if len(found) > 1 else ""
+        axes.set(xlabel=style.PARAMETERS, title=letter + style.label(method))
     every[0].set_ylabel(style.LOSS)
-    if not shown:
+    if not drawn:
         raise NotDrawn("no budget has three sizes")
-    budgets = [budget for budget in study.budgets if any(np.isclose(budget, each, rtol=0.1) for each in shown)]
-    title = "budget (FLOP)" if len(budgets) <= 10 else f"budget (FLOP), {len(budgets)} of them"
-    style.legend_below(figure, style.budget_handles(study, budgets), title, 3 if len(found) == 1 else 6)
+    budgets = [budget for budget in study.budgets if any(np.isclose(budget, each.budget_flop, 0.1) for each in drawn)]
+    handles = style.budget_handles(study, budgets)
+    if EXACT in parabolas:
+        told = "three points: exact, no residual"
+        handles.append(Line2D([], [], color=style.GREY, linestyle="--", label=told))
+    style.legend_below(figure, handles + _hollow_handle(drawn), "budget (FLOP)", 3 if len(found) == 1 else 8)
+    for axes, each in zip(every, labels, strict=True):
+        style.place_labels(axes, each)
     lost = pd.concat([study.left_out(method) for method in found])
-    told = [f"the best {choice.title}" for choice in map(choice_of, found) if choice]
-    return Drawn(
-        figure,
-        pd.concat([pd.DataFrame(rows), lost], ignore_index=True) if len(lost) else pd.DataFrame(rows),
-        "IsoFLOP profiles: the best hyper-parameters of each size, a parabola near the best size, and its minimum "
-        "(star, 95 % intervals). "
-        + (f"Beside a point: {' or '.join(told)}. " if told else "")
-        + "A large hollow mark is a budget without an interior optimum.",
-    )
+    chosen = [f"the best {choice.title}" for choice in map(choice_of, found) if choice]
+    caption = [
+        "IsoFLOP profiles: the best hyper-parameters of each size",
+        f" at an even selection of {len(budgets)} budgets" if len(drawn) < possible else "",
+        f", a parabola near the best size, and its minimum (star, {study.fits.settings.percent} intervals)" if max(
+            parabolas) else "",
+        f". Beside a point, where there is room: {' or '.join(chosen)}" if chosen else "",
+        ". A large hollow mark is a budget without an optimum between its sizes" if 0 in parabolas else "",
+        ". Dashed: a parabola through exactly three points is exact and has no residual that could speak against it"
+        if EXACT in parabolas else "",
+    ]  # fmt: skip
+    table = pd.DataFrame(rows)
+    return Drawn(figure, pd.concat([table, lost], ignore_index=True) if len(lost) else table, "".join(caption) + ".")
 
 
 # --- Fractions and ranks ---------------------------------------------------------------------------------------------
 
 
-def by_choice(study: Study, method: str) -> Drawn:
+def by_choice(study: Study, methods: Sequence[str]) -> Drawn:
     """Draw figures 3 and 5: loss against the share of active blocks or the rank, a panel a size, a colour a budget."""
-    _present(study, [method])
+    (method,) = _present(study, methods)
     drawn = choice_panels(study, study.cells[method], method, "loss")
     return replace(drawn, rows=pd.concat([drawn.rows.assign(state=""), study.left_out(method)], ignore_index=True))
 
@@ -230,14 +299,19 @@ def choice_panels(study: Study, rows: pd.DataFrame, method: str, measure: str) -
     choice = METHODS[method].choice
     assert choice
     column, low = choice.column, measure == "loss"
-    if column not in rows or rows[column].nunique() < 2:
-        raise NotDrawn(f"{style.label(method)} has no {measure} at two values of {column}")
+    alone = f"no size of {style.label(method)} has a {measure} at two values of the {choice.title}"
+    if column not in rows:
+        raise NotDrawn(alone)
     cells = rows.dropna(subset=[column]).groupby(["budget_flop", "n_parameters", column])[measure]
     best = (cells.min() if low else cells.max()).reset_index()
+    compared = best.groupby(["budget_flop", "n_parameters"])[column].transform("size") > 1
+    if not compared.any():
+        raise NotDrawn(alone)
     sizes = [size for size in study.sizes if (best["n_parameters"] == size).any()]
+    budgets = [budget for budget in study.budgets if np.isclose(best["budget_flop"], budget, rtol=0.1).any()]
     figure, every = style.panels(len(sizes), 4 if len(sizes) > 4 else len(sizes), 1.75, sharex=True, sharey=True)
     for axes, size in zip(every, sizes, strict=True):
-        for budget in study.budgets:
+        for budget in budgets:
             part = best[(best["n_parameters"] == size) & np.isclose(best["budget_flop"], budget, rtol=0.1)]
             if part.empty:
                 continue
@@ -247,22 +321,22 @@ def choice_panels(study: Study, rows: pd.DataFrame, method: str, measure: str) -
             at_end = len(part) > 1 and chosen[column] in (part[column].min(), part[column].max())
             ring = {"markerfacecolor": "white" if at_end else look["color"], "markeredgecolor": "black"}
             axes.plot(chosen[column], chosen[measure], markersize=5.5, markeredgewidth=0.7, **look | ring)
-        axes.set_title(study.names[size], pad=2)
+        axes.set_title(short_name(study.names[size]), pad=2)
     values = np.unique(best[column])
     every[0].margins(0.06)
     for axes in every:
         if column == "rank":
             axes.set_xscale("log", base=2)
-            axes.xaxis.set_major_locator(style.FixedLocator(list(values)))
-            axes.xaxis.set_minor_locator(style.NullLocator())
-            axes.xaxis.set_major_formatter(style.FuncFormatter(lambda value, _: f"{value:.0f}"))
-            axes.tick_params(axis="x", labelsize=6)
+            axes.xaxis.set_major_locator(FixedLocator(list(values)))
+            axes.xaxis.set_minor_locator(NullLocator())
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0f}"))
+            axes.tick_params(axis="x", labelsize=style.SMALLEST, labelrotation=45)
         else:
             axes.set_xlim(0, 1.05)
     if low:
-        style.log_axis(every[0].yaxis, "plain")
+        style.log_axis(every[0].yaxis)
     style.outer_labels(every, choice.title, style.LOSS if low else "mean score")
-    style.legend_below(figure, style.budget_handles(study, study.budgets), "budget (FLOP)")
+    style.legend_below(figure, style.budget_handles(study, budgets), "budget (FLOP)")
     return Drawn(
         figure,
         best,
@@ -275,64 +349,77 @@ def choice_panels(study: Study, rows: pd.DataFrame, method: str, measure: str) -
 
 
 def sizes(study: Study, methods: Sequence[str]) -> Drawn:
-    """Draw figures 6 and 13: the optimal size against the budget."""
-    found = _present(study, methods)
-    figure, every = style.panels(len(found), height=2.7, sharex=True, sharey=True)
-    rows = []
-    for axes, method in zip(every, found, strict=True):
-        fit = study.fits.methods[method]
+    """Draw figures 6 and 13: the optimal size against the budget, of the methods that have two budgets or more."""
+    shown = {
+        method: _worth_drawing([row for row in study.fits.methods[method].optima if row.best])
+        for method in _present(study, methods)
+    }
+    found = [method for method, rows in shown.items() if len(rows) > 1]
+    if not found:
+        raise NotDrawn(f"{listed(list(map(style.label, shown)))} ran at one budget, which shows no growth")
+    figure, every = style.panels(len(found), height=2.9, sharex=True, sharey=True)
+    rows: list[dict[str, Any]] = []
+    handles: list[Line2D] = []
+    by_joint_law, laws = False, [(method, study.fits.methods[method].power_laws.n_opt) for method in found]
+    for axes, (method, law), letter in zip(every, laws, "ab", strict=False):
         look = style.method_style(method, study.methods)
-        optima = _worth_drawing([row for row in fit.optima if row.best])
-        for row in optima:
-            size = row.n_opt if row.n_opt else row.best and row.best.n_parameters
+        for row in shown[method]:
+            size = row.n_opt if row.interior and row.n_opt else row.best and row.best.n_parameters
             assert size
             ends = row.n_opt_interval
-            marks = look | {"linestyle": "none"} if row.n_opt else style.hollow(look)
+            marks = look | {"linestyle": "none"} if row.interior else style.hollow(look)
             axes.errorbar(row.budget_flop, size, _error(size, ends), linewidth=0.9, **marks)
             rows.append(
                 {"method": method, "budget_flop": row.budget_flop, "n_parameters": size, "state": row.state}
                 | {"why": row.why, "low": ends and ends[0], "high": ends and ends[1]}
                 | {"law": row.law and row.law.n_opt, "akima": row.akima and row.akima.n_opt}
             )
-        by_law = [(row.budget_flop, row.law.n_opt) for row in optima if row.law]
-        if by_law:
-            axes.plot(*zip(*by_law, strict=True), color=style.GREY, linestyle=":", label="joint law")
-        law = fit.power_laws.n_opt
+        handles += _handle(study, method, bool(law), shown[method])
+        by_law = [(row.budget_flop, row.law.n_opt) for row in shown[method] if row.law]
+        joint = size_law(study.fits.methods[method].joint_laws)
+        if len(by_law) > 1 and joint and not study.fits.methods[method].joint_laws[joint.law.name].not_fixed:
+            axes.plot(*zip(*by_law, strict=True), color=style.GREY, linestyle=":")
+            by_joint_law = True
+        title = [f"({letter}) {style.label(method)}" if len(found) > 1 else style.label(method)]
         if law:
-            _draw_line(axes, law, study, [row.budget_flop for row in optima if row.n_opt], look)
-            ends = law.exponent_interval
-            told = f" ({ends[0]:.2f} … {ends[1]:.2f})" if ends else ""
-            axes.text(
-                0.03,
-                0.97,
-                f"$N^* \\propto C^{{{law.exponent:.3f}}}${told}",
-                transform=axes.transAxes,
-                va="top",
-                fontsize=7,
-            )
-        letter = "ab"[methods.index(method)]
-        axes.set(xlabel=style.BUDGET, title=f"({letter}) {style.label(method)}")
+            _draw_line(axes, law, study, [row.budget_flop for row in shown[method] if row.interior], look)
+            exponent, ends_told = measured(law.exponent, law.exponent_interval, 3)
+            title.append(f"N* ∝ C^{exponent}" + (f" ({ends_told})" if law.exponent_interval else ""))
+        axes.set(xlabel=style.BUDGET, title="\n".join(title))
     low, high = min(study.sizes), max(study.sizes)
     every[0].set_ylim(low / 1.8, high * 2.5)
     every[0].set_xlim(0.7 * min(study.budgets), 1.4 * max(study.budgets))
     style.log_axis(every[0].xaxis)
     style.log_axis(every[0].yaxis, "sizes")
-    every[0].set_ylabel("optimal " + style.PARAMETERS)
-    if not rows:
-        raise NotDrawn("no budget has a best size")
+    every[0].set_ylabel("optimal size N* (parameters)")
+    named = _apart(study.sizes, math.log(4.5 * high / low) / 18)
     for axes in every:
-        for size in study.sizes if len(study.sizes) <= 12 else []:
-            axes.axhline(size, color="0.8", linewidth=0.4, zorder=0.4)
-            axes.annotate(
-                study.names[size], (1, size), (1, 0), xycoords=("axes fraction", "data"), textcoords="offset points",
-                fontsize=5, color=style.GREY, va="center",
-            )  # fmt: skip
-    handles = [Line2D([], [], label=style.label(each), **style.method_style(each, study.methods)) for each in found]
-    handles += [Line2D([], [], color=style.GREY, linestyle=":", label="optimum by the joint law")]
+        axes.grid(False, axis="y")
+        for size in study.sizes if len(study.sizes) <= 40 else []:
+            axes.axhline(size, color="0.85", linewidth=0.4, zorder=0.4)
+    for size in named if "backbone" in study.table else []:
+        every[-1].annotate(
+            short_name(study.names[size]), (1, size), (2, 0), xycoords=("axes fraction", "data"),
+            textcoords="offset points", fontsize=style.SMALLEST, color=style.GREY, va="center",
+        )  # fmt: skip
+    marked = [row for method in found for row in shown[method]]
+    handles += _hollow_handle(marked)
+    if by_joint_law:
+        handles.append(Line2D([], [], color=style.GREY, linestyle=":", label="optimum by the joint law"))
     style.legend_below(figure, handles, columns=2 if len(found) == 1 else 4)
+    lines = " and a power law through interior optima" if any(law for _, law in laws) else ""
     return Drawn(
         figure,
         pd.DataFrame(rows),
-        "Compute-optimal size against the budget, with 95 % intervals and a power law through interior optima; thin "
-        f"grey lines are the sizes that were run. {HOLLOW}",
+        f"Compute-optimal size against the budget, with {study.fits.settings.percent} intervals{lines}; grey lines are "
+        f"the sizes that were run.{_through_two(laws)}{_hollow(marked)}",
     )
+
+
+def _apart(values: Sequence[float], least: float) -> list[float]:
+    """Return those of the values that are at least so far apart in their logarithm, the largest first."""
+    found: list[float] = []
+    for value in sorted(values, reverse=True):
+        if not found or math.log(found[-1] / value) >= least:
+            found.append(value)
+    return found

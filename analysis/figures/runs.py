@@ -28,9 +28,10 @@ def curves(study: Study) -> Drawn:
         axes.set_title(style.label(method))
     every[0].margins(0.03)
     style.log_axis(every[0].xaxis)
-    style.log_axis(every[0].yaxis, "plain")
+    style.log_axis(every[0].yaxis)
     style.outer_labels(every, "FLOP spent", "contrastive loss (nats)")
-    style.legend_below(figure, style.size_handles(study, study.sizes), columns=6 if len(methods) > 1 else 3)
+    sizes = sorted(study.curves["n_parameters"].unique())
+    style.legend_below(figure, style.size_handles(study, sizes), columns=6 if len(methods) > 1 else 3)
     return Drawn(
         figure,
         study.curves,
@@ -52,11 +53,10 @@ def hours(study: Study) -> Drawn:
         part = best[best["method"] == method]
         if part.empty:
             continue
-        axes.plot(
-            part["gpu_hours"], part["loss"], label=style.label(method), **style.method_style(method, study.methods)
-        )
+        look = style.method_style(method, study.methods) | ({"linestyle": "none"} if len(part) == 1 else {})
+        axes.plot(part["gpu_hours"], part["loss"], label=style.label(method), **look)
     style.log_axis(axes.xaxis)
-    style.log_axis(axes.yaxis, "plain")
+    style.log_axis(axes.yaxis)
     axes.set(xlabel="device-hours", ylabel=style.LOSS)
     style.legend_below(figure, axes.get_lines(), columns=2)
     columns = ["method", "budget_flop", "n_parameters", "gpu_hours", "loss", "run"]
@@ -87,6 +87,8 @@ def score_frontier(study: Study) -> Drawn:
     figure, (axes,) = style.panels(1, height=2.9)
     for method in study.methods:
         part = best[best["method"] == method]
+        if part.empty:
+            continue
         axes.plot(
             part["budget_flop"], part["score"], label=style.label(method), **style.method_style(method, study.methods)
         )
@@ -125,8 +127,9 @@ def score_profiles(study: Study, methods: Sequence[str] = ()) -> Drawn:
     )
 
 
-def score_by_choice(study: Study, method: str) -> Drawn:
+def score_by_choice(study: Study, methods: Sequence[str]) -> Drawn:
     """Draw figures 9 and 11: score against the share of active blocks, or the rank."""
+    (method,) = methods
     scored = _scored(study)
     drawn = choice_panels(study, scored[scored["method"] == method], method, "score")
     return replace(drawn, caption=f"{drawn.caption} Mean over {scored.attrs['tasks']}.")
@@ -138,14 +141,16 @@ def score_and_loss(study: Study) -> Drawn:
     figure, (axes,) = style.panels(1, height=2.9)
     for method in study.methods:
         part = runs[runs["method"] == method]
+        if part.empty:
+            continue
         look = style.method_style(method, study.methods) | {"linestyle": "none"}
         axes.plot(part["loss"], part["score"], label=style.label(method), alpha=0.8, **look)
     told = "too few runs for a correlation"
     if len(runs) >= 4 and runs["score"].nunique() > 1:
         correlation = float(np.corrcoef(runs["loss"].rank(), runs["score"].rank())[0, 1])
         told = f"Spearman {correlation:.3f}, {len(runs)} runs"
-    axes.text(0.97, 0.97, told, transform=axes.transAxes, ha="right", va="top", fontsize=7)
-    style.log_axis(axes.xaxis, "plain")
+    axes.set_title(told)
+    style.log_axis(axes.xaxis)
     axes.set(xlabel=style.LOSS, ylabel="mean score")
     style.legend_below(figure, axes.get_lines(), columns=2)
     return Drawn(

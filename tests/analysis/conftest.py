@@ -1,9 +1,16 @@
-"""A fitted sweep like the paper's, for the tests of this folder."""
+"""Fitted sweeps like the paper's for the tests of this folder, and every figure drawn from them."""
 
+import warnings
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
-from sweeps import BUDGETS, fitted, paper_like
+from sweeps import BUDGETS, by_fraction, fitted, paper_like
+
+from analysis.figures import catalogue, style
+from analysis.study import Study, load
 
 
 @pytest.fixture(scope="session")
@@ -15,3 +22,40 @@ def paper_folder(tmp_path_factory) -> Path:
     ] = "diverged"
     edge = (table["method"] == "bias") & (table["budget_flop"] == BUDGETS[-1]) & (table["n_parameters"] > 18_915_328)
     return fitted(table[~edge], tmp_path_factory.mktemp("paper"))
+
+
+@pytest.fixture(scope="session")
+def study(paper_folder, tmp_path_factory) -> Study:
+    """Of the paper's shape, with a second sweep, and scores and curves as run directories give them."""
+    found = load(paper_folder)
+    other = paper_like(batch=2048, context=512, seed=1)
+    other = other[other["method"] == "full"]
+    other = load(fitted(other, tmp_path_factory.mktemp("other")))
+    best = found.points["full"]
+    scores = found.table[["run"]].assign(task="STS15", score=0.8 - 0.1 * np.log(found.table["loss"]))
+    curves = best[["run", "method", "n_parameters", "budget_flop"]].assign(
+        spent_flop=best["budget_flop"], loss=best["loss"]
+    )
+    curves = pd.concat(
+        [curves.assign(spent_flop=curves["spent_flop"] * f, loss=curves["loss"] / f**0.1) for f in (0.2, 1)]
+    )
+    return replace(found, other=other, scores=scores, curves=curves.assign(train_loss=curves["loss"]))
+
+
+@pytest.fixture(scope="session")
+def fractions(tmp_path_factory) -> Study:
+    """Of a sweep that fixes every coefficient of the law L(S, N, D), which the paper-like sweep does not."""
+    return load(fitted(by_fraction(), tmp_path_factory.mktemp("fractions")))
+
+
+@pytest.fixture(scope="session")
+def drawn(study, fractions) -> dict[str, style.Drawn]:
+    with style.style(), warnings.catch_warnings():
+        warnings.simplefilter("error")  # a figure that warns is a figure with a flaw
+        return {
+            figure.name: figure.draw(fractions if figure.name in OF_FRACTIONS else study)
+            for figure in catalogue.FIGURES
+        }
+
+
+OF_FRACTIONS = ("figure_21_fraction", "figure_22_coefficient")

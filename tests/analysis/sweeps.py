@@ -57,6 +57,23 @@ def paper_like(noise: float = 0.004, batch: int = 1024, context: int = 75, seed:
     return table.assign(rank=table["rank"].astype(float), status="done")
 
 
+def by_fraction(shift: float = 0.0, noise: float = 0.002) -> pd.DataFrame:
+    """Freezing at six fractions, which fix every coefficient of its law; `shift` makes those of each size different."""
+    rng, rows = np.random.default_rng(0), []
+    for place, row in enumerate(BACKBONES):
+        for share in np.arange(1, 7) / 6 - shift * place:
+            per_token = (2 + 4 * share) * row.parameters
+            for budget in BUDGETS:
+                tokens = budget / per_token
+                loss = TRAINABLE_FRACTION.predict(LAWS["freeze"], row.parameters, tokens, share)
+                rows.append(
+                    {"method": "freeze", "backbone": row.name, "n_parameters": row.parameters, "budget_flop": budget}
+                    | {"tokens": tokens, "flop_per_token": per_token, "trainable_fraction": share, "seed": 0}
+                    | {"loss": float(np.ravel(loss)[0] * np.exp(noise * rng.standard_normal()))}
+                )
+    return pd.DataFrame(rows)
+
+
 def fitted(table: pd.DataFrame, folder: Path, **settings) -> Path:
     """Write the table's fits into a folder, as `embedscale fit` does."""
     loaded = runs.load(table)

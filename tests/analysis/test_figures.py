@@ -2,15 +2,13 @@
 
 import itertools
 import re
-import warnings
 from dataclasses import replace
 
 import matplotlib.colors
 import numpy as np
-import pandas as pd
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from sweeps import BUDGETS, fitted, miniature, paper_like
+from sweeps import BUDGETS, by_fraction, fitted, miniature, paper_like
 
 from analysis import study as studies
 from analysis.figures import catalogue as figures
@@ -20,32 +18,6 @@ from analysis.figures import runs as figures_runs
 from analysis.figures import style
 from embedscale.cli import main
 from embedscale.errors import UserError
-
-
-@pytest.fixture(scope="module")
-def study(paper_folder, tmp_path_factory) -> studies.Study:
-    """Return a study like the paper's, with a second sweep, and with scores and curves of run directories."""
-    found = studies.load(paper_folder)
-    other = paper_like(batch=2048, context=512, seed=1)
-    other = other[other["method"] == "full"]
-    other = studies.load(fitted(other, tmp_path_factory.mktemp("other")))
-    best = found.points["full"]
-    scores = found.table[["run"]].assign(task="STS15", score=0.8 - 0.1 * np.log(found.table["loss"]))
-    curves = best[["run", "method", "n_parameters", "budget_flop"]].assign(
-        spent_flop=best["budget_flop"], loss=best["loss"]
-    )
-    curves = pd.concat(
-        [curves.assign(spent_flop=curves["spent_flop"] * f, loss=curves["loss"] / f**0.1) for f in (0.2, 1)]
-    )
-    return replace(found, other=other, scores=scores, curves=curves.assign(train_loss=curves["loss"]))
-
-
-@pytest.fixture(scope="module")
-def drawn(study) -> dict[str, style.Drawn]:
-    with style.style(), warnings.catch_warnings():
-        warnings.simplefilter("error")  # a warning means a flaw in the figure
-        return {figure.name: figure.draw(study) for figure in figures.FIGURES}
-
 
 NAMES = [figure.name for figure in figures.FIGURES]
 
@@ -69,7 +41,6 @@ def test_no_text_is_cut_off_and_axes_have_names(drawn, name):
         assert not first.get_window_extent().padded(-1).overlaps(second.get_window_extent().padded(-1)), (first, second)
     assert any(axes.get_xlabel() for axes in figure.axes)
     assert any(axes.get_ylabel() for axes in figure.axes)
-    assert figure.get_size_inches()[0] in (style.ONE, style.TWO)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -112,14 +83,10 @@ def test_edges_are_hollow_and_interior_optima_are_not(drawn, study):
     assert not all(states.values())
 
 
-def test_captions_name_what_is_drawn_and_what_is_not(tmp_path):
-    """Freezing has a bar for each of its three fractions; LoRA has none, because its fractions vary with the size."""
-    by_rank = paper_like().query("method == 'lora'")
-    few = paper_like(noise=0.05)
-    few = pd.concat([few.assign(trainable_fraction=s, loss=few["loss"] * (2 - s)) for s in (0.25, 0.5, 1.0)])
-    few = few.query("method == 'freeze'").drop_duplicates(["n_parameters", "budget_flop", "trainable_fraction"])
-    for number, table in enumerate((by_rank, few)):
-        found = studies.load(fitted(table, tmp_path / str(number)))
+def test_captions_name_what_is_drawn_and_what_is_not(fractions, tmp_path):
+    """Freezing at six fractions has a bar each; fractions that differ with the size, as LoRA's do, have none."""
+    different = studies.load(fitted(by_fraction(shift=0.01), tmp_path))
+    for found in (fractions, different):
         for draw in (figures_laws.fraction_trend, figures_laws.coefficient_trend):
             with style.style():
                 drawn = draw(found)
@@ -130,7 +97,7 @@ def test_captions_name_what_is_drawn_and_what_is_not(tmp_path):
             assert (tuple(map(int, told.groups())) if told else (0, len(values))) == (outside, len(values))
             if draw is figures_laws.fraction_trend:
                 bars = any(line.get_marker() == "_" for line in axes.get_lines())
-                assert bars == ("bars: medians" in drawn.caption) == (table is few)
+                assert bars == ("bars: medians" in drawn.caption) == (found is fractions)
 
 
 def luminance(color) -> float:
@@ -155,7 +122,8 @@ def test_a_budget_has_one_colour_in_all_figures(drawn, study):
     for name in ("figure_02_isoflop", "figure_03_fraction", "figure_04_isoflop", "figure_05_rank", "figure_08_score",
                  "figure_09_score", "figure_10_score", "figure_11_score", "figure_15_score"):  # fmt: skip
         (legend,) = drawn[name].figure.legends
-        entries = {line.get_marker(): line.get_color() for line in legend.get_lines()}
+        marks = (line for line in legend.get_lines() if line.get_color() != style.GREY)
+        entries = {line.get_marker(): line.get_color() for line in marks}
         assert entries and all(wanted[marker] == color for marker, color in entries.items())
 
 
@@ -187,19 +155,6 @@ def test_a_sweep_with_missing_runs_leaves_out_figures_with_a_reason(seed, tmp_pa
             assert str(reason), figure.name
             told += 1
     assert told >= 5  # at least those of scores, curves and the second sweep
-
-
-def test_one_method_or_methods_with_other_names_are_drawn(tmp_path):
-    table = paper_like().query("method == 'full'")
-    table = pd.concat([table.assign(method="adam"), table.assign(method="muon", loss=table["loss"] * 0.97)])
-    study = studies.load(fitted(table, tmp_path))
-    names = [figure.name for figure in figures.figures_of(study)]
-    assert names == [*NAMES, "isoflop_other_1", "isoflop_other_2"]
-    with style.style():
-        assert len(figures_optima.isoflop(study, methods=("muon",)).rows)
-        figures_optima.frontier(study)
-        with pytest.raises(style.NotDrawn, match="no run of full fine-tuning or block freezing"):
-            figures_optima.isoflop(study, methods=("full", "freeze"))
 
 
 def test_the_same_runs_give_the_same_files(study, tmp_path):

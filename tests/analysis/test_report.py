@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 from sweeps import fitted, miniature, paper_like
@@ -17,9 +18,13 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 
 
 @pytest.fixture(scope="module")
-def page(tmp_path_factory) -> str:
+def folder(tmp_path_factory) -> Path:
+    return miniature(tmp_path_factory.mktemp("quickstart") / "runs")
+
+
+@pytest.fixture(scope="module")
+def page(folder) -> str:
     """Write the report of a quickstart: run directories, fit, report."""
-    folder = miniature(tmp_path_factory.mktemp("quickstart") / "runs")
     assert main(["fit", str(folder), "--bootstrap", "100"]) == 0
     assert main(["report", str(folder), "--budget", "3e11"]) == 0
     return (folder / "report.html").read_text()
@@ -42,13 +47,16 @@ class Links(HTMLParser):
         assert self.open.pop() == tag
 
 
-def test_the_page_needs_no_other_file(page):
+def test_the_page_needs_no_other_file(page, folder):
     links = Links()
     links.feed(page)
     assert links.open == []
     assert len(links.sources) >= 12
     assert all(source.startswith("data:image/png;base64,") for source in links.sources)
-    assert all(target[0] == "#" and target[1:] in links.ids for target in links.targets)
+    inside = [target for target in links.targets if target[0] == "#"]
+    assert inside and all(target[1:] in links.ids for target in inside)
+    files = [target for target in links.targets if target[0] != "#"]
+    assert files and all((folder / target).exists() for target in files)
     assert "http" not in re.sub(r"base64,[^\"]*", "", page)
 
 
