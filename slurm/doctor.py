@@ -127,7 +127,7 @@ with tempfile.TemporaryDirectory() as folder:
     AutoModel.from_pretrained(folder)
 for name in sys.argv[1:]:
     try:
-        AutoConfig.from_pretrained(name)
+        AutoConfig.from_pretrained(name, trust_remote_code=False)
     except Exception:
         print(name)
 """

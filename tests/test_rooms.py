@@ -22,6 +22,7 @@ ROOMS: dict[str, tuple[list[str], list[str]]] = {
             "embedscale.errors",
             "embedscale.files",
             "embedscale.imports",
+            "embedscale.process",
             "embedscale.progress",
             "embedscale.terminal",
             "embedscale.texts",

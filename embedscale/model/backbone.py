@@ -11,7 +11,7 @@ from torch import nn
 from embedscale.errors import UserError
 from embedscale.model.attention import attend_packed, refuse_other_attention
 from embedscale.run.config import Backbone
-from embedscale.run.families import shape_by_name, short_name
+from embedscale.run.families import refuse_quantised, shape_by_name, short_name
 from embedscale.run.shape import BackboneShape, Linear
 
 # The name of a dense layer in a decoder → its role.
@@ -53,14 +53,21 @@ def hub_config(backbone: Backbone) -> Any:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(backbone.name, revision=backbone.revision)
+        config = AutoConfig.from_pretrained(backbone.name, revision=backbone.revision, trust_remote_code=False)
     except Exception as error:  # transformers and the hub's client raise many classes for a wrong file
+        if "trust_remote_code" in str(error):
+            raise UserError(
+                f"backbone.name: {backbone.name!r} needs code of its own (auto_map in its config.json), which is never "
+                "run; allowed: models whose code is in transformers"
+            ) from None
         if Path(backbone.name).is_dir():
             found = "is a folder that holds no model known to transformers"
         else:
             found = "is neither a local folder nor a model that the hub or its local cache has"
         reason = str(error).split("\n")[0]
         raise UserError(f"backbone.name: {backbone.name!r} {found} ({reason})") from None
+    refuse_quantised(backbone.name, config.to_dict())
+    return config
 
 
 def empty_body(backbone: Backbone) -> nn.Module:
@@ -68,7 +75,7 @@ def empty_body(backbone: Backbone) -> nn.Module:
     from transformers import AutoModel
 
     with torch.device("meta"):
-        body: nn.Module = AutoModel.from_config(hub_config(backbone), dtype=torch.float32)
+        body: nn.Module = AutoModel.from_config(hub_config(backbone), dtype=torch.float32, trust_remote_code=False)
     return body
 
 
@@ -161,7 +168,7 @@ def load_body(backbone: Backbone, seed: int) -> nn.Module:
     config = hub_config(backbone)
     if backbone.weights == "random":
         torch.manual_seed(seed)
-        body: nn.Module = AutoModel.from_config(config, dtype=torch.float32)
+        body: nn.Module = AutoModel.from_config(config, dtype=torch.float32, trust_remote_code=False)
     else:
         try:
             body, loading = AutoModel.from_pretrained(
@@ -169,6 +176,7 @@ def load_body(backbone: Backbone, seed: int) -> nn.Module:
                 revision=backbone.revision,
                 config=config,
                 dtype=torch.float32,
+                trust_remote_code=False,
                 ignore_mismatched_sizes=True,  # loading reports them, and the check below names them
                 output_loading_info=True,
             )

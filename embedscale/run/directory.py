@@ -18,6 +18,7 @@ from xxhash import xxh3_64
 
 from embedscale.errors import UserError
 from embedscale.files import now, write_atomically, write_json, write_sealed
+from embedscale.process import job_number
 from embedscale.run.record import AttemptRecord, Damaged, Metric, RunRecord, sound
 
 KEPT = 2  # checkpoints: if the newest one is damaged, the one before serves
@@ -144,7 +145,7 @@ class RunDirectory:
         attempt.write(
             start=now(),
             host=socket.gethostname(),
-            job_id=os.environ.get("SLURM_JOB_ID"),
+            job_id=job_number(),
             pid=os.getpid(),
             sharing=sharing,
         )

@@ -81,6 +81,9 @@ PYTHIA = Family(
 )
 
 FAMILIES = (PYTHIA,)
+FLOATS = {"F64", "F32", "F16", "BF16"}  # what safetensors calls the numbers of weights that are not quantised
+MOST_HEADER = 10**8  # bytes, as in the library
+QUANTISED = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")  # of GPTQ, AWQ and FP8 checkpoints
 SUITES = " or ".join(family.name for family in FAMILIES)
 """The families' names, for messages."""
 
@@ -127,12 +130,45 @@ def shape_by_name(backbone: str) -> BackboneShape | None:
     except (ValueError, RecursionError):
         raise UserError(f"backbone.name: {file} is not valid JSON") from None
     kind = config.get("model_type") if isinstance(config, dict) else None
+    refuse_quantised(backbone, config if isinstance(config, dict) else {})
     for family in FAMILIES:
         if family.model_type == kind:
             try:
                 return family.shape_of(short_name(backbone), config)
             except UserError as error:
                 raise UserError(f"backbone.name: {file}: {error}") from None
+    return None
+
+
+def refuse_quantised(backbone: str, config: Mapping[str, Any]) -> None:
+    """Raise UserError for a checkpoint whose weights are quantised, by its `config.json` or the files beside it.
+
+    Such weights are rounded to few bits: what would train are other weights than the model's.
+    """
+    given = config.get("quantization_config")
+    method = given.get("quant_method") if isinstance(given, dict) else None
+    found = method or (given and "see quantization_config in its config.json") or _quantised_file(Path(backbone))
+    if found:
+        raise UserError(
+            f"backbone.name: {backbone!r} has quantised weights ({found}), which cannot be trained; "
+            "allowed: the model in float32, float16 or bfloat16"
+        )
+
+
+def _quantised_file(folder: Path) -> str | None:
+    """Return which file of a folder says that its weights are quantised, or holds weights of other than floats."""
+    for name in QUANTISED:
+        if (folder / name).is_file():
+            return f"see {name}"
+    for file in sorted(folder.glob("*.safetensors")):
+        try:  # the header alone: 8 bytes of length, then JSON
+            with file.open("rb") as opened:
+                header = json.loads(opened.read(min(MOST_HEADER, int.from_bytes(opened.read(8), "little"))))
+            kinds = {each["dtype"] for name, each in header.items() if len(each.get("shape", ())) > 1}
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            continue  # damaged: whoever loads the weights says so
+        if other := sorted(kinds - FLOATS):
+            return f"{other[0]} in {file.name}"
     return None
 
 

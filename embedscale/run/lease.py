@@ -1,13 +1,13 @@
 """The lease of a run directory: which process may write into it. A file and a heartbeat, no lock server.
 
 A process takes the lease by creating lease.json, and keeps it by writing the file again every HEARTBEAT_SECONDS, with
-its progress. On the holder's own machine the process itself is looked up; from another machine, a lease without a
-heartbeat for STALE_SECONDS counts as left behind. The price is that a run whose machine died waits for that time.
+its progress. Where the holder's process can be seen (same machine, boot and container), the process is looked up. From
+anywhere else, a lease without a heartbeat for STALE_SECONDS, by the file system's clock, counts as left behind. The
+price is that a run whose machine died waits for that time.
 """
 
 import json
 import os
-import socket
 import tempfile
 import threading
 import time
@@ -19,56 +19,18 @@ from pathlib import Path
 
 from embedscale.errors import UserError
 from embedscale.files import now, write_json
+from embedscale.process import ProcessName, job_number
 from embedscale.run.directory import RunDirectory
-from embedscale.values import Amount, Count, Damaged, ProcessNumber, Time, Value
+from embedscale.values import Amount, Count, Damaged, Time
 
 HEARTBEAT_SECONDS = 20.0
 STALE_SECONDS = 180.0
 
 
-def process_alive(pid: int, born: str | None = None) -> bool:
-    """Return whether a process of this machine runs. `born` is its `start_time`; None if it was not noted."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass  # another user's process
-    try:
-        state, started = _state_and_start(pid)
-    except OSError:
-        return True  # /proc may hide other users' processes
-    # A zombie answers signals but will never write again.
-    return state != "Z" and born in (None, started)
-
-
-def start_time(pid: int) -> str:
-    """Return when a process started, in clock ticks since boot; empty if it does not run.
-
-    Number and start together name one process: a number alone is given again to later processes.
-    """
-    try:
-        state, started = _state_and_start(pid)
-    except OSError:
-        return ""
-    return "" if state == "Z" else started
-
-
-def _state_and_start(pid: int) -> tuple[str, str]:
-    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-    return fields[0], fields[19]
-
-
 @dataclass(frozen=True)
-class Holder(Value):
+class Holder(ProcessName):
     """lease.json: the process that holds a lease, and how far its run is."""
 
-    host: str = "unknown"
-    """Name of the machine."""
-    pid: ProcessNumber = 0
-    """Number of the process on its machine."""
-    born: str | None = None
-    """`start_time` of the process; null in leases of early code."""
     token: str | None = None
     """Text that no other holder has."""
     start: Time | None = None
@@ -90,29 +52,20 @@ class Holder(Value):
     seconds_left: Amount | None = None
     """Estimated time until the budget is spent."""
 
-    @classmethod
-    def of_this_process(cls) -> "Holder":
-        pid = os.getpid()
-        return cls(socket.gethostname(), pid, start_time(pid), uuid.uuid4().hex, now(), os.environ.get("SLURM_JOB_ID"))
-
 
 def lease_holder(path: Path) -> Holder | None:
     """Return who holds the lease; None if nobody does or the holder is gone.
 
-    On the holder's own machine its process decides, however long it has been silent. From other machines the age of
-    the last heartbeat decides, and also for a lease of early code whose process still runs, or a damaged one.
+    Where the holder's process can be seen, the process decides, however long it has been silent. Elsewhere the age of
+    the last heartbeat decides, and also for a damaged lease and a lease of early code.
     """
     holder = Holder.read(path)
     if holder is None:
         return None
     if isinstance(holder, Damaged):
         holder = Holder()
-    if holder.host == socket.gethostname():
-        # The number may be another process's by now: after a reboot, or in a container that was started again.
-        if not process_alive(holder.pid, holder.born):
-            return None
-        if holder.born is not None:
-            return holder
+    if (lives := holder.lives()) is not None:
+        return holder if lives else None
     try:
         silent = _clock_of(path.parent) - path.stat().st_mtime
     except FileNotFoundError:  # released since it was read
@@ -139,7 +92,7 @@ class Lease:
     def __init__(self, path: Path, when_lost: Callable[[], object] = lambda: None):
         self.path = path
         self.when_lost = when_lost
-        self.holder = Holder.of_this_process()
+        self.holder = Holder.of_this_process(token=uuid.uuid4().hex, start=now(), job_id=job_number())
         self.left_behind: str | None = None  # last heartbeat of a dead holder whose lease was taken over
         self._lost = False
         self._stop = threading.Event()

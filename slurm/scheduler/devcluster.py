@@ -22,7 +22,7 @@ from pathlib import Path
 
 from embedscale.errors import DONE, FAILED, WRONG, UserError
 from embedscale.files import write_atomically
-from embedscale.run.lease import start_time
+from embedscale.process import start_time
 
 PACKAGES = "munge slurmctld slurmd slurm-client slurmdbd mariadb-server"
 INSTALL = f"apt-get install -y --no-install-recommends {PACKAGES}"

@@ -16,11 +16,11 @@ from functools import cache
 from pathlib import Path
 
 from embedscale.errors import UserError
-from embedscale.run.lease import start_time
+from embedscale.process import ProcessName
 from embedscale.run.stop import StopRequest
 from slurm.scheduler.processes import Place, rank_environment, work_through
 from slurm.scheduler.scheduler import Allocation, Job, Limits, Request, Requeue
-from slurm.scheduler.submissions import Process, Submissions
+from slurm.scheduler.submissions import Submissions
 
 
 class Local:
@@ -38,8 +38,17 @@ class Local:
 
     def jobs(self) -> list[Job]:
         """Return the processes that work at this sweep, as jobs; those of other hosts may have ended."""
-        found = self.submissions.processes(self.host)
-        return [Job(str(each.pid), str(each.pid), None, "", running=True, host=each.host) for each in found]
+        found = [(each, each.lives()) for each in self.submissions.processes()]
+        return [
+            Job(str(each.pid), str(each.pid), None, "", running=True, host=self._place(each, lives))
+            for each, lives in found
+            if lives is not False
+        ]
+
+    def _place(self, process: ProcessName, lives: bool | None) -> str:
+        """Return the host of a process, in other words where it is this host's name but cannot be seen from here."""
+        unseen = process.host == self.host and lives is None
+        return f"another container or machine called {process.host}" if unseen else process.host
 
     def submit(self, request: Request) -> str:
         """Run an array's jobs to their end or until `stop` is requested; returns this process's id.
@@ -58,7 +67,7 @@ class Local:
     def announced(self) -> Iterator[None]:
         """Let signals raise `stop`, and let `sweep cancel` find this process, while it works at the sweep."""
         self.stop.on_signals()
-        note = self.submissions.announce(Process(self.host, os.getpid(), start_time(os.getpid())))
+        note = self.submissions.announce(ProcessName.of_this_process())
         try:
             yield
         finally:

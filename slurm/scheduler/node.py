@@ -12,18 +12,21 @@ import re
 import signal
 import sys
 import time
+from datetime import UTC, datetime
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import NoReturn
 
 from embedscale.errors import DONE, FAILED, INTERRUPTED
 from embedscale.files import now
+from embedscale.process import job_number
 from embedscale.run.stop import StopRequest
 from slurm.scheduler.choice import scheduler_of
 from slurm.scheduler.processes import Place, import_everything, rank_environment, work_through
 from slurm.scheduler.scheduler import Allocation, Requeue, Scheduler
 from slurm.scheduler.submissions import Orders, Submissions
 
+RETRY_SECONDS = 5.0  # between two requests to a scheduler that is away
 REQUEUED_SECONDS = 120.0  # most time from an accepted requeue to the end of the job's processes
 PATIENCE_SECONDS = 900.0  # for the scheduler's own requeue, where the job cannot ask: longer than most grace times
 SELF_TEST_SECONDS = 180.0  # after which a node's self-test counts as hanging
@@ -51,7 +54,7 @@ def work(folder: str, submission: str, run_ids: list[str]) -> NoReturn:
     places = [Place(threads=threads, sharing=sharing)] * sharing
     outcomes = work_through(orders.runs.values(), orders.scores, places, stop)
     if "interrupted" in outcomes.values():
-        _go_on_later(scheduler, allocation, orders, stop)
+        _go_on_later(scheduler, allocation, orders, stop, end)
     if allocation.processes > 1 and "elsewhere" in outcomes.values():
         sys.exit(INTERRUPTED)  # not DONE: the other processes wait for this one
     sys.exit(FAILED if "failed" in outcomes.values() else DONE)
@@ -116,14 +119,16 @@ def _leave_sick_node(
 ) -> NoReturn:
     """Note the node as sick, and start the job again on another one."""
     print(f"{now()} {allocation.node} is sick: {fault}", flush=True)
-    submissions.note_sick(allocation.node, fault, os.environ.get("SLURM_JOB_ID"))
+    submissions.note_sick(allocation.node, fault, job_number())
     if orders.requeue and scheduler.requeue(allocation.job, list(submissions.sick_nodes())) == Requeue.ACCEPTED:
         _stay(REQUEUED_SECONDS)
     sys.exit(INTERRUPTED)
 
 
-def _go_on_later(scheduler: Scheduler, allocation: Allocation, orders: Orders, stop: StopRequest) -> NoReturn:
-    """Put the job back into the queue; its runs have saved their checkpoints."""
+def _go_on_later(
+    scheduler: Scheduler, allocation: Allocation, orders: Orders, stop: StopRequest, end: float
+) -> NoReturn:
+    """Put the job back into the queue; its runs have saved their checkpoints. `end` is the time of the job's limit."""
     print(f"{now()} stopped ({stop.reason})", flush=True)
     if allocation.rank > 0:
         _stay(PATIENCE_SECONDS)  # the first process asks for the whole job
@@ -132,6 +137,11 @@ def _go_on_later(scheduler: Scheduler, allocation: Allocation, orders: Orders, s
         sys.exit(INTERRUPTED)
     by_itself = "the scheduler's own requeue or the next submit goes on"
     answer = scheduler.requeue(allocation.job)
+    if answer == Requeue.AWAY:
+        print(f"the scheduler does not answer; asked again until {_clock(end)}", flush=True)
+    while answer == Requeue.AWAY and time.time() < end:
+        time.sleep(RETRY_SECONDS)
+        answer = scheduler.requeue(allocation.job)
     if answer == Requeue.ACCEPTED:
         print(f"requeued job {allocation.job}", flush=True)
         _stay(REQUEUED_SECONDS)
@@ -143,6 +153,10 @@ def _go_on_later(scheduler: Scheduler, allocation: Allocation, orders: Orders, s
         print(f"the scheduler refuses to requeue: {by_itself}", flush=True)
         _stay(PATIENCE_SECONDS if answer == Requeue.PREEMPTED else 0)
     sys.exit(INTERRUPTED)  # cancelled, or in the queue already
+
+
+def _clock(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")
 
 
 def _stay(seconds: float) -> NoReturn:

@@ -9,7 +9,6 @@ have left no new checkpoint.
 import multiprocessing
 import os
 import signal
-import socket
 import sys
 import time
 from collections import deque
@@ -23,6 +22,7 @@ from pathlib import Path
 from embedscale.errors import DONE, FAILED, INTERRUPTED, UserError
 from embedscale.files import now
 from embedscale.imports import importing
+from embedscale.process import job_number
 from embedscale.run.config import RunConfig
 from embedscale.run.directory import RunDirectory
 from embedscale.run.lease import STALE_SECONDS, lease_holder, leased, remove_what_is_left_over
@@ -137,8 +137,8 @@ def _ended_before(run: RunConfig, stop: StopRequest) -> str | None:
     # After the loss of a node, SLURM starts the job again before the lease of the lost process counts as stale.
     deadline = time.monotonic() + STALE_SECONDS
     while (holder := lease_holder(directory.lease)) is not None:
-        own = holder.job_id is not None and holder.job_id == os.environ.get("SLURM_JOB_ID")
-        if not own or holder.host == socket.gethostname() or stop.requested or time.monotonic() > deadline:
+        own = holder.job_id is not None and holder.job_id == job_number()
+        if not own or holder.lives() or stop.requested or time.monotonic() > deadline:
             return "elsewhere"
         time.sleep(1)
     if stalled(directory):

@@ -128,7 +128,8 @@ class Requeue(StrEnum):
     ACCEPTED = "accepted"  # the scheduler ends the job's processes and starts the job again later
     REFUSED = "refused"
     PREEMPTED = "preempted"  # refused, but the scheduler itself requeues the job once it has ended it
-    UNREACHABLE = "unreachable"  # the scheduler cannot be asked from this node
+    UNREACHABLE = "unreachable"  # the scheduler cannot be asked from this node, now or ever
+    AWAY = "away"  # the scheduler does not answer now, and may answer later
     OVER = "over"  # the job was cancelled, or is in the queue again already
 
 

@@ -20,14 +20,17 @@ from datetime import datetime
 from pathlib import Path
 
 from embedscale.errors import UserError
+from embedscale.process import job_number
 from slurm.cluster import Cluster
 from slurm.scheduler.scheduler import Allocation, Job, Limits, Request, Requeue
 from slurm.scheduler.submissions import Submissions
 
 SECONDS = 60.0  # most time that one command of SLURM may take
+QUERY_SECONDS = 20.0  # the same for questions of a user who waits: without a slurm.conf, the commands hang for minutes
 IDS_AT_ONCE = 500  # most job numbers on one command line
 LOOK_SECONDS = 20.0  # for which a job is looked up that sbatch submitted before it lost touch with the controller
 LOST_TOUCH = re.compile("time|contact|connect|communicat|transmi|recei", re.IGNORECASE)
+_SILENT: set[str] = set()  # commands that have not answered this process
 OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
 
 
@@ -42,12 +45,13 @@ class Slurm:
         """Return SLURM's MaxArraySize, or its default where scontrol does not answer; None without sbatch."""
         if shutil.which("sbatch") is None:
             return None
-        largest = settings(ask("scontrol", "show", "config") or "").get("MaxArraySize", "")
+        largest = settings(ask("scontrol", "show", "config", seconds=QUERY_SECONDS) or "").get("MaxArraySize", "")
         return Limits(max(1, int(largest))) if largest.isdigit() else Limits()
 
     def jobs(self) -> list[Job] | None:
         """Return this user's jobs, array tasks one by one, or None if squeue is missing or fails."""
-        text = ask("squeue", "--noheader", "--array", "--me", "--format=%A|%F|%K|%T|%N|%r|%j")
+        words = ("--noheader", "--array", "--me", "--format=%A|%F|%K|%T|%N|%r|%j")
+        text = ask("squeue", *words, seconds=QUERY_SECONDS)
         if text is None:
             return None
         found = []
@@ -139,7 +143,7 @@ class Slurm:
         node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
         processes, nodes = int(os.environ.get("SLURM_NTASKS", 1)), int(os.environ.get("SLURM_JOB_NUM_NODES", 1))
         # Another port after a requeue, and for every job that may share the node.
-        port = 12000 + (7 * int(os.environ["SLURM_JOB_ID"]) + int(os.environ.get("SLURM_RESTART_COUNT", 0))) % 20000
+        port = 12000 + (7 * int(job_number() or 0) + int(os.environ.get("SLURM_RESTART_COUNT", 0))) % 20000
         return Allocation(
             job=_own_handle(),
             node=node,
@@ -156,12 +160,16 @@ class Slurm:
 
     def requeue(self, job: str, avoid: Sequence[str] = ()) -> Requeue:
         """Requeue the job of this process, and keep it and its array's waiting jobs away from the nodes `avoid`."""
+        if shutil.which("scontrol") is None:
+            return Requeue.UNREACHABLE
         shown = _scontrol("--oneliner", "show", "job", job)
         if shown is None:
-            return Requeue.UNREACHABLE
+            return Requeue.AWAY
         if shown.get("JobState") != "RUNNING":
             return Requeue.OVER
         if _scontrol("requeue", job) is None:
+            if _scontrol("--oneliner", "show", "job", job) is None:
+                return Requeue.AWAY
             return Requeue.PREEMPTED if shown.get("PreemptTime", "None") != "None" else Requeue.REFUSED
         if avoid:
             nodes = f"ExcNodeList={','.join(avoid)}"
@@ -176,10 +184,17 @@ class Slurm:
 
 
 def ask(*words: str, seconds: float = SECONDS) -> str | None:
-    """Return what a command prints, or None if it is missing, fails or hangs."""
+    """Return what a command prints, or None if it is missing, fails or hangs. A hanging command is not asked again."""
+    if words[0] in _SILENT:
+        return None
     try:
-        done = subprocess.run(words, capture_output=True, text=True, timeout=seconds)
-    except (OSError, subprocess.TimeoutExpired):
+        done = subprocess.run(words, capture_output=True, text=True, errors="replace", timeout=seconds)
+    except subprocess.TimeoutExpired:
+        _SILENT.add(words[0])
+        why = "is SLURM configured on this machine?"
+        print(f"{words[0]}: no answer within {seconds:g} s; {why}", file=sys.stderr, flush=True)
+        return None
+    except OSError:
         return None
     return done.stdout if done.returncode == 0 else None
 
@@ -217,7 +232,7 @@ def _own_handle() -> str:
     as its own, and that number stands for the whole array."""
     if "SLURM_ARRAY_JOB_ID" in os.environ:
         return f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
-    return os.environ["SLURM_JOB_ID"]
+    return job_number() or ""
 
 
 def _end_of_job() -> float | None:

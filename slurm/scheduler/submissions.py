@@ -5,6 +5,7 @@ counts even if the scheduler accepted it without returning its number.
 """
 
 import time
+import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from datetime import datetime
@@ -13,10 +14,10 @@ from typing import TypeVar
 
 from embedscale.errors import UserError
 from embedscale.files import now, read_json, write_json
+from embedscale.process import ProcessName
 from embedscale.run.config import RunConfig
-from embedscale.run.lease import process_alive
 from embedscale.run.settings import structured
-from embedscale.values import Damaged, ProcessNumber, Time, Value
+from embedscale.values import Damaged, Time, Value
 from slurm.scheduler.scheduler import Job
 from slurm.scheduler.snapshot import CodeCopy
 
@@ -70,18 +71,6 @@ class Orders:
 
 
 @dataclass(frozen=True)
-class Process(Value):
-    """A process that works at a sweep outside of any queue."""
-
-    host: str
-    """Machine of the process."""
-    pid: ProcessNumber
-    """Id of the process."""
-    born: str
-    """`lease.start_time` of the process, which tells it from a later process with the same id."""
-
-
-@dataclass(frozen=True)
 class SickNode(Value):
     """A node that failed its self-test."""
 
@@ -123,7 +112,7 @@ class Submissions:
 
     def damaged(self) -> list[Damaged]:
         """Return the damaged files of submissions. The other methods leave them out."""
-        kinds: dict[str, type[Value]] = {"*.json": Submission, "sick/*.json": SickNode, "*.process": Process}
+        kinds: dict[str, type[Value]] = {"*.json": Submission, "sick/*.json": SickNode, "*.process": ProcessName}
         found = (kind.read(file) for pattern, kind in kinds.items() for file in sorted(self.path.glob(pattern)))
         return [each for each in found if isinstance(each, Damaged)]
 
@@ -169,15 +158,13 @@ class Submissions:
                 found[noted.node] = noted.fault
         return found
 
-    def announce(self, process: Process) -> Path:
+    def announce(self, process: ProcessName) -> Path:
         """Note a process that works at the sweep, so that `sweep cancel` finds it; returns the note."""
-        note = self.path / f"{process.host}-{process.pid}.process"
+        note = self.path / f"{process.host}-{process.pid}-{uuid.uuid4().hex[:8]}.process"  # pids repeat in containers
         note.parent.mkdir(parents=True, exist_ok=True)
         write_json(note, process.to_json())
         return note
 
-    def processes(self, host: str) -> list[Process]:
-        """Return the noted processes: those of `host` if they are alive, and all of other hosts, because a process can
-        only be checked on its own host."""
-        found = self._sound(Process, "*.process")
-        return [each for each in found if each.host != host or process_alive(each.pid, each.born)]
+    def processes(self) -> list[ProcessName]:
+        """Return the noted processes, which may have ended."""
+        return list(self._sound(ProcessName, "*.process"))

@@ -2,8 +2,8 @@
 
 import json
 import os
+import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,12 +16,15 @@ from safetensors.torch import load_file, save_file
 
 from embedscale.errors import UserError
 from embedscale.files import write_atomically
+from embedscale.process import ProcessName
 from embedscale.run.lease import STALE_SECONDS, Lease, lease_holder
 
 
 def left_behind(path: Path, age: float = 0.0, **facts) -> None:
-    """Write a lease of this host whose last heartbeat is this many seconds old."""
-    path.write_text(json.dumps({"host": socket.gethostname(), "token": "another's"} | facts))
+    """Write a lease of this host and container whose last heartbeat is this many seconds old."""
+    here = ProcessName.of_this_process()
+    place = {"host": here.host, "boot": here.boot, "namespace": here.namespace}
+    path.write_text(json.dumps(place | {"token": "another's"} | facts))
     then = time.time() - age
     os.utime(path, (then, then))
 
@@ -41,14 +44,53 @@ def test_a_reused_process_number_holds_no_lease(tmp_path, pid):
     lease.release()
 
 
-def test_a_lease_of_the_first_version_is_held_while_its_process_lives(tmp_path):
+@pytest.mark.parametrize(
+    "unseen",
+    [
+        {"boot": None, "namespace": None},
+        {"boot": "of another machine with this one's name"},
+        {"namespace": "pid:[1]"},
+        {"host": "elsewhere"},
+        {"born": None},
+    ],
+    ids=["version 0.2", "another boot", "another container", "another host", "version 0.1"],
+)
+@pytest.mark.parametrize("pid", [1, 2**22 + 1])  # the second is larger than any process number
+def test_the_heartbeat_decides_where_the_process_cannot_be_seen(tmp_path, unseen, pid):
     path = tmp_path / "lease.json"
-    left_behind(path, pid=1)
+    left_behind(path, **{"pid": pid, "born": "77"} | unseen)
     assert lease_holder(path).token == "another's"
-    left_behind(path, pid=1, age=2 * STALE_SECONDS)
+    with pytest.raises(UserError, match="already at work"):
+        Lease(path).take()
+    left_behind(path, age=2 * STALE_SECONDS, **{"pid": pid, "born": "77"} | unseen)
     assert lease_holder(path) is None
-    left_behind(path, pid=2**22 + 1)  # larger than any process number
-    assert lease_holder(path) is None
+
+
+NAMESPACE = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child"]
+separate = pytest.mark.skipif(
+    shutil.which("unshare") is None or subprocess.run([*NAMESPACE, "true"], capture_output=True).returncode != 0,
+    reason="this machine does not let us make a namespace of process numbers",
+)
+IMPORT = "import sys; from embedscale.run.lease import *; path = Path(sys.argv[1]); "
+HOLD = IMPORT + "Lease(path).take(); print('held', flush=True); input()"
+LOOK = IMPORT + "print(lease_holder(path) is not None)"
+
+
+@separate
+def test_containers_take_no_live_lease_from_each_other(tmp_path):
+    """Each has its own numbers: the holder is process 1 or 2 there, and nothing of that kind here."""
+    path = tmp_path / "lease.json"
+    for holder, other in (([], NAMESPACE), (NAMESPACE, []), (NAMESPACE, NAMESPACE)):
+        words = [*holder, sys.executable, "-c", HOLD, str(path)]
+        with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout.readline() == "held\n"
+            look = [*other, sys.executable, "-c", LOOK, str(path)]
+            assert subprocess.run(look, capture_output=True, text=True, check=True).stdout == "True\n"
+            process.kill()
+        then = time.time() - 2 * STALE_SECONDS
+        os.utime(path, (then, then))
+        assert subprocess.run(look, capture_output=True, text=True, check=True).stdout == "False\n"
+        path.unlink()
 
 
 def test_a_living_process_of_this_host_keeps_its_lease_without_heartbeats(tmp_path):

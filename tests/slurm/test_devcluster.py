@@ -5,7 +5,7 @@ import sys
 import tempfile
 import time
 
-from embedscale.run.lease import process_alive
+from embedscale.process import process_alive
 from slurm.scheduler.devcluster import DevCluster
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from embedscale.errors import UserError
+from slurm.scheduler import slurm
 from slurm.scheduler.scheduler import Job, Limits, Requeue
 from slurm.scheduler.slurm import Slurm
 
@@ -67,8 +68,10 @@ def test_scontrol_survives_the_signal_of_its_own_requeue(tmp_path, programs):
 
 
 def refuses(folder: Path, shown: str) -> None:
-    """A stand-in for scontrol that shows a job and refuses everything else."""
-    (folder / "scontrol").write_text(f'#!/bin/sh\n[ "$2" = show ] && echo "{shown}" && exit 0\nexit 1\n')
+    """A stand-in for scontrol that shows a job, or fails if there is nothing to show, and refuses everything else."""
+    (folder / "scontrol").write_text(
+        f'#!/bin/sh\n[ "$2" = show ] && [ -n "{shown}" ] && echo "{shown}" && exit 0\nexit 1\n'
+    )
     (folder / "scontrol").chmod(0o755)
 
 
@@ -79,10 +82,11 @@ def refuses(folder: Path, shown: str) -> None:
         ("JobState=RUNNING PreemptTime=2026-01-01T00:00:00", Requeue.PREEMPTED),
         ("JobState=CANCELLED", Requeue.OVER),
         (None, Requeue.UNREACHABLE),
+        ("", Requeue.AWAY),
     ],
 )
 def test_a_refused_requeue_gives_the_reason(tmp_path, programs, shown, answer):
-    if shown:
+    if shown is not None:
         refuses(tmp_path / "bin", shown)
     assert Slurm(tmp_path).requeue("7") == answer
 
@@ -112,3 +116,16 @@ def test_the_allocation_is_read_from_the_variables_of_the_job(tmp_path, programs
     programs(scontrol="JobId=9 EndTime=2026-01-01T00:00:00+00:00")
     found = Slurm(tmp_path).allocation()
     assert (found.job, found.end) == ("8_5", 1767225600.0)
+
+
+def test_a_command_that_hangs_is_named_once_and_not_asked_again(tmp_path, programs, monkeypatch, capsys):
+    """As squeue does for minutes on a machine without a slurm.conf."""
+    calls = programs(squeue="")
+    (calls.parent / "squeue").write_text(f"#!/bin/sh\necho squeue >> {calls}\nexec /bin/sleep 60\n")
+    monkeypatch.setattr(slurm, "QUERY_SECONDS", 0.5)
+    monkeypatch.setattr(slurm, "_SILENT", set())
+    assert Slurm(tmp_path).jobs() is None and Slurm(tmp_path).jobs() is None
+    assert capsys.readouterr().err.splitlines() == [
+        "squeue: no answer within 0.5 s; is SLURM configured on this machine?"
+    ]
+    assert calls.read_text() == "squeue\n"
