@@ -67,7 +67,7 @@ class Exclusion(Value):
 
     run: str
     reason: str
-    """"unfinished", "diverged", "duplicate", "unreadable" or "another COLUMN"."""
+    """"unfinished", "diverged", "duplicate", "checkpoint", "no optimum", "unreadable" or "another COLUMN"."""
     detail: str | None = None
     method: str | None = None
     n_parameters: float | None = None

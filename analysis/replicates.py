@@ -67,7 +67,9 @@ def settings(others: pd.DataFrame, known: pd.DataFrame) -> dict[str, list[str]]:
     `known` has the same rows in our columns.
     """
     log = known[["n_parameters", "tokens", "budget_flop"]].astype(float).map(np.log).round(6)
-    labels = [log[name] for name in log] + [known[name] for name in known if name not in (*log, "loss", "run", "path")]
+    labels = [log[name] for name in log] + [
+        known[name] for name in known if name not in (*log, "loss", "run", "path", "data")
+    ]
     cells = log["n_parameters"].astype(str) + " " + log["budget_flop"].astype(str)
     labels += [cells, known["method"] + " " + cells]
     found = {}

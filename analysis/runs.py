@@ -251,7 +251,9 @@ def _from_table(
         gone = table[reasons != ""].to_dict("records")
         excluded += [_exclusion(row, why) for row, why in zip(gone, reasons[reasons != ""], strict=True)]
         table = table[reasons == ""]
-        others = raw.loc[table.index].drop(columns=list({source.name for source in found.values()} | set(ignore)))
+        # Without its digest, the name of the data is all that says whether two runs had the same.
+        known = {source.name for ours, source in found.items() if ours != "data" or "data_digest" in found}
+        others = raw.loc[table.index].drop(columns=list(known | set(ignore)))
         if "n_opt" in table and not table.duplicated(["method", "budget_flop"]).any():
             others = others[[name for name in others if len(tables.numbers(others[name])[1])]]  # no row can be averaged
         replicates.refuse(origin, others, table)

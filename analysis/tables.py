@@ -121,6 +121,8 @@ def _json(content: bytes) -> pd.DataFrame:
         if error.msg != "Extra data":
             raise
         return _json_lines(content)
+    if isinstance(found, dict) and {"columns", "data"} <= found.keys():  # as W&B writes a table, and pandas "split"
+        return pd.DataFrame(found["data"], columns=found["columns"], dtype=object)
     if isinstance(found, dict):
         lists = [value for value in found.values() if isinstance(value, list) and value and isinstance(value[0], dict)]
         if len(lists) == 1:  # such as {"runs": [...]}
@@ -227,9 +229,12 @@ def numbers(column: pd.Series) -> tuple[pd.Series, pd.Series]:
 
 
 def _plain_number(cell: Any) -> float:
-    if isinstance(cell, bool) or not isinstance(cell, int | float | np.number):
+    if isinstance(cell, bool | np.bool_):
         raise ValueError("write a number")
-    return float(cell)
+    try:
+        return float(cell)
+    except TypeError:
+        raise ValueError("write a number") from None
 
 
 def texts(column: pd.Series) -> pd.Series:

@@ -82,6 +82,7 @@ def test_a_broken_row_that_where_leaves_out_does_no_harm(tmp_path):
     [
         ("eta", [1e-3, 3e-3, 1e-2], r"eta \(0.001, 0.003, 0.01\)"),
         ("loss_definition", ["smoothed", "raw"], r"loss_definition \(raw, smoothed\)"),
+        ("data", ["web", "code"], r"data \(code, web\)"),
         ("corpus", ["web", "code", "books"], r"corpus \(books, code, web\)"),
         ("experiment", list("abcdefgh"), r"experiment \(a, b, c, d, …\)"),
         ("z_loss", [0.0, 1e-4], r"z_loss \(0.0, 0.0001\)"),
@@ -203,11 +204,10 @@ def test_the_shared_cases_are_read(file, used, left_out):
         ("porian_isoflop/isoflop_points.csv", ["--where", "experiment=rw__base__long__kaplan__kaplan__train"], 107),
     ],
 )
+@pytest.mark.filterwarnings("error::RuntimeWarning")
 def test_published_tables_load_with_a_short_command(tmp_path, capsys, file, words, rows):
     assert fit(SHARED / "data" / file, *words, "--out", tmp_path) == 0
-    shown = capsys.readouterr()
-    assert shown.out.startswith(f"{rows} runs of ")
-    assert "Warning" not in shown.err
+    assert capsys.readouterr().out.startswith(f"{rows} runs of ")
 
 
 @needs_shared

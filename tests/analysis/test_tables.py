@@ -3,6 +3,7 @@
 import gzip
 import json
 import math
+from decimal import Decimal
 
 import numpy as np
 import pandas as pd
@@ -33,6 +34,7 @@ FORMS = {
     "records.json": lambda table: json.dumps(table.to_dict("records")).encode(),
     "named.json": lambda table: json.dumps({"about": "runs", "runs": table.to_dict("records")}).encode(),
     "columns.json": lambda table: json.dumps(table.to_dict("list")).encode(),
+    "split.json": lambda table: table.to_json(orient="split", double_precision=15).encode(),
     "lines.json": lambda table: table.to_json(orient="records", lines=True, double_precision=15).encode(),
     "runs.jsonl": lambda table: table.to_json(orient="records", lines=True, double_precision=15).encode(),
     "runs.jsonl.gz": lambda table: gzip.compress(
@@ -111,6 +113,13 @@ def test_a_column_whose_name_holds_a_colon_is_found():
     assert runs.load(table, {"loss": "eval:1e3"}).table["loss"].tolist() == sweep()["loss"].tolist()
     with pytest.raises(UserError, match="'D:miles' has the unit 'miles'; allowed: a factor or a unit: D:1e9, D:B"):
         runs.load(sweep(), {"tokens": "D:miles"})
+
+
+def test_numbers_of_every_type_are_numbers():
+    table = sweep().astype({"loss": "Float64"}).assign(N=[Decimal(int(value)) for value in sweep()["N"]])
+    assert runs.load(table).table["n_parameters"].tolist() == [float(int(value)) for value in sweep()["N"]]
+    with pytest.raises(UserError, match=r"N \(n_parameters\): row 1 has True; write a number"):
+        runs.load(sweep(N=True).astype({"N": object}))
 
 
 def test_units_that_do_not_fit_are_refused():
