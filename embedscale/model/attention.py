@@ -1,8 +1,9 @@
 """Causal attention inside each sequence of a packed chunk, without padding and without a mask.
 
 Sequences are sorted by length, so sequences of equal length form a dense batch, which is a view of the chunk. On a GPU
-one variable-length kernel handles all lengths. Elsewhere each length is one call of torch's attention, which costs a
-launch for each length and block (the CPU body of model/cpu has its own, cheaper attention).
+one variable-length kernel handles all lengths: flash attention in bf16, torch's memory-efficient attention in float32.
+Elsewhere each length is one call of torch's attention, which costs a launch for each length and block (the CPU body of
+model/cpu has its own, cheaper attention).
 """
 
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from torch.nn import functional
 from torch.nn.attention.varlen import varlen_attn
 
 from embedscale.errors import UserError
+from embedscale.model.float32_attention import MOST_SEQUENCES, attend_float32
 from embedscale.model.packing import Run
 
 
@@ -74,8 +76,9 @@ def packed_attention(
         )
     # Under autocast the rotated queries and keys are float32 and the values bf16; the kernel needs one dtype.
     query, key = query.to(value.dtype), key.to(value.dtype)
-    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # [1, heads, T, size] → [T, heads, size]
-    if _has_kernel(query) and not dropout:
+    # [1, heads, T, size] → [T, heads, size]. Not x[0]: its backward pass fills a buffer with zeros and copies into it.
+    query, key, value = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
+    if _has_kernel(query, packing) and not dropout:
         return variable_length(query, key, value, packing, scaling)[None], None
     return _run_by_run(query, key, value, packing.runs, scaling, dropout)[None], None
 
@@ -97,8 +100,10 @@ def _run_by_run(
     return torch.cat(parts)
 
 
-def _has_kernel(query: Tensor) -> bool:
+def _has_kernel(query: Tensor, packing: Any) -> bool:
     size = query.shape[-1]
+    if query.dtype == torch.float32:
+        return query.is_cuda and size % 4 == 0 and len(packing.ends) <= MOST_SEQUENCES
     fits = query.dtype in (torch.bfloat16, torch.float16) and size % 8 == 0 and size <= 256
     return query.is_cuda and fits and _is_ampere(query.device.index)
 
@@ -115,6 +120,9 @@ def variable_length(query: Tensor, key: Tensor, value: Tensor, packing: Any, sca
     if key.shape[1] != query.shape[1]:  # varlen_attn takes fewer heads of keys only from torch 2.12 on
         each = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(each, 1), value.repeat_interleave(each, 1)
+    if query.dtype == torch.float32:
+        out, _sums = attend_float32(query, key, value, ends, bound, scaling)
+        return out
     found = varlen_attn(
         query,
         key,

@@ -74,7 +74,7 @@ class Encoder(nn.Module):
                 attention_mask=None,
                 use_cache=False,
                 packing=packed,
-            ).last_hidden_state[0]
+            ).last_hidden_state.squeeze(0)
         return found
 
     def embed(self, hidden: Tensor, packed: Packed) -> Tensor:

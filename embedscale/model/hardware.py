@@ -49,14 +49,18 @@ def compile_seconds() -> float:
 
 
 def keep_freed_memory() -> None:
-    """Make this process keep the memory that it frees; for the commands that train or encode on a CPU.
+    """Make this process keep the memory that it frees; call it before the first tensor on a GPU.
 
     By default glibc returns every large block to the system, and the kernel zeroes its pages when the next step asks
     for them: a quarter of the step of a small model. With another C library this function does nothing.
 
     oneDNN caches compiled code for 1,024 shapes, a third of a GB. Lengths differ from step to step, so 64 are enough.
+
+    On a GPU, torch keeps freed blocks by itself, but a block serves only requests of about its size. Sizes differ from
+    step to step, so blocks would pile up. In expandable segments any free piece serves.
     """
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
         mallopt(M_MMAP_THRESHOLD, 1 << 30)
@@ -103,9 +107,9 @@ def reset_peak_memory(device: torch.device) -> None:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Return the most bytes in use since the reset, counted like `memory_in_use`."""
+    """Return the most bytes taken since the reset; on a GPU with those that torch keeps for later, as others see it."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+        return torch.cuda.max_memory_reserved(device)
     return _status("VmHWM")
 
 

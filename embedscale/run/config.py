@@ -179,8 +179,9 @@ class Resources:
     """Processes on each node, one a GPU."""
     nodes: int = 1
     """Nodes."""
-    workers: int = 0
-    """Processes that load batches, for each training process; 0: the training process loads them."""
+    workers: int | None = None
+    """Processes that load batches, for each training process; 0: the training process loads them; default: 2 for a
+    GPU, else 0."""
     chunk_tokens: int | None = None
     """Most tokens in one forward pass of GradCache; default: as many as the memory holds."""
     memory_gb: float | None = None

@@ -41,7 +41,7 @@ from embedscale.training.batches import Batch
 from embedscale.training.memory import fitting_chunk
 from embedscale.training.module import Contrastive, assemble
 from embedscale.training.plan import PAPER_PAIR, TrainingPlan
-from embedscale.training.train import bare_trainer, begin_worker, quieten
+from embedscale.training.train import bare_trainer, begin_worker, loading_workers, quieten
 
 SIZES = {name: family for family in FAMILIES for name in family.sizes}  # by the short name of a size
 MEANS = (14, 64)  # tokens of a query and of a positive (paper, section 4.1)
@@ -118,6 +118,7 @@ def _facts(config: RunConfig, device: torch.device, seconds: float) -> dict[str,
         "context": config.data.context,
         "activation_checkpointing": config.resources.activation_checkpointing,
         "compile": config.resources.compile,
+        "workers": loading_workers(config),
         "torch": version("torch"),
         "how": HOW.format(warm=WARM_STEPS, seconds=seconds),
     }
@@ -209,18 +210,22 @@ def module_of(body: nn.Module, config: RunConfig) -> Contrastive:
 
 
 class _Synthetic(Dataset[Batch]):
-    """A few batches that repeat."""
+    """A few batches that repeat, packed anew each time, as a run packs its batches.
+
+    Their tokens are drawn once: drawing them takes longer than a step of a small model, and a run draws none.
+    """
 
     def __init__(self, config: RunConfig, lengths: Sequence[np.ndarray], vocabulary: int, chunk: int):
-        self.config, self.lengths, self.vocabulary, self.chunk = config, lengths, vocabulary, chunk
+        self.config, self.lengths, self.chunk = config, lengths, chunk
+        self.tokens = [paper_tokens(int(each.sum()), vocabulary, seed) for seed, each in enumerate(lengths)]
 
     def __getitem__(self, step: int) -> Batch:
-        lengths = self.lengths[step % len(self.lengths)]
-        tokens = paper_tokens(int(lengths.sum()), self.vocabulary, step)
+        number = step % len(self.lengths)
+        lengths = self.lengths[number]
         return Batch(
             step=step,
             pairs=self.config.training.batch_size,
-            chunks=pack(tokens, lengths, self.chunk),
+            chunks=pack(self.tokens[number], lengths, self.chunk),
             texts=torch.arange(len(lengths)),
             tokens=int(lengths.sum()),
             squared_lengths=int((lengths**2).sum()),
@@ -262,7 +267,7 @@ def _timed(
     module.encoder.train()
     vocabulary = module.encoder.body.get_input_embeddings().num_embeddings  # type: ignore[operator]
     batches = _Synthetic(config, lengths, vocabulary, chunk)
-    workers = config.resources.workers
+    workers = loading_workers(config)
     loader = DataLoader(
         batches,
         batch_size=None,

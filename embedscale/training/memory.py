@@ -27,6 +27,9 @@ from embedscale.training.module import Contrastive
 # Safety factors: estimated peak = factor x memory kept for the backward pass (CPU) or x simulated peak (GPU). They
 # cover temporary buffers, fragments that chunks of other lengths leave in the heap, and the kernels' own memory.
 MARGIN = {"cpu": 2.5, "cuda": 1.15}
+# Tokens of a sequence in a second chunk that is simulated for a GPU, whose attention needs a buffer for each sequence.
+# A batch's shortest sequences share a chunk; at the paper's lengths they have about so many tokens.
+SHORT = 8
 GRANULE = 512  # bytes: a GPU's allocator rounds up to a multiple of this
 
 
@@ -59,15 +62,17 @@ def fitting_chunk(module: Contrastive) -> int | None:
     in_use = memory_in_use(device)
     module.encoder.train()  # checkpointing and dropout work only in this mode
     few = 8 if device.type == "cpu" else 64
+    lengths = (context,) if device.type == "cpu" else (context, min(SHORT, context))
     # Weights are not in shards yet, so the body for shards is named here.
     plain, tokens = nullcontext(PlainBody(module.encoder)), module.plan.step_tokens
     with plain if config.resources.shard else training_body(module.encoder, device, tokens) as body:
         numbers += body.extra_numbers
-        small, large = (_taken(body, module.encoder, n, context, device) for n in (few, 2 * few))
-    a_token = (large - small) / (few * context)
+        taken = [[_taken(body, module.encoder, n, context, each, device) for n in (few, 2 * few)] for each in lengths]
+    a_token = max(large - small for small, large in taken) / (few * context)
     fixed = in_use + 4 * numbers
     if not config.resources.shard:
-        fixed += max(0, 2 * small - large)  # independent of the tokens, such as copies of weights in bf16
+        # Independent of the tokens, such as copies of weights in bf16.
+        fixed += max(0, *(2 * small - large for small, large in taken))
     a_token *= MARGIN[device.type]
     most = int((module.memory - fixed) / a_token)
     if most >= pairs * (2 + config.loss.hard_negatives) * context // world:
@@ -78,10 +83,16 @@ def fitting_chunk(module: Contrastive) -> int | None:
     return max(most, context)
 
 
-def _taken(body: Any, encoder: Encoder, sequences: int, length: int, device: torch.device) -> int:
-    """Return the bytes of a chunk of `sequences` x `length` tokens: kept by its graph (CPU), or its peak (GPU)."""
+def _taken(body: Any, encoder: Encoder, sequences: int, context: int, length: int, device: torch.device) -> int:
+    """Return the bytes of a chunk of `sequences` x `context` tokens: kept by its graph (CPU), or its peak (GPU).
+
+    The tokens are in sequences of `length`.
+    """
     vocabulary = len(encoder.body.get_input_embeddings().weight)  # type: ignore[operator]
-    (chunk,) = pack(np.arange(sequences * length) % vocabulary, np.full(sequences, length))
+    tokens = sequences * context
+    lengths = np.full(-(-tokens // length), length)
+    lengths[-1] -= lengths.sum() - tokens
+    (chunk,) = pack(np.arange(tokens) % vocabulary, lengths)
     if device.type != "cpu":
         return peak_bytes(encoder, chunk, device)
     return kept_bytes(encoder, body.forward, chunk)
@@ -134,6 +145,16 @@ class _ForwardAndBackward(nn.Module):
         output.backward(torch.empty_like(output))
 
 
+def _sums_of_queries(func: Any, args: Any, kwargs: Any) -> int:
+    """Return the bytes in which flash attention's backward pass adds up the queries' gradients, which no tensor shows.
+
+    It is float32 [T + 128 S, heads, size], the size rounded up to a multiple of 32: large for many short sequences.
+    """
+    given = {each.name: value for each, value in zip(func._schema.arguments, args, strict=False)} | kwargs
+    tokens, heads, size = given["query"].shape
+    return int(4 * (tokens + 128 * (len(given["cu_seq_q"]) - 1)) * heads * (-(-size // 32) * 32))
+
+
 class _Live(TorchDispatchMode):
     """Counts the bytes of all live tensors, and their peak."""
 
@@ -147,6 +168,8 @@ class _Live(TorchDispatchMode):
         for x in tree_leaves(found):
             if isinstance(x, Tensor):
                 self._note(x.untyped_storage())
+        if func.overloadpacket.__name__ == "_varlen_attn_backward":
+            self.peak = max(self.peak, self.now + _sums_of_queries(func, args, kwargs or {}))
         return found
 
     def _note(self, storage: torch.UntypedStorage) -> None:

@@ -224,6 +224,11 @@ class Contrastive(lightning.LightningModule):
             self._optimizer_state = None
         self.encoder.train()
 
+    def on_train_end(self) -> None:
+        # Lightning would move the moments to the CPU, where nobody needs them any more.
+        optimizer: Any = self.optimizers(use_pl_optimizer=False)
+        optimizer.state.clear()
+
 
 def assemble(body: nn.Module, config: RunConfig, plan: TrainingPlan) -> Contrastive:
     """Return the module that trains `body` by the configured method. Adapters are drawn from the seed.

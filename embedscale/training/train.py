@@ -291,7 +291,7 @@ class _Steps(lightning.LightningDataModule):
         self.run = run
 
     def train_dataloader(self) -> DataLoader[Any]:
-        run, workers = self.run, self.run.config.resources.workers
+        run, workers = self.run, loading_workers(self.run.config)
         # The first process's chunk size, which is in plan.json, holds for all processes.
         chunk = self.trainer.strategy.broadcast(run.facts.chunk_tokens)
         batches = Batches(run.store, run.plan, run.config, chunk, self.trainer.global_rank)
@@ -305,6 +305,13 @@ class _Steps(lightning.LightningDataModule):
             multiprocessing_context="fork" if workers else None,  # a forked worker imports nothing again
             pin_memory=torch.cuda.is_available(),
         )
+
+
+def loading_workers(config: RunConfig) -> int:
+    """Return how many processes load batches. On a CPU, a loader would take a core from the training."""
+    if config.resources.workers is not None:
+        return config.resources.workers
+    return 2 if training_device().type == "cuda" else 0
 
 
 def begin_worker(worker: int) -> None:

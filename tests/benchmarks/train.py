@@ -1,12 +1,13 @@
 """Compare training steps of our module, of sentence-transformers' trainer and of a padded module, in one run.
 
-    python tests/benchmarks/train.py [--size pythia-14m] [--batch 256] [--bf16] [--turns 2] [--cached] [--methods]
+    python tests/benchmarks/train.py [--size pythia-14m] [--batch 256] [--bf16] [--cached] [--tuned] [--methods]
 
 All have the same random weights, pairs (lengths as in the paper, cut at 75 tokens; tokens as frequent as words of a
 text), loss (symmetric, over in-batch negatives), optimizer and precision. Each contestant has its own process, and
 they take turns. The median step counts; the first two steps of each turn do not. sentence-transformers tokenises
 during training; our module has its tokens, as from a prepared store. `--methods` also measures our freezing, bias-only
-training and LoRA.
+training and LoRA. `--tuned` also measures sentence-transformers at its best: each batch is encoded in four parts of
+similar lengths, with four loader processes on a GPU.
 """
 
 import argparse
@@ -34,10 +35,12 @@ from embedscale.run.families import PYTHIA
 from embedscale.run.method import Method
 from embedscale.run.settings import load
 from embedscale.training.batches import Batch
-from embedscale.training.calibrate import METHODS, build, config_of, module_of, paper_lengths, paper_tokens
+from embedscale.training.calibrate import build, config_of, module_of, paper_lengths, paper_tokens
 from embedscale.training.loss import info_nce
 
+METHODS = ["full", "freeze-0.5", "bias", "lora-r32"]
 LEARNING_RATE = 1e-5
+PARTS = 4  # of a batch of sentence-transformers, tuned
 BATCHES = 16  # different batches, so that few steps profit from an earlier step with the same lengths
 WARM = 2  # steps at the beginning of a turn that do not count
 Turn = tuple[list[float], float]  # the seconds of each step, and the first loss
@@ -140,7 +143,7 @@ def timed(step: Callable[[int], float]) -> Callable[[int], Turn]:
     return turn
 
 
-def theirs(words: list[str], folder: Path, cached: bool) -> Callable[[int], Turn]:
+def theirs(words: list[str], folder: Path, cached: bool = False, tuned: bool = False) -> Callable[[int], Turn]:
     """Time turns of sentence-transformers' trainer, from the end of one step to the end of the next."""
     from datasets import Dataset
     from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
@@ -166,18 +169,27 @@ def theirs(words: list[str], folder: Path, cached: bool) -> Callable[[int], Turn
     else:
         loss = losses.MultipleNegativesSymmetricRankingLoss(model, scale=scale)
 
+    with (
+        torch.no_grad(),
+        torch.autocast(model.device.type, torch.bfloat16, enabled=config.training.precision == "bf16"),
+    ):
+        rows = [columns[name][: config.training.batch_size] for name in ("anchor", "positive")]
+        batch = [
+            {key: x.to(model.device) for key, x in model.tokenizer(part, padding=True, return_tensors="pt").items()}
+            for part in rows
+        ]
+        first = float(loss(batch, None))  # of the batch that the others begin with; the Trainer shuffles
+    if tuned:
+        in_sorted_parts(model)
+
     class Clock(TrainerCallback):
         def __init__(self) -> None:
             self.ends: list[float] = []
-            self.losses: list[float] = []
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             self.ends.append(time.perf_counter())
-
-        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-            self.losses += [float(logs["loss"])] if "loss" in logs else []
 
     def turn(steps: int) -> Turn:
         clock = Clock()
@@ -191,8 +203,9 @@ def theirs(words: list[str], folder: Path, cached: bool) -> Callable[[int], Turn
             max_grad_norm=0,
             bf16=config.training.precision == "bf16",
             use_cpu=not torch.cuda.is_available(),
-            logging_steps=1,
+            logging_strategy="no",
             disable_tqdm=True,
+            dataloader_num_workers=4 if tuned and torch.cuda.is_available() else 0,
             save_strategy="no",
             report_to="none",
         )
@@ -202,9 +215,31 @@ def theirs(words: list[str], folder: Path, cached: bool) -> Callable[[int], Turn
         ).train()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        return list(np.diff(clock.ends))[WARM - 1 :], clock.losses[0]
+        return list(np.diff(clock.ends))[WARM - 1 :], first
 
     return turn
+
+
+def in_sorted_parts(model: Any) -> None:
+    """Make a SentenceTransformer encode a batch in parts of similar lengths, each padded to its own longest text."""
+    whole = model.forward
+
+    def forward(features: dict[str, Any], **more: Any) -> dict[str, Any]:
+        mask = features["attention_mask"]
+        lengths = mask.sum(1)
+        order, found = lengths.argsort(), []
+        for part in order.chunk(PARTS):
+            longest = int(lengths[part].max())
+            found.append(
+                whole(
+                    {k: x[part, :longest] if getattr(x, "shape", 0) == mask.shape else x for k, x in features.items()},
+                    **more,
+                )
+            )
+        embeddings = torch.cat([each["sentence_embedding"] for each in found])
+        return features | {"sentence_embedding": embeddings[order.argsort()]}
+
+    model.forward = forward
 
 
 def main() -> None:
@@ -216,6 +251,7 @@ def main() -> None:
     parser.add_argument("--chunk-tokens", type=int)
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--cached", action="store_true", help="their cached loss too")
+    parser.add_argument("--tuned", action="store_true", help="theirs with sorted parts and loader processes too")
     parser.add_argument("--methods", action="store_true")
     args = parser.parse_args()
     words = [f"training.batch_size={args.batch}", f"training.learning_rate={LEARNING_RATE}"]
@@ -228,14 +264,17 @@ def main() -> None:
         labels = METHODS if args.methods else METHODS[:1]
         contestants = {f"ours, {label}": Contestant(ours, words, args.size, label, folder) for label in labels}
         contestants["ours, padded"] = Contestant(padded, words, args.size, folder)
-        contestants["sentence-transformers"] = Contestant(theirs, words, folder, False)
+        contestants["sentence-transformers"] = Contestant(theirs, words, folder)
         if args.cached:
             contestants["sentence-transformers, cached"] = Contestant(theirs, words, folder, True)
+        if args.tuned:
+            contestants["sentence-transformers, tuned"] = Contestant(theirs, words, folder, False, True)
         taken, losses, peak = {name: list[float]() for name in contestants}, dict[str, float](), 0.0
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         for _ in range(args.turns):
             for name, contestant in contestants.items():
-                peak = max(peak, matrix_product_peak(device, "bf16" if args.bf16 else "float32", 2048))
+                product = 8192 if device.type == "cuda" else 2048
+                peak = max(peak, matrix_product_peak(device, "bf16" if args.bf16 else "float32", product))
                 seconds, loss = contestant.turn(args.steps)
                 taken[name] += seconds
                 losses.setdefault(name, loss)
@@ -247,7 +286,7 @@ def show(args: Any, config: Any, typical: dict[str, float], losses: dict[str, fl
     tokens, squares = np.mean([each.sum() for each in batches]), np.mean([(each**2).sum() for each in batches])
     title = (
         f"{args.size}, batches of {args.batch} pairs, {tokens:,.0f} tokens, {config.training.precision}, "
-        f"{torch.get_num_threads()} threads; a product of 2048³ reaches {peak:.4g} FLOP/s"
+        f"{torch.get_num_threads()} threads; a large product reaches {peak:.4g} FLOP/s"
     )
     table = Table("", "pairs/s", "ours is faster by", "FLOP/s", "of the product", "first loss", title=title)
     for name, seconds in typical.items():

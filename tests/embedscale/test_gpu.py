@@ -31,7 +31,7 @@ def row(rows, method, *words, chunk=None, limited=False):
         each
         for each in rows
         if each["method"] == method
-        and each["limited"] == limited
+        and bool(each["limited"]) == limited
         and [word for word in each["words"] if "memory_gb" not in word] == list(words)
         and (limited or each["chunk"] == chunk)
     ]
@@ -52,6 +52,21 @@ def test_in_bf16_each_block_uses_one_attention_kernel(rows, method, backward):
     assert found["calls"] == {"_varlen_attn": BLOCKS, "_varlen_attn_backward": backward}
 
 
+def test_in_float32_too(rows):
+    found = row(rows, "full")
+    assert found["calls"] == {"attend_float32": BLOCKS, "attend_float32_backward": BLOCKS}
+
+
+def test_views_of_a_batch_of_one_cost_no_buffer_of_zeros(rows):
+    assert not any("select_backward" in each["operations"] for each in rows)
+
+
+def test_lora_copies_no_layers_input_to_float32(rows):
+    full, lora = (row(rows, method, BF16)["operations"]["_to_copy"] for method in ("full", "lora-r32"))
+    adapters = 4 * 2 * BLOCKS  # each weight is cast once a pass, as autocast does
+    assert lora[0] <= full[0] + 2 * adapters
+
+
 def test_chunks_are_encoded_twice_and_checkpointed_ones_three_times(rows):
     for found, forwards in (
         (row(rows, "full", BF16, chunk=4000), 2),
@@ -65,7 +80,7 @@ def test_chunks_are_encoded_twice_and_checkpointed_ones_three_times(rows):
 
 def test_a_step_in_fitting_chunks_uses_most_of_its_memory_and_no_more(rows):
     limited = [each for each in rows if each["limited"]]
-    assert len(limited) == 6
+    assert len(limited) == 7  # one of them with short sequences, for which the attention's backward pass needs more
     for each in limited:
         assert each["chunks"] > 1
-        assert 0.7 * each["memory"] < each["peak"] <= each["memory"], each
+        assert 0.5 * each["memory"] < each["peak"] <= each["memory"], each
