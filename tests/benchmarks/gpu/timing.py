@@ -139,7 +139,7 @@ def _kernels(name: str, act, setting: Setting) -> Iterator[Row]:
 def memory(setting: Setting) -> Iterator[Row]:
     """Chunks that should fit a limit, of the longest and of the paper's lengths: peak against limit; then halving."""
     pairs = f"training.batch_size={setting.pick(1024, 8)}"
-    limits = setting.pick((("pythia-14m", 4.0), ("pythia-160m", 16.0)), (("pythia-14m", 2.0),))
+    limits = setting.pick((("pythia-14m", 4.0), ("pythia-160m", 16.0)), (("pythia-14m", 6.0),))
     for size, limit in limits:
         for method in ("full", "lora-r32"):
             yield _peak(setting, size, method, limit, pairs)
