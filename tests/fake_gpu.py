@@ -16,6 +16,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+# This folder has a folder `embedscale` too, which Python would take for the package.
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
 MEMORY = 0.4e9  # bytes: memory limit of the rows that ask for the largest chunk
 
 

@@ -13,6 +13,7 @@ import lightning
 import torch
 from torch import Tensor, nn
 
+from embedscale.model.adapters import add_in_place
 from embedscale.model.backbone import shape_of
 from embedscale.model.body import training_body
 from embedscale.model.encoder import Encoder
@@ -239,6 +240,8 @@ def assemble(body: nn.Module, config: RunConfig, plan: TrainingPlan) -> Contrast
     cost = cost_of(shape_of(body, config.backbone.name), config.method, checkpointing)
     torch.manual_seed(config.training.seed)
     trainable = apply_method(body, config.method)
+    if training_device().type == "cuda":
+        add_in_place(body)
     outside = {id(p) for p in body.get_input_embeddings().parameters()}  # type: ignore[operator]
     updated = sum(p.numel() for p in body.parameters() if p.requires_grad and id(p) not in outside)
     if updated != cost.n_updated:

@@ -18,7 +18,7 @@ TESTS = Path(__file__).parents[2]
 
 def train(setting: Setting) -> Iterator[Row]:
     """A run alone, and one that is stopped three times and resumed: metrics, record and weights to the last bit."""
-    sys.path.append(str(TESTS))
+    sys.path += [str(TESTS.parent), str(TESTS)]  # tests has a folder `embedscale` too: the package comes first
     from saved import save_backbone, write_pairs
     from training_runs import StopAfter, comparable
 
