@@ -19,7 +19,8 @@ from embedscale.model.parallel import shard
 class Encoder(nn.Module):
     """A decoder's body that turns packed sequences into unit vectors.
 
-    `pooling` is mean, last or weighted. `precision` is float32 or bf16; weights and embeddings are float32 in both.
+    `pooling` is mean, last or weighted. `precision` is float32, tf32 (see hardware.py) or bf16; weights and embeddings
+    are float32 in all.
     """
 
     def __init__(self, body: nn.Module, pooling: str = "mean", precision: str = "float32"):

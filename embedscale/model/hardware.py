@@ -19,6 +19,12 @@ def training_device() -> torch.device:
     return torch.device("cpu")
 
 
+def allow_tf32(precision: str) -> None:
+    """Let a GPU round the factors of float32 products to TF32 from now on, if `precision` is tf32. A CPU never does."""
+    if precision == "tf32":
+        torch.backends.cuda.matmul.allow_tf32 = True
+
+
 def matrix_product_peak(device: torch.device, precision: str, size: int | None = None) -> float:
     """Return the FLOP per second of a large square matrix product, the best of three measurements."""
     size = size or (4096 if device.type == "cuda" else 768)

@@ -20,7 +20,7 @@ SOURCES = ("jsonl", "csv", "parquet", "dataset", "installed-python")
 WEIGHTS = ("pretrained", "random")
 POOLINGS = ("mean", "last", "weighted")
 LOSSES = ("symmetric", "one_directional", "gte")
-PRECISIONS = ("float32", "bf16")
+PRECISIONS = ("float32", "tf32", "bf16")
 LOGGERS = ("tensorboard", "wandb")
 
 
@@ -131,7 +131,7 @@ class Training:
     clip: float | None = None
     """Largest norm of the gradient; default: no clipping."""
     precision: str = "float32"
-    """float32, or bf16 (autocast); master weights are float32 in both."""
+    """float32, tf32 (float32 whose products a GPU rounds to 10 bits) or bf16 (autocast); weights are float32."""
     seed: int = 0
     """Seed of the order of the pairs, of dropout and of random weights."""
 

@@ -122,7 +122,7 @@ class Hyperparameters:
     clip: Amount | None
     """Largest norm of the gradient; null without clipping."""
     precision: str
-    """Number format of the matrix products: float32 or bf16."""
+    """Number format of the matrix products: float32, tf32 or bf16."""
     context: Count
     """Tokens after which a text is cut."""
     temperature: Amount

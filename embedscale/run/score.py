@@ -29,7 +29,7 @@ class Score(Value):
     mteb: str
     """Version of the package mteb."""
     precision: str
-    """Number format of the matrix products: float32 or bf16."""
+    """Number format of the matrix products: float32, tf32 or bf16."""
     context: Count
     """Tokens after which a text is cut."""
     seconds: Amount

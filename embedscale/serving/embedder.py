@@ -17,6 +17,7 @@ from embedscale.errors import UserError
 from embedscale.model.backbone import digest_of, load_body
 from embedscale.model.body import Inference
 from embedscale.model.encoder import Encoder
+from embedscale.model.hardware import allow_tf32
 from embedscale.model.methods import apply_method, merge_adapters
 from embedscale.model.packing import pack
 from embedscale.run.config import RunConfig
@@ -42,6 +43,7 @@ class Embedder:
     ):
         self.config, self.record = config, record
         precision = precision or config.training.precision
+        allow_tf32(precision)
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.encoder = Encoder(body, config.backbone.pooling, precision).to(self.device).eval()
         self._inference = Inference(self.encoder)
@@ -57,8 +59,8 @@ class Embedder:
     def load(cls, run: str | Path, device: str | None = None, precision: str | None = None) -> "Embedder":
         """Load the model of a run directory. LoRA adapters are merged in float32.
 
-        `device` is by default the GPU, if there is one; `precision` (float32 or bf16) that of the training. Raises
-        UserError if the run is not done, or if the backbone, the weights or the tokenizer differ from its record.
+        `device` is by default the GPU, if there is one; `precision` is float32, tf32 or bf16, by default that of the
+        training. Raises UserError if the run is not done, or if the backbone, the weights or the tokenizer differ from its record.
         """
         directory = RunDirectory(run)
         record = finished(directory)

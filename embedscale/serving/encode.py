@@ -53,7 +53,7 @@ class Encoding(Value):
     weights_digest: str
     """Digest of the run's trained weights."""
     precision: str
-    """Number format of the matrix products: float32 or bf16."""
+    """Number format of the matrix products: float32, tf32 or bf16."""
     texts: Count
     """Number of texts."""
     texts_digest: str

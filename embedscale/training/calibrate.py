@@ -24,6 +24,7 @@ from embedscale.errors import DONE, UserError, bounded
 from embedscale.files import now, read_json, write_json
 from embedscale.model.backbone import empty_body, load_body, shape_without_weights
 from embedscale.model.hardware import (
+    allow_tf32,
     compile_seconds,
     keep_freed_memory,
     matrix_product_peak,
@@ -77,6 +78,7 @@ def calibrate(config: RunConfig, out: str, sizes: Sequence[str], methods: Sequen
     output = console(120)
     quieten()
     keep_freed_memory()
+    allow_tf32(config.training.precision)
     for each in configs:
         backbone, method = short_name(each.backbone.name), each.method.label
         if (backbone, method) in done:

@@ -26,7 +26,7 @@ from embedscale.errors import DONE, FAILED, UserError
 from embedscale.files import write_atomically
 from embedscale.model.backbone import digest_of, load_body, shape_of, shape_without_weights
 from embedscale.model.body import FROM_TOKENS, use_cpu_body
-from embedscale.model.hardware import keep_freed_memory, training_device
+from embedscale.model.hardware import allow_tf32, keep_freed_memory, training_device
 from embedscale.run.config import RunConfig
 from embedscale.run.directory import RunDirectory
 from embedscale.run.lease import leased, remove_what_is_left_over
@@ -76,6 +76,7 @@ def _train(
     store, plan = _planned(config)
     quieten()
     keep_freed_memory()
+    allow_tf32(config.training.precision)
     module, facts = _build(config, plan, store)
     module.sharing = sharing * beside
     if begun is not None:
