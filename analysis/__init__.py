@@ -19,7 +19,7 @@ from embedscale.imports import lazy
 _PLACES = {
     "Drawn": "analysis.figures.style:Drawn",
     "Fits": "analysis.fits:Fits",
-    "Limit": "analysis.evidence:Limit",
+    "Limit": "analysis.advice.evidence:Limit",
     "Recipe": "analysis.recipe:Recipe",
     "Runs": "analysis.runs:Runs",
     "Simulated": "analysis.simulate:Simulated",

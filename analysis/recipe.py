@@ -1,10 +1,11 @@
 """`embedscale recipe`: what to train for a budget (the paper's algorithm 1), and what other choices lose.
 
-A budget is FLOP, or GPU-hours where the runs say how long they took; the number of tokens may be limited (appendix D).
-For FLOP, the power laws through the optima give method, size and loss, as in figures 1 and 6. A method without power
-laws uses its joint law, and a method without any law uses its best run at the nearest budget. GPU-hours and limited
-data leave the IsoFLOP lines, so the joint law comes first there. Every answer says what it rests on and how far it
-extrapolates. The price is that a method with neither a law nor a run near the budget is not considered.
+A budget is FLOP, or device-hours where the runs say how long they took; the number of tokens may be limited (appendix
+D). For FLOP, each method's forecast (`advice.forecast`) gives method, size and loss. Where the budget was run and the
+grid holds no optimum, the best run there stands before a law, and a method without any law has its best run only.
+Device-hours and limited data leave the IsoFLOP lines, so the joint law comes first there. Every answer says what it
+rests on and how far it extrapolates. The price is that a method with neither a forecast nor a run near the budget is
+not considered.
 """
 
 import csv
@@ -21,187 +22,88 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from analysis import fits as fits_file
+from analysis.advice.choice import Choice, Other, compare, configure
+from analysis.advice.digits import within
+from analysis.advice.evidence import Basis, Evidence, Limit, gather, log_distance, parse_limit, same_budget
 from analysis.columns import BACKBONE, FIRST_VERSION, HYPERPARAMETERS
-from analysis.evidence import Basis, Evidence, Limit, log_distance, parse_limit, same_budget
 from analysis.fits import Fits, Interval
-from analysis.fitting.laws import Array, interval
+from analysis.fitting.laws import Array
 from embedscale.errors import UserError
-from embedscale.run.cost import cost_of
-from embedscale.run.families import hub_name, known
-from embedscale.run.method import METHODS, Method
+from embedscale.run.families import hub_name
+from embedscale.run.method import METHODS
 
 if TYPE_CHECKING:
     from analysis.runs import Runs
     from embedscale.run.config import RunConfig
 
 TOLD = ("alpha", "dropout", "targets", "embedding", "blocks", "active_blocks")  # settings printed beside the label
-PAPER_PAIR_TOKENS = 14 + 64  # tokens of a query and its positive, section 4.1
-PAPER_BATCH = 1024  # pairs
+LEAST_SHARE = 0.005  # of a forecast, below which a law is not named
 Row = Mapping[str, str]  # of runs.csv
 
 
 @dataclass(frozen=True)
-class Choice:
-    """One configuration and its expected loss."""
-
-    method: str
-    backbone: str  # its name, or its number of parameters where it has no name
-    n_parameters: float
-    budget_flop: float
-    tokens: float
-    pairs: float
-    steps: int
-    batch_size: int
-    flop_per_token: float
-    learning_rate: float | None  # peak
-    rank: int | None
-    active_fraction: float | None
-    settings: dict[str, Any]  # of `method` in a configuration: rank or blocks, and what else its runs had
-    run: str | None  # the run whose hyper-parameters these are
-    loss: float  # nats
-    loss_interval: Interval | None
-    gpu_hours: float | None
-    basis: Basis
-
-    @property
-    def label(self) -> str:
-        if self.rank:
-            return f"{self.method}, rank {self.rank}"
-        if self.active_fraction:
-            share = "all" if self.active_fraction == 1 else f"{self.active_fraction:.3g} of the"
-            return f"{self.method}, {share} blocks active"
-        return self.method
-
-
-@dataclass(frozen=True)
-class Other:
-    """Another choice than the best, and what it loses."""
-
-    what: str
-    choice: Choice | None  # None for what was measured rather than predicted
-    lost: float  # fraction of the best choice's loss
-    interval: Interval | None
-    distinguishable: bool | None
-
-
-@dataclass(frozen=True)
 class Recipe:
-    """The best choice, the best size before it is rounded to a backbone, other choices, and how far it extrapolates."""
+    """The best choice, the best size before it is rounded to a backbone, other choices, and how far it extrapolates.
+
+    `lowest_loss` is the loss at the best size. `chances` are the probabilities that each method has the lowest loss,
+    and `decided` says whether one of them reaches the confidence of the fits. `laws` are the shares of the laws in the
+    forecast; empty where the recipe rests on something else.
+    """
 
     limit: Limit
     best: Choice
     n_opt: float
     n_opt_interval: Interval | None
+    lowest_loss: float
+    lowest_loss_interval: Interval | None
+    chances: dict[str, float]
+    decided: bool
+    laws: dict[str, float]
     others: list[Other]
     extrapolates: list[str]
     notes: list[str]
 
 
-# --- One configuration -----------------------------------------------------------------------------------------------
+# --- The recipe ------------------------------------------------------------------------------------------------------
 
 
-def _configure(
-    evidence: Evidence,
-    backbone: str,
-    size: float,
-    limit: Limit,
-    basis: Basis,
-    comparable: Mapping[str, Any],
-    confidence: float,
-) -> tuple[Choice, Array | None]:
-    """Return the configuration of a method on a backbone, with draws of its ln L."""
-    sizes = np.array([size])
-    budget = float(evidence.budget_of(sizes, limit)[0])
-    near = evidence.nearest(size, budget)
-    was_run = math.isclose(near.n_parameters, size, rel_tol=1e-6)
-    if was_run:  # of several backbones of one size, the better one
-        backbone = near.backbone or backbone
-    per_token = float(evidence.cost(sizes, budget)[0])
-    row = known(backbone)
-    rate = near.setting("learning_rate")
-    kind = METHODS.get(evidence.name)
-    found = kind.settings_like(near.hyperparameters, row.shape if row else None) if kind else None
-    settings = found or {}
-    share = None
-    if kind and kind.choice and kind.choice.column == "trainable_fraction":
-        share = settings.get("active_fraction", near.setting("trainable_fraction"))
-    if row is not None and found is not None:
-        method = Method(evidence.name, **settings)
-        per_token = cost_of(row.shape, method).flop_per_token
-        if rate is None or not was_run:
-            rate = method.peak_learning_rate(row.pretraining_learning_rate)
-    if limit.tokens:
-        budget = min(budget, limit.tokens * per_token)
-    values, draws = evidence.log_loss(sizes, np.array([budget]), basis)
-    tokens = budget / per_token
-    counted = [point.tokens / point.pairs for point in evidence.points if point.pairs]
-    pairs = tokens / (float(np.median(counted)) if counted else PAPER_PAIR_TOKENS)
-    batch = int(comparable.get("batch_size") or PAPER_BATCH)
-    drawn = draws[:, 0] if draws is not None else None
-    speed = evidence.rate(sizes)
-    choice = Choice(
-        method=evidence.name,
-        backbone=backbone,
-        n_parameters=size,
-        budget_flop=budget,
-        tokens=tokens,
-        pairs=pairs,
-        steps=max(1, math.ceil(pairs / batch)),
-        batch_size=batch,
-        flop_per_token=per_token,
-        learning_rate=rate,
-        rank=settings.get("rank"),
-        active_fraction=share,
-        settings=settings,
-        run=near.run,
-        loss=float(np.exp(values[0])),
-        loss_interval=interval(np.exp(drawn), confidence) if drawn is not None else None,
-        gpu_hours=budget / float(speed[0]) if speed is not None else None,
-        basis=basis,
-    )
-    return choice, drawn
-
-
-def _compare(
-    what: str, choice: Choice, drawn: Array | None, best: Choice, best_drawn: Array | None, confidence: float
-) -> Other:
-    """Return what another choice loses. Draws of one method move together, those of two methods do not."""
-    ends = None
-    if drawn is not None and best_drawn is not None:
-        count = min(len(drawn), len(best_drawn))
-        ends = interval(np.expm1(drawn[:count] - best_drawn[:count]), confidence)
-    told = None if ends is None else bool(ends[0] > 0 or ends[1] < 0)
-    return Other(what, choice, choice.loss / best.loss - 1, ends, told)
-
-
-def recipe(fits: Fits, limit: Limit, runs: Sequence[Row] | None = None) -> Recipe:
+def recipe(
+    fits: Fits, limit: Limit, runs: Sequence[Row] | None = None, every: Mapping[str, Evidence] | None = None
+) -> Recipe:
     """Return what to train within `limit`. `runs` are the rows of runs.csv, which have the losses of other ranks.
+
+    `every` is `evidence.gather(fits)`; whoever asks for several recipes makes it once.
 
     Raises UserError if no method has what the limit needs, and for a budget below the cost of one pair.
     """
     confidence = fits.settings.confidence
-    names = {point.n_parameters: point.backbone for fit in fits.methods.values() for point in fit.points}
-    named = {size: name for size, name in names.items() if name}
-    every = {name: Evidence(name, fit, named) for name, fit in fits.methods.items() if fit.points}
-    chosen: dict[str, tuple[Choice, Array | None]] = {}
+    every = gather(fits) if every is None else every
+    chosen: dict[str, tuple[Choice, Array]] = {}
     bases = {name: evidence.basis(limit, reach=2.0) for name, evidence in every.items()}
-    if set(bases.values()) != {"best run"}:  # a law predicts exactly this budget; a run at another one cannot compare
+    if set(bases.values()) - {""} != {
+        "best run"
+    }:  # a law predicts exactly this budget; a run at another one cannot compare
         bases = {name: evidence.basis(limit) for name, evidence in every.items()}
     # Best runs are compared at one budget: the one asked for or, without any law, the nearest that was run.
     spent = limit.flop or 0.0
-    if set(bases.values()) == {"best run"}:
+    if set(bases.values()) - {""} == {"best run"}:
         spent = min((each.nearest_budget(spent) for each in every.values()), key=lambda c: log_distance(c, spent))
     for name, evidence in every.items():
         basis = bases[name]
         if not basis or (basis == "best run" and not same_budget(evidence.nearest_budget(spent), spent)):
             continue
         tried = [
-            _configure(evidence, backbone, size, limit, basis, fits.comparable, confidence)
+            configure(evidence, backbone, size, limit, basis, fits.comparable, confidence)
             for backbone, size in _reasonable(evidence, limit, basis, confidence)
         ]
         chosen[name] = min(tried, key=lambda each: each[0].loss)
+    if not every:
+        raise UserError(f"budget: a recipe needs runs; {fits.source} holds none")
+    if not chosen and limit.flop and not limit.tokens:
+        missing = "; ".join(f"{name}: {each.outlook.missing}" for name, each in every.items())
+        raise UserError(f"budget: nothing is known about {limit.text}; {missing}")
     if not chosen:
-        need = "a joint law" if limit.tokens else "runs that say how many GPU-hours they took, and a law"
+        need = "a joint law" if limit.tokens else "runs that say how many device-hours they took, and a law"
         raise UserError(f"budget: for {limit.text} a recipe needs {need}, which no method of these fits has")
     best, drawn = min(chosen.values(), key=lambda each: each[0].loss)
     if best.pairs < 1:
@@ -212,22 +114,43 @@ def recipe(fits: Fits, limit: Limit, runs: Sequence[Row] | None = None) -> Recip
     evidence = every[best.method]
     n_opt, n_ends = evidence.optimum(limit, best.basis, confidence)
     n_ends = None if limit.tokens else n_ends  # then the data end the size, whatever the law
-    others = [_compare(name, *each, best, drawn, confidence) for name, each in chosen.items() if name != best.method]
+    others = [compare(name, *each, best, drawn, confidence) for name, each in chosen.items() if name != best.method]
     others += _other_sizes(evidence, limit, best, drawn, fits.comparable, confidence)
     others += _other_choices(best, runs or [])
-    notes = [
-        f"{name}: neither a law nor a run at this budget, so not considered"
-        for name in fits.methods
-        if name not in chosen
-    ]
+    chances = _chances({name: draws for name, (_, draws) in chosen.items()})
+    notes = []
+    for name in fits.methods:
+        if name not in chosen:
+            missing = every[name].outlook.missing if name in every else ""
+            said = f"{name}: neither a law nor a run at this budget, so not considered"
+            notes.append(f"{said}; {missing}" if missing else said)
     notes += _notes(fits, limit, best, evidence)
-    return Recipe(limit, best, n_opt, n_ends, others, _extrapolates(evidence, best, n_opt), notes)
+    return Recipe(
+        limit,
+        best,
+        n_opt,
+        n_ends,
+        *evidence.lowest(limit, best.basis, confidence),
+        chances,
+        max(chances.values()) >= confidence,
+        dict(evidence.outlook.laws) if best.basis == "forecast" else {},
+        others,
+        _extrapolates(evidence, best, n_opt),
+        notes,
+    )
+
+
+def _chances(drawn: Mapping[str, Array]) -> dict[str, float]:
+    """Return the probability that each method has the lowest loss, the most likely first."""
+    lowest = np.argmin(np.nan_to_num(np.array(list(drawn.values())), nan=np.inf), 0)
+    shares = np.bincount(lowest, minlength=len(drawn)) / len(lowest)
+    return dict(sorted(zip(drawn, shares.tolist(), strict=True), key=lambda each: -each[1]))
 
 
 def advise(
     fits: Fits, budget: str | float | None = None, tokens: float | None = None, runs: "Runs | None" = None
 ) -> Recipe:
-    """Return what to train for a budget such as 1e17, "100 PFLOP" or "24 GPU-hours", with at most `tokens` tokens.
+    """Return what to train for a budget such as 1e17, "100 PFLOP" or "24 device-hours", with at most `tokens` tokens.
 
     `runs` are those that were fitted; they tell what other ranks lose. The errors are those of `parse_limit` and
     `recipe`.
@@ -246,11 +169,6 @@ def _notes(fits: Fits, limit: Limit, best: Choice, evidence: Evidence) -> list[s
             f"this is the best run at {budget:.4g} FLOP, the nearest budget that was run; "
             "no optimum lies inside the grid there"
         )
-    if best.basis == "power laws" and evidence.law:
-        size, _ = evidence.optimum(limit, "joint law", fits.settings.confidence)
-        where = np.array([size])
-        loss = math.exp(evidence.log_loss(where, evidence.budget_of(where, limit), "joint law")[0][0])
-        notes.append(f"the joint law says {size:.3g} parameters and a loss of {loss:.4g}")
     if best.basis == "joint law" and evidence.not_fixed:
         notes.append(f"the runs do not fix {', '.join(evidence.not_fixed)} of the joint law")
     if limit.tokens and not limit.flop:
@@ -277,7 +195,7 @@ def _other_sizes(
     evidence: Evidence,
     limit: Limit,
     best: Choice,
-    drawn: Array | None,
+    drawn: Array,
     comparable: Mapping[str, Any],
     confidence: float,
 ) -> list[Other]:
@@ -287,8 +205,8 @@ def _other_sizes(
     for number, word in ((place - 1, "smaller"), (place + 1, "larger")):
         if 0 <= number < len(available):
             backbone, size = available[number]
-            choice, other = _configure(evidence, backbone, size, limit, best.basis, comparable, confidence)
-            found.append(_compare(f"the next {word}: {choice.backbone}", choice, other, best, drawn, confidence))
+            choice, other = configure(evidence, backbone, size, limit, best.basis, comparable, confidence)
+            found.append(compare(f"the next {word}: {choice.backbone}", choice, other, best, drawn, confidence))
     return found
 
 
@@ -325,7 +243,7 @@ def _other_choices(best: Choice, runs: Sequence[Row]) -> list[Other]:
 
 def _extrapolates(evidence: Evidence, best: Choice, n_opt: float) -> list[str]:
     """Return how far budget, sizes and tokens lie outside what the law was fitted to, a line each."""
-    rows = evidence.fit.interior if best.basis == "power laws" else evidence.fit.optima
+    rows = evidence.fit.interior if best.basis == "forecast" else evidence.fit.optima
     spans = {
         "budget": ([row.budget_flop for row in rows], best.budget_flop, "FLOP"),
         "best size": (list(evidence.sizes), n_opt, "parameters"),
@@ -366,8 +284,7 @@ def configuration(folder: str, budget: str, config: str | None, words: Sequence[
     last. Raises UserError where the folder of the backbone is unknown.
     """
     from embedscale.run.config import RunConfig
-    from embedscale.run.directory import RunDirectory
-    from embedscale.run.settings import load, read_yaml, structured
+    from embedscale.run.settings import read_yaml, structured
 
     fits, runs = read(folder)
     best = recipe(fits, parse_limit(budget), runs).best
@@ -378,21 +295,13 @@ def configuration(folder: str, budget: str, config: str | None, words: Sequence[
         spent = log_distance(float(row["budget_flop"]), best.budget_flop)
         return row.get("run") != best.run, row["method"] != best.method, round(size, 6), spent
 
-    def at_hand(rows: Sequence[Row]) -> Path | None:
-        paths = (RunDirectory(row["path"]).config for row in rows if row.get("path"))
-        return next((path for path in paths if path.exists()), None)
-
     runs.sort(key=distance)
-    similar = config or at_hand(runs)
-    own = at_hand([row for row in runs if row.get("backbone") in (None, best.backbone) and distance(row)[2] == 0])
+    similar = config or _at_hand(runs)
     values = read_yaml(similar) if similar else {}
-    if own:
-        name = load(own).backbone.name
-    elif on_hub := hub_name(best.backbone):
-        name = on_hub
-    elif any(word.startswith("backbone.name=") for word in words):
+    name = _folder(best, runs)
+    if not name and any(word.startswith("backbone.name=") for word in words):
         name = best.backbone
-    else:
+    if not name:
         raise UserError(f"--recipe: the folder of {best.backbone!r} is not known; give backbone.name=FOLDER")
     values |= {"budget": best.budget_flop, "method": {"name": best.method} | best.settings, "output": "runs"}
     values["backbone"] = dict(values.get("backbone") or {}) | {"name": name}
@@ -402,26 +311,45 @@ def configuration(folder: str, budget: str, config: str | None, words: Sequence[
     return structured(RunConfig, values, words, origin=f"{folder}, {budget}")
 
 
+def _at_hand(rows: Sequence[Row]) -> Path | None:
+    """Return the configuration of the first of these runs whose directory is here."""
+    from embedscale.run.directory import RunDirectory
+
+    paths = (RunDirectory(row["path"]).config for row in rows if row.get("path"))
+    return next((path for path in paths if path.exists()), None)
+
+
+def _folder(best: Choice, runs: Sequence[Row]) -> str | None:
+    """Return where the backbone of a choice lies: as a run of it names it, or on the hub; None if that is unknown."""
+    same = [row for row in runs if math.isclose(float(row["n_parameters"]), best.n_parameters, rel_tol=1e-6)]
+    own = _at_hand([row for row in same if row.get("backbone") in (None, best.backbone)])
+    if own:
+        from embedscale.run.settings import load
+
+        return load(own).backbone.name
+    return hub_name(best.backbone)
+
+
 def lines(found: Recipe, confidence: float) -> list[tuple[str, str]]:
     """Return the recipe as names and texts, for the terminal and for the report."""
     best, percent = found.best, f"{100 * confidence:.0f} %"
-
-    def within(ends: Interval | None, digits: int = 3) -> str:
-        return f" ({percent}: {ends[0]:.{digits}g} … {ends[1]:.{digits}g})" if ends else " (no interval)"
-
     size = f"{best.n_parameters:,.0f} parameters"
     rate = "not known: neither from the runs nor from the paper's rule"
     told = [
         ("method", ", ".join([best.label, *(f"{key} {best.settings[key]}" for key in TOLD if key in best.settings)])),
         ("model", size if best.backbone.endswith(" parameters") else f"{best.backbone}, {size}"),
-        ("best size", f"{found.n_opt:.3g} parameters{within(found.n_opt_interval)}"),
-        ("budget", f"{best.budget_flop:.4g} FLOP" + (f", {best.gpu_hours:.3g} GPU-hours" if best.gpu_hours else "")),
+        ("best size", within(found.n_opt, found.n_opt_interval, percent, 3, "parameters")),
+        ("budget", f"{best.budget_flop:.4g} FLOP" + (f", {best.gpu_hours:.3g} device-hours" if best.gpu_hours else "")),
         ("data", f"{best.tokens:.3g} tokens, about {best.pairs:,.0f} pairs"),
         ("steps", f"{best.steps:,} of {best.batch_size:,} pairs"),
         ("peak learning rate", rate if best.learning_rate is None else f"{best.learning_rate:.3g}"),
-        ("expected loss", f"{best.loss:.4g}{within(best.loss_interval, 4)}, by the {best.basis}"),
+        ("expected loss", f"{within(best.loss, best.loss_interval, percent)}, {_rests_on(found)}"),
+        ("at the best size", within(found.lowest_loss, found.lowest_loss_interval, percent)),
         ("extrapolates", "; ".join(found.extrapolates) or "no"),
     ]
+    if len(found.chances) > 1:
+        chances = ", ".join(f"{name} {100 * share:.0f} %" for name, share in found.chances.items())
+        told.insert(1, ("lowest loss", chances + ("" if found.decided else "; not decided")))
     for other in found.others:
         more = "" if other.distinguishable is not False else ", not distinguishable"
         ends, choice = other.interval, other.choice
@@ -430,6 +358,16 @@ def lines(found: Recipe, confidence: float) -> list[tuple[str, str]]:
         name = choice.label if choice and other.what == choice.method else other.what
         told.append(("instead", f"{name}{on}: {100 * other.lost:+.1f} % loss{spread}{more}"))
     return told + [("note", note) for note in found.notes]
+
+
+def _rests_on(found: Recipe) -> str:
+    """Return in words what the expected loss rests on."""
+    if not found.laws:
+        return f"by the {found.best.basis}"
+    shares = [each for each in sorted(found.laws.items(), key=lambda each: -each[1]) if each[1] >= LEAST_SHARE]
+    if len(shares) == 1:
+        return f"by the {shares[0][0]}"
+    return "by " + ", ".join(f"{100 * share:.0f} % {name}" for name, share in shares)
 
 
 def command(args: Namespace) -> int:
@@ -443,7 +381,7 @@ def command(args: Namespace) -> int:
     print(f"recipe for {limit.text}")
     for name, text in lines(found, fits.settings.confidence):
         print(f"  {name + ':':20}{text}")
-    if limit.flop and not limit.tokens:
+    if limit.flop and not limit.tokens and _folder(found.best, runs):
         budget, fits_given = (shlex.quote(text) for text in (" ".join(args.budget), args.fits))
         print(f"\ntrain it: embedscale train --fits {fits_given} --recipe {budget}")
     return 0

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from analysis import evidence, recipe, study
+from analysis import recipe, study
+from analysis.advice import evidence
+from analysis.advice.evidence import Limit
 from analysis.columns import EXCLUDED, HYPERPARAMETERS
-from analysis.evidence import Limit
 from analysis.fits import Fits
 from analysis.fitting.laws import LAWS
 from analysis.recipe import Recipe, Row
@@ -99,10 +100,10 @@ def _recipes(fits: Fits, runs: Sequence[Row], budgets: Sequence[str]) -> tuple[R
     full = asked[0] if asked else limits[-2]
     columns = ["budget (FLOP)", "method", "model", "best size", "tokens", "pairs", "steps", "peak rate"]
     columns += [f"expected loss ({fits.settings.percent})", "next best loses", "extrapolates"]
-    rows, first = [], None
+    rows, first, known = [], None, evidence.gather(fits)
     for limit in limits:
         try:
-            found = recipe.recipe(fits, limit, runs)
+            found = recipe.recipe(fits, limit, runs, known)
         except UserError as error:
             rows.append([limit.text, str(error), *[""] * (len(columns) - 2)])
             continue

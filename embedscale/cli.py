@@ -155,7 +155,7 @@ def _run_verbs(verbs: Any) -> None:
     costs.add_argument("--budgets", nargs="+", metavar="FLOP", help="budgets to show (default: that of the settings)")
     trained = _with_config(verbs, "train", train, "train one run; run it again to resume it")
     trained.add_argument(
-        "--recipe", metavar="BUDGET", help="train what the fits recommend for this budget: 1e17, '24 GPU-hours'"
+        "--recipe", metavar="BUDGET", help="train what the fits recommend for this budget: 1e17, '24 device-hours'"
     )
     trained.add_argument(
         "--fits",
@@ -305,7 +305,7 @@ def _report_verbs(verbs: Any) -> None:
     # argparse would take a budget such as -1e17 for an option; this lets our own range check refuse it.
     verb._negative_number_matcher = re.compile(r"-\d")
     verb.add_argument(
-        "budget", metavar="BUDGET", nargs="*", help="such as 1e17, 100 PFLOP, 2 PFLOP-days or 24 GPU-hours"
+        "budget", metavar="BUDGET", nargs="*", help="such as 1e17, 100 PFLOP, 2 PFLOP-days or 24 device-hours"
     )
     verb.add_argument("--tokens", metavar="D", help="limit of the data; without a budget, the data to be used")
     verb.add_argument("--json", action="store_true", help="print JSON")

@@ -45,7 +45,7 @@ ROOMS: dict[str, tuple[list[str], list[str]]] = {
         ["ground", "run"],
     ),
     "fitting": (["analysis.fitting"], ["ground", "run", "table"]),
-    "study": (["analysis.study", "analysis.evidence"], ["ground", "run", "table", "fitting"]),
+    "study": (["analysis.study", "analysis.advice"], ["ground", "run", "table", "fitting"]),
     "figures": (["analysis.figures"], ["ground", "run", "table", "fitting", "study"]),
     "analysis": (["analysis"], ["ground", "run", "table", "fitting", "study", "figures"]),
 }

@@ -11,7 +11,7 @@ import pytest
 from sweeps import BACKBONES, BUDGETS, FLOP_AN_HOUR, LAWS, fitted, paper_like
 
 from analysis import recipe
-from analysis.evidence import Limit, parse_limit
+from analysis.advice.evidence import Limit, parse_limit
 from analysis.fitting.laws import CHINCHILLA
 from embedscale.cli import main
 from embedscale.errors import UserError
@@ -35,7 +35,7 @@ def study(paper_folder):
 def test_a_budget_within_the_runs_gets_the_size_of_the_closed_form_and_the_true_loss(study, budget):
     found = recipe.recipe(*study[:1], Limit(flop=budget), study[1])
     best = found.best
-    assert (best.method, best.basis, found.extrapolates) == ("full", "power laws", [])
+    assert (best.method, best.basis, found.extrapolates) == ("full", "forecast", [])
     _, a, b, alpha, beta = LAWS["full"]
     optimum = (alpha * a / (beta * b)) ** (1 / (alpha + beta)) * (budget / 6) ** (beta / (alpha + beta))
     assert found.n_opt == pytest.approx(optimum, rel=0.2)
@@ -98,10 +98,13 @@ def test_the_loss_of_other_choices_follows_the_laws(study):
 def test_a_backbone_that_was_not_run_gets_the_learning_rate_of_the_paper(tmp_path):
     fits, _ = recipe.read(fitted(paper_like().assign(learning_rate=0.01), tmp_path))
     found = recipe.recipe(fits, parse_limit("1e21"))
-    rates = {(each.choice.backbone, each.choice.method): each.choice.learning_rate for each in found.others}
-    assert rates["pythia-410m", "lora"] == rates["pythia-1b", "freeze"] == 0.01
-    assert rates["pythia-1.4b", "full"] == PYTHIA.sizes["pythia-1.4b"].pretraining_learning_rate / 10 == 2e-5
-    assert rates["pythia-1.4b", "lora"] == 1e-3
+    choices = [found.best, *(each.choice for each in found.others)]
+    run = {row.name for row in BACKBONES}
+    assert {choice.backbone in run for choice in choices} == {False, True}
+    for choice in choices:
+        own = PYTHIA.sizes[choice.backbone].pretraining_learning_rate / 10
+        by_rule = own if choice.method in ("full", "freeze") else 1e-3
+        assert choice.learning_rate == (0.01 if choice.backbone in run else by_rule)
 
 
 def test_gpu_hours_buy_what_the_same_flop_buy(study):
@@ -120,8 +123,8 @@ def test_just_above_a_budget_without_an_optimum_its_best_run_still_counts(tmp_pa
     fits = recipe.read(fitted(cut, tmp_path))[0]
     near = recipe.recipe(fits, Limit(flop=1.2 * edge))
     assert near.best.basis == "best run" and near.best.loss == pytest.approx(measured)
-    assert recipe.recipe(fits, Limit(flop=0.5 * edge)).best.basis == "power laws"
-    assert recipe.recipe(fits, Limit(flop=1.2 * BUDGETS[3])).best.basis == "power laws"
+    assert recipe.recipe(fits, Limit(flop=0.5 * edge)).best.basis == "forecast"
+    assert recipe.recipe(fits, Limit(flop=1.2 * BUDGETS[3])).best.basis == "forecast"
 
 
 @pytest.mark.parametrize(
@@ -208,7 +211,8 @@ def test_a_method_without_a_law_is_compared_only_at_its_budget(tmp_path):
         found = recipe.recipe(fits, Limit(flop=budget))
         assert found.best.method == "full"
         assert found.best.loss == pytest.approx(min(loss_at(budget, row) for row in PYTHIA.sizes.values()), rel=0.02)
-        assert "other: neither a law nor a run at this budget, so not considered" in found.notes
+        (note,) = [note for note in found.notes if note.startswith("other: neither a law nor a run at this budget")]
+        assert "one optimum and no joint law say nothing about other budgets; add runs of at least three sizes" in note
 
 
 def test_without_laws_only_methods_with_equal_budgets_are_compared(tmp_path):

@@ -110,7 +110,7 @@ def test_a_refused_budget_has_a_row_of_full_width(tmp_path):
     shown = text[text.index("<h3>Every budget") :]
     shown = shown[: shown.index("</table>")]
     refused, *others = shown.split("<tr>")[2:]
-    assert "24 GPU-hours" in refused and "runs that say how many GPU-hours they took" in refused
+    assert "24 device-hours" in refused and "runs that say how many device-hours they took" in refused
     assert {row.count("<td>") for row in (refused, *others)} == {shown.count("<th>")}
 
 

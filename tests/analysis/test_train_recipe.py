@@ -9,7 +9,7 @@ from sweeps import BACKBONES, BUDGETS, LAWS, fitted, miniature, paper_like, writ
 
 from analysis import recipe, runs
 from analysis import study as studies
-from analysis.evidence import Limit
+from analysis.advice.evidence import Limit
 from analysis.fitting.fit import fit
 from analysis.fitting.laws import CHINCHILLA
 from embedscale.cli import main

@@ -11,7 +11,10 @@ from typing import Literal
 
 import numpy as np
 
-from analysis.fits import Interval, MethodFit, Point
+from analysis.advice import trends
+from analysis.advice.forecast import DRAWS, SAME, Outlook, summary
+from analysis.advice.trends import REACH, nearest_points
+from analysis.fits import Fits, Interval, MethodFit, Point
 from analysis.fitting.laws import Array, interval, size_law
 from embedscale.errors import UserError
 from embedscale.run.families import family_with
@@ -21,15 +24,14 @@ UNITS = {"flop": 1.0, "flops": 1.0, "": 1.0} | {
     for power, letter in enumerate("kmgtpezy", 1)
     for word, seconds in (("flop", 1.0), ("flops", 1.0), ("flop-day", 86400.0), ("flop-days", 86400.0))
 }
-HOURS = ("gpu-hour", "gpu-hours", "gpuh", "gpu-h")
+HOURS = ("device-hour", "device-hours", "gpu-hour", "gpu-hours", "gpuh", "gpu-h")
 MOST = 1e30  # FLOP; the largest budget of a run
-REACH = 1e4  # factor beyond the sizes that were run within which a joint law's best size is looked for
-Basis = Literal["power laws", "joint law", "best run", ""]
+Basis = Literal["forecast", "joint law", "best run", ""]
 
 
 @dataclass(frozen=True)
 class Limit:
-    """What a run may use: FLOP or GPU-hours (one of them, or neither), and a number of tokens (or none)."""
+    """What a run may use: FLOP or device-hours (one of them, or neither), and a number of tokens (or none)."""
 
     flop: float | None = None
     gpu_hours: float | None = None
@@ -37,13 +39,13 @@ class Limit:
 
     @property
     def text(self) -> str:
-        spent = f"{self.flop:.4g} FLOP" if self.flop else f"{self.gpu_hours:.4g} GPU-hours" if self.gpu_hours else ""
+        spent = f"{self.flop:.4g} FLOP" if self.flop else f"{self.gpu_hours:.4g} device-hours" if self.gpu_hours else ""
         data = f"{self.tokens:.4g} tokens" if self.tokens else ""
         return " and at most ".join(part for part in (spent, data) if part)
 
 
 def parse_limit(budget: str | None, tokens: str | None = None) -> Limit:
-    """Return the limit of `1e17`, `100 PFLOP`, `2 PFLOP-days` or `24 GPU-hours`, and of tokens such as `2e9`.
+    """Return the limit of `1e17`, `100 PFLOP`, `2 PFLOP-days` or `24 device-hours`, and of tokens such as `2e9`.
 
     Raises UserError for a text that is not an amount.
     """
@@ -54,7 +56,7 @@ def parse_limit(budget: str | None, tokens: str | None = None) -> Limit:
         if not found or (unit not in UNITS and unit not in HOURS):
             raise UserError(
                 f"budget: {budget!r} is not an amount with a known unit; allowed: 1e17, "
-                "100 PFLOP, 2 PFLOP-days, 24 GPU-hours"
+                "100 PFLOP, 2 PFLOP-days, 24 device-hours"
             )
         limit["gpu_hours" if unit in HOURS else "flop"] = _amount("budget", found[1]) * UNITS.get(unit, 1.0)
     if tokens is not None:
@@ -89,15 +91,27 @@ def log_distance(a: float, b: float) -> float:
     return abs(math.log(a / b))
 
 
-class Evidence:
-    """The points and laws of one method as functions of size and budget."""
+def gather(fits: Fits) -> dict[str, "Evidence"]:
+    """Return the evidence of each method that has points."""
+    names = {point.n_parameters: point.backbone for fit in fits.methods.values() for point in fit.points}
+    named = {size: name for size, name in names.items() if name}
+    settings = fits.settings
+    return {
+        name: Evidence(name, fit, named, Outlook(fit, fits.noise.log_loss, settings.confidence, (settings.seed, i)))
+        for i, (name, fit) in enumerate(fits.methods.items())
+        if fit.points
+    }
 
-    def __init__(self, name: str, fit: MethodFit, names: Mapping[float, str]):
+
+class Evidence:
+    """The points, laws and forecasts of one method as functions of size and budget."""
+
+    def __init__(self, name: str, fit: MethodFit, names: Mapping[float, str], outlook: Outlook):
         self.name = name
         self.fit = fit
         self.points = fit.points
         self.names = names
-        self.lines = fit.power_laws
+        self.outlook = outlook
         self.law = size_law(fit.joint_laws)
         curves = [row.curve.curvature for row in fit.interior if row.curve]
         self.curvature = float(np.median(curves)) if curves else 0.0
@@ -114,35 +128,26 @@ class Evidence:
         The best run is preferred to a law where the nearest budget that was run, at most `reach` times smaller, has no
         optimum inside the grid: what was measured there is known better than what a law extends to it.
         """
-        lines: Basis = "power laws" if self.lines.loss and self.lines.n_opt else ""
         law: Basis = "joint law" if self.law else ""
         if limit.tokens:  # a parabola says nothing far from its vertex
             return law
         if limit.gpu_hours:
+            lines: Basis = "forecast" if self.curvature and not self.outlook.missing else ""
             return (law or lines) if self._rates() else ""
         known = [(row.budget_flop, row.interior) for row in self.fit.optima if row.best]
-        if limit.flop and known:
-            flop = limit.flop
-            budget, interior = min(known, key=lambda each: log_distance(each[0], flop))
-            if not interior and (same_budget(flop, budget) or 1 < flop / budget <= reach):
-                return "best run"
-        return lines or law or "best run"
+        if not limit.flop or not known:
+            return law
+        budget, interior = min(known, key=lambda each: log_distance(each[0], limit.flop or 0.0))
+        near = same_budget(limit.flop, budget) or 1 < limit.flop / budget <= reach
+        if near and not interior:
+            return "best run"
+        if self.curvature and self.outlook.covers(limit.flop):
+            return "forecast"
+        return law or ("best run" if near else "")
 
     def cost(self, sizes: Array, budget: float | None = None) -> Array:
-        """Return FLOP a token of sizes [k]: its ratio to N is interpolated between the points, and constant beyond."""
-        nearest = self._nearest_points(budget)
-        known = np.array([point.n_parameters for point in nearest])
-        ratio = np.array([point.flop_per_token for point in nearest]) / known
-        return sizes * np.interp(np.log(sizes), np.log(known), ratio)
-
-    def _nearest_points(self, budget: float | None) -> list[Point]:
-        """Return the point of each size that is nearest in budget, by ascending size; without a budget, the largest."""
-        log_budget = min(math.log(budget) if budget else math.inf, 700.0)
-        found = []
-        for size in self.sizes:
-            own = [point for point in self.points if point.n_parameters == size]
-            found.append(min(own, key=lambda point: abs(math.log(point.budget_flop) - log_budget)))
-        return found
+        """Return FLOP a token of sizes [k] (`trends.cost`)."""
+        return trends.cost(self.points, sizes, budget)
 
     def nearest_budget(self, budget: float) -> float:
         """Return the nearest budget that was run."""
@@ -152,10 +157,10 @@ class Evidence:
         """Return the points at the nearest budget that was run, one a size, by ascending size."""
         assert budget is not None
         nearest = self.nearest_budget(budget)
-        return [each for each in self._nearest_points(nearest) if same_budget(each.budget_flop, nearest)]
+        return [each for each in nearest_points(self.points, nearest) if same_budget(each.budget_flop, nearest)]
 
     def _rates(self) -> list[tuple[float, float]]:
-        """Return (size, FLOP a GPU-hour) of each size whose runs carry timings, by its longest run."""
+        """Return (size, FLOP a device-hour) of each size whose runs carry timings, by its longest run."""
         rates = []
         for size in self.sizes:
             timed = [(point.gpu_hours or 0.0, point.budget_flop) for point in self.points if point.n_parameters == size]
@@ -165,7 +170,7 @@ class Evidence:
         return rates
 
     def rate(self, sizes: Array) -> Array | None:
-        """Return FLOP a GPU-hour of sizes [k], or None where no run carries timings."""
+        """Return FLOP a device-hour of sizes [k], or None where no run carries timings."""
         rates = self._rates()
         if not rates:
             return None
@@ -185,43 +190,52 @@ class Evidence:
             allowed = np.minimum(allowed, limit.tokens * self.cost(sizes))
         return allowed
 
-    def log_loss(self, sizes: Array, budget: Array, basis: Basis) -> tuple[Array, Array | None]:
-        """Return ln L of each size at its budget [k], and draws of it [draws, k]."""
-        if basis == "power laws":
-            lines = [self.lines.loss, self.lines.n_opt]
-            centre = np.array([[math.log(line.coefficient), line.exponent] for line in lines if line])
-            drawn = np.array([np.asarray(line.draws, float) for line in lines if line])
-            values: Array = self._bowl(centre[:, None], sizes, budget)[0]
-            return values, self._bowl(drawn, sizes, budget) if drawn.size else None
+    def log_loss(self, sizes: Array, budget: Array, basis: Basis) -> Array:
+        """Return draws of ln L of each size at its budget [draws, k]."""
+        if basis == "forecast":
+            at = np.log(budget)
+            return self.outlook.log_loss(at) + self.curvature * (np.log(sizes) - self.outlook.log_size(at)) ** 2
         if basis == "joint law":
             assert self.law is not None
-            tokens = budget / self.cost(sizes)
             with np.errstate(invalid="ignore"):
-                drawn = np.log(self.law.drawn(sizes, tokens))
-            return np.log(self.law.loss(sizes, tokens)), drawn
-        losses = {point.n_parameters: point.loss for point in self.measured(float(budget[0]))}
-        return np.log([losses[size] for size in sizes]), None
+                drawn = np.log(np.atleast_2d(self.law.drawn(sizes, budget / self.cost(sizes))))
+            return np.resize(drawn, (DRAWS, len(sizes))) + self.outlook.drift(self.law.law, np.log(budget))
+        losses = {point.n_parameters: point for point in self.measured(float(budget[0]))}
+        return np.stack([self.outlook.measured(losses[size]) for size in sizes], 1)
 
-    def _bowl(self, laws: Array, sizes: Array, budget: Array) -> Array:
-        """Return ln L = ln L*(C) + curvature (ln N − ln N*(C))² [draws, sizes] for laws [2, draws, 2] of L* and N*."""
-        lowest, size = (law[:, :1] + law[:, 1:] * np.log(budget) for law in laws)
-        return lowest + self.curvature * (np.log(sizes) - size) ** 2
+    def expected(self, size: float, budget: float, basis: Basis) -> Array:
+        """Return draws [draws] of ln L of one size at a budget.
+
+        A run of this size at this budget stands before a law. Runs of this size with less bind the law from above.
+        """
+        own = [point for point in self.points if math.isclose(point.n_parameters, size, rel_tol=1e-6)]
+        here = [point for point in own if math.isclose(point.budget_flop, budget, rel_tol=SAME)]
+        if here:
+            return self.outlook.measured(here[0])
+        drawn = self.log_loss(np.array([size]), np.array([budget]), basis)[:, 0]
+        if basis != "best run":
+            self.outlook.bind(drawn, own, math.log(budget))
+        return drawn
+
+    def lowest(self, limit: Limit, basis: Basis, confidence: float) -> tuple[float, Interval | None]:
+        """Return the loss at the best size, not rounded to a backbone, with its interval."""
+        if basis == "forecast" and limit.flop:
+            return self.outlook.at(limit.flop).loss(confidence)
+        size = np.array([self.optimum(limit, basis, confidence)[0]])
+        return summary(self.log_loss(size, self.budget_of(size, limit), basis)[:, 0], confidence)
 
     def optimum(self, limit: Limit, basis: Basis, confidence: float) -> tuple[float, Interval | None]:
         """Return the best size, not rounded to a backbone, with its interval; for the best run, its size."""
-        line = self.lines.n_opt
-        if basis == "power laws" and limit.flop and line:
-            draws = np.asarray(line.draws, float)
-            spread = draws[:, 0] + draws[:, 1] * math.log(limit.flop) if len(draws) else np.array([])
-            return line.at(limit.flop), interval(np.exp(spread), confidence)
+        if basis == "forecast" and limit.flop:
+            return self.outlook.at(limit.flop).n_opt(confidence)
         if basis == "best run":
             return min(self.measured(limit.flop), key=lambda point: point.loss).n_parameters, None
         reach = 1.0 if limit.tokens else REACH  # with the data fixed, the loss falls with the size without end
         low, high = math.log(self.sizes[0] / reach), math.log(self.sizes[-1] * reach)
         grid = np.exp(np.linspace(low, high, max(401, round(50 * (high - low)))))
-        values, drawn = self.log_loss(grid, self.budget_of(grid, limit), basis)
-        best = int(values.argmin())
-        if drawn is None or not 0 < best < len(grid) - 1:
+        drawn = self.log_loss(grid, self.budget_of(grid, limit), basis)
+        best = int(np.nanmedian(drawn, 0).argmin())
+        if not 0 < best < len(grid) - 1:
             return float(grid[best]), None
         return float(grid[best]), interval(grid[np.nan_to_num(drawn, nan=np.inf).argmin(1)], confidence)
 

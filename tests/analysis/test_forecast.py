@@ -1,0 +1,121 @@
+"""Forecasts against the laws that drew the runs: what is known, what is not, and what the table forbids to say."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from analysis import recipe, runs
+from analysis.advice.evidence import Limit
+from analysis.advice.forecast import Outlook
+from analysis.fitting.fit import fit
+from analysis.fitting.laws import CHINCHILLA
+from embedscale.errors import UserError
+
+LAW = np.array([1.7, 400.0, 2000.0, 0.34, 0.37])
+BUDGETS = 1e17 * 4.0 ** np.arange(5)
+
+
+def table(budgets=BUDGETS, sizes=7, noise: float = 0.0, law=LAW) -> pd.DataFrame:
+    """Return runs of Chinchilla's law: at each budget, sizes about the best one, a factor of two apart."""
+    rng, rows = np.random.default_rng(0), []
+    for budget in budgets:
+        n = optimum(budget, law)[0] * 2.0 ** (np.arange(sizes) - (sizes - 1) / 2)
+        loss = CHINCHILLA.predict(law, n, budget / (6 * n)) * np.exp(noise * rng.standard_normal(sizes))
+        rows.append(pd.DataFrame({"n_parameters": n, "tokens": budget / (6 * n), "budget_flop": budget, "loss": loss}))
+    return pd.concat(rows)
+
+
+def optimum(budget: float, law=LAW) -> tuple[float, float]:
+    """Return the closed form of N* and the loss there."""
+    _, a, b, alpha, beta = law
+    n = (alpha * a / (beta * b)) ** (1 / (alpha + beta)) * (budget / 6) ** (beta / (alpha + beta))
+    return n, float(CHINCHILLA.predict(law, np.array([n]), np.array([budget / (6 * n)]))[0])
+
+
+def outlook(frame: pd.DataFrame, **settings) -> Outlook:
+    fits = fit(runs.load(frame), **{"bootstrap": 100} | settings)
+    return Outlook(fits.methods["full"], fits.noise.log_loss)
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.003])
+@pytest.mark.parametrize("factor", [1, 2, 4, 16])
+def test_a_floor_that_a_power_law_ignores_is_in_the_forecast(noise, factor):
+    """At 16 times the largest budget, the line through the optima lies 5 % below the truth."""
+    found = outlook(table(noise=noise), **({"noise": noise} if noise else {})).at(factor * BUDGETS[-1])
+    n, loss = optimum(factor * BUDGETS[-1])
+    (value, ends), (size, of_size) = found.loss(0.95), found.n_opt(0.95)
+    assert value == pytest.approx(loss, rel=0.01) and ends[0] <= loss <= ends[1]
+    assert size == pytest.approx(n, rel=0.1) and of_size[0] <= n <= of_size[1]
+    assert np.allclose(found.log_n + found.log_d, np.log(factor * BUDGETS[-1] / 6))
+    line = outlook(table(noise=noise)).fit.power_laws.loss
+    assert factor < 4 or line.at(16 * BUDGETS[-1]) < 0.96 * optimum(16 * BUDGETS[-1])[1]
+
+
+def test_the_spread_grows_with_the_distance_and_hold_outs_choose_the_law():
+    found = outlook(table())
+    widths = [np.ptp(np.percentile(found.at(x * BUDGETS[-1]).log_loss, [2.5, 97.5])) for x in (1, 2, 4, 16, 256)]
+    assert widths == sorted(widths)
+    assert found.laws["power law"] < 0.05
+    few = outlook(table(BUDGETS[:3]))
+    assert few.laws["power law"] > found.laws["power law"]
+
+
+def test_a_forecast_at_a_budget_that_was_run_is_its_optimum():
+    found = outlook(table(noise=0.003), noise=0.003)
+    for row in found.fit.interior:
+        here = found.at(row.budget_flop)
+        for (value, ends), true, own in (
+            (here.loss(0.95), row.loss, row.loss_interval),
+            (here.n_opt(0.95), row.n_opt, row.n_opt_interval),
+        ):
+            assert value == pytest.approx(true, rel=1e-3)
+            assert ends[0] <= true <= ends[1]
+            assert own[1] / own[0] <= 1.02 * ends[1] / ends[0] <= 1.2 * own[1] / own[0]
+
+
+def test_a_line_through_two_optima_extrapolates_nothing():
+    """Two budgets of three sizes: six runs, too few for a joint law with a hold-out, and optima that fix a line."""
+    frame = table(BUDGETS[:2], sizes=3).iloc[:-1]
+    more = table(BUDGETS[1:2], sizes=3)
+    frame = pd.concat([frame.iloc[:3], more]).iloc[:6]
+    fits = fit(runs.load(frame[frame["n_parameters"] > 0]), noise=0.003, bootstrap=100)
+    fits.methods["full"].joint_laws.clear()
+    found = Outlook(fits.methods["full"], 0.003)
+    assert not found.covers(4 * BUDGETS[1]) and found.covers(2 * BUDGETS[0])
+    assert "two optima and no joint law say nothing about other budgets; add runs" in found.missing
+    assert f"{4 * BUDGETS[1]:.3g} FLOP" in found.missing
+
+
+def test_no_forecast_lies_above_what_a_smaller_budget_reached():
+    """A run of a size far outside the profile, with a tenth of the largest budget, beats every law."""
+    frame = table(noise=0.001)
+    lucky = pd.DataFrame([{"n_parameters": 3e9, "tokens": 1e9, "budget_flop": 1.8e19, "loss": 2.0}])
+    found = outlook(pd.concat([frame, lucky]), noise=0.001)
+    value, ends = found.at(4e19).loss(0.95)
+    assert value <= 2.0 * 1.002 and ends[0] <= 2.0
+    assert found.at(1e19).loss(0.95)[0] > 2.1
+
+
+def test_what_cannot_be_known_is_refused_in_one_line():
+    frame = pd.concat([table(BUDGETS[:2], sizes=3)])
+    fits = fit(runs.load(frame), noise=0.003, bootstrap=100)
+    fits.methods["full"].joint_laws.clear()
+    with pytest.raises(
+        UserError, match="budget: nothing is known about 1e\\+19 FLOP; full: two optima and no joint law"
+    ):
+        recipe.recipe(fits, Limit(flop=1e19))
+
+
+def test_which_method_is_best_is_a_probability():
+    """LoRA is 0.1 % worse at a noise of 1 %, freezing 20 %."""
+    every = [
+        table(noise=0.01).assign(method="full"),
+        table(noise=0.01, law=LAW * [1.001, 1, 1, 1, 1]).assign(method="lora"),
+        table(law=LAW * [1.3, 1.2, 1.2, 1, 1]).assign(method="freeze"),
+    ]
+    fits = fit(runs.load(pd.concat(every)), noise=0.01, bootstrap=100)
+    found = recipe.recipe(fits, Limit(flop=4 * BUDGETS[-1]))
+    assert sum(found.chances.values()) == pytest.approx(1)
+    assert not found.decided and found.chances["freeze"] < 0.01
+    assert {"full", "lora"} == {name for name, chance in found.chances.items() if chance > 0.05}
+    assert "not decided" in dict(recipe.lines(found, 0.95))["lowest loss"]
