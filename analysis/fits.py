@@ -361,6 +361,8 @@ class FitSettings(Value):
     where: dict[str, str] = field(default_factory=dict)
     bins: float | None = None
     """Bins of a decade of compute; None groups nearly equal budgets."""
+    law: str = "chinchilla"
+    """The joint law of N and D."""
 
     @property
     def percent(self) -> str:

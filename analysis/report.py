@@ -304,7 +304,7 @@ def _checklist(found: Study) -> Table:
     schedule = [f"{name} {_distinct(table, name)}" for name in ("warmup_fraction", "final_fraction") if name in table]
     answers = [
         ("Form of the laws", "; ".join(["N*, D*, L* = k C^a", *(f"{law.symbol} = {law.formula}" for law in
-         LAWS.values())])),
+         LAWS.values() if law.needs_fraction or law.name == settings.law)])),
         ("N", "parameters of the backbone without the token embedding"),
         ("D", "tokens of queries and positives that were processed, without padding"),
         ("C", "2 (N_F + N_B + N_U) D, the paper's convention; budgets group the runs"),

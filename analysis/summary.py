@@ -161,6 +161,7 @@ def command(args: Namespace) -> int:
             optimum=args.optimum,
             window=args.window,
             bins=args.bins,
+            law=args.law,
             noise=args.noise,
             bootstrap=args.bootstrap,
             seed=args.seed,

@@ -272,6 +272,8 @@ def _fit_verb(verbs: Any) -> None:
     verb.add_argument(
         "--out", metavar="FOLDER", help="folder for fits.json (default: RUNS, or the current folder for a table)"
     )
+    text = "joint law of N and D: chinchilla, or tied (one exponent for both) (default: chinchilla)"
+    verb.add_argument("--law", default="chinchilla", metavar="KIND", help=text)
     verb.add_argument(
         "--residual",
         default="huber",

@@ -32,7 +32,7 @@ from analysis.fitting import joint as joint_laws
 from analysis.fitting.frontier import frontier
 from analysis.fitting.given import fit_optima
 from analysis.fitting.joint import KEPT_DRAWS, Fitted
-from analysis.fitting.laws import Array, interval, power_law
+from analysis.fitting.laws import LAWS, Array, interval, power_law
 from analysis.fitting.notes import notes_of
 from analysis.fitting.optima import Profile
 from analysis.fitting.solver import JointFit
@@ -48,6 +48,7 @@ FLOOR = 0.33  # of the distance between sizes: no optimum is known better than t
 def fit(
     runs: Runs,
     *,
+    law: str = "chinchilla",
     residual: str = "huber",
     delta: float = 1e-3,
     optimum: str = "parabola",
@@ -62,18 +63,18 @@ def fit(
 ) -> Fits:
     """Return all that the runs say.
 
-    `residual` (`solver.RESIDUALS`) and `delta` are those of the joint laws. `optimum` is the estimator whose optima
-    enter the power laws, and `window` the factor in N within which a parabola is fitted. `bins` replaces profiles of
-    nearly equal budgets by that many bins a decade of compute. `noise` is the standard deviation of ln L; None takes it
-    from replicates and residuals (`uncertainty.noise_of`). `bootstrap` is the number of draws behind each interval.
-    `where` is kept as the setting that selected the runs. `advance` is called with the name of each method as its fit
-    begins.
+    `law` is the joint law of N and D that is fitted: "chinchilla", or "tied" with one exponent for both. `residual`
+    (`solver.RESIDUALS`) and `delta` are those of the joint laws. `optimum` is the estimator whose optima enter the
+    power laws, and `window` the factor in N within which a parabola is fitted. `bins` replaces profiles of nearly equal
+    budgets by that many bins a decade of compute. `noise` is the standard deviation of ln L; None takes it from
+    replicates and residuals (`uncertainty.noise_of`). `bootstrap` is the number of draws behind each interval. `where`
+    is kept as the setting that selected the runs. `advance` is called with the name of each method as its fit begins.
 
     Raises UserError for a setting out of range, for runs of a single budget, and for runs of fewer than three sizes.
     """
     estimator = optima.check_estimator(optimum, window)
     settings = FitSettings(
-        residual, delta, estimator, window, bootstrap, confidence, seed, dict(where or {}), bins=bins
+        residual, delta, estimator, window, bootstrap, confidence, seed, dict(where or {}), bins=bins, law=law
     )
     _check(settings, noise)
     if runs.are_optima:
@@ -99,9 +100,9 @@ def fit(
     profiles: dict[str, list[Profile]] = {}
     for method in runs.methods:
         advance(method)
-        joint[method] = joint_laws.fit_laws(method, cells[method], points[method], residual, delta)
-        law = joint_laws.predictor(joint_laws.size_fit(joint[method]))
-        moved[method] = joint_laws.cells_of(grouping.at_profile(own[method], law))
+        joint[method] = joint_laws.fit_laws(method, cells[method], points[method], law, residual, delta)
+        predict = joint_laws.predictor(joint_laws.size_fit(joint[method]))
+        moved[method] = joint_laws.cells_of(grouping.at_profile(own[method], predict))
         diverged = runs.excluded[(runs.excluded["method"] == method) & (runs.excluded["reason"] == "diverged")]
         profiles[method] = optima.profiles(grouping.best_points(moved[method]), diverged)
     by_law = [(profiles[method], joint_laws.predictor(joint_laws.size_fit(joint[method]))) for method in runs.methods]
@@ -136,6 +137,8 @@ def fit(
 
 
 def _check(settings: FitSettings, noise: float | None) -> None:
+    if settings.law not in (allowed := [name for name, law in LAWS.items() if not law.needs_fraction]):
+        raise UserError(f"law: {settings.law!r} is unknown; allowed: {', '.join(allowed)}")
     if settings.seed < 0:
         raise UserError(f"seed: {settings.seed} is out of range; allowed: at least 0")
     if noise is not None and not (math.isfinite(noise) and noise > 0):

@@ -38,13 +38,17 @@ def points_for(law: Law, cells: pd.DataFrame, points: pd.DataFrame) -> pd.DataFr
     return grouping.best_points(cells, ("n_parameters", "trainable_fraction"))
 
 
-def fit_laws(method: str, cells: pd.DataFrame, points: pd.DataFrame, residual: str, delta: float) -> Fitted:
-    """Return each joint law's fit, or why there is none."""
+def fit_laws(
+    method: str, cells: pd.DataFrame, points: pd.DataFrame, chosen: str, residual: str, delta: float
+) -> Fitted:
+    """Return the fit of the `chosen` law of N and D and of each law of S, or why there is none."""
     found: Fitted = {}
     fractions = cells["trainable_fraction"].nunique()
     for name, law in LAWS.items():
-        if not law.needs_fraction:
+        if name == chosen:
             found[name] = try_law(law, points, residual, delta)
+        elif not law.needs_fraction:
+            continue
         elif fractions >= FRACTIONS:
             found[name] = try_law(law, points_for(law, cells, points), residual, delta)
         elif fractions > 1 or (method in METHODS and METHODS[method].choice):  # a rank sets the fraction too
@@ -54,7 +58,7 @@ def fit_laws(method: str, cells: pd.DataFrame, points: pd.DataFrame, residual: s
 
 def try_law(law: Law, points: pd.DataFrame, residual: str, delta: float, starts: int = 24) -> JointFit | str:
     """Return the law's fit to points, weighted by their seeds, or why there is none."""
-    budgets = points["budget_flop"].nunique()
+    budgets = points["profile" if "profile" in points else "budget_flop"].nunique()
     if budgets < 2:
         return f"the {law.name} law needs at least 2 budgets; found {budgets}"
     n, d, loss, s, seeds = (

@@ -24,6 +24,7 @@ TINY = 1e-300  # replaces an E of 0, whose logarithm does not exist
 VALID = 0.5  # smallest share of finite draws for which an interval is given
 POSITIVE = (0.0, np.inf)
 POWERS = (-6.0, 4.0)  # range of ln b_s of the law of S
+BOTH = [0, 1, 2, 3, 3]  # the coordinates of `Tied` as those of `Chinchilla`
 
 
 # --- Intervals and power laws ----------------------------------------------------------------------------------------
@@ -117,8 +118,6 @@ class Law(ABC):
     needs_fraction: ClassVar[bool] = False  # whether the law depends on the trainable fraction S
     logarithms: ClassVar[tuple[str, ...]] = ("E",)  # coefficients whose internal coordinate is a logarithm
 
-    # What each law defines
-
     @abstractmethod
     def size_coefficient(self, values: ArrayLike, tokens: ArrayLike) -> Array:
         """Return a(D), the numerator of the size term."""
@@ -143,8 +142,6 @@ class Law(ABC):
     def internal(self, values: Array, data: Data) -> Array:
         """Return the internal coordinates [b, p] of published coefficients."""
 
-    # What follows from it
-
     def curvature(self, theta: Array, data: Data, slopes: Array, weights: Array) -> Array:
         """Return Σ weights × (d² L / d theta²) / L over the points [b, p, p].
 
@@ -168,8 +165,9 @@ class Law(ABC):
     ) -> tuple[Array, Array, Array]:
         """Return the floor E, the size term and the data term of the loss (nats), [..., points]."""
         c = self.named(values)
-        size = self.size_coefficient(values, tokens) * np.exp(-c["alpha"] * np.log(n_parameters))
-        data = self.data_coefficient(values, trainable_fraction) * np.exp(-c["beta"] * np.log(tokens))
+        with np.errstate(over="ignore", invalid="ignore"):  # far off its data a law can leave a float's range
+            size = self.size_coefficient(values, tokens) * np.exp(-c["alpha"] * np.log(n_parameters))
+            data = self.data_coefficient(values, trainable_fraction) * np.exp(-c["beta"] * np.log(tokens))
         return c["E"], size, data
 
     def predict(
@@ -281,6 +279,33 @@ class Chinchilla(Law):
         return np.stack([np.log(np.maximum(e, TINY)), np.log(a) - alpha * n, np.log(b) - beta * d, alpha, beta], 1)
 
 
+class Tied(Chinchilla):
+    """Both terms fall with one exponent, so that N* grows as the root of C (Gadre et al. 2024; Cherti et al. 2023)."""
+
+    name = "tied"
+    formula = "E + A/N^α + B/D^α"
+    coefficients = ("E", "A", "B", "alpha")
+    exponents = ("alpha",)
+    bounds: ClassVar[Mapping[str, tuple[float, float]]] = {"E": POSITIVE, "alpha": POSITIVE}
+
+    def named(self, values: ArrayLike) -> dict[str, Array]:
+        return (found := super().named(values)) | {"beta": found["alpha"]}
+
+    def gradient(self, theta: Array, data: Data) -> tuple[Array, Array]:
+        loss, slopes = super().gradient(theta[:, BOTH], data)
+        return loss, np.concatenate([slopes[:, :3], slopes[:, 3:].sum(1, keepdims=True)], 1)
+
+    def starts(self, loss: Array, data: Data) -> Array:
+        found = super().starts(loss, data)
+        return np.column_stack([found[:, :3], found[:, 3:].mean(1)])
+
+    def published(self, theta: Array, data: Data) -> Array:
+        return super().published(theta[:, BOTH], data)[:, :4]
+
+    def internal(self, values: Array, data: Data) -> Array:
+        return super().internal(values[:, BOTH], data)[:, :4]
+
+
 class TrainableFraction(Law):
     """The paper's law of N, D and S (appendix C). An S above 1, which a large LoRA rank gives, counts as 1.
 
@@ -366,9 +391,8 @@ class TrainableFraction(Law):
         e, a_d, b_d, a_s, b_s, c_s, alpha, beta = values.T
         n, d = data.centre
         by_n, by_d = np.exp(-alpha * n), np.exp(-beta * d)
-        floor = np.log(np.maximum(e, TINY))
-        columns = [floor, a_d * by_n, (b_d + a_d * d) * by_n, a_s * by_d, np.log(b_s), c_s * by_d, alpha, beta]
-        return np.stack(columns, 1)
+        columns = [a_d * by_n, (b_d + a_d * d) * by_n, a_s * by_d, np.log(b_s), c_s * by_d, alpha, beta]
+        return np.stack([np.log(np.maximum(e, TINY)), *columns], 1)
 
 
 def _power(log_power: Array) -> Array:
@@ -381,9 +405,9 @@ def _free(log_power: Array) -> NDArray[np.bool_]:
     return (log_power > POWERS[0]) & (log_power < POWERS[1])
 
 
-CHINCHILLA, TRAINABLE_FRACTION = Chinchilla(), TrainableFraction()
-# In order of preference: the recipe uses the first law without S that could be fitted.
-LAWS: dict[str, Law] = {law.name: law for law in (CHINCHILLA, TRAINABLE_FRACTION)}
+CHINCHILLA, TIED, TRAINABLE_FRACTION = Chinchilla(), Tied(), TrainableFraction()
+# In order of preference: the recipe uses the first law without S that was fitted.
+LAWS: dict[str, Law] = {law.name: law for law in (CHINCHILLA, TIED, TRAINABLE_FRACTION)}
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from analysis import runs
 from analysis.fitting import laws, solver, uncertainty
-from analysis.fitting.laws import CHINCHILLA, LAWS, TRAINABLE_FRACTION, Data, Law
+from analysis.fitting.fit import fit
+from analysis.fitting.laws import CHINCHILLA, LAWS, TIED, TRAINABLE_FRACTION, Data, Law
 from analysis.fitting.solver import fit_joint
 from embedscale.errors import UserError
 
@@ -20,6 +22,7 @@ needs_porian = pytest.mark.skipif(not PORIAN.exists(), reason="Porian et al.'s s
 TRUE = {
     "chinchilla": np.array([0.4, 300.0, 900.0, 0.34, 0.37]),
     "trainable_fraction": np.array([0.4, 1.0, 60.0, 60.0, 1.5, 900.0, 0.35, 0.33]),
+    "tied": np.array([0.4, 300.0, 900.0, 0.35]),
 }
 
 
@@ -221,3 +224,34 @@ def test_data_without_enough_runs_for_a_law_are_refused():
     two = np.where(n > 1e8, 1e9, 1e7)
     with pytest.raises(UserError, match="at least 3 sizes; found 2"):
         fit_joint(CHINCHILLA, two, d, np.ones_like(n))
+
+
+def test_the_best_size_of_a_tied_law_grows_as_the_root_of_the_budget():
+    """Hoffmann et al. 2022, equation 4, with alpha = beta and 6 N FLOP a token: N* = (A/B)^(1/2alpha) (C/6)^(1/2)."""
+    e, a, b, alpha = TRUE["tied"]
+    log_n = np.linspace(np.log(1e5), np.log(1e12), 4001)
+    for budget in (1e18, 1e20):
+        n, d, loss = (float(np.exp(each[0])) for each in TIED.optimum(TRUE["tied"], budget, log_n, np.log(6) + log_n))
+        best = (a / b) ** (1 / (2 * alpha)) * (budget / 6) ** 0.5
+        assert n == pytest.approx(best, rel=1e-3) and n * d == pytest.approx(budget / 6, rel=1e-6)
+        assert loss == pytest.approx(e + a / best**alpha + b / (budget / 6 / best) ** alpha, rel=1e-6)
+    assert TIED.size_exponent(TRUE["tied"]) == pytest.approx(0.5)
+
+
+def test_a_tied_law_is_recovered_from_noisy_losses():
+    n, d, s = grid()
+    loss = np.ravel(TIED.predict(TRUE["tied"], n, d)) * np.exp(0.002 * np.random.default_rng(0).standard_normal(len(n)))
+    fit = fit_joint(TIED, n, d, loss, s)
+    assert fit.coefficients["alpha"] == pytest.approx(TRUE["tied"][3], rel=0.02)
+    assert fit.coefficients["E"] == pytest.approx(TRUE["tied"][0], rel=0.02)
+
+
+def test_the_setting_chooses_the_law_that_is_fitted():
+    table = pd.DataFrame(dict(zip(("n_parameters", "tokens", "trainable_fraction"), grid(6, 4, 1), strict=True)))
+    table["loss"] = TIED.predict(TRUE["tied"], table["n_parameters"], table["tokens"])
+    found = fit(runs.load(table), law="tied", bootstrap=100, noise=0.002).methods["full"].joint_laws
+    assert list(found) == ["tied"]
+    assert list(found["tied"].coefficients.values()) == pytest.approx(TRUE["tied"], rel=1e-4)
+    assert found["tied"].n_exponent == pytest.approx(0.5)
+    with pytest.raises(UserError, match="law: 'kaplan' is unknown; allowed: chinchilla, tied"):
+        fit(runs.load(table), law="kaplan")

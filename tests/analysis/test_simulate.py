@@ -74,7 +74,7 @@ def test_simulated_losses_follow_the_law_with_the_given_noise():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("E=1,A=2", "E, A are not the coefficients of a law; allowed: E, A, B, alpha, beta or E, a_d"),
+        ("E=1,A=2", "E, A are not the coefficients of a law; allowed: E, A, B, alpha, beta or E, A, B, alpha or"),
         ("E=one", "'E=one' was found; write COEFFICIENT=NUMBER"),
         ("E=0,A=1,B=1,alpha=1,beta=1", "E, alpha and beta must be above 0"),
         ("nowhere", "'nowhere' is neither a law such as .* nor a file"),

@@ -103,7 +103,7 @@ def counted(made: Callable[[], Iterator[Profile]], noise: float, fault: bool, co
 
 
 def main(count: int = 400) -> None:
-    print("| grid | noise | profiles | bad | good refused | of it too narrow | bad passed |")
+    print('| grid | noise | profiles | bad | good refused | of it "too narrow" | bad passed |')
     print("|---|---|---|---|---|---|---|")
     for name, made, noises, fault in CASES:
         for noise in noises:
