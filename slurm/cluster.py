@@ -6,6 +6,7 @@ submission and training cannot disagree.
 """
 
 import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,6 +15,12 @@ from embedscale.errors import UserError, bounded
 from embedscale.run.families import SUITES, shape_by_name
 from embedscale.run.settings import read_yaml, structured
 from embedscale.run.shape import BackboneShape
+
+
+def one_word(name: str, value: str | None) -> None:
+    """Raise UserError for an option of the scheduler that has white space or other invisible characters."""
+    if value is not None and (not value.isprintable() or len(value.split()) != 1):
+        raise UserError(f"{name}: {value!r} is not one word; expected a name without spaces and line breaks")
 
 
 @dataclass(frozen=True)
@@ -49,6 +56,8 @@ class ResourceClass:
 
     def __post_init__(self) -> None:
         bounded("classes.up_to", None if self.up_to == math.inf else self.up_to, 0, above=True)
+        for name in ("partition", "constraint"):
+            one_word(f"classes.{name}", getattr(self, name))
         bounded("classes.gpus", self.gpus, 0)
         bounded("classes.nodes", self.nodes, 1)
         bounded("classes.cpus", self.cpus, 1)
@@ -133,6 +142,13 @@ class Cluster:
     """Resource classes in the order of their `up_to`."""
 
     def __post_init__(self) -> None:
+        for name in ("partition", "account", "qos"):
+            one_word(name, getattr(self, name))
+        for name in self.environment:
+            if not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII):
+                raise UserError(
+                    f"environment: {name!r} cannot be the name of a variable; allowed: letters, digits and _"
+                )
         bounded("max_gpus", self.max_gpus, 1)
         bounded("warning_seconds", self.warning_seconds, 1)
         bounded("bundle_minutes", self.bundle_minutes, 0)

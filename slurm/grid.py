@@ -72,6 +72,8 @@ class SweepFile:
     def __post_init__(self) -> None:
         bounded("expected_pairs", self.expected_pairs, 1)
         bounded("expected_tokens_per_pair", self.expected_tokens_per_pair, 0, above=True)
+        if not self.name.isprintable():
+            raise UserError(f"name: {self.name!r} has invisible characters; expected letters, digits and signs")
         if "/" in self.name or self.name in (".", ".."):
             raise UserError(f"name: {self.name!r} cannot be the name of a folder; allowed: any text without a slash")
 

@@ -23,6 +23,7 @@ from slurm.scheduler import node
 from slurm.scheduler.choice import scheduler_of
 from slurm.scheduler.local import Local
 from slurm.scheduler.scheduler import Job, Request, Scheduler
+from slurm.scheduler.slurm import ignored_variables
 from slurm.scheduler.snapshot import CodeCopy, snapshot
 from slurm.scheduler.submissions import Orders, Submission, Submissions
 from slurm.scoring import checked
@@ -126,6 +127,8 @@ def submit(sweep: Sweep, plan: SweepPlan, scheduler: Scheduler, wish: Wish) -> i
         sick = submissions.sick_nodes()
         if sick:
             print(f"avoided nodes: {', '.join(f'{name} ({fault})' for name, fault in sick.items())}")
+        if ignored := ignored_variables():
+            print(f"ignored: {', '.join(ignored)}; the cluster file says what jobs ask for")
         copy, facts = snapshot(submissions.code)
         arrays = arrange(chosen, sweep.cluster, limits, wish.scores)
         sent: dict[str, str] = {}
@@ -187,6 +190,7 @@ def _send(request: Request, scheduler: Scheduler, submissions: Submissions, code
         )
     orders = Orders(
         runs={run_id: run for task in array.tasks for run_id, run in task.items()},
+        tasks=[list(task) for task in array.tasks],
         limit_seconds=60 * shape.minutes,
         warning_seconds=cluster.warning_seconds,
         requeue=cluster.requeue,

@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[1]
 ROOMS: dict[str, tuple[list[str], list[str]]] = {
     "ground": (
         [
+            "embedscale.code",
             "embedscale.errors",
             "embedscale.files",
             "embedscale.imports",

@@ -193,6 +193,8 @@ class CodeVersion:
     """Commit of the checkout; null for an installed package."""
     dirty: bool = False
     """Whether the checkout had changes that were not committed."""
+    digest: str | None = None
+    """Start of the SHA-256 of the code's files, which names a job's copy of the code; null in records of 0.2.0."""
 
 
 @dataclass(frozen=True, kw_only=True)

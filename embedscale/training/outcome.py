@@ -4,18 +4,17 @@ The record is written last of all files. Whoever finds a record knows that every
 """
 
 import platform
-import subprocess
 import sys
 import traceback
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from embedscale import __version__
+from embedscale.code import ROOT, source_of
 from embedscale.errors import DONE, FAILED, INTERRUPTED, UserError
 from embedscale.files import write_atomically
 from embedscale.model.backbone import digest_of
@@ -191,15 +190,5 @@ def versions() -> dict[str, str]:
 
 
 def code_version() -> CodeVersion:
-    """Return the package's version and, for a checkout, its commit and whether it was changed since."""
-    folder = Path(__file__).parent
-
-    def git(*words: str) -> str | None:
-        try:
-            done = subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, timeout=10)
-        except (OSError, subprocess.TimeoutExpired):
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    status = git("status", "--porcelain", "--untracked-files=no")
-    return CodeVersion(__version__, git("rev-parse", "HEAD"), bool(status))
+    """Return the version, the digest of the code and, for a checkout, its commit and whether it was changed."""
+    return CodeVersion(__version__, **asdict(source_of(ROOT)))

@@ -17,7 +17,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import NoReturn
 
-from embedscale.errors import DONE, FAILED, INTERRUPTED
+from embedscale.errors import DONE, FAILED, INTERRUPTED, UserError
 from embedscale.files import now
 from embedscale.process import job_number
 from embedscale.run.stop import StopRequest
@@ -32,13 +32,13 @@ PATIENCE_SECONDS = 900.0  # for the scheduler's own requeue, where the job canno
 SELF_TEST_SECONDS = 180.0  # after which a node's self-test counts as hanging
 
 
-def work(folder: str, submission: str, run_ids: list[str]) -> NoReturn:
-    """Run a job's runs; each process of the job calls this.
+def work(folder: str, submission: str, task: int) -> NoReturn:
+    """Run the runs of one job of a submission, the job with this index; each process of the job calls this.
 
     Exits with DONE, FAILED or INTERRUPTED, or is killed by a requeue.
     """
     submissions = Submissions(Path(folder))
-    orders = submissions.read_orders(submission, run_ids)
+    orders = submissions.read_orders(submission, task)
     scheduler = scheduler_of(orders.scheduler, submissions.folder)
     allocation = scheduler.allocation()
     end = time.time() + orders.limit_seconds if allocation.end is None else allocation.end
@@ -46,11 +46,11 @@ def work(folder: str, submission: str, run_ids: list[str]) -> NoReturn:
     stop.on_signals()
     signal.signal(signal.SIGCONT, signal.SIG_IGN)
     _become_rank(allocation)
-    print(f"{now()} {submission}: {len(run_ids)} runs on {allocation.node}, code {orders.code.digest}", flush=True)
+    print(f"{now()} {submission}: {len(orders.runs)} runs on {allocation.node}, code {orders.code.digest}", flush=True)
     import_everything()
     if fault := self_test(orders.gpus, orders.memory_gb):
         _leave_sick_node(submissions, scheduler, allocation, orders, fault)
-    threads, sharing = max(1, orders.cpus // orders.side_by_side), min(orders.side_by_side, len(run_ids))
+    threads, sharing = max(1, orders.cpus // orders.side_by_side), min(orders.side_by_side, len(orders.runs))
     places = [Place(threads=threads, sharing=sharing)] * sharing
     outcomes = work_through(orders.runs.values(), orders.scores, places, stop)
     if "interrupted" in outcomes.values():
@@ -165,3 +165,10 @@ def _stay(seconds: float) -> NoReturn:
     while time.monotonic() < deadline:
         time.sleep(0.5)
     sys.exit(INTERRUPTED)
+
+
+if __name__ == "__main__":
+    try:
+        work(sys.argv[1], sys.argv[2], int(sys.argv[3]))
+    except UserError as error:
+        sys.exit(f"embedscale: {error}")

@@ -1,8 +1,9 @@
 """The protocol between a sweep and a scheduler, and the values that pass between them.
 
-A scheduler moves calls of one function, `Request.work`, to machines. The arguments of a call are strings: the folder of
-the sweep, the name of the submission and run ids. Configurations travel through files (`submissions.Orders`), so a
-scheduler never serialises them. The price is a folder that all machines can see; run directories need one anyway.
+A scheduler moves calls of one function, `Request.work`, to machines. The arguments of a call are the folder of the
+sweep, the name of the submission and the index of the job. Configurations and run ids travel through files
+(`submissions.Orders`), so a scheduler never serialises them. The price is a folder that all machines can see; run
+directories need one anyway.
 
 To add a scheduler, write a class with the methods of `Scheduler` and name it in `choice.SCHEDULERS`. A cluster file
 selects it: `scheduler: NAME`. tests/slurm/file_queue.py is an example of a hundred lines.
@@ -84,8 +85,10 @@ class Request:
     """The jobs."""
     cluster: Cluster
     """The cluster file's settings: account, environment, warning before the time limit."""
-    work: Callable[[str, str, list[str]], None]
-    """Function that each job calls with the sweep's folder, `name` and the job's run ids."""
+    work: Callable[[str, str, int], None]
+    """Function that each job calls with the sweep's folder, `name` and the job's index in the array.
+
+    Its module does the same as a program with these three words."""
     parallel: int = 1
     """Most jobs of the array that may run at the same time."""
     after: tuple[str, ...] = ()

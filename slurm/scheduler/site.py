@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from slurm.cluster import Cluster, ResourceClass
-from slurm.scheduler.slurm import ask, clean_variables, settings
+from slurm.scheduler.slurm import ask, clean_variables, placement, settings
 
 # What a sweep cannot do without each program.
 PROGRAMS = {
@@ -177,13 +177,7 @@ def run_on_node(cluster: Cluster, shape: ResourceClass, command: Sequence[str]) 
     words = ["srun", "--immediate=120", "--time=5", "--ntasks=1", "--nodes=1", "--job-name=embedscale-doctor"]
     words += [f"--cpus-per-task={shape.cpus}", f"--mem={int(shape.memory_gb * 1000)}M"]
     words += [f"--gpus={shape.gpus}"] if shape.gpus else []
-    for option, value in (
-        ("partition", shape.partition or cluster.partition),
-        ("constraint", shape.constraint),
-        ("account", cluster.account),
-        ("qos", cluster.qos),
-    ):
-        words += [f"--{option}={value}"] if value else []
+    words += [f"--{option}={value}" for option, value in placement(cluster, shape).items() if value]
     try:
         done = subprocess.run(
             [*words, *command], capture_output=True, text=True, timeout=NODE_SECONDS, env=clean_variables()

@@ -1,4 +1,4 @@
-"""SLURM: jobs go out through submitit, everything else is asked of SLURM's own programs.
+"""SLURM, through its own programs.
 
 Only this module and `site` run squeue, sacct, scancel, scontrol and srun. Any of them may be missing: then the method
 says so with None, an empty result or `Requeue.UNREACHABLE`.
@@ -14,14 +14,16 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 
+from embedscale import code
 from embedscale.errors import UserError
 from embedscale.process import job_number
-from slurm.cluster import Cluster
+from slurm.cluster import Cluster, ResourceClass
+from slurm.scheduler.processes import rank_environment
 from slurm.scheduler.scheduler import Allocation, Job, Limits, Request, Requeue
 from slurm.scheduler.submissions import Submissions
 
@@ -31,6 +33,8 @@ IDS_AT_ONCE = 500  # most job numbers on one command line
 LOOK_SECONDS = 20.0  # for which a job is looked up that sbatch submitted before it lost touch with the controller
 LOST_TOUCH = re.compile("time|contact|connect|communicat|transmi|recei", re.IGNORECASE)
 _SILENT: set[str] = set()  # commands that have not answered this process
+SUBMIT_SECONDS = 300.0  # most time that sbatch may take, which waits for a busy controller
+RANKS = tuple(rank_environment(0, 1, 0, 1, 0, "", 0))
 OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
 
 
@@ -81,53 +85,61 @@ class Slurm:
                 raise UserError("scancel: is missing or refused; look at squeue before you try again")
 
     def submit(self, request: Request) -> str:
-        """Submit one array through submitit and return its job number. Raises UserError if sbatch refuses it."""
-        import submitit
-        from submitit.core.utils import FailedJobError, FailedSubmissionError
-
+        """Submit one array and return its job number. Raises UserError if sbatch refuses it."""
         array, cluster, shape = request.array, request.cluster, request.array.shape
-        minutes = shape.minutes
-        files = self.submissions.files(request.name)
-        executor = submitit.SlurmExecutor(files)
-        given = {
-            "partition": shape.partition or cluster.partition,
-            "account": cluster.account,
-            "qos": cluster.qos,
-            "constraint": shape.constraint,
-            "gpus_per_node": array.devices if shape.gpus else None,
+        script = self.submissions.files(request.name) / "job.sh"
+        # A "%" in a path would begin a pattern of SLURM.
+        output = str(script.parent).replace("%", "%%") + ("/%A_%a" if len(array.tasks) > 1 else "/%j")
+        options: dict[str, object] = {
+            "job-name": request.name,
+            "time": shape.minutes,
+            "nodes": array.nodes,
+            "ntasks-per-node": array.devices,
+            "cpus-per-task": shape.cpus,
+            "mem": f"{math.ceil(1000 * shape.memory_gb * array.devices)}M",
+            "gpus-per-node": array.devices if shape.gpus else None,
+            "array": f"0-{len(array.tasks) - 1}%{request.parallel}" if len(array.tasks) > 1 else None,
+            "signal": f"USR2@{cluster.warning_seconds}",
             "exclude": ",".join(request.avoid) or None,
             "dependency": f"afterany:{':'.join(request.after)}" if request.after else None,
+            "open-mode": "append",
+            "output": f"{output}_0.out",
+            **placement(cluster, shape),
         }
-        executor.update_parameters(
-            job_name=request.name,
-            time=minutes,
-            nodes=array.nodes,
-            ntasks_per_node=array.devices,
-            cpus_per_task=shape.cpus,
-            mem=f"{math.ceil(1000 * shape.memory_gb * array.devices)}M",
-            array_parallelism=request.parallel,
-            signal_delay_s=cluster.warning_seconds,
-            stderr_to_stdout=True,
-            setup=_setup(cluster, request.code),
-            # Since 22.05 srun does not take --cpus-per-task over from sbatch.
-            srun_args=[f"--cpus-per-task={shape.cpus}", "--kill-on-bad-exit=1"],
-            additional_parameters={"requeue" if cluster.requeue else "no-requeue": True},
-            **{key: value for key, value in given.items() if value is not None},
-        )
-        calls = [(str(self.folder), request.name, list(task)) for task in array.tasks]
+        # On the command line, where no text can become a directive of its own.
+        words = ["sbatch", "--requeue" if cluster.requeue else "--no-requeue"]
+        words += [f"--{name}={value}" for name, value in options.items() if value is not None]
+        # Since 22.05 srun does not take --cpus-per-task over from sbatch.
+        srun = ["srun", "--unbuffered", f"--output={output}_%t.out", f"--cpus-per-task={shape.cpus}"]
+        srun += ["--kill-on-bad-exit=1", sys.executable, "-u", *self._program(request)]
+        lines = ["#!/bin/bash", f"# {shlex.join(words)}", *_setup(cluster, request.code)]
+        script.write_text("\n".join([*lines, f'{shlex.join(srun)} "${{SLURM_ARRAY_TASK_ID:-0}}"', ""]))
         try:
-            with _clean_environment():
-                jobs = executor.map_array(request.work, *zip(*calls, strict=True))
-            return str(jobs[0].job_id).split("_")[0]
-        except (FailedJobError, FailedSubmissionError) as error:
-            lines = str(error).splitlines()
-            why = ([line for line in lines if "error" in line.lower()] or lines)[-1].strip()
-            job = self._look_for(request.name, LOOK_SECONDS if LOST_TOUCH.search(why) else 0)
-            if job is None:
-                raise UserError(f"sbatch: {why}") from None
-            print(f"sbatch failed, but job {job} is in the queue under its name")
-            _write_pickles(files, job, request, calls)
-            return job
+            done = subprocess.run(
+                [*words, str(script)], env=clean_variables(), capture_output=True, text=True, timeout=SUBMIT_SECONDS
+            )
+            said, failed = done.stdout + done.stderr, done.returncode != 0
+        except subprocess.TimeoutExpired:
+            said, failed = f"error: no answer in time ({SUBMIT_SECONDS:.0f} s)", True
+        except OSError as error:
+            said, failed = f"error: {error.strerror}", True
+        number = re.search(r"Submitted batch job (\d+)", said)
+        if number and not failed:
+            return number[1]
+        lines = said.strip().splitlines() or ["it failed without a message"]
+        why = ([line for line in lines if "error" in line.lower()] or lines)[-1].strip()
+        job = self._look_for(request.name, LOOK_SECONDS if LOST_TOUCH.search(why) else 0)
+        if job is None:
+            raise UserError(f"sbatch: {why}")
+        print(f"sbatch failed, but job {job} is in the queue under its name")
+        return job
+
+    def _program(self, request: Request) -> list[str]:
+        """Return the words with which Python runs a job's work, all but the index of the job."""
+        module, own = request.work.__module__, [str(self.folder), request.name]
+        if request.code is None:
+            return ["-m", module, *own]
+        return ["-c", Path(code.__file__).read_text(), str(request.code), request.code.name, module, *own]
 
     def _look_for(self, name: str, seconds: float) -> str | None:
         """Return the number of the job with this name: sbatch may time out after the controller took the job."""
@@ -206,9 +218,23 @@ def settings(text: str) -> dict[str, str]:
 
 
 def clean_variables() -> dict[str, str]:
-    """Return this process's environment without the variables of a job that it may be in."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SRUN_", "SBATCH_", "PMI"))}
+    """Return this process's environment without the variables of a job or of a distributed run that it may be in."""
+    ours = ("SLURM_", "SRUN_", "SBATCH_", "PMI")
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(ours) and k not in RANKS}
     return kept | ({"SLURM_CONF": os.environ["SLURM_CONF"]} if "SLURM_CONF" in os.environ else {})
+
+
+def placement(cluster: Cluster, shape: ResourceClass) -> dict[str, str | None]:
+    """Return where jobs of a class go: options of sbatch and srun, by the cluster file or else by SBATCH_ variables."""
+    variables = {name: os.environ.get(f"SBATCH_{name.upper()}") for name in ("partition", "account", "qos")}
+    given = {"partition": shape.partition or cluster.partition, "account": cluster.account, "qos": cluster.qos}
+    return {name: value or variables[name] or None for name, value in given.items()} | {"constraint": shape.constraint}
+
+
+def ignored_variables() -> list[str]:
+    """Return the SBATCH_ variables of this process that submitted jobs do not follow."""
+    kept = {"SBATCH_PARTITION", "SBATCH_ACCOUNT", "SBATCH_QOS"}
+    return sorted(name for name in os.environ if name.startswith("SBATCH_") and name not in kept)
 
 
 def _scontrol(*words: str) -> dict[str, str] | None:
@@ -254,24 +280,3 @@ def _setup(cluster: Cluster, code: Path | None) -> list[str]:
         variables |= dict.fromkeys(OFFLINE, "1")
     lines = [f"export {key}={shlex.quote(str(value))}" for key, value in (variables | cluster.environment).items()]
     return [*cluster.setup, *lines]
-
-
-@contextmanager
-def _clean_environment() -> Iterator[None]:
-    """Remove the variables of a job that this process may be in; keep the path of SLURM's configuration."""
-    from submitit.helpers import clean_env
-
-    own = os.environ.get("SLURM_CONF")
-    with clean_env([name for name in os.environ if name.startswith("PMI")]):
-        if own is not None:
-            os.environ["SLURM_CONF"] = own
-        yield
-
-
-def _write_pickles(files: Path, job: str, request: Request, calls: Sequence[tuple[str, str, list[str]]]) -> None:
-    """Write what submitit would have written, had sbatch returned the job's number. Jobs wait a minute for it."""
-    from submitit.core.utils import DelayedSubmission, JobPaths
-
-    for index, call in enumerate(calls):
-        paths = JobPaths(files, f"{job}_{index}" if len(calls) > 1 else job)
-        DelayedSubmission(request.work, *call).dump(paths.submitted_pickle)

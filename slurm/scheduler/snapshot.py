@@ -1,18 +1,17 @@
-"""The code that jobs run: a copy made at submission, so that later edits do not change queued jobs."""
+"""The code that jobs run: a copy made at submission, so that later edits do not change queued jobs.
 
-import hashlib
+The copy's name is the digest of its files. `embedscale.code` checks it in each job, and restores it from its archive.
+"""
+
 import shutil
-import subprocess
 import uuid
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from embedscale.code import FACTS, PACKAGES, ROOT, files_of, git, read_archive, restore, source_of, write_archive
 from embedscale.files import now, write_json
 from embedscale.values import Value
-
-PACKAGES = ("embedscale", "slurm")
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True)
@@ -32,37 +31,30 @@ class CodeCopy(Value):
 def snapshot(folder: Path) -> tuple[Path, CodeCopy]:
     """Copy the packages into folder/DIGEST, together with the git commit and the uncommitted difference.
 
-    Returns the path of the copy, which belongs on PYTHONPATH, and what is known of it. An existing copy is used again.
-    An incomplete copy never carries the final name.
+    Returns the path of the copy, which belongs on PYTHONPATH, and what is known of it. An existing copy is used again,
+    after what is missing or changed in it was restored. An incomplete copy never carries the final name.
     """
-    files = sorted(file for name in PACKAGES for file in (ROOT / name).rglob("*.py"))
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(f"{file.relative_to(ROOT)}\0{file.stat().st_size}\0".encode() + file.read_bytes())
-    target = folder / digest.hexdigest()[:12]
-    commit, difference = _git("rev-parse", "HEAD"), _git("diff", "HEAD", "--", *PACKAGES)
-    facts = CodeCopy(target.name, commit.strip(), bool(difference), now())
+    files, source = files_of(ROOT), source_of(ROOT)
+    target = folder / source.digest
+    facts = CodeCopy(**asdict(source) | {"commit": source.commit or "", "time": now()})
     if target.exists():
+        try:
+            read_archive(target, source.digest)
+        except ValueError:
+            write_archive(target, files)
+        if restored := restore(target, source.digest):
+            print(f"restored in {target}: {', '.join(restored)}")
         return target.absolute(), facts
     staged = folder / f".{target.name}.{uuid.uuid4().hex[:8]}.partial"
     try:
-        for file in files:
-            copy = staged / file.relative_to(ROOT)
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, copy)
-        write_json(staged / "code.json", facts.to_json())
-        (staged / "difference.patch").write_text(difference)
+        for name, content in files.items():
+            (staged / name).parent.mkdir(parents=True, exist_ok=True)
+            (staged / name).write_bytes(content)
+        write_archive(staged, files)
+        write_json(staged / FACTS, facts.to_json())
+        (staged / "difference.patch").write_text(git(ROOT, "diff", "HEAD", "--", *PACKAGES))
         with suppress(OSError):  # another submission made the same copy first
             staged.rename(target)
     finally:
         shutil.rmtree(staged, ignore_errors=True)
     return target.absolute(), facts
-
-
-def _git(*words: str) -> str:
-    """Return what git prints about the checkout that this code runs from; empty without git or a checkout."""
-    try:
-        done = subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, timeout=30)
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return done.stdout if done.returncode == 0 else ""

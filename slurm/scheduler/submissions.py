@@ -6,7 +6,7 @@ counts even if the scheduler accepted it without returning its number.
 
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
@@ -48,6 +48,8 @@ class Orders:
 
     runs: Mapping[str, RunConfig]
     """Configurations by run id."""
+    tasks: Sequence[Sequence[str]]
+    """Run ids of each job."""
     limit_seconds: float
     """Time limit of a job."""
     warning_seconds: float
@@ -133,15 +135,15 @@ class Submissions:
         self.files(name).mkdir(parents=True, exist_ok=True)
         write_json(self.files(name) / "orders.json", asdict(orders))
 
-    def read_orders(self, name: str, run_ids: Iterable[str]) -> Orders:
-        """Return a submission's orders, for some of its runs."""
+    def read_orders(self, name: str, task: int) -> Orders:
+        """Return a submission's orders, with the runs of one of its jobs. Raises UserError for a damaged file."""
         path = self.files(name) / "orders.json"
         try:
             found = read_json(path)
-            runs = {run_id: structured(RunConfig, found["runs"][run_id]) for run_id in run_ids}
+            runs = {run_id: structured(RunConfig, found["runs"][run_id]) for run_id in found["tasks"][task]}
             code = CodeCopy.from_json(found["code"])
             return Orders(**found | {"runs": runs, "code": code, "scores": tuple(found.get("scores", ()))})
-        except (TypeError, KeyError, AttributeError) as error:
+        except (TypeError, KeyError, IndexError, AttributeError) as error:
             raise UserError(f"{path}: does not hold the orders of {name} ({error!r}); submit again") from None
 
     def note_sick(self, node: str, fault: str, job: str | None = None) -> None:

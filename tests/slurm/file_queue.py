@@ -98,7 +98,7 @@ class FileQueue:
         while jobs := self.read()["jobs"]:
             handle, facts = next(iter(jobs.items()))
             self.start(handle)
-            call = json.dumps([str(self.folder), facts["job"]["name"], facts["runs"]])
+            call = json.dumps([str(self.folder), facts["job"]["name"], facts["job"]["task"]])
             environment = os.environ | {"FILE_QUEUE_JOB": handle, "PYTHONPATH": str(Path(__file__).parent)}
             done = subprocess.run(
                 [sys.executable, "-c", PROGRAM, call], env=environment, capture_output=True, text=True, timeout=300

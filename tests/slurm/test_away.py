@@ -30,7 +30,7 @@ class Busy:
 
 SCHEDULERS["file"] = Busy
 node.RETRY_SECONDS = 0.2
-node.work(sweep, name, sys.argv[5:])
+node.work(sweep, name, 0)
 """
 
 
@@ -45,7 +45,7 @@ def job(queued_sweep, seconds: float, away: int) -> tuple[int, str, float]:
     submit(sweep, plan_sweep(sweep), queue, Wish())
     (name,) = Submissions(sweep.folder).noted()
     begun = time.monotonic()
-    words = [sys.executable, "-c", PROGRAM, str(sweep.folder), name, str(seconds), str(away), *sweep.by_id]
+    words = [sys.executable, "-c", PROGRAM, str(sweep.folder), name, str(seconds), str(away)]
     done = subprocess.run(words, capture_output=True, text=True, timeout=200)
     return done.returncode, done.stdout + done.stderr, time.monotonic() - begun
 

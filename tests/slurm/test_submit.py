@@ -7,7 +7,6 @@ import json
 import os
 import re
 import shutil
-import stat
 import sys
 from pathlib import Path
 
@@ -111,6 +110,9 @@ def test_a_sweep_runs_with_a_file_as_scheduler(queued_sweep, tiny_run, capsys):
     assert "4 runs on file-node" in printed[0]
 
 
+TOOK = "Submitted batch job 7"
+
+
 def path_with(folder: Path, **scripts: str) -> dict[str, str]:
     """Return a PATH that begins with these shell scripts."""
     folder.mkdir()
@@ -124,13 +126,13 @@ def test_a_submission_from_a_job_passes_on_nothing_of_that_job(laptop, tmp_path)
     said = tmp_path / "said"
     path = path_with(
         tmp_path / "bin",
-        sbatch=f'env > {said}.env; cp "$1" {said}.sh; echo "Submitted batch job 7"',
+        sbatch=f'env > {said}.env; printf "%s\\n" "$@" > {said}.words; cp "${{@: -1}}" {said}.sh; echo "{TOOK}"',
         squeue="",
         srun="",
         scontrol="echo 'MaxArraySize            = 1001'",
     )
     inherited = {"SLURM_CPU_BIND": "quiet,mask_cpu:0x1", "SLURM_JOB_ID": "3", "SBATCH_EXPORT": "NONE", "PMIX_RANK": "0"}
-    inherited |= {"SRUN_DEBUG": "3", "SUBMITIT_EXECUTOR": "slurm", "SLURM_CONF": "/etc/slurm.conf", "RANK": "1"}
+    inherited |= {"SRUN_DEBUG": "3", "SLURM_CONF": "/etc/slurm.conf", "RANK": "1"}
     sweep = laptop.write(
         "asks",
         base={"resources.devices": 2},
@@ -142,26 +144,46 @@ def test_a_submission_from_a_job_passes_on_nothing_of_that_job(laptop, tmp_path)
     output = laptop.sweep("submit", sweep, env=path | inherited)
     assert "3 missing; 3 to submit" in output and "submitted 3 runs as 3 jobs" in output
     environment = Path(f"{said}.env").read_text()
-    assert not re.search(r"^(SLURM_(?!CONF)|SRUN_|SBATCH_|SUBMITIT_|PMI|RANK=)", environment, re.M)
+    assert not re.search(r"^(SLURM_(?!CONF)|SRUN_|SBATCH_|PMI|RANK=)", environment, re.M)
     assert "SLURM_CONF=/etc/slurm.conf" in environment
     script = Path(f"{said}.sh").read_text()
     wanted = """--array=0-2%3 --cpus-per-task=3 --nodes=1 --ntasks-per-node=2 --gpus-per-node=2 --mem=8000M --time=90
         --partition=long --constraint=a100 --account=lab --qos=low --signal=USR2@75 --requeue"""
-    assert {f"#SBATCH {each}" for each in wanted.split()} <= set(script.splitlines())
+    assert set(wanted.split()) <= set(Path(f"{said}.words").read_text().splitlines())
+    assert "ignored: SBATCH_EXPORT; the cluster file says what jobs ask for" in output
     assert re.search(r"^srun .*--cpus-per-task=3", script, re.M)
     assert "module load cuda\n" in script and "export HF_HUB_OFFLINE=1\n" in script
     copy = Path(re.search(r"export PYTHONPATH=(\S+)", script)[1])
     assert (copy / "slurm" / "submit.py").read_bytes() == (Path(submit_module.__file__)).read_bytes()
     assert json.loads((copy / "code.json").read_text()).keys() == {"digest", "commit", "dirty", "time"}
     assert (copy / "difference.patch").exists()
-    pickles = list((laptop.folder / "runs" / "asks" / ".submissions").glob("asks-*/7_*_submitted.pkl"))
-    assert len(pickles) == 3 and all(b"RunConfig" not in file.read_bytes() for file in pickles)
-    assert not any(each.stat().st_mode & stat.S_IXOTH for each in pickles)
+
+
+def test_variables_of_sbatch_say_where_jobs_go_unless_the_cluster_file_does(laptop, tmp_path):
+    words = tmp_path / "words"
+    path = path_with(tmp_path / "bin", sbatch=f'printf "%s\\n" "$@" > {words}; echo "{TOOK}"', squeue="", srun="")
+    variables = {"SBATCH_ACCOUNT": "mine", "SBATCH_PARTITION": "short", "SBATCH_QOS": "high", "SBATCH_TIMELIMIT": "1"}
+    sweep = laptop.write("places", cluster={"qos": "low"}, axes={"budget": [1e9]}, methods=["full"])
+    output = laptop.sweep("submit", sweep, env=path | variables)
+    assert "ignored: SBATCH_TIMELIMIT;" in output
+    asked = words.read_text().splitlines()
+    assert {"--account=mine", "--partition=short", "--qos=low", "--time=60"} <= set(asked)
+
+
+@pytest.mark.parametrize("setting", ["partition", "account", "qos", "classes.partition", "classes.constraint"])
+def test_no_text_of_a_cluster_file_becomes_a_directive(laptop, capsys, setting):
+    *section, name = setting.split(".")
+    given = {name: "a100\n#SBATCH --exclusive"}
+    more = {"classes": given} if section else {"cluster": given}
+    sweep = laptop.write("odd", axes={"budget": [1e9]}, methods=["full"], **more)
+    assert main(["sweep", "submit", str(sweep), "--to", "slurm"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{setting}: 'a100\\n#SBATCH --exclusive' is not one word" in line
 
 
 def test_an_array_without_free_gpus_waits_for_earlier_ones(laptop, tmp_path):
     count = f"n=$(ls {tmp_path} | grep -c said)"
-    sbatch = f'{count}; cp "$1" {tmp_path}/said.$n; echo "Submitted batch job 4$n"'
+    sbatch = f'{count}; cp "${{@: -1}}" {tmp_path}/said.$n; echo "Submitted batch job 4$n"'
     path = path_with(tmp_path / "bin", sbatch=sbatch, squeue="", srun="", scontrol="echo 'MaxArraySize = 1'")
     file = {"axes": {"budget": [1e9], "training.seed": [0, 1, 2]}, "methods": ["full"], "cluster": {"max_gpus": 2}}
     assert "3 jobs in 3 arrays: 40, 41, 42" in laptop.sweep("submit", laptop.write("queue", **file), env=path)
