@@ -67,9 +67,8 @@ def settings(others: pd.DataFrame, known: pd.DataFrame) -> dict[str, list[str]]:
     `known` has the same rows in our columns.
     """
     log = known[["n_parameters", "tokens", "budget_flop"]].astype(float).map(np.log).round(6)
-    labels = [log[name] for name in log] + [
-        known[name] for name in known if name not in (*log, "loss", "run", "path", "data")
-    ]
+    unlike = (*log, "loss", "run", "path", "data")
+    labels = [log[name] for name in log] + [known[name] for name in known if name not in unlike]
     cells = log["n_parameters"].astype(str) + " " + log["budget_flop"].astype(str)
     labels += [cells, known["method"] + " " + cells]
     found = {}
@@ -105,7 +104,9 @@ def refuse(origin: str, others: pd.DataFrame, known: pd.DataFrame) -> None:
         "mixes the rows": f"--ignore {_quoted(','.join(found))}",
     }
     if tables.numbers(others[name])[1].empty:
-        words["takes the best value"] = f"--columns {_quoted(f'learning_rate={name}')} (or another setting)"
+        plain = re.sub(r"\W+", "_", name.lower())
+        setting = next((each for each in HYPERPARAMETERS if each in plain), "learning_rate")
+        words["takes the best value"] = f"--columns {_quoted(f'{setting}={name}')} (or another setting)"
         words["averages over replicates"] = f"--columns {_quoted(f'seed={name}')}"
     raise UserError(
         f"{origin}: rows differ in columns that are not known, so they are not replicates: {'; '.join(told)}. "

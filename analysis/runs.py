@@ -302,7 +302,8 @@ def _ours(raw: pd.DataFrame, found: Mapping[str, Source]) -> tuple[pd.DataFrame,
     if "run" not in table:
         table["run"] = [f"row {i + 1}" for i in table.index]
     table["run"] = table["run"].fillna(pd.Series([f"row {i + 1}" for i in table.index], table.index))
-    table["method"] = table["method"].fillna("full") if "method" in table else "full"
+    methods = table["method"].fillna("full") if "method" in table else pd.Series("full", table.index)
+    table["method"] = methods.where(~methods.str.lower().isin(METHODS), methods.str.lower())  # LoRA is lora
     return table, wrong
 
 

@@ -110,6 +110,11 @@ def test_learning_rates_are_known_by_their_short_name_and_the_best_counts():
     assert mapped.table["learning_rate"].tolist() == found.table["learning_rate"].tolist()
 
 
+def test_the_words_to_add_name_the_setting_that_a_name_holds():
+    with pytest.raises(UserError, match="--columns 'rank=LoRA rank' .or another setting. takes the best value"):
+        runs.load(crossed("LoRA rank", [8, 32]))
+
+
 def test_corpora_with_sizes_of_their_own_are_refused_too():
     """No two rows are equal in size and budget, and still they are not one experiment."""
     other = sweep(corpus="code")

@@ -195,6 +195,12 @@ def test_a_name_of_a_run_may_serve_as_another_column():
     assert runs.load(table, {"method": "name"}).methods == ["a", "b", "c", "d"]
 
 
+def test_methods_are_known_in_capitals_too():
+    """The cost of a method that is known needs no column."""
+    table = sweep(method=["LoRA", "Bias", "Full"] * 4, trainable_fraction=0.1).drop(columns="C")
+    assert runs.load(table).methods == ["full", "bias", "lora"]
+
+
 def test_two_columns_that_could_be_one_field_are_refused():
     with pytest.raises(UserError, match=r"loss may be any of val_loss, test_loss; choose by --columns loss=val_loss"):
         runs.load(sweep().rename(columns={"loss": "val_loss"}).assign(test_loss=2.0))
@@ -260,7 +266,7 @@ def test_the_published_exponents_follow_from_the_published_optima(tmp_path, caps
     """Porian et al. (2024): unweighted, and weighted by the spreads of their bootstrap."""
     folder = SHARED / "data/porian_isoflop"
     published = pd.read_csv(folder / "published_fits.csv").set_index("experiment")
-    for name in ("rw__base__long__kaplan__kaplan__train", "owt2__tuned__short__const__standard__val"):
+    for name in ("rw__base__long__kaplan__kaplan__train", "rw__tuned__short__const__standard__val"):
         assert fit(folder / "optimal_pairs.csv", "--where", f"experiment={name}", "--out", tmp_path) == 0
         law = analysis.read_fits(tmp_path).methods["full"].power_laws.n_opt
         assert law.exponent == pytest.approx(published.loc[name, "n_exponent_basic"], rel=1e-9)
