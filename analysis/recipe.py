@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from analysis import fits as fits_file
-from analysis.advice.choice import Choice, Other, compare, configure
+from analysis.advice.choice import PAPER_BATCH, PAPER_PAIR_TOKENS, Choice, Other, compare, configure
 from analysis.advice.digits import within
 from analysis.advice.evidence import Basis, Evidence, Limit, gather, log_distance, parse_limit, same_budget
 from analysis.columns import BACKBONE, FIRST_VERSION, HYPERPARAMETERS
@@ -173,6 +173,12 @@ def _notes(fits: Fits, limit: Limit, best: Choice, evidence: Evidence) -> list[s
         notes.append(f"the runs do not fix {', '.join(evidence.not_fixed)} of the joint law")
     if limit.tokens and not limit.flop:
         notes.append("with the data fixed every larger model is better (appendix D): the largest that was run is taken")
+    if not any(point.pairs for point in evidence.points):
+        notes.append(
+            f"the runs do not say their number of pairs: {PAPER_PAIR_TOKENS} tokens a pair are assumed, as in the paper"
+        )
+    if not fits.comparable.get("batch_size"):
+        notes.append(f"the runs do not say their batch size: {PAPER_BATCH:,} pairs a step are assumed, as in the paper")
     near = evidence.nearest(best.n_parameters, best.budget_flop)
     notes += [
         f"the best {name} there, {near.setting(name):.4g}, was at the end of its grid" for name in near.at_grid_end

@@ -228,6 +228,18 @@ def test_two_columns_of_one_name_are_refused(tmp_path):
         runs.load(tmp_path / "runs.csv")
 
 
+@pytest.mark.parametrize("told", [False, True])
+def test_a_recipe_says_what_it_assumes_where_the_table_does_not_tell(tmp_path, capsys, told):
+    table = sweep()
+    if told:
+        table = table.assign(pairs=table["D"] / 100, batch_size=512)
+    assert fit(saved(tmp_path, table), "--out", tmp_path / "out") == 0
+    assert main(["recipe", str(tmp_path / "out"), "1e18"]) == 0
+    shown = capsys.readouterr().out
+    assert ("78 tokens a pair are assumed" in shown) is not told
+    assert ("1,024 pairs a step are assumed" in shown) is not told
+
+
 # --- Tables of optima ------------------------------------------------------------------------------------------------
 
 
