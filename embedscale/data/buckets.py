@@ -3,8 +3,8 @@
 `spill` tokenises one unit and writes its pairs into buckets by the first bits of a hash of their texts. `gather` reads
 one bucket of all units: equal pairs are now side by side and one of them stays; the order of the hash is the shuffled
 order, uniform and equal on every machine; a hash of the query alone selects the held-out pairs. Each function writes
-its result to disk, and returns that result if it is there already. The price: while a store is made, it takes
-twice its final disk space.
+its result to disk, and returns that result if it is there already and undamaged. The price: while a store is made, it
+takes twice its final disk space.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ from embedscale.data.store import Part, as_numpy, part_file
 from embedscale.data.tokens import load_tokenizer, mixed, pair_hashes, schema, tokenised
 from embedscale.data.workers import parent_leaves
 from embedscale.errors import UserError
-from embedscale.files import digest_file, read_json, write_atomically, write_digested, write_json
+from embedscale.files import digest_file, write_digested
 from embedscale.run.config import Data
 from embedscale.values import Value
 
@@ -54,6 +54,14 @@ class Work:
     def bucket_file(self, number: int) -> Path:
         """Return the path of a finished bucket's `Bucket`."""
         return self.folder / "work" / f"bucket-{number:05d}.json"
+
+
+@dataclass(frozen=True)
+class Spilled(Value):
+    """What became of the rows of one unit, and the digest of the file that holds its pairs."""
+
+    counts: dict[str, int]
+    digest: str
 
 
 @dataclass(frozen=True)
@@ -94,9 +102,10 @@ def spill(item: tuple[int, Unit], work: Work) -> Counter[str]:
     import pyarrow
 
     number, unit = item
-    done = read_json(work.unit_file(number, "json"))
-    if done is not None:
-        return Counter(done)
+    path = work.unit_file(number, "arrow")
+    done = Spilled.read(work.unit_file(number, "json"))
+    if isinstance(done, Spilled) and _is(path, done.digest):
+        return Counter(done.counts)
     counts: Counter[str] = Counter()
     tokenizer, _ = load_tokenizer(*work.tokenizer)
     columns_of_file = _spilled_schema(work)
@@ -114,9 +123,17 @@ def spill(item: tuple[int, Unit], work: Work) -> Counter[str]:
                 for batch in _divided(pyarrow.record_batch(columns, schema=columns_of_file), hashes, work.buckets):
                     writer.write_batch(batch)
 
-    write_atomically(work.unit_file(number, "arrow"), write)
-    write_json(work.unit_file(number, "json"), dict(counts))
+    digest = write_digested(path, write)
+    Spilled(dict(counts), digest).write(work.unit_file(number, "json"))
     return counts
+
+
+def _is(path: Path, digest: str) -> bool:
+    """Whether a file is there and has this digest."""
+    try:
+        return digest_file(path) == digest
+    except OSError:
+        return False
 
 
 def distinct(bucket: int, work: Work) -> list[int]:
@@ -133,8 +150,11 @@ def gather(bucket: int, work: Work, shares: list[float]) -> Bucket:
     import pyarrow
 
     done = Bucket.read(work.bucket_file(bucket))
-    if isinstance(done, Bucket):  # not one that is damaged, or of early code without digests
-        return done
+    paths = [part_file(work.folder / name, bucket) for name in ("train", "held_out")]
+    if isinstance(done, Bucket):  # else it is damaged, or of early code without digests
+        parts = (done.train, done.held_out)
+        if all(_is(path, part.file_digest) for path, part in zip(paths, parts, strict=True)):
+            return done
     columns = schema(work.token)
     table, rows, repeated = _spilled(bucket, work, [*columns.names, "pair", "source"])
     pair, source = as_numpy(table.column("pair")), as_numpy(table.column("source"))
@@ -143,14 +163,13 @@ def gather(bucket: int, work: Work, shares: list[float]) -> Bucket:
     dropped = [np.bincount(source[some], minlength=len(shares)).tolist() for some in (repeated, rows[~chosen])]
     rows = rows[chosen]
     held_out = _below(as_numpy(table.column("query_text"))[rows], work.data.held_out)
-    parts = []
-    for name, part in (("train", rows[~held_out]), ("held_out", rows[held_out])):
+    facts = []
+    for path, part in zip(paths, (rows[~held_out], rows[held_out]), strict=True):
         batches = table.select(columns.names).take(pyarrow.array(part)).combine_chunks().to_batches()
         batch = batches[0] if batches else pyarrow.RecordBatch.from_pylist([], schema=columns)
-        path = part_file(work.folder / name, bucket)
         digest = write_digested(path, partial(_write_batch, batch=batch))
-        parts.append(_facts(batch, pair[part], digest, Part.open(path, len(batch)).lengths_digest()))
-    found = Bucket(*dropped, *parts)
+        facts.append(_facts(batch, pair[part], digest, Part.open(path, len(batch)).lengths_digest()))
+    found = Bucket(*dropped, *facts)
     found.write(work.bucket_file(bucket))
     return found
 

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import socket
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
@@ -169,9 +170,14 @@ class RunDirectory:
             attempt.write(end=max(last_seen or "", attempt.record.start), ended="killed")
 
     def remove_partial_files(self) -> None:
-        """Remove what killed processes left half-written. Only for who holds the lease."""
+        """Remove what killed processes left half-written. Only for who holds the lease.
+
+        Scores are written without the lease: a half-written one is removed when it is an hour old.
+        """
         for torn in (*self.path.rglob(".*.partial"), *self.model.glob(".tmp*")):  # the second kind is safetensors'
-            torn.unlink(missing_ok=True)
+            with suppress(FileNotFoundError):
+                if torn.parent != self.scores or time.time() - torn.stat().st_mtime > 3600:
+                    torn.unlink()
 
     def left_over(self) -> bool:
         """Return whether a finished run still has checkpoints or half-written files, as after a kill."""

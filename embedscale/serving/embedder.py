@@ -60,12 +60,13 @@ class Embedder:
         """Load the model of a run directory. LoRA adapters are merged in float32.
 
         `device` is by default the GPU, if there is one; `precision` is float32, tf32 or bf16, by default that of the
-        training. Raises UserError if the run is not done, or if the backbone, the weights or the tokenizer differ from
+        training. Raises UserError if the run is not done, or if its settings, backbone, weights or tokenizer differ from
         its record.
         """
         directory = RunDirectory(run)
         record = finished(directory)
         config = load(directory.config)
+        _check_settings(directory, config, record)
         body = load_body(config.backbone, config.training.seed)
         _check(directory, "backbone_digest", record.backbone_digest, digest_of(dict(body.named_parameters())))
         torch.manual_seed(config.training.seed)
@@ -110,6 +111,22 @@ def finished(directory: RunDirectory) -> RunRecord:
     if record.status != "done":
         raise UserError(f"{directory.path}: this run {record.status}; expected a finished run")
     return record
+
+
+def _check_settings(directory: RunDirectory, config: RunConfig, record: RunRecord) -> None:
+    """Raise UserError if config.yaml has changed since the run in a setting that embeddings depend on."""
+    known, method = record.hyperparameters, config.method
+    for name, here, recorded in (
+        ("data.context", config.data.context, known.context),
+        ("backbone.pooling", config.backbone.pooling, known.pooling),
+        ("training.precision", config.training.precision, known.precision),
+        ("method", method.label, known.method_label),
+        ("method.alpha", method.alpha, method.alpha if known.alpha is None else known.alpha),  # None in early records
+    ):
+        if here != recorded:
+            raise UserError(
+                f"{directory.config}: {name} is {here}, but the run was trained with {recorded}; restore it"
+            )
 
 
 def _load_weights(body: nn.Module, directory: RunDirectory, record: RunRecord) -> None:

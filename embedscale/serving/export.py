@@ -4,11 +4,14 @@ The model is written to a temporary folder, loaded by a new process and compared
 the folder renamed to its target, so a model at the target is complete and known to work. The price: half a minute.
 """
 
+import glob
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,6 +26,7 @@ from embedscale.run.score import Score
 from embedscale.serving.embedder import Embedder
 from embedscale.values import sound
 
+LEFT_SECONDS = 3600.0  # since its last change, after which the folder of an unfinished export is removed
 SIMILAR = 0.9999  # least cosine between the embeddings of a text by the run and by the exported model
 POOLING_FLAGS = {
     "mean": "pooling_mode_mean_tokens",
@@ -59,6 +63,9 @@ def export(run: str, folder: str, least_cosine: float = SIMILAR) -> int:
     # The export is float32, so it is compared with float32: in deep models, rounding to bf16 alone exceeds SIMILAR.
     embedder = Embedder.load(run, "cpu", "float32")
     target.parent.mkdir(parents=True, exist_ok=True)
+    for left in target.parent.glob(f".{glob.escape(target.name)}.*.partial"):  # by an export that was killed
+        if time.time() - left.stat().st_mtime > LEFT_SECONDS:
+            shutil.rmtree(left, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", suffix=".partial", dir=target.parent) as temporary:
         made = Path(temporary) / "model"
         made.mkdir()

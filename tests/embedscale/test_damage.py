@@ -11,6 +11,7 @@ from training_runs import StopAfter, comparable, run_of
 
 from embedscale.errors import DONE, FAILED, INTERRUPTED, UserError
 from embedscale.run.directory import RunDirectory
+from embedscale.run.record import Damaged
 from embedscale.run.stop import StopRequest
 from embedscale.serving.embedder import Embedder
 from embedscale.training.callbacks import newest_checkpoint
@@ -57,7 +58,7 @@ def zeroed(content: bytes, rng: random.Random) -> bytes:
 
 
 @pytest.mark.parametrize(("damage", "times"), [(flipped, 100), (zeroed, 40)])
-def test_a_damaged_checkpoint_is_never_used(damaged, capsys, damage, times):
+def test_a_damaged_checkpoint_is_never_used(damaged, capsys, record_property, damage, times):
     config, directory, _ = damaged
     older, newest = directory.checkpoint_paths()
     content, rng, found = newest.read_bytes(), random.Random(19), []
@@ -68,6 +69,7 @@ def test_a_damaged_checkpoint_is_never_used(damaged, capsys, damage, times):
     assert capsys.readouterr().err.count(f"{newest} is damaged") == times
     newest.write_bytes(content)
     assert newest_checkpoint(directory, config.run_id)["step"] == int(newest.stem.split("-")[1])
+    record_property("shown", f"checkpoint, {damage.__name__}: {times} of {times} noticed")
 
 
 def test_a_run_resumed_beside_a_damaged_checkpoint_ends_with_the_same_bits(damaged, capsys):
@@ -102,19 +104,49 @@ def test_a_checkpoint_of_early_code_serves_and_says_that_it_cannot_be_verified(d
     assert comparable(directory) == comparable(whole)
 
 
-def test_damaged_weights_are_never_used(runs, tmp_path):
+def test_damaged_weights_are_never_used(runs, tmp_path, record_property):
     shutil.copytree(runs["bias"], tmp_path / "run")
     directory = RunDirectory(tmp_path / "run")
     content, rng = directory.weights.read_bytes(), random.Random(5)
     before = Embedder.load(directory.path).encode(["a text"])
+    noticed = 0
     for _ in range(30):
         directory.weights.write_bytes(flipped(content, rng))
         try:
             after = Embedder.load(directory.path).encode(["a text"])
         except UserError as error:
             assert str(directory.weights) in str(error)
+            noticed += 1
         else:  # the bit was in white space, or in what describes no tensor
             np.testing.assert_array_equal(after, before)
+    record_property("shown", f"weights, flipped: {noticed} of 30 noticed, the others changed no embedding")
+
+
+def test_a_damaged_record_is_never_used(stopped, record_property):
+    _, _, whole = stopped
+    content, rng, before, noticed = whole.record.read_bytes(), random.Random(13), whole.read_record(), 0
+    for _ in range(200):
+        whole.record.write_bytes(flipped(content, rng))
+        found = whole.read_record()
+        noticed += isinstance(found, Damaged)
+        assert isinstance(found, Damaged) or found == before  # the bit was in the name of the checksum
+    whole.record.write_bytes(content)
+    record_property("shown", f"record.json, flipped: {noticed} of 200 noticed, the others changed no value")
+
+
+def test_settings_that_changed_since_the_training_are_refused(runs, tmp_path):
+    shutil.copytree(runs["lora"], tmp_path / "run")
+    directory = RunDirectory(tmp_path / "run")
+    text = directory.config.read_text()
+    for before, after, name in (
+        ("context: 40", "context: 41", "data.context"),
+        ("pooling: mean", "pooling: last", "backbone.pooling"),
+        ("rank: 4", "rank: 5", "method"),
+    ):
+        assert before in text
+        directory.config.write_text(text.replace(before, after))
+        with pytest.raises(UserError, match=f"config.yaml: {name} is .*, but the run was trained with .*; restore it"):
+            Embedder.load(directory.path)
 
 
 def emptied(text: bytes, rng: random.Random) -> bytes:
@@ -138,7 +170,9 @@ def flipped_early(text: bytes, rng: random.Random) -> bytes:
 
 
 @pytest.mark.parametrize("damage", [emptied, halved, without_a_row, flipped_early])
-def test_metrics_that_lost_what_every_checkpoint_knows_are_one_line_and_nothing_is_trained(damaged, damage):
+def test_metrics_that_lost_what_every_checkpoint_knows_are_one_line_and_nothing_is_trained(
+    damaged, record_property, damage
+):
     config, directory, whole = damaged
     content, rng = directory.metrics.read_bytes(), random.Random(7)
     for _ in range(10):
@@ -153,6 +187,7 @@ def test_metrics_that_lost_what_every_checkpoint_knows_are_one_line_and_nothing_
     directory.metrics.write_bytes(content)
     assert train(config) == DONE
     assert comparable(directory) == comparable(whole)
+    record_property("shown", f"metrics.jsonl, {damage.__name__}: 10 of 10 noticed")
 
 
 def test_a_row_lost_since_the_older_checkpoint_sends_the_run_back_to_it(damaged, capsys):
@@ -202,9 +237,9 @@ def test_one_bad_line_hides_no_good_one_behind_it(stopped):
     whole.metrics.write_bytes(content)
 
 
-def test_a_plan_that_was_changed_or_lost_beside_its_checkpoints_is_one_line(damaged):
+def test_a_plan_that_was_changed_or_lost_beside_its_checkpoints_is_one_line(damaged, record_property):
     config, directory, _ = damaged
-    content, rng = directory.plan.read_bytes(), random.Random(11)
+    content, rng, noticed = directory.plan.read_bytes(), random.Random(11), 0
     for _ in range(40):
         changed = flipped(content, rng)
         directory.plan.write_bytes(changed)
@@ -212,6 +247,8 @@ def test_a_plan_that_was_changed_or_lost_beside_its_checkpoints_is_one_line(dama
             with pytest.raises(UserError, match="plan.json") as error:
                 train(config, StopAfter(0))
             assert "\n" not in str(error.value)
+            noticed += 1
+    record_property("shown", f"plan.json, flipped: {noticed} of 40 noticed, the others changed no value")
     directory.plan.unlink()
     with pytest.raises(UserError, match="plan.json: is missing; without it, no checkpoint can be continued: restore"):
         train(config)
