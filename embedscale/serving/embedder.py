@@ -60,8 +60,8 @@ class Embedder:
         """Load the model of a run directory. LoRA adapters are merged in float32.
 
         `device` is by default the GPU, if there is one; `precision` is float32, tf32 or bf16, by default that of the
-        training. Raises UserError if the run is not done, or if its settings, backbone, weights or tokenizer differ from
-        its record.
+        training. Raises UserError if the run is not done, or if its settings, backbone, weights or tokenizer differ
+        from its record.
         """
         directory = RunDirectory(run)
         record = finished(directory)

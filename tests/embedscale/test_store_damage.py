@@ -6,11 +6,12 @@ import re
 import shutil
 
 import pytest
+from stores import made, some_rows, words_of, write
 from training_runs import run_of
 
 from embedscale import cli
 from embedscale.data.store import PairStore
-from embedscale.errors import DONE, WRONG, UserError
+from embedscale.errors import DONE, INTERRUPTED, WRONG, UserError
 from embedscale.training.train import train
 
 
@@ -28,11 +29,11 @@ def flip(path, rng):
     path.write_bytes(content)
 
 
-def read_all(folder):
-    """The parts of a store that a run reads: token counts, training pairs, held-out pairs."""
+def read_all(folder, negatives=1):
+    """What a run reads of a store: the token counts, the training pairs, the held-out pairs."""
     store = PairStore.open(folder)
-    counts = store.token_counts(1)
-    batches = (store.batch(0, store.pairs, 1), store.held_out_batch(0, store.held_out))
+    counts = store.token_counts(negatives)
+    batches = (store.batch(0, store.pairs, negatives), store.held_out_batch(0, store.held_out))
     return [counts.tolist(), *([b.tokens.tolist(), b.lengths.tolist(), b.texts.tolist()] for b in batches)]
 
 
@@ -138,3 +139,25 @@ def test_prepare_gives_no_digests_to_a_damaged_store_of_early_code(prepared, cap
     assert cli.main(["prepare", *words]) == WRONG
     assert f"data.store: {store} is damaged" in capsys.readouterr().err
     assert "digests" not in json.loads((store / "manifest.json").read_text())
+
+
+@pytest.mark.parametrize("what", ["work/unit-*.arrow", "work/unit-*.json", "work/bucket-*.json", "train/*.arrow"])
+def test_what_was_damaged_while_prepare_was_interrupted_is_made_again(tmp_path, monkeypatch, bytes_tokenizer, what):
+    from embedscale.data import prepare
+
+    source = {"path": str(write(tmp_path / "pairs.jsonl", some_rows(400)))}
+    digest = made(tmp_path / "whole", bytes_tokenizer, source).digest
+    words = words_of(tmp_path / "store", bytes_tokenizer, source)
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare, "manifest_of", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert cli.main(["prepare", *words]) == INTERRUPTED
+    if "unit" in what:  # or no unit would be read again
+        for path in (tmp_path / "store" / "work").glob("bucket-*.json"):
+            path.unlink()
+    rng = random.Random(what)
+    for path in (tmp_path / "store").glob(what):
+        flip(path, rng)
+    assert cli.main(["prepare", *words]) == DONE
+    store = PairStore.open(tmp_path / "store")
+    assert store.digest == digest
+    assert read_all(store.folder, 0) == read_all(tmp_path / "whole", 0)
