@@ -23,7 +23,6 @@ import numpy as np
 
 from analysis import fits as fits_file
 from analysis.advice.choice import PAPER_BATCH, PAPER_PAIR_TOKENS, Choice, Other, compare, configure
-from analysis.advice.digits import within
 from analysis.advice.evidence import Basis, Evidence, Limit, gather, log_distance, parse_limit, same_budget
 from analysis.columns import BACKBONE, FIRST_VERSION, HYPERPARAMETERS
 from analysis.fits import Fits, Interval
@@ -31,6 +30,7 @@ from analysis.fitting.laws import Array
 from embedscale.errors import UserError
 from embedscale.run.families import hub_name
 from embedscale.run.method import METHODS
+from embedscale.texts import number, within
 
 if TYPE_CHECKING:
     from analysis.runs import Runs
@@ -109,7 +109,7 @@ def recipe(
     if best.pairs < 1:
         raise UserError(
             f"budget: {limit.text} is less than one pair costs; allowed: at least "
-            f"{best.budget_flop / best.pairs:.3g} FLOP"
+            f"{number(best.budget_flop / best.pairs)} FLOP"
         )
     evidence = every[best.method]
     n_opt, n_ends = evidence.optimum(limit, best.basis, confidence)
@@ -166,7 +166,7 @@ def _notes(fits: Fits, limit: Limit, best: Choice, evidence: Evidence) -> list[s
     if best.basis == "best run":
         budget = evidence.nearest_budget(best.budget_flop)
         notes.append(
-            f"this is the best run at {budget:.4g} FLOP, the nearest budget that was run; "
+            f"this is the best run at {number(budget, 4)} FLOP, the nearest budget that was run; "
             "no optimum lies inside the grid there"
         )
     if best.basis == "joint law" and evidence.not_fixed:
@@ -181,7 +181,8 @@ def _notes(fits: Fits, limit: Limit, best: Choice, evidence: Evidence) -> list[s
         notes.append(f"the runs do not say their batch size: {PAPER_BATCH:,} pairs a step are assumed, as in the paper")
     near = evidence.nearest(best.n_parameters, best.budget_flop)
     notes += [
-        f"the best {name} there, {near.setting(name):.4g}, was at the end of its grid" for name in near.at_grid_end
+        f"the best {name} there, {number(near.setting(name), 4)}, was at the end of its grid"
+        for name in near.at_grid_end
     ]
     return notes + [note for note in [fits.miniature] if note]
 
@@ -208,9 +209,9 @@ def _other_sizes(
     available = evidence.available(limit, best.basis)
     place = [size for _, size in available].index(best.n_parameters)
     found = []
-    for number, word in ((place - 1, "smaller"), (place + 1, "larger")):
-        if 0 <= number < len(available):
-            backbone, size = available[number]
+    for at, word in ((place - 1, "smaller"), (place + 1, "larger")):
+        if 0 <= at < len(available):
+            backbone, size = available[at]
             choice, other = configure(evidence, backbone, size, limit, best.basis, comparable, confidence)
             found.append(compare(f"the next {word}: {choice.backbone}", choice, other, best, drawn, confidence))
     return found
@@ -241,7 +242,13 @@ def _other_choices(best: Choice, runs: Sequence[Row]) -> list[Other]:
         lowest[value] = min(lowest.get(value, math.inf), sum(losses) / len(losses))
     own = min(lowest, key=lambda value: abs(value - (best.rank or best.active_fraction or 0)))
     return [
-        Other(f"{choice.name} {value:.4g}, measured at {budget:.3g} FLOP", None, loss / lowest[own] - 1, None, None)
+        Other(
+            f"{choice.name} {number(value, 4)}, measured at {number(budget)} FLOP",
+            None,
+            loss / lowest[own] - 1,
+            None,
+            None,
+        )
         for value, loss in sorted(lowest.items())
         if value != own
     ]
@@ -260,9 +267,9 @@ def _extrapolates(evidence: Evidence, best: Choice, n_opt: float) -> list[str]:
     for name, (values, value, unit) in spans.items():
         low, high = min(values), max(values)
         if value > high * 1.001:
-            told.append(f"{name}: {value / high:.3g} times the largest ({high:.3g} {unit})")
+            told.append(f"{name}: {number(value / high)} times the largest ({number(high)} {unit})")
         elif value < low / 1.001:
-            told.append(f"{name}: {low / value:.3g} times below the smallest ({low:.3g} {unit})")
+            told.append(f"{name}: {number(low / value)} times below the smallest ({number(low)} {unit})")
     return told
 
 
@@ -294,7 +301,7 @@ def configuration(folder: str, budget: str, config: str | None, words: Sequence[
 
     fits, runs = read(folder)
     best = recipe(fits, parse_limit(budget), runs).best
-    print(f"{best.label}, {best.backbone}, {best.budget_flop:.4g} FLOP: expected loss {best.loss:.4g}")
+    print(f"{best.label}, {best.backbone}, {number(best.budget_flop, 4)} FLOP: expected loss {number(best.loss, 4)}")
 
     def distance(row: Row) -> tuple[bool, bool, float, float]:
         size = log_distance(float(row["n_parameters"]), best.n_parameters)
@@ -341,14 +348,15 @@ def lines(found: Recipe, confidence: float) -> list[tuple[str, str]]:
     best, percent = found.best, f"{100 * confidence:.0f} %"
     size = f"{best.n_parameters:,.0f} parameters"
     rate = "not known: neither from the runs nor from the paper's rule"
+    hours = f", {number(best.gpu_hours)} device-hours" if best.gpu_hours else ""
     told = [
         ("method", ", ".join([best.label, *(f"{key} {best.settings[key]}" for key in TOLD if key in best.settings)])),
         ("model", size if best.backbone.endswith(" parameters") else f"{best.backbone}, {size}"),
         ("best size", within(found.n_opt, found.n_opt_interval, percent, 3, "parameters")),
-        ("budget", f"{best.budget_flop:.4g} FLOP" + (f", {best.gpu_hours:.3g} device-hours" if best.gpu_hours else "")),
-        ("data", f"{best.tokens:.3g} tokens, about {best.pairs:,.0f} pairs"),
+        ("budget", f"{number(best.budget_flop, 4)} FLOP{hours}"),
+        ("data", f"{number(best.tokens)} tokens, about {best.pairs:,.0f} pairs"),
         ("steps", f"{best.steps:,} of {best.batch_size:,} pairs"),
-        ("peak learning rate", rate if best.learning_rate is None else f"{best.learning_rate:.3g}"),
+        ("peak learning rate", rate if best.learning_rate is None else number(best.learning_rate)),
         ("expected loss", f"{within(best.loss, best.loss_interval, percent)}, {_rests_on(found)}"),
         ("at the best size", within(found.lowest_loss, found.lowest_loss_interval, percent)),
         ("extrapolates", "; ".join(found.extrapolates) or "no"),
@@ -356,13 +364,19 @@ def lines(found: Recipe, confidence: float) -> list[tuple[str, str]]:
     if len(found.chances) > 1:
         chances = ", ".join(f"{name} {100 * share:.0f} %" for name, share in found.chances.items())
         told.insert(1, ("lowest loss", chances + ("" if found.decided else "; not decided")))
+    alike = []
     for other in found.others:
-        more = "" if other.distinguishable is not False else ", not distinguishable"
         ends, choice = other.interval, other.choice
         spread = f" ({100 * ends[0]:+.1f} … {100 * ends[1]:+.1f} %)" if ends else ""
         on = f", {choice.backbone}" if choice and choice.backbone not in other.what else ""
         name = choice.label if choice and other.what == choice.method else other.what
-        told.append(("instead", f"{name}{on}: {100 * other.lost:+.1f} % loss{spread}{more}"))
+        text = f"{name}{on}: {100 * other.lost:+.1f} % loss{spread}"
+        if other.distinguishable is False:
+            alike.append(text)
+        else:
+            told.append(("instead", text))
+    if alike:
+        told.append(("instead", "not distinguishable: " + "; ".join(alike)))
     return told + [("note", note) for note in found.notes]
 
 

@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from analysis import fits as fits_file
 from analysis import runs
 from analysis.columns import COLUMNS, EXCLUDED, FIRST_VERSION
 from analysis.fits import Fits
-from analysis.fitting import grouping, joint
-from analysis.fitting.laws import Array
+from analysis.fitting import grouping, joint, optima
 from analysis.runs import Runs
 from embedscale.errors import UserError
 from embedscale.files import write_atomically, write_json
@@ -35,7 +35,8 @@ class Study:
     `table` has a row a run (`runs.Runs`). `curves` has a row a logged step of the best runs: `run`, `method`,
     `n_parameters`, `budget_flop`, `spent_flop`, `train_loss`, `loss` (held out). `scores` has a row a run and task:
     `run`, `task`, `score`. Both are empty where the run directories are not there. `code` are the commits that the
-    runs name. `other` is a second sweep whose runs cannot be compared with these but can be predicted (figure 23).
+    runs name, `directories` those of the runs, where they are there. `other` is a second sweep whose runs cannot be
+    compared with these but can be predicted (figure 23).
     """
 
     fits: Fits
@@ -45,6 +46,7 @@ class Study:
     scores: pd.DataFrame = field(default_factory=pd.DataFrame)
     code: tuple[str, ...] = ()
     other: "Study | None" = None
+    directories: Mapping[str, Path] = field(default_factory=dict)
 
     @cached_property
     def methods(self) -> list[str]:
@@ -86,12 +88,10 @@ class Study:
         points = self.points[method]
         return points[np.isclose(points["budget_flop"], budget_flop, rtol=0.1)].sort_values("n_parameters")
 
-    def window(self, profile: pd.DataFrame) -> Array:
+    def window(self, profile: pd.DataFrame) -> NDArray[np.bool_]:
         """Return which points of a profile its parabola is fitted to, as in `optima.parabola`."""
-        size, best = profile["n_parameters"].to_numpy(float), int(profile["loss"].argmin())
-        near: Array = np.abs(np.log(size / size[best])) <= np.log(self.fits.settings.window) + 1e-9
-        near[max(best - 1, 0) : best + 2] = True
-        return near
+        log_n, best = np.log(profile["n_parameters"].to_numpy(float)), int(profile["loss"].argmin())
+        return optima.near_best(log_n, best, self.fits.settings.window)
 
     def left_out(self, method: str | None = None) -> pd.DataFrame:
         """Return the excluded runs of a method, or of all, as rows for the table of a figure."""
@@ -143,6 +143,7 @@ def load(folder: str | Path) -> Study:
         raise UserError(f"{folder}: holds the fits of a table of optima; figures and the report need runs")
     table = loaded.table
     directories = _directories(folder, table)
+    left_out = {row.run: folder / row.run for row in fits.excluded if row.run and (folder / row.run).is_dir()}
     best = {point.run for method in fits.methods.values() for point in method.points}
     return Study(
         fits,
@@ -151,6 +152,7 @@ def load(folder: str | Path) -> Study:
         _curves(table, {run: each for run, each in directories.items() if run in best}),
         _scores(directories),
         _code(directories),
+        directories={run: each.path for run, each in directories.items()} | left_out,
     )
 
 

@@ -9,7 +9,10 @@ import re
 from collections.abc import Sequence
 
 LONGEST_NAME = 36  # characters of a name in a figure
-MOST_DIGITS = 6  # of a value with an interval
+WIDE = 2.0  # ratio of an interval's ends above which each number gets two significant digits
+SUPPORTED = 2  # significant digits of the width of an interval
+MOST = 5  # significant digits of a value, however narrow its interval
+PLAIN = (1e-3, 1e5)  # sizes of numbers that are written without an exponent
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -23,20 +26,39 @@ def spread(ends: Sequence[float] | None, digits: int = 3) -> str:
 
 
 def measured(value: float | None, ends: Sequence[float] | None, digits: int = 4) -> tuple[str, str]:
-    """Return a value and its interval as texts that end at the same digit.
+    """Return a value and its interval "LOW … HIGH", rounded to the same decimal place.
 
-    This digit is the second of the interval's width. Without an interval, the value has so many significant `digits`.
+    The place keeps two significant digits of the interval's width, and at most five of the value. Where the ends differ
+    by more than a factor of two, each number has two significant digits instead. Without an interval the value has
+    `digits` significant digits, and the second text is a dash.
     """
-    if value is None or ends is None or not (math.isfinite(ends[1] - ends[0]) and ends[1] > ends[0]):
+    if value is None or ends is None or not 0 < ends[1] - ends[0] < math.inf:
         return number(value, digits), spread(ends, digits)
-    last = math.floor(math.log10(ends[1] - ends[0])) - 1
+    low, high = ends
+    width = high - low
+    if low > 0 and high / low > WIDE:
+        texts = [_plain(f"{each:#.2g}") for each in (value, low, high)]
+    else:
+        largest = max(abs(low), abs(high))
+        place = max(math.floor(math.log10(width)) - SUPPORTED, math.floor(math.log10(largest)) - MOST) + 1
+        texts = [_rounded(each, place, largest) for each in (value, low, high)]
+    return texts[0], f"{texts[1]} … {texts[2]}"
 
-    def written(each: float) -> str:
-        first = math.floor(math.log10(abs(each))) if each else last
-        # With "#", zeros at the end stay: 0.50 is known better than 0.5.
-        return _plain(f"{each:#.{min(max(first - last + 1, 2), MOST_DIGITS)}g}")
 
-    return written(value), f"{written(ends[0])} … {written(ends[1])}"
+def within(value: float, ends: Sequence[float] | None, percent: str, digits: int = 4, unit: str = "") -> str:
+    """Return "VALUE UNIT (95 %: LOW … HIGH)", with the digits of `measured`."""
+    text, between = measured(value, ends, digits)
+    return f"{text}{unit and f' {unit}'} ({f'{percent}: {between}' if ends else 'no interval'})"
+
+
+def _rounded(value: float, place: int, largest: float) -> str:
+    """Return a number rounded to a power of ten; with an exponent where the largest of its row needs one."""
+    if PLAIN[0] <= largest < PLAIN[1]:
+        return f"{value:,.{max(0, -place)}f}" if place <= 0 else f"{round(value, -place):,.0f}"
+    value = round(value, -place)
+    if value == 0:
+        return "0"
+    return _plain(f"{value:.{max(0, math.floor(math.log10(abs(value))) - place)}e}")
 
 
 def _plain(text: str) -> str:

@@ -18,6 +18,7 @@ from analysis.fits import Fits, Interval, MethodFit, Point
 from analysis.fitting.laws import Array, interval, size_law
 from embedscale.errors import UserError
 from embedscale.run.families import family_with
+from embedscale.texts import number
 
 UNITS = {"flop": 1.0, "flops": 1.0, "": 1.0} | {
     f"{letter}{word}": 10.0 ** (3 * power) * seconds
@@ -39,9 +40,9 @@ class Limit:
 
     @property
     def text(self) -> str:
-        spent = f"{self.flop:.4g} FLOP" if self.flop else f"{self.gpu_hours:.4g} device-hours" if self.gpu_hours else ""
-        data = f"{self.tokens:.4g} tokens" if self.tokens else ""
-        return " and at most ".join(part for part in (spent, data) if part)
+        amounts = {"FLOP": self.flop, "device-hours": self.gpu_hours if not self.flop else None, "tokens": self.tokens}
+        told = [f"{number(value, 4)} {unit}" for unit, value in amounts.items() if value]
+        return " and at most ".join(told)
 
 
 def parse_limit(budget: str | None, tokens: str | None = None) -> Limit:
@@ -62,7 +63,7 @@ def parse_limit(budget: str | None, tokens: str | None = None) -> Limit:
     if tokens is not None:
         limit["tokens"] = _amount("--tokens", tokens)
     if limit.get("flop", 0) > MOST:
-        raise UserError(f"budget: {budget} is out of range; allowed: at most {MOST:g} FLOP")
+        raise UserError(f"budget: {budget} is out of range; allowed: at most {number(MOST)} FLOP")
     if not limit:
         raise UserError("budget: nothing is given; allowed: a budget such as 1e17, --tokens, or both")
     return Limit(**limit)
@@ -257,4 +258,4 @@ class Evidence:
         if basis != "best run" and family:
             return [(row.name, float(row.parameters)) for row in family.sizes.values()]
         sizes = [point.n_parameters for point in self.measured(limit.flop)] if basis == "best run" else self.sizes
-        return [(self.names.get(float(size), f"{size:.4g} parameters"), float(size)) for size in sizes]
+        return [(self.names.get(float(size), f"{number(size, 4)} parameters"), float(size)) for size in sizes]

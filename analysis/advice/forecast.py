@@ -22,6 +22,7 @@ from analysis.advice.trends import Coefficients, Optima, Trends, cost, line, tre
 from analysis.fits import Interval, MethodFit, Optimum, Point
 from analysis.fitting.laws import LAWS, TINY, Array, Law, StatedLaw, interval
 from analysis.fitting.solver import NoFit, fit_joint
+from embedscale.texts import number
 
 DRAWS = 1000
 ORIGINS = 4  # hold-outs: the largest one, two, … budgets are left out, at most so many
@@ -294,11 +295,12 @@ class Outlook:
         said = f"{count} and no joint law say nothing about other budgets"
         open_ = [row for row in self.fit.optima if row.add_size]
         if open_:
-            return f"{said}; add a run of {open_[-1].add_size:.3g} parameters at {open_[-1].budget_flop:.3g} FLOP"
+            size, budget = number(open_[-1].add_size), number(open_[-1].budget_flop)
+            return f"{said}; add a run of {size} parameters at {budget} FLOP"
         budgets = [row.budget_flop for row in self.fit.optima]
         step = budgets[-1] / budgets[-2] if len(budgets) > 1 else 4.0
         lacking = range(1, FEWEST + 1 - len(self.fit.interior))
-        told = " and ".join(f"{budgets[-1] * step**k:.3g}" for k in lacking)
+        told = " and ".join(number(budgets[-1] * step**k) for k in lacking)
         return f"{said}; add runs of at least three sizes at {told} FLOP"
 
     def drift(self, law: Law, at: Array) -> Array:

@@ -134,7 +134,7 @@ class _LogTicks(Locator):
         if not 0 < vmin < vmax:
             return []
         axes: Any = self.axis.axes  # type: ignore[union-attr]
-        along = axes.bbox.width / 0.42 if self.axis.axis_name == "x" else axes.bbox.height / 0.25  # type: ignore[union-attr]
+        along = axes.bbox.width / 0.5 if self.axis.axis_name == "x" else axes.bbox.height / 0.25  # type: ignore[union-attr]
         most = int(np.clip(along / axes.figure.dpi, 2, 7))
         decades = 10.0 ** np.arange(np.floor(np.log10(vmin)), np.ceil(np.log10(vmax)) + 1)
         choices: list[Any] = (

@@ -40,6 +40,7 @@ from analysis.fitting.uncertainty import OptimumDraws
 from analysis.runs import Runs
 from embedscale import __version__
 from embedscale.errors import UserError
+from embedscale.texts import number
 
 QUANTITIES = {"n_opt": "log_n", "d_opt": "log_d", "loss": "log_loss"}  # of an optimum, and the draws of its logarithm
 FLOOR = 0.33  # of the distance between sizes: no optimum is known better than that (Porian et al. 2024)
@@ -86,10 +87,10 @@ def fit(
     budgets, sizes = np.unique(table["profile"]), np.unique(table["n_parameters"])
     if len(budgets) < 2:
         raise UserError(
-            f"budget_flop: all {len(table)} runs have {budgets[0]:.4g} FLOP; laws need at least two budgets"
+            f"budget_flop: all {len(table)} runs have {number(budgets[0], 4)} FLOP; laws need at least two budgets"
         )
     if len(sizes) < 3:
-        told = ", ".join(f"{size:.4g}" for size in sizes)
+        told = ", ".join(f"{number(size, 4)}" for size in sizes)
         raise UserError(f"n_parameters: {len(sizes)} sizes only ({told}); optima and laws need at least three")
 
     own = {method: table[table["method"] == method] for method in runs.methods}
@@ -242,7 +243,7 @@ def _optimum(
         state, add_size = "below all runs", chosen.n_opt
         why = (
             f"the {settings.optimum} falls to {chosen.loss:.4g}, {100 * lost:.3g} % below the best run, more than "
-            f"noise and the depth of the valley explain: add a size near {chosen.n_opt:.4g} parameters"
+            f"noise and the depth of the valley explain: add a size near {number(chosen.n_opt, 4)} parameters"
         )
     drawn = None
     if state == "interior" and settings.optimum == "law":

@@ -33,6 +33,7 @@ from analysis.fitting.laws import Array, power_law
 from analysis.runs import Runs
 from embedscale import __version__
 from embedscale.errors import UserError
+from embedscale.texts import number
 
 
 def fit_optima(runs: Runs, settings: FitSettings) -> Fits:
@@ -48,7 +49,7 @@ def fit_optima(runs: Runs, settings: FitSettings) -> Fits:
         rows = rows.sort_values("budget_flop")
         if rows["budget_flop"].duplicated().any():
             twice = rows.loc[rows["budget_flop"].duplicated(), "budget_flop"].iloc[0]
-            raise UserError(f"budget_flop: {method} has two optima at {twice:.4g} FLOP; choose one by --where")
+            raise UserError(f"budget_flop: {method} has two optima at {number(twice, 4)} FLOP; choose one by --where")
         if len(rows) < 2:
             raise UserError(f"budget_flop: {method} has one optimum; a law needs at least two budgets")
         if len(rows) == 2:

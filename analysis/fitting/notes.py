@@ -7,78 +7,100 @@ import numpy as np
 
 from analysis.fits import FitSettings, Frontier, MethodFit, Noise
 from analysis.fitting.laws import LAWS, power_law
+from embedscale.texts import number
 
 FEW_DRAWS = 0.9  # share of draws with an optimum below which a note says so
 FEW_STARTS = 0.25  # share of starts that agree below which a note says so
+MANY_ALIKE = 12  # pairs of methods that noise does not separate, above which they are counted instead of named
+# The weights of notes: a number that is missing, biased or doubtful, and a limit of the data.
+MISSING, BIAS, DOUBT, LIMIT = range(4)
 
 
 def notes_of(settings: FitSettings, noise: Noise, methods: Mapping[str, MethodFit], line: Frontier) -> list[str]:
-    """Return what a reader should know before using the fits, a line each."""
-    notes = []
+    """Return what a reader should know before using the fits, a line each, in order of weight.
+
+    First what has no number, then what biases a number, then what makes it doubtful, then what limits the data set.
+    """
+    notes: list[tuple[int, str]] = []
     for name, method in methods.items():
         notes += _notes_of_optima(name, method)
-        for law in LAWS:
-            if law in method.refused:
-                notes.append(f"{name}: {method.refused[law]}")
-            if law not in method.joint_laws:
-                continue
-            fitted = method.joint_laws[law]
-            if fitted.not_fixed:
-                notes.append(f"{name}, {law} law: the data do not fix {', '.join(fitted.not_fixed)}")
-            starts, agreeing = fitted.convergence.starts, fitted.convergence.agreeing
-            if agreeing < FEW_STARTS * starts:
-                notes.append(f"{name}, {law} law: only {agreeing} of {starts} starts agree on the minimum")
-            if missed := fitted.convergence.missed_refits:
-                draws = settings.bootstrap
-                notes.append(f"{name}, {law} law: {missed} of {draws} refits did not converge and are left out")
         if method.power_laws.loss is None:
-            notes.append(f"{name}: fewer than two interior optima, so no power law and no place on the frontier")
-        notes += _parabola_bias(name, method)
+            told = f"{name}: fewer than two interior optima, so no power law and no place on the frontier"
+            notes.append((MISSING, told))
+        notes += [(LIMIT, f"{name}: {method.refused[law]}") for law in LAWS if law in method.refused]
+        notes += [
+            (DOUBT, told) for law in LAWS if law in method.joint_laws for told in _law(settings, name, method, law)
+        ]
+        notes += [(BIAS, told) for told in _parabola_bias(name, method)]
     if noise.source == "none":
-        notes.append(
-            "noise: it follows neither from replicates nor from residuals, so optima have no intervals; "
-            "give it by --noise"
-        )
+        told = "noise: it follows neither from replicates nor from residuals, so optima have no intervals; "
+        notes.append((MISSING, told + "give it by --noise"))
     elif settings.optimum == "akima":
-        notes.append(
+        told = (
             "akima: its curve goes through every point, so its lowest loss is too low; the denser the grid, the less "
             "often the interval of the loss holds the true loss (half as often as stated, at fifteen sizes within the "
             "noise)"
         )
+        notes.append((BIAS, told))
     elif settings.optimum == "best-run":
-        notes.append(
+        told = (
             "best-run: the lowest of several runs is low by its noise too, so losses are too low, and best sizes are "
-            "as coarse as the grid"
         )
-    notes += _selection(noise, methods)
+        notes.append((BIAS, told + "are as coarse as the grid"))
     for why in dict.fromkeys(gap.why for gap in line.gaps):
-        budgets = [f"{gap.budget_flop:.3g}" for gap in line.gaps if gap.why == why]
+        budgets = [number(gap.budget_flop) for gap in line.gaps if gap.why == why]
         told = ", ".join(budgets[:6]) + (f" and {len(budgets) - 6} more" if len(budgets) > 6 else "")
-        notes.append(f"no frontier at {told} FLOP: {why}")
-    notes += [
-        f"{each.budget_flop:.3g} FLOP: {each.a} and {each.b} are not distinguishable"
-        for each in line.comparisons
-        if each.distinguishable is False
-    ]
+        notes.append((MISSING, f"no frontier at {told} FLOP: {why}"))
+    notes += [(BIAS, told) for told in _selection(noise, methods)]
+    notes += [(DOUBT, told) for told in _alike(line)]
+    return [told for _, told in sorted(notes, key=lambda note: note[0])]
+
+
+def _law(settings: FitSettings, name: str, method: MethodFit, law: str) -> list[str]:
+    """Return what makes a joint law doubtful."""
+    fitted, where = method.joint_laws[law], f"{name}, {law} law"
+    starts, agreeing, missed = (getattr(fitted.convergence, key) for key in ("starts", "agreeing", "missed_refits"))
+    notes = []
+    if fitted.not_fixed:
+        notes.append(f"{where}: the data do not fix {', '.join(fitted.not_fixed)}")
+    if agreeing < FEW_STARTS * starts:
+        notes.append(f"{where}: only {agreeing} of {starts} starts agree on the minimum")
+    if missed:
+        notes.append(f"{where}: {missed} of {settings.bootstrap} refits did not converge and are left out")
     return notes
 
 
-def _notes_of_optima(name: str, method: MethodFit) -> list[str]:
-    notes = []
+def _alike(line: Frontier) -> list[str]:
+    """Return one sentence on the methods that noise does not separate; none where it separates all."""
+    pairs: dict[tuple[str, str], list[str]] = {}
+    for each in line.comparisons:
+        if each.distinguishable is False:
+            pairs.setdefault((each.a, each.b), []).append(number(each.budget_flop))
+    count = sum(map(len, pairs.values()))
+    told = "; ".join(f"{a} and {b} at {', '.join(budgets)} FLOP" for (a, b), budgets in pairs.items())
+    if count > MANY_ALIKE:
+        told = f"{count} of {len(line.comparisons)} pairs of methods at one budget"
+    return [f"not distinguishable within the noise: {told}"] if pairs else []
+
+
+def _notes_of_optima(name: str, method: MethodFit) -> list[tuple[int, str]]:
+    notes: list[tuple[int, str]] = []
     few = [row for row in method.optima if row.state == "too few"]
     if len(few) > 3:
-        notes.append(f"{name}: {len(few)} budgets have fewer than three sizes, too few for an optimum")
+        notes.append((MISSING, f"{name}: {len(few)} budgets have fewer than three sizes, too few for an optimum"))
     for row in method.optima:
         if row.state == "too few" and len(few) > 3:
             continue
-        where = f"{name}, {row.budget_flop:.3g} FLOP"
+        where = f"{name}, {number(row.budget_flop)} FLOP"
         if not row.interior:
-            notes.append(f"{where}: no optimum ({row.state}): {row.why}")
+            notes.append((MISSING, f"{where}: no optimum ({row.state}): {row.why}"))
         elif row.valid_share is not None and row.valid_share < FEW_DRAWS:
-            notes.append(f"{where}: only {100 * row.valid_share:.0f} % of draws within the noise have an optimum")
+            told = f"only {100 * row.valid_share:.0f} % of draws within the noise have an optimum"
+            notes.append((DOUBT, f"{where}: {told}"))
         for end in row.best.at_grid_end if row.best else ():
             assert row.best is not None
-            notes.append(f"{where}: the best {end}, {row.best.setting(end):.4g}, is at the end of its grid")
+            told = f"the best {end}, {number(row.best.setting(end), 4)}, is at the end of its grid"
+            notes.append((BIAS, f"{where}: {told}"))
     return notes
 
 

@@ -26,6 +26,7 @@ from analysis.fits import Estimator, State
 from analysis.fitting.laws import Array, Law
 from embedscale.errors import UserError
 from embedscale.run.families import family_with
+from embedscale.texts import number
 
 ESTIMATORS = get_args(Estimator)
 AKIMA_STEPS = 25  # grid points for each interval between sizes, as in Porian et al.
@@ -145,16 +146,16 @@ class Profile:
         if 0 < best < len(sizes) - 1:
             between = [size for size in self.diverged if sizes[best - 1] < size < sizes[best + 1]]
             if between:  # the minimum may lie among the sizes that diverged
-                return "diverged", f"the best size is beside {between[0]:.4g}, whose runs diverged", None
+                return "diverged", f"the best size is beside {number(between[0], 4)}, whose runs diverged", None
             return self._narrow(best, noise, window)
         below = best == 0
         beyond = [size for size in self.diverged if (size < sizes[0] if below else size > sizes[-1])]
         if beyond:
             nearest = max(beyond) if below else min(beyond)
-            return "diverged", f"the best size is the last before {nearest:.4g}, whose runs diverged", None
+            return "diverged", f"the best size is the last before {number(nearest, 4)}, whose runs diverged", None
         added = next_size(sizes, below)
         word, end = ("below", "smallest") if below else ("above", "largest")
-        return "edge", f"the best size is the {end}: add one {word} it, such as {added:.4g} parameters", added
+        return "edge", f"the best size is the {end}: add one {word} it, such as {number(added, 4)} parameters", added
 
     def _narrow(self, best: int, noise: float | None, window: float) -> tuple[State, str, float | None]:
         """Return "interior", or "too narrow" where the sizes near the best do not fix a curve."""
@@ -165,14 +166,18 @@ class Profile:
         added = next_size(np.exp(self.log_n[near]), below, least=2.0)
         if span < NARROW:
             told = f"the sizes span a factor {span:.3g} only, a curve needs {NARROW:g}"
-            return "too narrow", f"{told}: add sizes on both sides, such as {added:.4g} parameters", added
+            return "too narrow", f"{told}: add sizes on both sides, such as {number(added, 4)} parameters", added
         weight = np.sqrt(self.points["seeds"].to_numpy(float)[near])
         design = np.stack([x**2, x, np.ones_like(x)], 1) * weight[:, None]
         bend = float(np.linalg.lstsq(design, y * weight, rcond=None)[0][0])
         error = (noise or 0.0) * float(np.sqrt(np.linalg.pinv(design.T @ design)[0, 0]))
         if bend <= BENT * error:
             told = f"the curve bends upward by {bend:.2g} ± {error:.2g}, within {BENT:g} standard errors of a line"
-            return "too narrow", f"{told}: add sizes farther out, such as {added:.4g} parameters, or seeds", added
+            return (
+                "too narrow",
+                f"{told}: add sizes farther out, such as {number(added, 4)} parameters, or seeds",
+                added,
+            )
         return "interior", "", None
 
     def too_deep(self, log_loss: float, noise: float | None, window: float = 4.0) -> bool:

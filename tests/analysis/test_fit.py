@@ -127,7 +127,7 @@ def test_methods_within_the_noise_are_not_distinguishable():
     found = fit(runs.load(both), noise=0.004, bootstrap=200)
     told = [row.distinguishable for row in found.frontier.comparisons]
     assert told.count(False) >= len(told) - 1
-    assert any("full and other are not distinguishable" in note for note in found.notes)
+    assert any("not distinguishable within the noise: full and other" in note for note in found.notes)
 
 
 @pytest.mark.parametrize(

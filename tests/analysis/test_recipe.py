@@ -18,6 +18,7 @@ from embedscale.errors import UserError
 from embedscale.run.cost import cost_of
 from embedscale.run.families import PYTHIA
 from embedscale.run.method import Method
+from embedscale.texts import number
 
 
 def loss_of(method: str, backbone: str, budget: float, rank: int | None = None) -> float:
@@ -67,7 +68,7 @@ def test_the_method_changes_where_the_laws_cross_and_lora_has_its_rank(study):
     assert high.best.tokens == pytest.approx(
         high.best.budget_flop / cost_of(PYTHIA.sizes[high.best.backbone].shape, Method("lora", rank=32)).flop_per_token
     )
-    assert high.extrapolates == [f"budget: 4 times the largest ({BUDGETS[-1]:.3g} FLOP)"]
+    assert high.extrapolates == [f"budget: 4 times the largest ({number(BUDGETS[-1])} FLOP)"]
     few = recipe.recipe(study[0], Limit(flop=BUDGETS[0] / 100))
     assert any(told.startswith("budget: ") and "times below the smallest" in told for told in few.extrapolates)
     assert (
@@ -127,9 +128,7 @@ def test_just_above_a_budget_without_an_optimum_its_best_run_still_counts(tmp_pa
     assert recipe.recipe(fits, Limit(flop=1.2 * BUDGETS[3])).best.basis == "forecast"
 
 
-@pytest.mark.parametrize(
-    "budget, said", [("1e31", "at most 1e\\+30 FLOP"), ("1", "1 FLOP is less than one pair costs")]
-)
+@pytest.mark.parametrize("budget, said", [("1e31", "at most 1e30 FLOP"), ("1", "1 FLOP is less than one pair costs")])
 def test_an_absurd_budget_is_refused(study, budget, said):
     with pytest.raises(UserError, match=f"budget: .*{said}"):
         recipe.recipe(*study[:1], parse_limit(budget), study[1])
@@ -161,7 +160,7 @@ def test_without_a_law_the_recipe_names_the_best_run(tmp_path):
     assert found.best.loss == pytest.approx(here["loss"].min())
     assert found.best.n_parameters == here.loc[here["loss"].idxmin(), "n_parameters"]
     assert any("no optimum" in note for note in found.notes)
-    with pytest.raises(UserError, match="for 1e\\+08 tokens a recipe needs a joint law, which no method"):
+    with pytest.raises(UserError, match="for 1e8 tokens a recipe needs a joint law, which no method"):
         recipe.recipe(recipe.read(tmp_path)[0], Limit(tokens=1e8))
 
 
@@ -195,7 +194,7 @@ def test_the_best_run_has_spent_the_budget(tmp_path):
     (other,) = found.others  # no smaller size was run at this budget
     assert other.choice.backbone == "pythia-160m"
     assert other.lost == pytest.approx(truth["pythia-160m"] / truth["pythia-70m"] - 1)
-    assert any("best run at 1.5e+15 FLOP" in note for note in found.notes)
+    assert any("best run at 1.5e15 FLOP" in note for note in found.notes)
 
 
 def test_a_method_without_a_law_is_compared_only_at_its_budget(tmp_path):
@@ -221,7 +220,7 @@ def test_without_laws_only_methods_with_equal_budgets_are_compared(tmp_path):
     found = recipe.recipe(fits, Limit(flop=2.5e16))
     assert (found.best.method, found.best.basis) == ("full", "best run")
     assert found.best.loss == pytest.approx(min(loss_at(2e16, row) for row in BACKBONES[:3]))
-    assert any("best run at 2e+16 FLOP" in note for note in found.notes)
+    assert any("best run at 2e16 FLOP" in note for note in found.notes)
     assert not [each for each in found.others if each.what == "other"]
 
 
@@ -311,7 +310,7 @@ def test_folders_without_fits_and_fits_of_another_version_are_refused(tmp_path, 
 def test_the_verb_prints_the_recipe_and_how_to_train_it(paper_folder, capsys):
     assert main(["recipe", str(paper_folder), "50", "PFLOP"]) == 0
     printed = capsys.readouterr().out
-    for text in ("recipe for 5e+16 FLOP", "pythia-", "tokens, about", "95 %", "extrapolates:", "instead:", "--recipe"):
+    for text in ("recipe for 5e16 FLOP", "pythia-", "tokens, about", "95 %", "extrapolates:", "instead:", "--recipe"):
         assert text in printed
     assert main(["recipe", str(paper_folder), "5e16", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["best"]["budget_flop"] == 5e16

@@ -2,16 +2,22 @@
 
 import html
 import json
+import math
 import re
 import shutil
 import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import get_args
+from urllib.parse import unquote
 
+import numpy as np
+import pandas as pd
 import pytest
 from sweeps import fitted, miniature, paper_like
 
 from analysis import recipe, report, study
+from analysis.fits import State
 from embedscale.cli import main
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -56,15 +62,18 @@ def test_the_page_needs_no_other_file(page, folder):
     inside = [target for target in links.targets if target[0] == "#"]
     assert inside and all(target[1:] in links.ids for target in inside)
     files = [target for target in links.targets if target[0] != "#"]
-    assert files and all((folder / target).exists() for target in files)
+    assert files and all((folder / unquote(target)).exists() for target in files)
     assert "http" not in re.sub(r"base64,[^\"]*", "", page)
 
 
 def test_the_recipe_comes_first_and_everything_else_follows(page):
-    order = ["What to train for 3e+11 FLOP", "Every budget", 'id="figures"', 'id="laws"', 'id="left-out"', 'id="notes"']
-    places = [page.index(each) for each in [*order, 'id="settings"', 'id="costs"', 'id="checklist"']]
+    order = ["What to train for 3e11 FLOP", "Every budget", 'id="figures"', 'id="laws"', 'id="runs"', 'id="left-out"']
+    places = [
+        page.index(each)
+        for each in [*order, 'id="notes"', 'id="settings"', 'id="costs"', 'id="checklist"', 'id="glossary"']
+    ]
     assert places == sorted(places)
-    for text in ("a miniature: models of 6,592 to 84,912 parameters", "Figures that could not be drawn", "GPU-hours"):
+    for text in ("a miniature: models of 6,592 to 84,912 parameters", "Figures that are not drawn", "device-hours"):
         assert text in page
     checklist = page[page.index('id="checklist"') :]
     assert "abc" in checklist  # the commit that the records name
@@ -74,8 +83,10 @@ def test_numbers_on_the_page_equal_those_of_the_fits(page, paper_folder):
     text = html.unescape(report.page(study.load(paper_folder), [], recipe.read(paper_folder)[1]))
     fits = json.loads((paper_folder / "fits.json").read_text())
     law = fits["methods"]["full"]["power_laws"]["n_opt"]
-    assert f"{law['exponent']:.4g}" in text
-    assert f"{law['exponent_interval'][0]:.3g} … {law['exponent_interval'][1]:.3g}" in text
+    low, high = law["exponent_interval"]
+    decimals = 1 - math.floor(math.log10(high - low))  # the second digit of the interval's width
+    row = [f"{value:.{decimals}f}" for value in (law["exponent"], low, high)]
+    assert "<td>{}</td><td>{} … {}</td>".format(*row) in text
     assert "1 diverged" in text
     assert "miniature" not in text
     assert "not recorded by these runs" in text[text.index('id="checklist"') :]
@@ -86,9 +97,106 @@ def test_texts_of_the_runs_are_never_markup(tmp_path):
     folder = fitted(table, tmp_path)
     assert main(["report", str(folder), "--out", str(tmp_path / "out")]) == 0
     text = (tmp_path / "out" / "report.html").read_text()
-    assert "<script" not in text
+    assert text.count("<script") == 1 and "<script>alert" not in text  # the one that sorts
     assert "&lt;script&gt;" in text
     assert (tmp_path / "out" / "figures" / "isoflop_other_1.png").exists()
+
+
+class Cells(HTMLParser):
+    """The rows of the table of runs, each cell a text and the address that it leads to."""
+
+    def __init__(self, page: str):
+        super().__init__()
+        self.rows, self.inside = [], False
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        values = dict(attrs)
+        self.inside = self.inside or values.get("class") == "sortable"
+        if self.inside and tag == "tr":
+            self.rows.append([])
+        if self.inside and tag in ("td", "th"):
+            self.rows[-1].append(["", ""])
+        if self.inside and tag == "a":
+            self.rows[-1][-1][1] = values["href"]
+
+    def handle_endtag(self, tag):
+        self.inside = self.inside and tag != "table"
+
+    def handle_data(self, data):
+        if self.inside and self.rows and self.rows[-1]:
+            self.rows[-1][-1][0] += data
+
+
+def test_every_run_has_a_row_that_leads_to_its_directory(page, folder):
+    head, *rows = Cells(page).rows
+    names = [text for text, _ in head]
+    records = {path.parent.name: json.loads(path.read_text()) for path in folder.glob("*/record.json")}
+    assert {row[0][0] for row in rows} == set(records)
+    for row in rows:
+        told = dict(zip(names, (text for text, _ in row), strict=True))
+        record = records[told["run"]]
+        assert (folder / unquote(row[0][1])).resolve() == (folder / told["run"]).resolve()
+        for name, key in (("loss (nats)", "loss"), ("recall@1", "recall_at_1"), ("recall@10", "recall_at_10")):
+            assert float(told[name]) == pytest.approx(record[key], rel=1e-4)
+        assert (told["method"], told["backbone"], told["state"]) == (record["method"], record["backbone"], "used")
+
+
+def test_runs_that_are_left_out_are_in_the_table_with_the_reason(paper_folder):
+    found = study.load(paper_folder)
+    rows = Cells(report.page(found, [], recipe.read(paper_folder)[1])).rows
+    assert len(rows) == 1 + len(found.table) + 1
+    assert rows[-1][-1][0] == "left out, diverged"
+    assert not any(address for row in rows for _, address in row)  # a table has no run directories
+
+
+def test_the_recipes_box_says_what_it_rests_on(page):
+    box = html.unescape(re.sub(r"<[^>]*>", " ", page[page.index('id="recipe"') : page.index("Every budget")]))
+    assert re.search(r"rests on\s+\d optim(um|a) between sizes, at 3 budgets; one seed a setting", box)
+    assert re.search(r"chance level\s+4.852 nats: the ln of 128 candidates", box)  # 127 negatives and the positive
+    assert re.search(r"nearest run\s+tiny-\w+_full", box)
+    assert re.search(r"measured there\s+loss [\d.]+, recall@1 0.5, recall@10 0.8", box)
+
+
+def test_the_glossary_has_a_word_for_every_state_and_sign(page):
+    links = Links()
+    links.feed(page)
+    assert {f"word-{state.replace(' ', '-')}" for state in get_args(State)} <= links.ids
+    words = page[page.index('id="glossary"') :]
+    for word in ("N*, D*, L*", "edge", "interior", "chance level", "recall@1", "not fixed", "extrapolates"):
+        assert f">{word}" in words, word
+
+
+def test_many_pairs_that_noise_does_not_separate_are_one_sentence(tmp_path, capsys):
+    table = paper_like(noise=0.02).query("method == 'full'")
+    rng = np.random.default_rng(0)
+    same = [
+        table.assign(method=name, loss=table["loss"] * np.exp(0.02 * rng.standard_normal(len(table))))
+        for name in "abcde"
+    ]
+    folder = fitted(pd.concat(same), tmp_path)
+    found = study.load(folder)
+    alike = [each for each in found.fits.frontier.comparisons if each.distinguishable is False]
+    assert len(alike) > 30
+    text = report.page(found, [], recipe.read(folder)[1])
+    assert text.count("ot distinguishable within the noise: ") == 2  # the note, and the sentence below the table
+    assert sum("distinguishable" in note for note in found.fits.notes) == 1
+
+
+def test_notes_stand_in_order_of_weight(page, folder):
+    notes = study.load(folder).fits.notes
+    places = [next((i for i, note in enumerate(notes) if word in note), None) for word in ("no optimum", "do not fix")]
+    assert None not in places and places == sorted(places)
+    assert not any("needs at least" in note for note in notes[: places[0]])
+
+
+def test_the_terminal_tells_in_one_sentence_what_is_not_drawn(paper_folder, tmp_path, capsys):
+    assert main(["report", str(paper_folder), "--out", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    (line,) = [line for line in out.splitlines() if "not drawn" in line]
+    assert re.search(r"not drawn, because .*: \d+ figures; report.html says what each needs", line)
+    text = (tmp_path / "report.html").read_text()
+    assert "because no run has scores" in text[text.index("Figures that are not drawn") :]
 
 
 def test_bad_words_are_refused_in_one_line(paper_folder, tmp_path, capsys):
@@ -121,16 +229,25 @@ window.onload = () => {
   const images = [...page.images], recipe = page.getElementById("recipe").getBoundingClientRect();
   const beyond = [...page.body.querySelectorAll("*")].filter(e => !e.closest(".wide")
     && e.getBoundingClientRect().right > root.clientWidth + 1).map(e => e.tagName + ": " + e.textContent.slice(0, 40));
+  const table = page.querySelector("table.sortable"), heads = [...table.querySelectorAll("th button")];
+  const sorted = (name, clicks) => {
+    const column = heads.findIndex(head => head.textContent === name);
+    for (let i = 0; i < clicks; i++) heads[column].click();
+    return [...table.tBodies[0].rows].map(row => row.cells[column].textContent);
+  };
+  const rising = sorted("loss (nats)", 1), falling = sorted("loss (nats)", 1), texts = sorted("method", 1);
   document.title = JSON.stringify({width: root.clientWidth, scroll: root.scrollWidth, beyond, images: images.length,
     broken: images.filter(i => !i.complete || !i.naturalWidth).length, top: recipe.top, height: recipe.height,
-    text: parseFloat(getComputedStyle(page.body).fontSize), figure: page.images[0].getBoundingClientRect().top});
+    text: parseFloat(getComputedStyle(page.body).fontSize), figure: page.images[0].getBoundingClientRect().top,
+    paper: getComputedStyle(page.body).backgroundColor, ink: getComputedStyle(page.body).color,
+    rising, falling, texts});
 };
 </script>"""
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium here: apt-get install chromium")
-@pytest.mark.parametrize(("width", "height"), [(1280, 900), (390, 844)])
-def test_a_browser_shows_it_whole_at_desk_and_phone_width(page, tmp_path, width, height):
+@pytest.mark.parametrize(("width", "height", "dark"), [(1280, 900, False), (390, 844, True)])
+def test_a_browser_shows_it_whole_at_desk_and_phone_width(page, tmp_path, width, height, dark):
     # In a frame, because a browser window cannot be as narrow as a phone.
     file = tmp_path / "frame.html"
     file.write_text(MEASURE % (width, height, html.escape(page)))
@@ -138,6 +255,7 @@ def test_a_browser_shows_it_whole_at_desk_and_phone_width(page, tmp_path, width,
         [
             *(CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"),
             *("--hide-scrollbars", f"--window-size={width},{height}", "--virtual-time-budget=5000"),
+            *(["--blink-settings=preferredColorScheme=0"] if dark else []),
             *("--dump-dom", file.as_uri()),
         ],
         capture_output=True,
@@ -153,3 +271,8 @@ def test_a_browser_shows_it_whole_at_desk_and_phone_width(page, tmp_path, width,
     assert 0 < seen["top"] < height / 2 and seen["top"] < seen["figure"]
     assert seen["height"] > 200
     assert seen["text"] >= 15
+    paper, ink = (sum(map(int, re.findall(r"\d+", seen[key])[:3])) for key in ("paper", "ink"))
+    assert (paper < ink) == dark and abs(paper - ink) > 400
+    losses = list(map(float, seen["rising"]))
+    assert losses == sorted(losses) and list(map(float, seen["falling"])) == losses[::-1]
+    assert seen["texts"] == sorted(seen["texts"])
