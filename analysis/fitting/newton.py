@@ -21,6 +21,8 @@ LIMIT = 1e-7  # of the largest scale: a coordinate below it has run to its limit
 EXACT = 1e-7  # rms residual below which a fit is as good as exact, so that rounding decides its gradient
 ITERATIONS = 500  # of the last stage; a flat valley between kinks of Huber's ρ takes many
 RADIUS = 0.3  # of the first step, in internal coordinates; renewed every 40 steps
+SHAKEN = 24  # starts of a fit at least squares with random weights
+SHAKEN_REFIT = 2  # of a refit
 SAME = 1e-4  # relative difference of objectives up to which two least squares are the same
 BLOCK = 128  # rows that are solved together, at least
 NUMBERS = 30_000  # points of all rows that are solved together, so that their arrays fit into the cache
@@ -74,6 +76,9 @@ class Solution:
 
     def take(self, rows: NDArray[np.int_] | NDArray[np.bool_]) -> "Solution":
         return Solution(self.theta[rows], self.objective[rows], self.gradient[rows], self.iterations[rows])
+
+    def join(self, other: "Solution") -> "Solution":
+        return Solution(*(np.concatenate([each, getattr(other, name)]) for name, each in vars(self).items()))
 
     @property
     def converged(self) -> NDArray[np.bool_]:
@@ -222,6 +227,12 @@ class Problem:
         """Minimise the squares: far from the minimum, nearly all points lie on the straight part of Huber's ρ."""
         return self._run(None, found, rows, 60, 1e-4)
 
+    def shaken(self, theta: Array, rows: NDArray[np.int_]) -> Solution:
+        """Return the least squares of each row with random weights: starts in other basins of Huber's ρ."""
+        shares = np.random.default_rng(0).exponential(size=(len(rows), self.target.shape[1]))
+        task, weights = replace(self.task, delta=None), self.weights[rows] * shares
+        return began(_newton(task, began(theta), self.target[rows], weights, 60, 1e-4).theta)
+
     def staged(self, found: Solution, rows: NDArray[np.int_]) -> Solution:
         """Minimise from the least squares of each row."""
         for delta in (each for each in STAGES if self.last and each > 1.5 * self.last):
@@ -247,8 +258,9 @@ def minimise(
 ) -> tuple[Solution, NDArray[np.int_]]:
     """Minimise the objective of the residuals at `loss` [points] from the rows of `theta` [b, p].
 
-    Rows with the same least squares go on as one, and only the `most` lowest of these. Return where they end, and how
-    many rows each of them stands for.
+    Rows with the same least squares go on as one, and only the `most` lowest of these. Huber's ρ has more basins than
+    the squares, so `SHAKEN` further rows begin at least squares with random weights. Return where all of these end, and
+    how many rows each of them stands for.
     """
     problem, rows = Problem(law, data, loss[None], weights[None], residual, delta), np.zeros(len(theta), int)
     found = problem.squares(began(theta), rows)
@@ -256,12 +268,19 @@ def minimise(
     value = found.objective[order]
     first = np.flatnonzero(np.append(True, ~(value[1:] <= value[:-1] * (1 + SAME))))
     count = np.diff(np.append(first, len(order)))
-    found = found.take(order[first[:most]])
-    return problem.staged(found, rows[: len(found.theta)]), count[:most]
+    found, count = found.take(order[first[:most]]), count[:most]
+    if problem.last is not None:
+        found = found.join(problem.shaken(np.tile(found.theta[0], (SHAKEN, 1)), rows[:SHAKEN]))
+        count = np.append(count, np.ones(SHAKEN, int))
+    return problem.staged(found, np.zeros(len(count), int)), count
 
 
 def lowest_of_many(problem: Problem, theta: Array, rows: NDArray[np.int_]) -> Solution:
-    """Return the lowest end for each of `rows` of a problem, from every start `theta` [starts, p]."""
+    """Return the lowest end for each of `rows` of a problem, from every start `theta` [starts, p].
+
+    The first start is the fit of the same points with other weights or losses: with Huber's ρ it is also a start
+    without a homotopy, and the place from which weights are shaken.
+    """
     count, starts = len(rows), len(theta)
     owner = np.repeat(np.arange(count), starts)
     found = problem.squares(began(np.tile(theta, (count, 1))), rows[owner])
@@ -270,6 +289,13 @@ def lowest_of_many(problem: Problem, theta: Array, rows: NDArray[np.int_]) -> So
     found, value = found.take(order), found.objective[order]
     same = np.append(False, (owner[1:] == owner[:-1]) & (value[1:] <= value[:-1] * (1 + SAME)))
     found, owner = found.take(~same), owner[~same]
+    if problem.last is not None:
+        more = np.repeat(np.arange(count), SHAKEN_REFIT)
+        found = found.join(problem.shaken(np.tile(theta[0], (len(more), 1)), rows[more]))
+        owner = np.append(owner, more)
     found = problem.staged(found, rows[owner])
+    if problem.last is not None:
+        found = found.join(problem.directly(began(np.tile(theta[0], (count, 1))), rows))
+        owner = np.append(owner, np.arange(count))
     order = np.lexsort((found.objective, owner))
     return found.take(order[np.unique(owner[order], return_index=True)[1]])
