@@ -37,14 +37,14 @@ def _forward_of(module: Any) -> Any:
         with torch.autocast(kind, enabled=False):
             bias = None if base.bias is None else base.bias.to(dtype)
             weights = (each.weight.to(dtype) for each in (base, a, b))
-            found: Tensor = _Adapted.apply(x.to(dtype), bias, *weights, scaling)
-        return found
+            found: Tensor = _Adapted.apply(x.flatten(0, -2).to(dtype), bias, *weights, scaling)
+        return found if x.dim() == 2 else found.unflatten(0, x.shape[:-1])
 
     return forward
 
 
 class _Adapted(torch.autograd.Function):
-    """x Wᵀ + bias + scaling (x Aᵀ) Bᵀ, for x […, inputs], W [outputs, inputs], A [rank, inputs] and B [outputs, rank].
+    """x Wᵀ + bias + scaling (x Aᵀ) Bᵀ, for x [T, inputs], W [outputs, inputs], A [rank, inputs] and B [outputs, rank].
 
     W and its bias are frozen.
     """
@@ -53,19 +53,15 @@ class _Adapted(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, bias: Tensor | None, weight: Tensor, a: Tensor, b: Tensor, scaling: float
     ) -> Tensor:
-        rows = x.flatten(0, -2)  # [T, inputs]
-        inner = rows @ a.T  # [T, rank]
-        found = functional.linear(rows, weight, bias).addmm_(inner, b.T, alpha=scaling)
-        ctx.save_for_backward(rows, weight, a, b, inner)
-        ctx.scaling, ctx.shape = scaling, x.shape
-        return found.unflatten(0, x.shape[:-1])
+        inner = x @ a.T  # [T, rank]
+        ctx.save_for_backward(x, weight, a, b, inner)
+        ctx.scaling = scaling
+        return functional.linear(x, weight, bias).addmm_(inner, b.T, alpha=scaling)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        rows, weight, a, b, inner = ctx.saved_tensors
-        above = gradients[0].flatten(0, -2)  # [T, outputs]
+        x, weight, a, b, inner = ctx.saved_tensors
+        (above,) = gradients  # [T, outputs]
         of_inner = (above @ b).mul_(ctx.scaling)  # [T, rank]
-        below = None
-        if ctx.needs_input_grad[0]:
-            below = (above @ weight).addmm_(of_inner, a).view(ctx.shape)
-        return below, None, None, of_inner.T @ rows, (above.T @ inner).mul_(ctx.scaling), None
+        below = (above @ weight).addmm_(of_inner, a) if ctx.needs_input_grad[0] else None
+        return below, None, None, of_inner.T @ x, (above.T @ inner).mul_(ctx.scaling), None

@@ -74,13 +74,21 @@ def packed_attention(
         raise UserError(
             f"backbone.name: {type(module).__name__} attends with {', '.join(asked)}; expected plain causal attention"
         )
-    # Under autocast the rotated queries and keys are float32 and the values bf16; the kernel needs one dtype.
-    query, key = query.to(value.dtype), key.to(value.dtype)
     # [1, heads, T, size] → [T, heads, size]. Not x[0]: its backward pass fills a buffer with zeros and copies into it.
     query, key, value = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
+    return attend(query, key, value, packing, scaling, dropout)[None], None
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, packing: Any, scaling: float, dropout: float = 0.0) -> Tensor:
+    """Return causal attention inside each sequence, [T, heads, size].
+
+    `query`, `key` and `value` are [T, heads, size]; the latter two may have fewer heads.
+    """
+    # Under autocast the rotated queries and keys are float32 and the values bf16; the kernel needs one dtype.
+    query, key = query.to(value.dtype), key.to(value.dtype)
     if _has_kernel(query, packing) and not dropout:
-        return variable_length(query, key, value, packing, scaling)[None], None
-    return _run_by_run(query, key, value, packing.runs, scaling, dropout)[None], None
+        return variable_length(query, key, value, packing, scaling)
+    return _run_by_run(query, key, value, packing.runs, scaling, dropout)
 
 
 @torch.compiler.disable  # otherwise it would be compiled again for the lengths of every batch

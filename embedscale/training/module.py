@@ -20,6 +20,7 @@ from embedscale.model.encoder import Encoder
 from embedscale.model.hardware import give_back_freed_memory, memory_in_use, training_device, usable_memory
 from embedscale.model.methods import apply_method
 from embedscale.model.parallel import GradientSums, rank, shard_like, whole, world_size
+from embedscale.model.rotation import turn_in_place
 from embedscale.run.config import RunConfig
 from embedscale.run.cost import Cost, cost_of
 from embedscale.training.batches import Batch
@@ -240,8 +241,9 @@ def assemble(body: nn.Module, config: RunConfig, plan: TrainingPlan) -> Contrast
     cost = cost_of(shape_of(body, config.backbone.name), config.method, checkpointing)
     torch.manual_seed(config.training.seed)
     trainable = apply_method(body, config.method)
-    if training_device().type == "cuda":
+    if training_device().type == "cuda" and not config.resources.compile:  # torch.compile merges operations by itself
         add_in_place(body)
+        turn_in_place(body)
     outside = {id(p) for p in body.get_input_embeddings().parameters()}  # type: ignore[operator]
     updated = sum(p.numel() for p in body.parameters() if p.requires_grad and id(p) not in outside)
     if updated != cost.n_updated:

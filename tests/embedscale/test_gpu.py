@@ -67,6 +67,10 @@ def test_lora_copies_no_layers_input_to_float32(rows):
     assert lora[0] <= full[0] + 2 * adapters
 
 
+def test_a_step_of_14m_launches_fewer_than_500_kernels(rows):
+    assert row(rows, "full", BF16)["kernels"] < 500
+
+
 def test_chunks_are_encoded_twice_and_checkpointed_ones_three_times(rows):
     for found, forwards in (
         (row(rows, "full", BF16, chunk=4000), 2),

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 START_SECONDS = 90.0  # for a worker's imports
-REHEARSAL = 6  # times the seconds, on a CPU
+REHEARSAL = 20  # times the seconds, on a CPU
 LEAST_SECONDS = 5.0  # with less time left, a part is not begun
 
 

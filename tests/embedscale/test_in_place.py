@@ -1,0 +1,53 @@
+"""What changes tensors in place on a GPU computes what PEFT and transformers do, forward and backward."""
+
+import pytest
+import torch
+from steps import METHODS, assert_same_gradients, batch_of, gradients, module_for
+
+from embedscale.model.adapters import add_in_place
+from embedscale.model.body import PlainBody
+from embedscale.model.rotation import turn_in_place
+from embedscale.run.method import Method
+
+LORA = Method("lora", rank=4, alpha=8)
+
+
+def step(folder, method, *changes, **settings):
+    """Return embeddings and gradients of one chunk."""
+    module = module_for(folder, method, **settings)
+    for change in changes:
+        change(module.encoder.body)
+    body, (chunk,) = PlainBody(module.encoder), batch_of().chunks
+    torch.manual_seed(3)
+    embeddings = body.encode(chunk, graph=True)
+    body.backward(chunk, torch.linspace(-1, 1, embeddings.numel()).view_as(embeddings))
+    return embeddings, gradients(module)
+
+
+@pytest.mark.parametrize("changes", [(add_in_place,), (turn_in_place,), (add_in_place, turn_in_place)])
+@pytest.mark.parametrize(
+    "method", [LORA, Method("lora", rank=4, embedding=True), Method("full"), Method("freeze", active_fraction=0.5)]
+)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_embeddings_and_gradients_are_those_of_the_libraries(backbone_folder, method, changes, checkpointing):
+    embeddings, expected = step(backbone_folder, method)
+    found, own = step(backbone_folder, method, *changes, checkpointing=checkpointing)
+    torch.testing.assert_close(found, embeddings, atol=1e-6, rtol=0)
+    assert_same_gradients(own, expected)
+
+
+@pytest.mark.parametrize("method", [LORA, Method("full")])
+def test_in_bf16_they_are_as_near_to_float32(backbone_folder, method):
+    truth, expected = step(backbone_folder, method)
+    theirs, _ = step(backbone_folder, method, precision="bf16")
+    ours, found = step(backbone_folder, method, add_in_place, turn_in_place, precision="bf16")
+    assert (ours - truth).norm() <= 1.1 * (theirs - truth).norm()
+    whole = torch.cat([gradient.flatten() for gradient in expected.values()]).norm()
+    for key, gradient in expected.items():
+        assert (found[key] - gradient).norm() <= 0.1 * gradient.norm() + 1e-3 * whole, key
+
+
+def test_adapters_with_dropout_stay(backbone_folder):
+    _, expected = step(backbone_folder, METHODS["lora"])
+    _, found = step(backbone_folder, METHODS["lora"], add_in_place)
+    assert all(torch.equal(gradient, found[key]) for key, gradient in expected.items())
