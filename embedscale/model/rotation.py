@@ -67,5 +67,5 @@ def _turn(states: Tensor, cos: Tensor, sin: Tensor, size: int, way: int) -> None
     first, second = parts[..., :half], parts[..., half : 2 * half]
     real, imaginary = (x[:, None, None, :half] for x in (cos, sin))  # float32, in which all is computed
     found = torch.addcmul(first * real, second, imaginary, value=-way)
-    second.copy_(torch.addcmul(second * real, first, imaginary, value=way))
+    torch.addcmul(second * real, first, imaginary, value=way, out=second)
     first.copy_(found)
