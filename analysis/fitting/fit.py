@@ -188,8 +188,9 @@ def _fit_method(
     rows: list[Optimum] = []
     draws: dict[float, OptimumDraws] = {}
     law = joint_laws.size_fit(joint)
+    doubt = rng.standard_normal(settings.bootstrap)  # one for all budgets, whose biases are alike
     for profile in profiles:
-        row, drawn = _optimum(profile, law, refits[law.law.name] if law else None, settings, known, spread, rng)
+        row, drawn = _optimum(profile, law, refits[law.law.name] if law else None, settings, known, spread, doubt, rng)
         rows.append(row)
         if drawn is not None:
             draws[profile.budget] = drawn
@@ -215,6 +216,7 @@ def _optimum(
     settings: FitSettings,
     known: Noise,
     spread: Array | None,
+    doubt: Array,
     rng: np.random.Generator,
 ) -> tuple[Optimum, OptimumDraws | None]:
     """Return the optimum of a profile, with the draws behind its intervals where it is interior."""
@@ -251,6 +253,8 @@ def _optimum(
         drawn = OptimumDraws(*optima.law_optimum(law.law, refits, profile.points, profile.budget))
     elif state == "interior" and spread is not None:
         drawn = uncertainty.optimum_draws(profile, settings.optimum, window, spread, settings.bootstrap, rng)
+        if law is not None:
+            drawn = uncertainty.with_bias(drawn, profile, law, settings.optimum, window, doubt)
     ends: dict[str, Interval | None] = {
         f"{name}_interval": interval(np.exp(getattr(drawn, draws)), settings.confidence) if drawn else None
         for name, draws in QUANTITIES.items()

@@ -31,7 +31,7 @@ def notes_of(settings: FitSettings, noise: Noise, methods: Mapping[str, MethodFi
         notes += [
             (DOUBT, told) for law in LAWS if law in method.joint_laws for told in _law(settings, name, method, law)
         ]
-        notes += [(BIAS, told) for told in _parabola_bias(name, method)]
+        notes += [(BIAS, told) for told in _disagreement(name, method)]
     if noise.source == "none":
         told = "noise: it follows neither from replicates nor from residuals, so optima have no intervals; "
         notes.append((MISSING, told + "give it by --noise"))
@@ -122,7 +122,7 @@ def _selection(noise: Noise, methods: Mapping[str, MethodFit]) -> list[str]:
     ]
 
 
-def _parabola_bias(name: str, method: MethodFit) -> list[str]:
+def _disagreement(name: str, method: MethodFit) -> list[str]:
     """Return a note where the exponent of the joint law's optima lies outside the interval of the power law."""
     line, interior = method.power_laws.n_opt, method.interior
     if line is None or line.exponent_interval is None or not all(row.law for row in interior):
@@ -133,5 +133,5 @@ def _parabola_bias(name: str, method: MethodFit) -> list[str]:
         return []
     return [
         f"{name}: N* grows as C^{line.exponent:.3f} by the optima, as C^{by_law:.3f} by the joint law, "
-        "outside the interval: a wide or off-centre grid biases parabolas"
+        "outside the interval: the joint law does not follow these runs near their best sizes"
     ]

@@ -94,6 +94,15 @@ def akima(log_n: Array, log_loss: Array) -> tuple[Array, Array]:
     return np.where(inside, grid[best], np.nan), np.where(inside, lowest, np.nan)
 
 
+def estimate(estimator: str, log_n: Array, log_loss: Array, window: float) -> tuple[Array, Array]:
+    """Return ln N and ln L [draws] of the optima by "parabola", "akima" or "best-run"; NaN where there is none."""
+    if estimator == "akima":
+        return akima(log_n, log_loss)
+    if estimator == "best-run":
+        return lowest_run(log_n, log_loss)
+    return parabola(log_n, log_loss, window)[:2]
+
+
 def law_optimum(law: Law, values: Array, points: pd.DataFrame, budget_flop: float) -> tuple[Array, Array, Array]:
     """Return ln N*, ln D* and ln L* [draws] of a joint law's coefficients [draws, p] or [p] at a budget.
 

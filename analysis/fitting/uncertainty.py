@@ -7,7 +7,8 @@ The noise is what moves a run's loss off the curve of its profile (`noise_of`). 
 in the seed alone, while sizes also differ in how well they were tuned. Residuals of the profiles tell all, and a little
 more, because no curve fits exactly. So both are pooled, unless the residuals are larger than the replicates allow; then
 the residuals stand alone. Each draw has a noise of its own, so that few degrees of freedom widen the intervals, as in
-Student's t. All intervals are percentile intervals.
+Student's t. An estimator is biased where the grid is wide or off-centre. The joint law's own curve at the same sizes
+tells how much, and the intervals allow for it (`with_bias`). All intervals are percentile intervals.
 """
 
 import math
@@ -22,7 +23,7 @@ from numpy.typing import NDArray
 from analysis.fits import HoldOut, Noise
 from analysis.fitting.grouping import Losses
 from analysis.fitting.laws import Array, interval, power_law
-from analysis.fitting.optima import Profile, akima, lowest_run, near_best, parabola
+from analysis.fitting.optima import Profile, estimate, law_optimum, near_best
 from analysis.fitting.solver import JointFit
 
 __all__ = ["OptimumDraws", "interval", "optimum_draws", "resampled"]
@@ -157,13 +158,25 @@ def optimum_draws(
     """Return `count` optima of a profile by an estimator, with noise of `noise` [draws] / √seeds added to ln L."""
     scale = np.broadcast_to(noise, count)[:, None] / np.sqrt(profile.points["seeds"].to_numpy(float))
     drawn = profile.log_loss + scale * rng.standard_normal(scale.shape)
-    if estimator == "akima":
-        log_n, log_loss = akima(profile.log_n, drawn)
-    elif estimator == "best-run":
-        log_n, log_loss = lowest_run(profile.log_n, drawn)
-    else:
-        log_n, log_loss, _ = parabola(profile.log_n, drawn, window)
+    log_n, log_loss = estimate(estimator, profile.log_n, drawn, window)
     return OptimumDraws(log_n, np.log(profile.tokens_at(log_n)), log_loss)
+
+
+def with_bias(
+    draws: OptimumDraws, profile: Profile, law: JointFit, estimator: str, window: float, doubt: Array
+) -> OptimumDraws:
+    """Return draws that allow for the bias of an estimator, × `doubt` [draws] of a standard normal distribution.
+
+    The bias is how far the estimator lies from the optimum of the joint law's own losses at the profile's sizes.
+    """
+    curve = np.log(law.predict(np.exp(profile.log_n), profile.tokens_at(profile.log_n))).reshape(1, -1)
+    found = estimate(estimator, profile.log_n, curve, window)
+    true = law_optimum(law.law, law.values, profile.points, profile.budget)
+    by_size, by_loss = float(found[0][0] - true[0][0]), float(found[1][0] - true[2][0])
+    if not (math.isfinite(by_size) and math.isfinite(by_loss)):
+        return draws
+    log_n = draws.log_n + by_size * doubt
+    return OptimumDraws(log_n, np.log(profile.tokens_at(log_n)), draws.log_loss + by_loss * doubt)
 
 
 def floored_spread(draws: Array, floor: Array) -> Array:

@@ -4,7 +4,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from analysis import runs
 from analysis.fitting import uncertainty
+from analysis.fitting.fit import fit
 from analysis.fitting.laws import CHINCHILLA, TRAINABLE_FRACTION
 from analysis.fitting.optima import Profile
 from analysis.fitting.solver import fit_joint
@@ -122,3 +124,22 @@ def test_crossings_are_where_lines_meet():
 def test_the_spread_of_a_budget_has_a_minimum_and_grows_with_missing_draws():
     draws = np.array([[1.0, 3.0, np.nan, np.nan], [5.0, 5.0, 5.0, 5.0], [1.0, 1.0, 3.0, 3.0]])
     assert uncertainty.floored_spread(draws, np.full(3, 0.1)) == pytest.approx([2.0, 0.1, 1.0])
+
+
+def test_intervals_of_optima_hold_the_truth_on_a_wide_grid():
+    """Parabolas through sizes a factor 4.5 apart are biased by more than their noise; the intervals allow for it."""
+    rows, held = [], []
+    sizes = 1.2e6 * 4.5 ** np.arange(6)
+    for budget in 1.5e15 * 4.0 ** np.arange(5):
+        best = (0.45 / 0.35) ** (1 / 0.8) * (budget / 6) ** (0.35 / 0.8)
+        loss = CHINCHILLA.predict(np.array([0.3, 900, 900, 0.45, 0.35]), sizes, budget / 6 / sizes)
+        columns = {"budget_flop": budget, "n_parameters": sizes, "tokens": budget / 6 / sizes, "loss": loss}
+        rows.append(pd.DataFrame(columns).assign(best=best))
+    table = pd.concat(rows, ignore_index=True)
+    for seed in range(6):
+        noise = 0.002 * np.random.default_rng(seed).standard_normal(len(table))
+        found = fit(runs.load(table.drop(columns="best").assign(loss=table["loss"] * np.exp(noise))), bootstrap=200)
+        for row in found.methods["full"].interior:
+            truth = table["best"][np.isclose(table["budget_flop"], row.budget_flop)].iloc[0]
+            held.append(row.n_opt_interval[0] <= truth <= row.n_opt_interval[1])
+    assert len(held) >= 20 and np.mean(held) >= 0.85
