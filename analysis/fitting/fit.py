@@ -237,9 +237,12 @@ def _optimum(
     chosen = found[settings.optimum]
     if state == "interior" and chosen is None:
         # The best size has neighbours on both sides, and still the minimum of the estimator is at an end.
-        state, why = "edge", f"the {settings.optimum} has no minimum within the sizes"
         below = bool(profile.log_loss[0] < profile.log_loss[-1])
         add_size = optima.next_size(profile.points["n_parameters"].to_numpy(float), below)
+        state, why = (
+            "edge",
+            f"the {settings.optimum} has no minimum within the sizes: add one, such as {number(add_size, 4)}",
+        )
     elif state == "interior" and chosen and profile.too_deep(math.log(chosen.loss), noise, window):
         lost = 1 - chosen.loss / profile.points["loss"].min()
         state, add_size = "below all runs", chosen.n_opt

@@ -33,6 +33,7 @@ AKIMA_STEPS = 25  # grid points for each interval between sizes, as in Porian et
 LAW_STEPS = 801  # grid points between the smallest and the largest size
 NARROW = 1.5  # factor between the smallest and the largest size of a curve
 BENT = 2.0  # standard errors of the curvature
+STABLER = "a lower learning rate, or add sizes"
 SIGMAS = 3.0  # standard deviations of ln L of one run
 # A parabola through three evenly spaced runs dips below the best by at most a quarter of the depth of their valley.
 DEPTH, RISE = 0.5, 0.05
@@ -149,19 +150,22 @@ class Profile:
         sizes = self.points["n_parameters"].to_numpy(float)
         if len(sizes) < 3:
             if len(sizes) + len(self.diverged) >= 3:
-                return "diverged", f"{len(self.diverged)} of {len(sizes) + len(self.diverged)} sizes diverged", None
-            return "too few", f"{len(sizes)} sizes, a minimum needs at least 3", None
+                every = len(sizes) + len(self.diverged)
+                return "diverged", f"{len(self.diverged)} of {every} sizes diverged: run them with {STABLER}", None
+            return "too few", f"{len(sizes)} sizes, a minimum needs at least 3: add sizes", None
         best = int(self.log_loss.argmin())
         if 0 < best < len(sizes) - 1:
             between = [size for size in self.diverged if sizes[best - 1] < size < sizes[best + 1]]
             if between:  # the minimum may lie among the sizes that diverged
-                return "diverged", f"the best size is beside {number(between[0], 4)}, whose runs diverged", None
+                told = f"the best size is beside {number(between[0], 4)}, whose runs diverged"
+                return "diverged", f"{told}: run them with {STABLER}", None
             return self._narrow(best, noise, window)
         below = best == 0
         beyond = [size for size in self.diverged if (size < sizes[0] if below else size > sizes[-1])]
         if beyond:
             nearest = max(beyond) if below else min(beyond)
-            return "diverged", f"the best size is the last before {number(nearest, 4)}, whose runs diverged", None
+            told = f"the best size is the last before {number(nearest, 4)}, whose runs diverged"
+            return "diverged", f"{told}: run them with {STABLER}", None
         added = next_size(sizes, below)
         word, end = ("below", "smallest") if below else ("above", "largest")
         return "edge", f"the best size is the {end}: add one {word} it, such as {number(added, 4)} parameters", added
