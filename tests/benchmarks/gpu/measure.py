@@ -48,7 +48,9 @@ def ratio(size: str, batch: int, setting: Setting) -> Iterator[Row]:
 def paper(setting: Setting) -> Iterator[Row]:
     """What the paper's grid would cost at the measured speeds."""
     cluster = setting.folder / "cluster.yaml"
-    cluster.write_text(f"device: this GPU\ncalibration: {setting.folder / 'calibration.json'}\n")
+    cluster.write_text(
+        f"device: H100\npeak_flop_per_second: 989e12\ncalibration: {setting.folder / 'calibration.json'}\n"
+    )
     words = ["-m", "embedscale.cli", "sweep", "plan", "configs/sweep/paper.yaml", f"cluster={cluster}"]
     root = BENCHMARKS.parents[1]
     done = subprocess.run([sys.executable, *words], stdout=subprocess.PIPE, text=True, cwd=root)

@@ -86,7 +86,7 @@ def run(title: str, parts: Sequence[Part], setting: Setting, seconds: float, onl
                 ends.append((part.name, "not begun", 0.0, 0))
                 continue
             if worker is None or not worker.alive:
-                worker = Worker(setting, min(START_SECONDS, left))
+                worker = Worker(setting, min(START_SECONDS * setting.pick(1, REHEARSAL), left))
             left = seconds - (time.monotonic() - begun)
             started, rows, error = time.monotonic(), 0, worker.error
             most = min(part.seconds * setting.pick(1, REHEARSAL), left)
