@@ -19,7 +19,10 @@ def step(folder, method, *changes, **settings):
         change(module.encoder.body)
     body, (chunk,) = PlainBody(module.encoder), batch_of().chunks
     torch.manual_seed(3)
+    without = body.encode(chunk, graph=False)
+    torch.manual_seed(3)
     embeddings = body.encode(chunk, graph=True)
+    assert torch.equal(without, embeddings)
     body.backward(chunk, torch.linspace(-1, 1, embeddings.numel()).view_as(embeddings))
     return embeddings, gradients(module)
 
