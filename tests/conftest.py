@@ -35,6 +35,8 @@ LONG = [
     "status",
     "prefetch",
     "prepare_interrupted",
+    "end_of_run",
+    "damage",
     "report",
     "docs",
     "gradcache",
