@@ -54,6 +54,8 @@ SETTINGS: dict[str, Any] = {
     "legend.fontsize": 7,
     "legend.title_fontsize": 7,
     "legend.frameon": False,
+    "legend.handlelength": 1.7,
+    "legend.columnspacing": 1.3,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.linewidth": 0.6,

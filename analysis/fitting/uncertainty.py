@@ -48,8 +48,10 @@ def resampled(fit: JointFit, losses: list[Array], count: int, rng: np.random.Gen
                 drawn[:, i] = each.mean() + (means - each.mean()) * np.sqrt(r / (r - 1))
     # A fit of p coefficients leaves a variance that is too small by (points − p) / points, and so do its refits.
     widening = np.sqrt(points / (points - len(fit.theta)))
-    theta = fit.law.internal(fit.refit(weights=weights, loss=drawn), fit.data)
-    return fit.law.published(fit.theta + widening * (theta - fit.theta), fit.data)
+    # Runs that fix nothing can send a coefficient of a draw out of a float's range: to infinity, or to 0.
+    with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
+        theta = fit.law.internal(fit.refit(weights=weights, loss=drawn), fit.data)
+        return fit.law.published(fit.theta + widening * (theta - fit.theta), fit.data)
 
 
 # --- Noise -----------------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """The notes of a fit: biased parabolas, the selection bias of many settings, and the low losses of akima."""
 
 import re
+import warnings
 
 import numpy as np
 import pandas as pd
@@ -113,3 +114,24 @@ def test_the_low_losses_of_akima_are_noted():
     for kind in held:
         notes = fit(table, optimum=kind, bootstrap=100).notes
         assert any(note.startswith("akima: ") for note in notes) == (kind == "akima")
+
+
+@pytest.mark.parametrize("kind", ["constant", "tiny", "noise", "steep", "falling", "narrow"])
+def test_no_warning_of_a_library_reaches_the_terminal(kind):
+    rng = np.random.default_rng(0)
+    rows = []
+    for budget in 1e15 * 4.0 ** np.arange(3):
+        for size in 1e6 * (1.001 if kind == "narrow" else 3.0) ** np.arange(4):
+            losses = {
+                "constant": 2.0,
+                "tiny": 1e-9 * (1 + rng.random()),
+                "noise": 0.1 + rng.random(),
+                "steep": (1e7 / size) ** 9 + 1e-12,
+                "falling": 1 + 1 / size,
+                "narrow": 1 + rng.random(),
+            }
+            row = {"n_parameters": size, "tokens": budget / 6 / size, "budget_flop": budget, "loss": losses[kind]}
+            rows.append(row)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fit(runs.load(pd.DataFrame(rows)), bootstrap=100)

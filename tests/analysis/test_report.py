@@ -75,6 +75,8 @@ def test_the_recipe_comes_first_and_everything_else_follows(page):
     assert places == sorted(places)
     for text in ("a miniature: models of 6,592 to 84,912 parameters", "Figures that are not drawn", "device-hours"):
         assert text in page
+    # One notation of budgets, 3e11, except in the names of these runs.
+    assert "e+" not in re.sub(r'base64,[^"]*|tiny-[^<" ]*', "", page)
     checklist = page[page.index('id="checklist"') :]
     assert "abc" in checklist  # the commit that the records name
 
