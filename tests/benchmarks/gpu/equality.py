@@ -3,6 +3,7 @@
 The truth is plain: softmax written out in float64, and the plain body in float32 on the CPU.
 """
 
+import gc
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -120,6 +121,9 @@ def _attention_in_float64(inputs: list[torch.Tensor], lengths: list[int], scalin
 
 def a_module(size: str, method: str, *words: str) -> Contrastive:
     """Return a module with the same weights each time, on the CPU; adapters are not zero."""
+    gc.collect()  # the module before, whose layers hold themselves
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
     torch.manual_seed(0)
     config = config_of(load(None, ["training.learning_rate=1e-4", *words]), size, method)
     module = module_of(build(size), config)
@@ -149,7 +153,9 @@ def gradients(module: Contrastive, batch: Batch, device: torch.device) -> tuple[
 
 
 def on_the_cpu(module: Contrastive, batch: Batch) -> tuple[float, dict[str, torch.Tensor]]:
-    """Return loss and gradients of the plain body in float32 on the CPU."""
+    """Return loss and gradients of the plain body in float32 on the CPU, with the layers of transformers and PEFT."""
+    for layer in module.encoder.body.modules():
+        vars(layer).pop("forward", None)  # what a GPU has in their place
     order = batch.order
     place = torch.empty_like(order).index_copy_(0, order, torch.arange(len(order)))
 
