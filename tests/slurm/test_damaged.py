@@ -2,6 +2,7 @@
 
 import json
 import random
+from collections import Counter
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -46,12 +47,18 @@ def file(sweep, tmp_path):
     return str(tmp_path / "small.yaml")
 
 
+def shown(record_property, what: str, seen: Counter[str]) -> None:
+    """Let the test's summary say how many contents were tried."""
+    record_property("shown", f"{what}: {seen.total()} contents, {seen['damaged']} damaged, {seen['readable']} readable")
+
+
 def directories(sweep) -> list[RunDirectory]:
     return [RunDirectory(sweep.folder / run_id) for run_id in sweep.by_id]
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_any_content_of_a_runs_file_gives_one_line_and_hides_no_other_run(sweep, file, capsys, name):
+def test_any_content_of_a_runs_file_gives_one_line_and_hides_no_other_run(sweep, file, capsys, name, record_property):
+    seen: Counter[str] = Counter()
     sound, broken, *_ = directories(sweep)
     write(sound, "record.json", record(run_id=sound.path.name))
     write(broken, name)
@@ -62,10 +69,12 @@ def test_any_content_of_a_runs_file_gives_one_line_and_hides_no_other_run(sweep,
         about = [line for line in printed.out.splitlines() if str(broken.path / name) in line]
         found = {each.run_id: each for each in survey(sweep, {})}
         state = found[broken.path.name].state
+        seen["damaged" if state == RunState.DAMAGED else "readable"] += 1
         assert len(about) == (state == RunState.DAMAGED) and "Traceback" not in printed.out + printed.err, how
         assert found[sound.path.name].state == RunState.DONE and len(found) == 6
         if how in CONTENTS and name != "lease.json":
             assert state == RunState.DAMAGED, how
+    shown(record_property, name, seen)
 
 
 def test_damaged_runs_are_named_and_not_sent_out_and_the_others_are(sweep, file, capsys):
@@ -92,7 +101,8 @@ def test_every_letter_of_a_reason_is_printed(sweep, file, capsys, reason):
     assert reason in capsys.readouterr().out
 
 
-def test_damaged_files_of_submissions_are_named_and_left_out(sweep, file, capsys):
+def test_damaged_files_of_submissions_are_named_and_left_out(sweep, file, capsys, record_property):
+    seen: Counter[str] = Counter()
     submissions = Submissions(sweep.folder)
     submissions.note(Submission("small-1", [[next(iter(sweep.by_id))]]))
     submissions.note_sick("n1", "too little memory")
@@ -106,7 +116,9 @@ def test_damaged_files_of_submissions_are_named_and_left_out(sweep, file, capsys
             about = [line for line in capsys.readouterr().out.splitlines() if str(path) in line]
             assert len(about) == len(submissions.damaged()) <= 1
             assert about or how not in CONTENTS, how
+            seen["damaged" if about else "readable"] += 1
             path.write_bytes(good[path])
+    shown(record_property, "notes of submissions, sick nodes and processes", seen)
 
 
 def test_runs_of_a_queued_job_whose_note_is_damaged_do_not_go_out_again(sweep):
@@ -130,7 +142,8 @@ def test_a_job_goes_on_with_its_other_runs(tmp_path, capsys):
     assert "data.store" in RunDirectory(config[1].folder).read_attempts()[0].reason
 
 
-def test_fit_leaves_damaged_runs_out_and_names_their_files(tmp_path):
+def test_fit_leaves_damaged_runs_out_and_names_their_files(tmp_path, record_property):
+    seen: Counter[str] = Counter()
     for number in range(3):
         directory = RunDirectory(tmp_path / f"run-{number}")
         write(directory, "record.json", record(run_id=directory.path.name, loss=2.0 + number))
@@ -145,6 +158,8 @@ def test_fit_leaves_damaged_runs_out_and_names_their_files(tmp_path):
             assert found.table.equals(whole.table), how
             (left,) = found.excluded.to_dict("records")
             assert left["reason"] == "unreadable" and left["detail"].startswith("record.json: "), how
+        seen["damaged" if len(found.excluded) else "readable"] += 1
+    shown(record_property, "record.json, read by fit", seen)
 
 
 @pytest.mark.parametrize("which", ["sweep", "cluster"])

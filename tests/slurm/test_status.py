@@ -5,6 +5,8 @@ import io
 import json
 import os
 import socket
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -284,3 +286,12 @@ def test_ten_thousand_directories_take_under_five_seconds(queued_sweep, tmp_path
     assert time.process_time() - before < max(5, 6 * plain)
     counts = [line.split() for line in capsys.readouterr().out.splitlines() if "5,000" in line]
     assert [row[1] for row in counts[:2]] == ["interrupted", "done"]
+
+
+def test_watch_ends_when_its_reader_leaves(queued_sweep, tmp_path):
+    queued_sweep("axes: {budget: 1e15}", scheduler="here")
+    words = [sys.executable, "-m", "embedscale.cli", "sweep", "watch", str(tmp_path / "small.yaml"), "--every", "0.2"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.wait(120) == 0 and process.stderr.read() == ""

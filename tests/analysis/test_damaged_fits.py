@@ -1,0 +1,30 @@
+"""Any content of fits.json gives one line about that file, or a recipe; never a traceback."""
+
+import json
+import random
+import shutil
+
+from damage import CONTENTS, every_way
+
+from embedscale.cli import main
+
+
+def test_any_content_of_fits_json_is_one_line(paper_folder, tmp_path, capsys, record_property):
+    refused = tried = 0
+    folder = shutil.copytree(paper_folder, tmp_path / "fits")
+    file = folder / "fits.json"
+    whole = json.loads(file.read_text())
+    for method in whole["methods"].values():  # the draws alone are most of the file's values
+        for law in [*method["power_laws"].values(), *method["joint_laws"].values()]:
+            if law:
+                law["draws"] = law["draws"][:2]
+    file.write_text(json.dumps(whole))
+    for how, content in every_way(file, random.Random(0), values=25):
+        file.write_bytes(content)
+        code = main(["recipe", str(folder), "1e17"])
+        printed = capsys.readouterr().err.splitlines()
+        assert len(printed) == (code != 0) and code in (0, 2), (how, printed)
+        assert code == 0 or (str(file) in printed[0] or "value" in how), (how, printed)
+        assert code == 2 or how not in CONTENTS, how
+        tried, refused = tried + 1, refused + (code == 2)
+    record_property("shown", f"fits.json: {tried} contents, {refused} damaged, {tried - refused} readable")
