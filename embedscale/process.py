@@ -19,9 +19,9 @@ from embedscale.values import ProcessNumber, Value
 class ProcessName(Value):
     """A process, so that another process can find it."""
 
-    host: str = "unknown"
+    host: str
     """Name of the machine."""
-    pid: ProcessNumber = 0
+    pid: ProcessNumber
     """Number of the process on its machine."""
     born: str | None = None
     """`start_time` of the process; null in files of early code."""

@@ -63,7 +63,7 @@ def lease_holder(path: Path) -> Holder | None:
     if holder is None:
         return None
     if isinstance(holder, Damaged):
-        holder = Holder()
+        holder = Holder("unknown", 0)
     if (lives := holder.lives()) is not None:
         return holder if lives else None
     try:
