@@ -113,7 +113,8 @@ class Evidence:
         self.points = fit.points
         self.names = names
         self.outlook = outlook
-        self.law = size_law(fit.joint_laws)
+        # A law that has no finite loss over the budgets that were run says nothing.
+        self.law = None if outlook.missing else size_law(fit.joint_laws)
         curves = [row.curve.curvature for row in fit.interior if row.curve]
         self.curvature = float(np.median(curves)) if curves else 0.0
         self.sizes = np.unique([point.n_parameters for point in self.points])
