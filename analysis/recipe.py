@@ -19,9 +19,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from analysis import fits as fits_file
+from analysis.advice import forecast
 from analysis.advice.choice import PAPER_BATCH, PAPER_PAIR_TOKENS, Choice, Other, compare, configure
 from analysis.advice.evidence import Basis, Evidence, Limit, gather, log_distance, parse_limit, same_budget
 from analysis.columns import BACKBONE, FIRST_VERSION, HYPERPARAMETERS
@@ -117,7 +116,7 @@ def recipe(
     others = [compare(name, *each, best, drawn, confidence) for name, each in chosen.items() if name != best.method]
     others += _other_sizes(evidence, limit, best, drawn, fits.comparable, confidence)
     others += _other_choices(best, runs or [])
-    chances = _chances({name: draws for name, (_, draws) in chosen.items()})
+    chances = forecast.chances({name: draws for name, (_, draws) in chosen.items()})
     notes = []
     for name in fits.methods:
         if name not in chosen:
@@ -138,13 +137,6 @@ def recipe(
         _extrapolates(evidence, best, n_opt),
         notes,
     )
-
-
-def _chances(drawn: Mapping[str, Array]) -> dict[str, float]:
-    """Return the probability that each method has the lowest loss, the most likely first."""
-    lowest = np.argmin(np.nan_to_num(np.array(list(drawn.values())), nan=np.inf), 0)
-    shares = np.bincount(lowest, minlength=len(drawn)) / len(lowest)
-    return dict(sorted(zip(drawn, shares.tolist(), strict=True), key=lambda each: -each[1]))
 
 
 def advise(

@@ -141,11 +141,16 @@ class Evidence:
             return law
         budget, interior = min(known, key=lambda each: log_distance(each[0], limit.flop or 0.0))
         near = same_budget(limit.flop, budget) or 1 < limit.flop / budget <= reach
-        if near and not interior:
+        if near and not interior and self._beats_smaller(budget):
             return "best run"
         if self.curvature and self.outlook.covers(limit.flop):
             return "forecast"
         return law or ("best run" if near else "")
+
+    def _beats_smaller(self, budget: float) -> bool:
+        """Return whether the best run at a budget is no worse than every run with less."""
+        here = min(point.loss for point in self.measured(budget))
+        return here <= min(point.loss for point in self.points if point.budget_flop <= budget * (1 + SAME))
 
     def cost(self, sizes: Array, budget: float | None = None) -> Array:
         """Return FLOP a token of sizes [k] (`trends.cost`)."""
@@ -221,14 +226,14 @@ class Evidence:
 
     def lowest(self, limit: Limit, basis: Basis, confidence: float) -> tuple[float, Interval | None]:
         """Return the loss at the best size, not rounded to a backbone, with its interval."""
-        if basis == "forecast" and limit.flop:
+        if basis != "best run" and limit.flop and not limit.tokens:
             return self.outlook.at(limit.flop).loss(confidence)
         size = np.array([self.optimum(limit, basis, confidence)[0]])
         return summary(self.log_loss(size, self.budget_of(size, limit), basis)[:, 0], confidence)
 
     def optimum(self, limit: Limit, basis: Basis, confidence: float) -> tuple[float, Interval | None]:
         """Return the best size, not rounded to a backbone, with its interval; for the best run, its size."""
-        if basis == "forecast" and limit.flop:
+        if basis != "best run" and limit.flop and not limit.tokens:
             return self.outlook.at(limit.flop).n_opt(confidence)
         if basis == "best run":
             return min(self.measured(limit.flop), key=lambda point: point.loss).n_parameters, None

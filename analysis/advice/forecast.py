@@ -27,9 +27,10 @@ from embedscale.texts import number
 DRAWS = 1000
 ORIGINS = 4  # hold-outs: the largest one, two, … budgets are left out, at most so many
 GROUPS = 8  # of budgets, where there are no optima to hold out
-RATES = np.geomspace(0.003, 0.1, 20)  # rates at which a law may go wrong, as shares of the slope
+RATES = np.geomspace(0.01, 0.3, 20)  # rates at which a law may go wrong, as shares of the slope
 FEWEST = 3  # optima of a power law that extrapolates; one more with an offset
 FADE = 1.0  # steps between budgets in which the difference from the last optimum falls by a factor e
+MOST_DEVIATION = 1.0  # of ln L* and ln N* of an optimum
 SAME = 1e-3  # budgets that differ by less are one
 UNBOUND = 5  # of so many draws, one is not bound by runs at a budget that has an optimum of its own
 
@@ -91,8 +92,8 @@ def _hold_outs(
     return found
 
 
-def _hold_outs_of_runs(fit: MethodFit, noise: float, names: Sequence[str]) -> HoldOuts:
-    """Return what joint laws predict of the mean ln L of runs, where there are too few optima."""
+def _hold_outs_of_runs(fit: MethodFit, names: Sequence[str]) -> HoldOuts:
+    """Return what joint laws predict of ln L of the runs of the largest budgets, where there are too few optima."""
     found: HoldOuts = []
     budgets = np.unique([point.budget_flop for point in fit.points])
     groups = np.array_split(budgets, min(GROUPS, len(budgets)))
@@ -103,9 +104,11 @@ def _hold_outs_of_runs(fit: MethodFit, noise: float, names: Sequence[str]) -> Ho
         n, d, loss, flop = np.array([(p.n_parameters, p.tokens, p.loss, p.budget_flop) for p in outside]).T
         predicted = {}
         for name, values in _refitted(fit, inside, names).items():
-            error = np.log(np.ravel(LAWS[name].predict(values, n, d)) / loss).mean(keepdims=True)
-            distance = np.log(flop / cut).mean(keepdims=True)
-            predicted[f"{name} law"] = _HoldOut(error, np.full(1, noise**2 / len(n)), distance)
+            with np.errstate(over="ignore"):
+                error = np.log(np.ravel(LAWS[name].predict(values, n, d)) / loss)
+            if np.isfinite(error).all():
+                variance = np.full(len(n), (fit.joint_laws[name].log_residual or 0.0) ** 2)
+                predicted[f"{name} law"] = _HoldOut(error, variance, np.log(flop / cut))
         found.append(predicted)
     return found
 
@@ -259,7 +262,7 @@ class Outlook:
             held = _hold_outs(fit, optima, middle, (losses, sizes), list(joint))
             ends = (x[0], x[-1])
         else:
-            held = _hold_outs_of_runs(fit, self._noise, list(joint)), []
+            held = _hold_outs_of_runs(fit, list(joint)), []
         self._loss, self._size = (
             _Mixture.of(x, drawn, ends, trends, found, _slope(trends, ends[1]), rng)
             for drawn, trends, found in ((optima.log_loss, losses, held[0]), (optima.log_n, sizes, held[1]))
@@ -304,11 +307,15 @@ class Outlook:
         return f"{said}; add runs of at least three sizes at {told} FLOP"
 
     def drift(self, law: Law, at: Array) -> Array:
-        """Return draws [draws, k] of how far a joint law goes wrong at ln C [k] beyond the data."""
+        """Return draws [draws, k] of how far a joint law goes wrong at ln C [k]: its lack of fit, more beyond the data.
+
+        A draw is wrong by the same amount at every size.
+        """
         names = list(self._loss.trends)
         name = f"{law.name} law"
         gap = _bridge(self._loss.x, self._loss.ends, at)[1]
-        return self._loss.wrong[names.index(name) if name in names else 0, :, None] * gap
+        misfit = (self.fit.joint_laws[law.name].log_residual or 0.0) * self._luck[:, None]
+        return misfit + self._loss.wrong[names.index(name) if name in names else 0, :, None] * gap
 
     def measured(self, point: Point) -> Array:
         """Return draws [draws] of ln L of a run: its loss and its noise."""
@@ -346,7 +353,7 @@ def _deviations(interior: Sequence[Optimum], name: str, normal: float) -> Array:
         others = [getattr(each, name) for each in (row.parabola, row.akima, row.law) if each]
         apart = [abs(math.log(each / value)) for each in others if each != value]
         noise = math.log(ends[1] / ends[0]) / (2 * normal) if ends else math.nan
-        found.append(math.hypot(noise, min(apart, default=0.0)))
+        found.append(min(math.hypot(noise, min(apart, default=0.0)), MOST_DEVIATION))
     return np.where(np.isfinite(found), found, np.nanmax(found) if np.isfinite(found).any() else 0.0)
 
 
@@ -354,3 +361,15 @@ def _slope(trends: Trends, end: float) -> float:
     """Return the slope of a quantity in ln C at the largest budget, as the median of its laws."""
     found = [np.nanmedian(trend(np.array([end - 1, end])), 0) for trend in trends.values()]
     return float(np.median([values[1] - values[0] for values in found]))
+
+
+def chances(drawn: Mapping[str, Array]) -> dict[str, float]:
+    """Return the probability that each method has the lowest loss, by draws [draws] of each; the most likely first."""
+    lowest = np.argmin(np.nan_to_num(np.array(list(drawn.values())), nan=np.inf), 0)
+    shares = np.bincount(lowest, minlength=len(drawn)) / len(lowest)
+    return dict(sorted(zip(drawn, shares.tolist(), strict=True), key=lambda each: -each[1]))
+
+
+def chances_at(outlooks: Mapping[str, Outlook], budget_flop: float) -> dict[str, float]:
+    """Return the probability that each method has the lowest loss at a budget, of those with a forecast there."""
+    return chances({name: each.at(budget_flop).log_loss for name, each in outlooks.items() if each.covers(budget_flop)})

@@ -78,7 +78,8 @@ def joint_optimum(law: Law, values: Array, points: Sequence[Point]) -> tuple[Tre
     def optimum(x: float) -> tuple[Array, Array]:
         if x not in known:
             log_cost = np.log(cost(points, np.exp(grid), math.exp(x)))
-            log_n, _, log_loss = law.optimum(values, math.exp(x), grid, log_cost)
+            with np.errstate(over="ignore", invalid="ignore"):  # draws far off their data
+                log_n, _, log_loss = law.optimum(values, math.exp(x), grid, log_cost)
             valid = np.flatnonzero(np.isfinite(log_n) & np.isfinite(log_loss))
             # Draws without an optimum are replaced by others that have one.
             rows = np.where(np.isin(np.arange(len(log_n)), valid), np.arange(len(log_n)), np.resize(valid, len(log_n)))

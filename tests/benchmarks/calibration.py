@@ -8,14 +8,18 @@ truth of a table is the optimum that its whole fit finds. Simulated sweeps have 
 that it does not know; their truth is that of the law. The rules were tuned with other simulated sweeps (`TUNING`).
 """
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from analysis import runs
+from analysis.advice.evidence import gather
+from analysis.advice.forecast import chances_at
 from analysis.fits import Fits
 from analysis.fitting.fit import fit
 from embedscale.errors import UserError
@@ -36,11 +40,13 @@ class Case:
     budget: float
     log_loss: float
     log_n: float
+    size: float | None = None
+    """Of a run, whose loss is the truth; None where the truth is the optimum."""
 
 
 def fitted(table: pd.DataFrame) -> Fits | None:
     try:
-        return fit(runs.load(table), bootstrap=200)
+        return fit(runs.load(table), bootstrap=100)
     except UserError:
         return None
 
@@ -48,8 +54,8 @@ def fitted(table: pd.DataFrame) -> Fits | None:
 # --- Public tables ---------------------------------------------------------------------------------------------------
 
 
-def tables(data: Path) -> Iterator[tuple[str, pd.DataFrame]]:
-    """Yield the tables with profiles, whole and in parts: without the largest budgets, and every second budget."""
+def tables(data: Path) -> Iterator[tuple[str, pd.DataFrame, Fits]]:
+    """Yield tables with profiles, whole and with every second budget, with the fit of the whole."""
     names = {"N": "n_parameters", "D": "tokens", "C": "budget_flop", "flops": "budget_flop"}
     epoch = pd.read_csv(data / "chinchilla_epoch" / "runs.csv").rename(columns=names)
     epoch = epoch[epoch["loss"] < epoch["loss"].nlargest(5).min()]
@@ -60,31 +66,44 @@ def tables(data: Path) -> Iterator[tuple[str, pd.DataFrame]]:
         whole = fitted(table)
         if whole is None:
             continue
+        yield name, table, whole
         budgets = [row.budget_flop for row in whole.methods["full"].interior]
-        for last in range(len(budgets), 3, -2):
-            yield name, at_most(table, budgets[last - 1])
-        for first in (0, 1):
-            kept = np.array(budgets[first::2])
-            near = np.abs(np.log(table["budget_flop"].to_numpy()[:, None] / kept)).min(1) < 0.1
-            yield name, table[near]
-
-
-def at_most(table: pd.DataFrame, budget: float) -> pd.DataFrame:
-    return table[table["budget_flop"] <= budget * 1.1]
+        near = np.abs(np.log(table["budget_flop"].to_numpy()[:, None] / np.array(budgets[1::2]))).min(1) < 0.1
+        yield name, table[near], whole
 
 
 def cases_of_tables(data: Path) -> Iterator[Case]:
-    for name, table in tables(data):
-        whole = fitted(table)
-        interior = whole.methods["full"].interior if whole else ()
+    for name, table, whole in tables(data):
+        budgets = table["budget_flop"].to_numpy()
+        interior = [
+            row for row in whole.methods["full"].interior if np.abs(np.log(budgets / row.budget_flop)).min() < 0.1
+        ]
         for left_out in (1, 2):
             if len(interior) < left_out + 3:
                 continue
-            found = fitted(table[table["budget_flop"] < interior[-left_out].budget_flop * 0.9])
+            found = fitted(table[budgets < interior[-left_out].budget_flop * 0.9])
             if found:
                 last = interior[-1]
-                truth = np.log(last.loss), np.log(last.n_opt)
-                yield Case(name, left_out, found, "full", last.budget_flop, *truth)
+                size = np.array([last.n_opt])
+                yield Case(name, left_out, found, "full", last.budget_flop, np.log(last.loss), np.log(size[0]))
+
+
+def cases_of_runs(data: Path) -> Iterator[Case]:
+    """Yield the tables without profiles: the loss of their largest runs, from the others."""
+    ladder = pd.read_csv(data / "olmo_ladder" / "runs.csv")
+    farseer = pd.read_csv(data / "farseer" / "runs.csv").assign(role=lambda rows: rows["part"])
+    for name, table, columns, fit_part in (
+        ("olmo_ladder", ladder, [each for each in ladder if each.endswith("_mean5")], "fit"),
+        ("farseer", farseer, ["loss"], "candidate"),
+    ):
+        for column in columns:
+            rows = pd.DataFrame({"n_parameters": table["N"], "tokens": table["D"], "loss": table[column]}, dtype=float)
+            rows = rows.dropna()
+            rows = rows.assign(budget_flop=6 * rows["n_parameters"] * rows["tokens"])
+            inside = table.loc[rows.index, "role"] == fit_part
+            found = fitted(rows[inside])
+            for row in rows[~inside].itertuples() if found else ():
+                yield Case(name, 1, found, "full", row.budget_flop, np.log(row.loss), np.nan, row.n_parameters)
 
 
 # --- Simulated sweeps ------------------------------------------------------------------------------------------------
@@ -145,9 +164,7 @@ def cases_of_sweeps(count: int, seed: int) -> Iterator[Case]:
     rng = np.random.default_rng(seed)
     for i in range(count):
         truth = law(rng, i % 3)
-        kept, ratio = int(rng.integers(3, 7)), rng.uniform(2, 6)
-        noise = float(np.exp(rng.uniform(np.log(0.0005), np.log(0.02))))
-        budgets = 1e17 * ratio ** (np.arange(kept) - kept + 1.0)
+        budgets, ratio, noise = grid(rng)
         found = fitted(sweep(rng, truth, budgets, noise))
         if found is None:
             continue
@@ -155,3 +172,98 @@ def cases_of_sweeps(count: int, seed: int) -> Iterator[Case]:
             budget = float(budgets[-1] * ratio**left_out)
             group = "simulated, a law that is known" if truth.kind == 0 else "simulated, other laws"
             yield Case(group, left_out, found, "full", budget, *truth.optimum(budget))
+
+
+def grid(rng: np.random.Generator) -> tuple[np.ndarray, float, float]:
+    """Return budgets, the ratio between them, and the noise of a random sweep."""
+    kept, ratio = int(rng.integers(3, 7)), rng.uniform(2, 6)
+    noise = float(np.exp(rng.uniform(np.log(0.0005), np.log(0.02))))
+    return 1e17 * ratio ** (np.arange(kept) - kept + 1.0), ratio, noise
+
+
+def chances_of_methods(count: int, seed: int) -> Iterator[tuple[float, bool]]:
+    """Yield the largest stated probability of a method, and whether it is the best, for sweeps of three methods."""
+    rng = np.random.default_rng(seed)
+    for i in range(count):
+        first = law(rng, i % 3)
+        truths = {"full": first}
+        for name in ("lora", "bias"):
+            e, a, b, alpha, beta = (rng.normal(1, spread) for spread in (0.02, 0.1, 0.1, 0.02, 0.02))
+            truths[name] = Truth(
+                first.kind, e * first.e, a * first.a, b * first.b, alpha * first.alpha, beta * first.beta
+            )
+        budgets, ratio, noise = grid(rng)
+        found = fitted(
+            pd.concat([sweep(rng, truth, budgets, noise).assign(method=name) for name, truth in truths.items()])
+        )
+        for left_out in (1, 2) if found else ():
+            budget = float(budgets[-1] * ratio**left_out)
+            chances = chances_at({name: each.outlook for name, each in gather(found).items()}, budget)
+            likely = max(chances, key=lambda name: chances[name])
+            best = min(truths, key=lambda name: truths[name].optimum(budget)[0])
+            yield chances[likely], likely == best
+
+
+# --- The tables ------------------------------------------------------------------------------------------------------
+
+
+def judged(case: Case) -> list[float] | None:
+    """Return whether the interval holds the truth, its half width and the error: of ln L, then of ln N*."""
+    evidence = gather(case.fits)[case.method]
+    if case.size:
+        basis = "joint law" if evidence.law else ""
+        if not basis:
+            return None
+        drawn = [evidence.log_loss(np.array([case.size]), np.array([case.budget]), basis)[:, 0]]
+    elif not evidence.outlook.covers(case.budget):
+        return None
+    else:
+        forecast = evidence.outlook.at(case.budget)
+        drawn = [forecast.log_loss, forecast.log_n]
+    found: list[float] = []
+    for draws, true in zip(drawn, (case.log_loss, case.log_n), strict=False):
+        low, middle, high = np.nanquantile(draws, [0.5 - CONFIDENCE / 2, 0.5, 0.5 + CONFIDENCE / 2])
+        found += [float(low <= true <= high), (high - low) / 2, abs(middle - true)]
+    return found
+
+
+def show(cases: Iterator[Case]) -> None:
+    rows: dict[tuple[str, int], list[list[float] | None]] = {}
+    for case in cases:
+        rows.setdefault((case.group, case.left_out), []).append(judged(case))
+    print("| table | left out | forecasts | L\\*: held | half width | error | N\\*: held | half width | error |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    every = {("all", count): [row for key, row in rows.items() if key[1] == count for row in row] for count in (1, 2)}
+    for (group, left_out), found in (rows | every).items():
+        known = [row for row in found if row]
+        cells = [group, f"{left_out}", f"{len(known)} of {len(found)}"]
+        for first, unit in ((0, "{:.2f} %"), (3, "{:.0f} %")):
+            values = np.array([row[first : first + 3] for row in known if len(row) > first])
+            if len(values):
+                held, (half, error) = values[:, 0].mean(), 100 * np.median(values[:, 1:], 0)
+                cells += [f"{100 * held:.0f} %", unit.format(half), unit.format(error)]
+            else:
+                cells += ["–"] * 3
+        print("|", " | ".join(cells), "|")
+
+
+def show_methods(found: list[tuple[float, bool]]) -> None:
+    print("\n| stated probability of the likeliest method | forecasts | stated, mean | it was the best |")
+    print("|---|---|---|---|")
+    for low, high in ((0, 0.5), (0.5, 0.8), (0.8, 0.95), (0.95, 1.01)):
+        part = np.array([each for each in found if low <= each[0] < high], float)
+        if len(part):
+            stated, right = 100 * part.mean(0)
+            print(f"| {100 * low:.0f} to {min(100 * high, 100):.0f} % | {len(part)} | {stated:.0f} % | {right:.0f} % |")
+
+
+def main(data: str, sweeps: int = 60) -> None:
+    show(chain(cases_of_tables(Path(data)), cases_of_runs(Path(data))))
+    show(cases_of_sweeps(sweeps, VERDICT))
+    show_methods(list(chances_of_methods(sweeps // 4, VERDICT)))
+
+
+if __name__ == "__main__":
+    if not 2 <= len(sys.argv) <= 3:
+        sys.exit(__doc__)
+    main(sys.argv[1], *map(int, sys.argv[2:]))
