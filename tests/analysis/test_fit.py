@@ -208,9 +208,9 @@ def test_the_same_seed_gives_the_same_fits():
         (
             sweep().query(f"budget_flop == {BUDGETS[0]}"),
             {},
-            "budget_flop: all .* runs have 1.5e.15 FLOP; laws need at least two",
+            "budget_flop: all .* runs have 1.5e15 FLOP; laws need at least two",
         ),
-        (sweep().query(f"n_parameters < {SIZES[2]}"), {}, r"n_parameters: 2 sizes only \(1.2e.06, 4.8e.06\)"),
+        (sweep().query(f"n_parameters < {SIZES[2]}"), {}, r"n_parameters: 2 sizes only \(1.2e6, 4.8e6\)"),
         (sweep(), {"noise": -1.0}, "noise: -1.0 is out of range; allowed: above 0"),
         (sweep(), {"bootstrap": 5}, "bootstrap: 5 is out of range; allowed: at least 100"),
         (sweep(), {"confidence": 95}, "confidence: 95 is out of range; allowed: between 0 and 1"),

@@ -263,7 +263,7 @@ def test_a_law_is_fitted_to_optima_alone():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"C": [1e17, 1e17, 4e17]}, "full has two optima at 1e.17 FLOP; choose one by --where"),
+        ({"C": [1e17, 1e17, 4e17]}, "full has two optima at 1e17 FLOP; choose one by --where"),
         ({"N": [2e7, "", ""]}, "full has one optimum; a law needs at least two budgets"),
     ],
 )
