@@ -69,7 +69,7 @@ def test_other_settings_and_unknown_names_are_refused(backbone_folder, tmp_path,
     out = tmp_path / "another.json"
     for words, message in (
         (["--methods", "full", "freeze-0.3"], "method.active_fraction: 0.3 of 6 blocks is not a whole number"),
-        (["--seconds", "inf"], "--seconds: inf is out of range"),
+        (["--seconds", "1e7"], "--seconds: 10000000.0 is out of range"),
         (["--out", "/proc/folder/file"], "/proc/folder: "),
     ):
         assert cli.main(["calibrate", "--out", str(out), *words]) == 2
