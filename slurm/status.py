@@ -362,11 +362,16 @@ def watch(args: Namespace) -> int:
     scheduler = scheduler_of(sweep.cluster.scheduler, sweep.folder)
     plan = plan_sweep(sweep)
     blocked = {each.run_id for each in plan.blocked}
-    with suppress(KeyboardInterrupt), Live(console=console(), auto_refresh=False) as live:
+    output = console(150)
+    with suppress(KeyboardInterrupt), Live(console=output, auto_refresh=False) as live:
         while True:
             jobs = Submissions(sweep.folder).jobs_by_run(scheduler.jobs())
             statuses = survey(sweep, jobs)
-            live.update(Group(render(sweep, plan, statuses, jobs), *damage(sweep, statuses)), refresh=True)
+            shown = Group(render(sweep, plan, statuses, jobs), *damage(sweep, statuses))
+            if output.is_terminal:
+                live.update(shown, refresh=True)
+            else:  # where Live would print nothing before the end
+                output.print(shown)
             if reader_left() or all(each.state in ENDED or each.run_id in blocked for each in statuses):
                 break
             time.sleep(args.every)

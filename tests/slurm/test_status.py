@@ -294,4 +294,7 @@ def test_watch_ends_when_its_reader_leaves(queued_sweep, tmp_path):
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         process.stdout.readline()
         process.stdout.close()
-        assert process.wait(120) == 0 and process.stderr.read() == ""
+        try:
+            assert process.wait(120) == 0 and process.stderr.read() == ""
+        finally:
+            process.kill()
