@@ -66,8 +66,8 @@ class RecoveredExponent(Value):
     """The exponent of N* ∝ C^exponent."""
 
     truth: float | None = None
-    law: Spread | None = None
     parabola: Spread | None = None
+    law: Spread | None = None
 
 
 @dataclass(frozen=True)
@@ -396,7 +396,7 @@ def _exponents(
     if len(parabolas) >= 2:
         sizes = np.exp(np.stack(list(parabolas.values()), 1))
         by_parabola = _spread(power_law(np.array(list(parabolas)), sizes)[1], confidence)
-    return RecoveredExponent(truth, by_law, by_parabola)
+    return RecoveredExponent(truth, by_parabola, by_law)
 
 
 def _regret(

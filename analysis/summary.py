@@ -140,6 +140,9 @@ def show_simulation(result: Mapping[str, Simulated], console: Console) -> None:
         console.print(table)
 
 
+FIT_OPTIONS = ("residual", "delta", "optimum", "window", "bins", "law", "noise", "bootstrap", "seed")
+
+
 def command(args: Namespace) -> int:
     """Run `embedscale fit`: load, fit, write fits.json, and print what it says."""
     from analysis import runs as loading
@@ -154,20 +157,7 @@ def command(args: Namespace) -> int:
     runs = loading.load(args.runs, parse_assignments("columns", args.columns), where, ignore)
     # A refit far off the data may leave a float's range; it is left out, and numpy need not tell the terminal.
     with Bar("fit") as bar, np.errstate(all="ignore"):
-        fits = fit(
-            runs,
-            residual=args.residual,
-            delta=args.delta,
-            optimum=args.optimum,
-            window=args.window,
-            bins=args.bins,
-            law=args.law,
-            noise=args.noise,
-            bootstrap=args.bootstrap,
-            seed=args.seed,
-            where=where,
-            advance=bar.say,
-        )
+        fits = fit(runs, where=where, advance=bar.say, **{name: getattr(args, name) for name in FIT_OPTIONS})
     path = study.write(fits, runs, out)
     output = console(WIDTH)
     show_fits(fits, output)
