@@ -1,4 +1,4 @@
-"""SLURM, through its own programs.
+"""SLURM: jobs go out through submitit, everything else is asked of SLURM's own programs.
 
 Only this module and `site` run squeue, sacct, scancel, scontrol and srun. Any of them may be missing: then the method
 says so with None, an empty result or `Requeue.UNREACHABLE`.
@@ -14,8 +14,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 
@@ -33,7 +33,6 @@ IDS_AT_ONCE = 500  # most job numbers on one command line
 LOOK_SECONDS = 20.0  # for which a job is looked up that sbatch submitted before it lost touch with the controller
 LOST_TOUCH = re.compile("time|contact|connect|communicat|transmi|recei", re.IGNORECASE)
 _SILENT: set[str] = set()  # commands that have not answered this process
-SUBMIT_SECONDS = 300.0  # most time that sbatch may take, which waits for a busy controller
 RANKS = tuple(rank_environment(0, 1, 0, 1, 0, "", 0))
 OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
 
@@ -86,47 +85,47 @@ class Slurm:
 
     def submit(self, request: Request) -> str:
         """Submit one array and return its job number. Raises UserError if sbatch refuses it."""
+        import submitit
+        from submitit.core.utils import FailedJobError, FailedSubmissionError
+
         array, cluster, shape = request.array, request.cluster, request.array.shape
-        script = self.submissions.files(request.name) / "job.sh"
+        files = self.submissions.files(request.name)
         # A "%" in a path would begin a pattern of SLURM.
-        output = str(script.parent).replace("%", "%%") + ("/%A_%a" if len(array.tasks) > 1 else "/%j")
-        options: dict[str, object] = {
-            "job-name": request.name,
-            "time": shape.minutes,
-            "nodes": array.nodes,
-            "ntasks-per-node": array.devices,
-            "cpus-per-task": shape.cpus,
-            "mem": f"{math.ceil(1000 * shape.memory_gb * array.devices)}M",
-            "gpus-per-node": array.devices if shape.gpus else None,
-            "array": f"0-{len(array.tasks) - 1}%{request.parallel}" if len(array.tasks) > 1 else None,
-            "signal": f"USR2@{cluster.warning_seconds}",
+        output = str(files).replace("%", "%%") + ("/%A_%a" if len(array.tasks) > 1 else "/%j")
+        given = placement(cluster, shape) | {
+            "gpus_per_node": array.devices if shape.gpus else None,
             "exclude": ",".join(request.avoid) or None,
             "dependency": f"afterany:{':'.join(request.after)}" if request.after else None,
-            "open-mode": "append",
-            "output": f"{output}_0.out",
-            **placement(cluster, shape),
         }
-        # On the command line, where no text can become a directive of its own.
-        words = ["sbatch", "--requeue" if cluster.requeue else "--no-requeue"]
-        words += [f"--{name}={value}" for name, value in options.items() if value is not None]
-        # Since 22.05 srun does not take --cpus-per-task over from sbatch.
-        srun = ["srun", "--unbuffered", f"--output={output}_%t.out", f"--cpus-per-task={shape.cpus}"]
-        srun += ["--kill-on-bad-exit=1", sys.executable, "-u", *self._program(request)]
-        lines = ["#!/bin/bash", f"# {shlex.join(words)}", *_setup(cluster, request.code)]
-        script.write_text("\n".join([*lines, f'{shlex.join(srun)} "${{SLURM_ARRAY_TASK_ID:-0}}"', ""]))
+        executor = submitit.SlurmExecutor(files)
+        executor.update_parameters(
+            job_name=request.name,
+            time=shape.minutes,
+            nodes=array.nodes,
+            ntasks_per_node=array.devices,
+            cpus_per_task=shape.cpus,
+            mem=f"{math.ceil(1000 * shape.memory_gb * array.devices)}M",
+            array_parallelism=request.parallel,
+            signal_delay_s=cluster.warning_seconds,
+            stderr_to_stdout=True,
+            setup=_setup(cluster, request.code),
+            # Since 22.05 srun does not take --cpus-per-task over from sbatch.
+            srun_args=[f"--output={output}_%t.out", f"--cpus-per-task={shape.cpus}", "--kill-on-bad-exit=1"],
+            additional_parameters={
+                "requeue" if cluster.requeue else "no-requeue": True,
+                "output": f"{output}_0.out",
+            },
+            **{key: value for key, value in given.items() if value is not None},
+        )
+        if len(array.tasks) > 1:
+            executor.parameters["map_count"] = len(array.tasks)
+        command = f'{shlex.join([sys.executable, "-u", *self._program(request)])} "${{SLURM_ARRAY_TASK_ID:-0}}"'
         try:
-            done = subprocess.run(
-                [*words, str(script)], env=clean_variables(), capture_output=True, text=True, timeout=SUBMIT_SECONDS
-            )
-            said, failed = done.stdout + done.stderr, done.returncode != 0
-        except subprocess.TimeoutExpired:
-            said, failed = f"error: no answer in time ({SUBMIT_SECONDS:.0f} s)", True
-        except OSError as error:
-            said, failed = f"error: {error.strerror}", True
-        number = re.search(r"Submitted batch job (\d+)", said)
-        if number and not failed:
-            return number[1]
-        lines = said.strip().splitlines() or ["it failed without a message"]
+            with _clean_environment():
+                # The public `submit` names a call's file by the job's number, which a killed submit never learns.
+                return str(executor._submit_command(command).job_id).split("_")[0]
+        except (FailedJobError, FailedSubmissionError, OSError) as error:
+            lines = str(error).splitlines()
         why = ([line for line in lines if "error" in line.lower()] or lines)[-1].strip()
         job = self._look_for(request.name, LOOK_SECONDS if LOST_TOUCH.search(why) else 0)
         if job is None:
@@ -280,3 +279,15 @@ def _setup(cluster: Cluster, code: Path | None) -> list[str]:
         variables |= dict.fromkeys(OFFLINE, "1")
     lines = [f"export {key}={shlex.quote(str(value))}" for key, value in (variables | cluster.environment).items()]
     return [*cluster.setup, *lines]
+
+
+@contextmanager
+def _clean_environment() -> Iterator[None]:
+    """Remove the variables of a job that this process may be in; keep the path of SLURM's configuration."""
+    from submitit.helpers import clean_env
+
+    own = os.environ.get("SLURM_CONF")
+    with clean_env([name for name in os.environ if name.startswith("PMI") or name in RANKS]):
+        if own is not None:
+            os.environ["SLURM_CONF"] = own
+        yield

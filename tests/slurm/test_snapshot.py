@@ -14,7 +14,7 @@ import pytest
 
 from embedscale.code import ROOT, digest_of, files_of
 
-SRUN = 'while [[ "$1" == --* ]]; do shift; done; exec "$@"'
+SRUN = 'while [[ "$1" == --* ]]; do [[ "$1" == --output ]] && shift; shift; done; exec "$@"'
 
 
 class Cluster:
@@ -24,9 +24,8 @@ class Cluster:
         self.lab, self.queue, self.programs = lab, lab.folder / "queue", lab.folder / "programs"
         self.queue.mkdir()
         self.programs.mkdir()
-        words = '--job-name=*) name="${word#*=}"'
-        name = f'for word in "$@"; do case "$word" in {words};; esac; done'
-        self.take = f'{name}; cp "${{@: -1}}" "{self.queue}/$name"'
+        name = """sed -n "s/^#SBATCH --job-name=//p" "${@: -1}" | tr -d "'" """
+        self.take = f'cp "${{@: -1}}" "{self.queue}/$({name})"'
         shown = f'for file in "{self.queue}"/*; do echo "7|7|N/A|PENDING||None|${{file##*/}}"; done'
         self.set("squeue", f'[ -z "$(ls {self.queue})" ] || {shown}')
         self.set("srun", SRUN)

@@ -126,7 +126,7 @@ def test_a_submission_from_a_job_passes_on_nothing_of_that_job(laptop, tmp_path)
     said = tmp_path / "said"
     path = path_with(
         tmp_path / "bin",
-        sbatch=f'env > {said}.env; printf "%s\\n" "$@" > {said}.words; cp "${{@: -1}}" {said}.sh; echo "{TOOK}"',
+        sbatch=f'env > {said}.env; cp "${{@: -1}}" {said}.sh; echo "{TOOK}"',
         squeue="",
         srun="",
         scontrol="echo 'MaxArraySize            = 1001'",
@@ -149,7 +149,7 @@ def test_a_submission_from_a_job_passes_on_nothing_of_that_job(laptop, tmp_path)
     script = Path(f"{said}.sh").read_text()
     wanted = """--array=0-2%3 --cpus-per-task=3 --nodes=1 --ntasks-per-node=2 --gpus-per-node=2 --mem=8000M --time=90
         --partition=long --constraint=a100 --account=lab --qos=low --signal=USR2@75 --requeue"""
-    assert set(wanted.split()) <= set(Path(f"{said}.words").read_text().splitlines())
+    assert {f"#SBATCH {word}" for word in wanted.split()} <= set(script.splitlines())
     assert "ignored: SBATCH_EXPORT; the cluster file says what jobs ask for" in output
     assert re.search(r"^srun .*--cpus-per-task=3", script, re.M)
     assert "module load cuda\n" in script and "export HF_HUB_OFFLINE=1\n" in script
@@ -160,14 +160,15 @@ def test_a_submission_from_a_job_passes_on_nothing_of_that_job(laptop, tmp_path)
 
 
 def test_variables_of_sbatch_say_where_jobs_go_unless_the_cluster_file_does(laptop, tmp_path):
-    words = tmp_path / "words"
-    path = path_with(tmp_path / "bin", sbatch=f'printf "%s\\n" "$@" > {words}; echo "{TOOK}"', squeue="", srun="")
+    script = tmp_path / "script"
+    path = path_with(tmp_path / "bin", sbatch=f'cp "${{@: -1}}" {script}; echo "{TOOK}"', squeue="", srun="")
     variables = {"SBATCH_ACCOUNT": "mine", "SBATCH_PARTITION": "short", "SBATCH_QOS": "high", "SBATCH_TIMELIMIT": "1"}
     sweep = laptop.write("places", cluster={"qos": "low"}, axes={"budget": [1e9]}, methods=["full"])
     output = laptop.sweep("submit", sweep, env=path | variables)
     assert "ignored: SBATCH_TIMELIMIT;" in output
-    asked = words.read_text().splitlines()
-    assert {"--account=mine", "--partition=short", "--qos=low", "--time=60"} <= set(asked)
+    asked = script.read_text().splitlines()
+    wanted = ("--account=mine", "--partition=short", "--qos=low", "--time=60")
+    assert {f"#SBATCH {word}" for word in wanted} <= set(asked)
 
 
 @pytest.mark.parametrize("setting", ["partition", "account", "qos", "classes.partition", "classes.constraint"])
