@@ -43,6 +43,16 @@ LONG = [
     "parallel",
     "gpu",
     "without_cpu",
+    "away",
+    "snapshot",
+    "uncertainty",
+    "store_damage",
+    "damaged",
+    "damaged_fits",
+    "forecast_tables",
+    "budgets",
+    "figures_tell",
+    "calibrate",
 ]
 
 

@@ -1,5 +1,6 @@
 """How a run ends when its surroundings do not: a reader that leaves, a closed terminal, kills, missing metadata."""
 
+import functools
 import json
 import os
 import signal
@@ -46,7 +47,8 @@ def test_a_closed_terminal_ends_a_run_with_a_checkpoint(tmp_path, tiny_run):
     words = [*tiny_run, f"output={tmp_path / 'runs'}", "budget=1e12", "data.repeat=true", "resources.log_every=1"]
     _, directory = run_of(tmp_path, tiny_run, "budget=1e12", "data.repeat=true", "resources.log_every=1")
     terminal, end = os.openpty()
-    process = started(words, stdin=end, stdout=end, stderr=end, start_new_session=True)
+    hears = functools.partial(signal.signal, signal.SIGHUP, signal.SIG_DFL)  # also where the tests run under nohup
+    process = started(words, stdin=end, stdout=end, stderr=end, start_new_session=True, preexec_fn=hears)
     os.close(end)
     running(directory, process)
     os.close(terminal)  # writing to it is an error from now on

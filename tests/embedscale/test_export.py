@@ -269,7 +269,7 @@ def test_unusable_runs_and_folders_are_refused_in_one_line(tmp_path, runs, capsy
         ("export", good, str(full)): "is not empty",
         ("export", str(unfinished), str(tmp_path / "x")): "is not finished",
         ("export", str(tmp_path / "none"), str(tmp_path / "x")): "does not exist",
-        ("export", str(damaged), str(tmp_path / "x")): "weights_digest is",
+        ("export", str(damaged), str(tmp_path / "x")): "is damaged: its digest is",
         ("evaluate", good, "--tasks", "STS51"): "did you mean STS",
         ("evaluate", good, "--tasks", "STS15"): "its data is not in the local cache",
     }
