@@ -63,7 +63,7 @@ notebook: $(DOCS)/installed
 	JUPYTER_PATH=$(abspath $(DOCS))/share/jupyter PYTHONPATH=$(abspath $(DOCS)) $(BIN)/python $(DOCS)/bin/jupyter-execute --inplace \
 		docs/notebooks/tour.ipynb
 
-# Under two minutes on two idle cores, without SLURM or a browser: for the time between two edits.
+# About three minutes on two idle cores, without SLURM or a browser: for the time between two edits.
 test-quick: install
 	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m "not slow and not slurm"
 
