@@ -84,15 +84,20 @@ class _Digested(io.BufferedIOBase):
         self.file.flush()
 
 
+def _digested(file: BinaryIO, write: Callable[[BinaryIO], object]) -> str:
+    """Let `write` write into a file, and return the digest of what it wrote."""
+    wrapped = _Digested(file)
+    write(wrapped)  # type: ignore[arg-type]  # it has what writers call
+    return str(wrapped.digest.hexdigest())
+
+
 def write_digested(path: Path, write: Callable[[BinaryIO], object]) -> str:
     """Write a file as `write_atomically` does, and return the digest of its bytes, as `digest_file` finds it."""
     digest = ""
 
     def digested(file: BinaryIO) -> None:
         nonlocal digest
-        wrapped = _Digested(file)
-        write(wrapped)  # type: ignore[arg-type]  # it has what writers call
-        digest = wrapped.digest.hexdigest()
+        digest = _digested(file, write)
 
     write_atomically(path, digested)
     return digest
@@ -116,9 +121,7 @@ def write_sealed(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """
 
     def sealed(file: BinaryIO) -> None:
-        wrapped = _Digested(file)
-        write(wrapped)  # type: ignore[arg-type]  # it has what writers call
-        file.write(b"\nXXH3-64 %s\n" % wrapped.digest.hexdigest().encode())
+        file.write(b"\nXXH3-64 %s\n" % _digested(file, write).encode())
 
     write_atomically(path, sealed)
 

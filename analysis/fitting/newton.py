@@ -42,7 +42,7 @@ class _Task:
 class _Rows:
     """A batch of points theta [b, p], with the objective there and its derivatives.
 
-    `scale` [b, p] is the norm of the weighted Jacobian of each coordinate, and `slope` [b] the largest scaled gradient.
+    `slope` [b] is the largest scaled gradient.
     """
 
     theta: Array

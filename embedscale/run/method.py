@@ -6,6 +6,7 @@ method is a class here, a function there, and a colour in the figures; the setti
 because OmegaConf needs a fixed schema. Nothing here imports torch.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -106,7 +107,7 @@ class Choice:
         return format(value, self.digits)
 
 
-class Kind:
+class Kind(ABC):
     """One fine-tuning method, without settings: the defaults are those of full fine-tuning."""
 
     name: str
@@ -117,7 +118,7 @@ class Kind:
     trains_embedding = False  # the token embedding trains too; N does not count it
     trains_biases = False  # the biases train and no weight
 
-    def check_settings(self, method: Method) -> None:
+    def check_settings(self, method: Method) -> None:  # noqa: B027  # most methods have nothing to check
         """Raise UserError for settings that are missing or out of range."""
 
     def check(self, method: Method, shape: BackboneShape) -> None:
@@ -146,8 +147,9 @@ class Kind:
     def adapted(self, method: Method, shape: BackboneShape) -> set[str]:
         return set()
 
+    @abstractmethod
     def counts(self, method: Method, shape: BackboneShape) -> tuple[int, int, int]:
-        raise NotImplementedError
+        """Return N_F, N_B and N_U (paper, section 3.5)."""
 
     def trainable_fraction(self, method: Method, shape: BackboneShape) -> float:
         return self.counts(method, shape)[2] / shape.parameters
@@ -155,9 +157,9 @@ class Kind:
     def embedding_parameters(self, method: Method, shape: BackboneShape) -> int:
         return shape.vocabulary * shape.width if self.trains_embedding else 0
 
+    @abstractmethod
     def flop_per_parameter(self, trainable_fraction: Any) -> Any:
         """Return FLOP a token and parameter of N, 2 (N_F + N_B + N_U) / N, from S alone."""
-        raise NotImplementedError
 
     def peak_learning_rate(self, pretraining_peak: float | None) -> float | None:
         if not self.rate_of_backbone:

@@ -286,8 +286,8 @@ def _clean_environment() -> Iterator[None]:
     """Remove the variables of a job that this process may be in; keep the path of SLURM's configuration."""
     from submitit.helpers import clean_env
 
-    own = os.environ.get("SLURM_CONF")
-    with clean_env([name for name in os.environ if name.startswith("PMI") or name in RANKS]):
-        if own is not None:
-            os.environ["SLURM_CONF"] = own
+    kept = clean_variables()
+    with clean_env([name for name in os.environ if name not in kept]):
+        if "SLURM_CONF" in kept:
+            os.environ["SLURM_CONF"] = kept["SLURM_CONF"]
         yield
