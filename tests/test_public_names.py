@@ -51,6 +51,7 @@ def said(example: str, *words: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_the_examples_run(tmp_path, tiny_run):
     output = said("train_one_run.py", *tiny_run, "budget=1e9", f"output={tmp_path / 'runs'}")
     assert "held-out loss" in output

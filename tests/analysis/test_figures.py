@@ -83,6 +83,7 @@ def test_edges_are_hollow_and_interior_optima_are_not(drawn, study):
     assert not all(states.values())
 
 
+@pytest.mark.slow
 def test_captions_name_what_is_drawn_and_what_is_not(fractions, tmp_path):
     """Freezing at six fractions has a bar each; fractions that differ with the size, as LoRA's do, have none."""
     different = studies.load(fitted(by_fraction(shift=0.01), tmp_path))
@@ -140,6 +141,7 @@ def test_scores_that_follow_the_loss_give_the_same_choice(drawn, of_loss, of_sco
     np.testing.assert_allclose(scores["score"], 0.8 - 0.1 * np.log(losses["loss"]), rtol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(2))
 def test_a_sweep_with_missing_runs_leaves_out_figures_with_a_reason(seed, tmp_path):
     table = paper_like(seed=seed).sample(frac=[0.3, 0.1][seed], random_state=seed)

@@ -162,6 +162,7 @@ def test_diverged_runs_make_the_state_of_a_budget_diverged():
     assert rows[0].why.startswith("4 of 6 sizes diverged: run them with a lower learning rate")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(8))
 def test_a_sweep_with_missing_runs_never_crashes(seed, tmp_path):
     """With as few as a tenth of the runs, the result is fits or one line that says why not."""

@@ -96,6 +96,7 @@ def test_the_loss_of_other_choices_follows_the_laws(study):
     assert min(ranks.values()) > 0
 
 
+@pytest.mark.slow
 def test_a_backbone_that_was_not_run_gets_the_learning_rate_of_the_paper(tmp_path):
     fits, _ = recipe.read(fitted(paper_like().assign(learning_rate=0.01), tmp_path))
     found = recipe.recipe(fits, parse_limit("1e21"))
@@ -247,6 +248,7 @@ def test_a_best_size_above_all_known_backbones_is_reported(tmp_path):
     assert any(told.startswith(f"best size: {found.n_opt / largest:.3g} times") for told in found.extrapolates)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_a_sweep_with_missing_runs_gives_a_recipe_or_one_line(seed, tmp_path):
     table = paper_like(seed=seed).sample(frac=[0.7, 0.3, 0.15][seed % 3], random_state=seed)
@@ -316,6 +318,7 @@ def test_the_verb_prints_the_recipe_and_how_to_train_it(paper_folder, capsys):
     assert json.loads(capsys.readouterr().out)["best"]["budget_flop"] == 5e16
 
 
+@pytest.mark.slow
 def test_other_ranks_are_compared_by_the_best_of_their_other_settings(tmp_path):
     """There are three learning rates, the largest of which is bad for one rank, and two seeds, whose mean counts."""
     rows = []

@@ -35,6 +35,7 @@ def test_a_recipe_takes_other_settings_from_the_most_similar_run(tmp_path, capsy
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [
     Method("lora", rank=32, alpha=16.0, dropout=0.1, targets=["dense", "query_key_value"], embedding=True),
     Method("freeze", active_fraction=0.5, blocks="first"),
@@ -101,6 +102,7 @@ def test_settings_of_other_backbones_are_adapted_to_this_one(row):
     cost_of(row.shape, Method("lora", **METHODS["lora"].settings_like({"rank": 10**6}, row.shape)))
 
 
+@pytest.mark.slow
 def test_a_recipe_from_a_table_knows_the_names_of_the_hub(paper_folder, tmp_path, capsys):
     config = recipe.configuration(str(paper_folder), "5e16", None, [])
     assert config.backbone.name.startswith("EleutherAI/pythia-")

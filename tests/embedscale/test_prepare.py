@@ -204,6 +204,7 @@ def test_text_that_is_not_utf8_is_counted_and_reported(tmp_path, capsys, bytes_t
     assert "3 not utf8" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_installed_python_becomes_a_store(tmp_path, monkeypatch, bytes_tokenizer):
     """A few files stand for all installed packages, because a worker reads each unit alone."""
     chosen = [replace(corpora.units_of(0, Source(kind="installed-python"))[0], stop=80)]

@@ -28,6 +28,7 @@ def changed(folder, copy, **settings):
     return copy
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "answer"), [("own", "y\n"), (None, "")])
 def test_code_of_a_backbone_never_runs(backbone_folder, tmp_path, tiny_run, kind, answer):
     """Neither after a question nor without a terminal."""

@@ -189,6 +189,7 @@ def test_an_old_or_missing_package_is_named(tmp_path, monkeypatch):
     assert f"scipy {metadata.version('scipy')} is not >=1000" in packages.text
 
 
+@pytest.mark.slow
 def test_backbones_load_without_a_network_and_a_missing_one_is_named(backbone_folder):
     found = {each.subject: each for each in doctor.offline([str(backbone_folder), "EleutherAI/pythia-14m"])}
     assert found["offline loading"].fine
@@ -225,6 +226,7 @@ def test_the_allowed_cores_are_counted(monkeypatch):
     assert not two.fine and "srun needs --cpus-per-task" in two.text
 
 
+@pytest.mark.slow
 def test_a_node_is_checked_through_srun(scontrol, tmp_path, monkeypatch):
     """The stand-in for srun runs the check on this machine."""
     log = tmp_path / "srun.log"
