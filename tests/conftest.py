@@ -51,6 +51,7 @@ LONG = [
     "damaged_fits",
     "forecast_tables",
     "budgets",
+    "figures",
     "figures_tell",
     "calibrate",
 ]
