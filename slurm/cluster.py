@@ -149,6 +149,8 @@ class Cluster:
                 raise UserError(
                     f"environment: {name!r} cannot be the name of a variable; allowed: letters, digits and _"
                 )
+            if not isinstance(self.environment[name], str):
+                raise UserError(f"environment.{name}: {self.environment[name]} is given; expected a text")
         bounded("max_gpus", self.max_gpus, 1)
         bounded("warning_seconds", self.warning_seconds, 1)
         bounded("bundle_minutes", self.bundle_minutes, 0)

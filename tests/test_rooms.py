@@ -23,6 +23,7 @@ ROOMS: dict[str, tuple[list[str], list[str]]] = {
             "embedscale.errors",
             "embedscale.files",
             "embedscale.imports",
+            "embedscale.options",
             "embedscale.process",
             "embedscale.progress",
             "embedscale.terminal",

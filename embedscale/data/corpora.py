@@ -6,7 +6,6 @@ units that were not finished. A row that is not a pair is counted by reason and 
 a `UserError`. The price: a compressed file and a CSV file are one unit, because they cannot be read from the middle.
 """
 
-import glob
 import json
 import math
 import textwrap
@@ -24,6 +23,7 @@ from embedscale.data.rows import (
     array_rows,
     compression,
     field_of,
+    files_of,
     holds_array,
     holds_lists,
     opened,
@@ -143,22 +143,10 @@ def _reason(error: Exception) -> str:
 
 
 def _files(source: Source) -> list[Path]:
-    path = Path(source.path)
-    endings = ENDINGS[source.kind]
-    # Not Path.glob, which refuses absolute patterns.
-    named = [path] if path.exists() else map(Path, glob.glob(source.path, recursive=True))  # noqa: PTH207
-    found = {file for each in named for file in (_below(each, endings) if each.is_dir() else [each])}
-    if not found and path.is_dir():
-        raise UserError(f"data.sources.path: {path} holds no file named *{' or *'.join(endings)}")
-    if not found:
-        raise UserError(f"data.sources.path: there is no file {path}")
-    return sorted(found)
-
-
-def _below(folder: Path, endings: tuple[str, ...]) -> list[Path]:
-    """List the files below a folder. Unlike Path.rglob, this follows links to folders."""
-    names = glob.glob(f"{glob.escape(str(folder))}/**", recursive=True)  # noqa: PTH207
-    return [path for path in map(Path, names) if path.name.endswith(endings) and not path.is_dir()]
+    try:
+        return files_of(source.path, ENDINGS[source.kind])
+    except UserError as error:
+        raise UserError(f"data.sources.path: {error}") from None
 
 
 def _parquet(path: Path) -> Any:

@@ -6,6 +6,7 @@ array or a CSV file can only be read from its beginning.
 
 import bz2
 import csv
+import glob
 import gzip
 import io
 import json
@@ -21,6 +22,26 @@ MAGIC = {"gzip": b"\x1f\x8b", "bz2": b"BZh", "zstd": b"\x28\xb5\x2f\xfd"}  # the
 CHARACTERS = 2**20  # of an array that are read at a time
 TEXT_TYPES = ("string", "large_string", "string_view", "binary", "large_binary", "null")
 LONGEST_CELL = 2**31 - 1  # characters of a CSV cell
+
+
+def files_of(source: str, endings: tuple[str, ...]) -> list[Path]:
+    """Return the files that a path stands for, sorted: a file, the files below a folder that have one of the endings,
+    or what matches a glob. Raises UserError if there is none."""
+    path = Path(source)
+    # Not Path.glob, which refuses absolute patterns.
+    named = [path] if path.exists() else map(Path, glob.glob(source, recursive=True))  # noqa: PTH207
+    found = {file for each in named for file in (_below(each, endings) if each.is_dir() else [each])}
+    if not found and path.is_dir():
+        raise UserError(f"{path} holds no file named *{' or *'.join(endings)}")
+    if not found:
+        raise UserError(f"there is no file {path}")
+    return sorted(found)
+
+
+def _below(folder: Path, endings: tuple[str, ...]) -> list[Path]:
+    """List the files below a folder. Unlike Path.rglob, this follows links to folders."""
+    names = glob.glob(f"{glob.escape(str(folder))}/**", recursive=True)  # noqa: PTH207
+    return [path for path in map(Path, names) if path.name.endswith(endings) and not path.is_dir()]
 
 
 def compression(path: Path) -> str | None:

@@ -280,3 +280,14 @@ class Attempt:
         if traceback:
             self.traceback.write_text(traceback)
         self.write(end=now(), ended=ended, **changes)
+
+
+def finished(directory: RunDirectory) -> RunRecord:
+    """Return the record of a finished run. Raises UserError if the run is not done."""
+    record = sound(directory.read_record())
+    if record is None:
+        state = "is not finished" if directory.path.is_dir() else "does not exist"
+        raise UserError(f"{directory.path}: this run {state}; expected the directory of a finished run")
+    if record.status != "done":
+        raise UserError(f"{directory.path}: this run {record.status}; expected a finished run")
+    return record

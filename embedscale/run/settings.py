@@ -20,7 +20,7 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+from omegaconf.errors import ConfigKeyError, GrammarParseError, InterpolationResolutionError, OmegaConfBaseException
 from yaml import YAMLError
 from yaml.constructor import ConstructorError
 
@@ -30,6 +30,7 @@ from embedscale.values import descriptions
 
 T = TypeVar("T")
 
+KEY = re.compile(r"[^.\[\]\s]+(\.[^.\[\]\s]+|\[\d+\])*")  # a setting: training.seed, data.sources[0].path
 MOST_VALUES = 1_000_000  # of a file; aliases can make a few lines stand for more than any memory holds
 
 
@@ -95,6 +96,8 @@ def _loaded(text: str | bytes) -> Any:
         value = waiting.pop()
         waiting += value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
         seen += 1
+        if value == "???":  # OmegaConf would take the default in silence
+            raise YAMLError("??? stands for a value that is missing")
         if seen > MOST_VALUES:
             raise YAMLError(f"its aliases stand for more than {MOST_VALUES:,} values")
     return loaded
@@ -117,17 +120,24 @@ def typed(kind: Any, value: Any) -> Any:
     return value
 
 
+class WrongWord(UserError):
+    """A word of the command line that names or gives nothing; the file is not to blame."""
+
+
 def structured(schema: type, values: dict[str, Any], words: Sequence[str] = (), origin: str = "") -> Any:
     """Return the dataclass `schema` with `values` and then `key=value` words merged into its defaults.
 
     `origin` is the file that the values are from, for messages. Raise UserError with one line that names the setting,
     and for an unknown setting the nearest known one.
     """
-    layers = [_defaults(schema), OmegaConf.create(values), _of_words(words)]
+    layers = [_defaults(schema), OmegaConf.create(values)]
     try:
+        layers.append(_of_words(words, layers))
         return OmegaConf.to_object(OmegaConf.merge(*layers))
     except ConfigKeyError as error:
         message = unknown(str(error.full_key or error.key), known_keys(schema), getattr(schema, "listed_by", ""))
+    except WrongWord:
+        raise
     except UserError as error:
         message = str(error)
     except (OmegaConfBaseException, TypeError) as error:
@@ -140,9 +150,10 @@ def structured(schema: type, values: dict[str, Any], words: Sequence[str] = (), 
             message = str(error.__cause__)
         elif not key and (found := next(filter(None, misfits), None)):
             message = found
-        elif isinstance(error, OmegaConfBaseException):
-            said = str(getattr(error, "msg", None) or error).split("\n")[0]
-            message = _mistyped(schema, key, layers) or (f"{key}: {said}" if key else said)
+        elif isinstance(error, InterpolationResolutionError | GrammarParseError):
+            message = f"{key}: refers by ${{…}} to a setting that does not exist"
+        elif isinstance(error, OmegaConfBaseException):  # whose words name parts of OmegaConf
+            message = _mistyped(schema, key, layers) or f"{key or 'settings'}: the value does not fit the setting"
         else:
             raise
     raise UserError(blaming(message, origin, words))
@@ -161,7 +172,15 @@ def unknown(key: str, known: Sequence[str], listed_by: str = "") -> str:
     return f"{key}: unknown setting{hint}" + (f" (`{listed_by}` lists all)" if listed_by else "")
 
 
-NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", list: "a list"}
+A_MAPPING = "a mapping of settings to values"
+NAMES = {
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
+    bool: "true or false",
+    list: "a list",
+    dict: A_MAPPING,
+}
 
 
 def _mistyped(schema: Any, key: str, layers: Sequence[Any]) -> str | None:
@@ -179,7 +198,7 @@ def _mistyped(schema: Any, key: str, layers: Sequence[Any]) -> str | None:
             values = [each[part] for each in values if isinstance(each, dict) and part in each]
         if NoneType in get_args(kind):
             (kind,) = (each for each in get_args(kind) if each is not NoneType)
-    expected = "a mapping of settings to values" if is_dataclass(kind) else NAMES.get(get_origin(kind) or kind)
+    expected = A_MAPPING if is_dataclass(kind) else NAMES.get(get_origin(kind) or kind)
     found = f"{values[-1]!r} is given; " if values else ""
     return f"{key}: {found}expected {expected}" if expected else None
 
@@ -192,23 +211,45 @@ def blaming(message: str, origin: str, words: Sequence[str]) -> str:
     return message if mine or not origin else f"{origin}: {message}"
 
 
-def _of_words(words: Sequence[str]) -> DictConfig:
-    for word in words:
-        if word.find("=") < 1:
-            raise UserError(f"{word!r} is not a key=value word; only the first word may be a file")
-        try:
-            _set(OmegaConf.create(), word)
-        except (OmegaConfBaseException, YAMLError, RecursionError):
-            raise UserError(f"{word!r}: the value after the '=' is not valid YAML") from None
+def _of_words(words: Sequence[str], below: Sequence[DictConfig]) -> DictConfig:
+    """Return the settings of `key=value` words; `below` are the layers that they are merged into, for `list[0]=x`."""
     config = OmegaConf.create()
     for word in words:
-        _set(config, word)
+        if word.find("=") < 1:
+            raise WrongWord(f"{word!r} is not a key=value word; only the first word may be a file")
+        key, _, text = word.partition("=")
+        if not KEY.fullmatch(key):
+            raise WrongWord(f"{key!r} cannot name a setting; write it as training.seed or data.sources[0].path")
+        try:
+            value = _loaded(text)
+        except (YAMLError, RecursionError):
+            raise WrongWord(f"{word!r}: the value after the '=' is not valid YAML") from None
+        # Entries of a list replace those of the layers below, which a merge alone cannot say.
+        if "[" in key:
+            key, value = _list_with(OmegaConf.to_container(OmegaConf.merge(*below, config)), key, value)
+        try:
+            OmegaConf.update(config, key, value)
+        except GrammarParseError:
+            raise WrongWord(f"{word!r}: ${{ begins a reference to another setting, which ends with }}") from None
+        except (OmegaConfBaseException, ValueError):
+            raise WrongWord(f"{word!r}: does not fit to what an earlier word gives") from None
     return config
 
 
-def _set(config: DictConfig, word: str) -> None:
-    key, _, value = word.partition("=")
-    OmegaConf.update(config, key, _loaded(value))
+def _list_with(settings: Any, key: str, value: Any) -> tuple[str, Any]:
+    """Return the name of the list whose entry `key` names, as in data.sources[0].path, and the list with this entry."""
+    name, config = key[: key.index("[")], OmegaConf.create(settings)
+    for start in (place.start() for place in re.finditer(r"\[", key)):
+        found, number = OmegaConf.select(config, key[:start]), int(key[start + 1 : key.index("]", start)])
+        if not OmegaConf.is_list(found):
+            raise WrongWord(f"{key[:start]}: is not a list, so it has no entry [{number}]")
+        if number >= len(found):
+            there = f"its last entry is [{len(found) - 1}]" if len(found) else "the list is empty"
+            raise WrongWord(f"{key[:start]}: has no entry [{number}]; {there}")
+    if not key.endswith("]") and not OmegaConf.is_dict(OmegaConf.select(config, key.rpartition(".")[0])):
+        raise WrongWord(f"{key}: {key.rpartition('.')[0]} is not a mapping of settings to values")
+    OmegaConf.update(config, key, value)
+    return name, OmegaConf.to_container(OmegaConf.select(config, name))
 
 
 def _misfit(known: Any, given: Any, key: str = "") -> str | None:
@@ -218,7 +259,7 @@ def _misfit(known: Any, given: Any, key: str = "") -> str | None:
         found = (_misfit(known[name], given[name], f"{key}.{name}".lstrip(".")) for name in names)
         return next(filter(None, found), None)
     if isinstance(known, dict):
-        return f"{key}: {given} is given; expected a mapping of settings to values"
+        return f"{key}: {given} is given; expected {A_MAPPING}"
     return (
         f"{key}: a mapping is given; expected a list" if isinstance(known, list) and isinstance(given, dict) else None
     )

@@ -21,8 +21,8 @@ from embedscale.model.hardware import allow_tf32
 from embedscale.model.methods import apply_method, merge_adapters
 from embedscale.model.packing import pack
 from embedscale.run.config import RunConfig
-from embedscale.run.directory import RunDirectory
-from embedscale.run.record import RunRecord, sound
+from embedscale.run.directory import RunDirectory, finished
+from embedscale.run.record import RunRecord
 from embedscale.run.settings import load
 
 TEXTS_AT_ONCE = 16384  # texts tokenised and sorted by length together
@@ -100,17 +100,6 @@ class Embedder:
                 found[full[chunk.order.numpy()]] = embeddings.cpu().numpy()
                 progress(len(chunk.order))
         return found
-
-
-def finished(directory: RunDirectory) -> RunRecord:
-    """Return the record of a finished run. Raises UserError if the run is not done."""
-    record = sound(directory.read_record())
-    if record is None:
-        state = "is not finished" if directory.path.is_dir() else "does not exist"
-        raise UserError(f"{directory.path}: this run {state}; expected the directory of a finished run")
-    if record.status != "done":
-        raise UserError(f"{directory.path}: this run {record.status}; expected a finished run")
-    return record
 
 
 def _check_settings(directory: RunDirectory, config: RunConfig, record: RunRecord) -> None:

@@ -7,20 +7,24 @@ texts. A lease keeps a second process away.
 
 import hashlib
 import json
+import shutil
 import sys
+import tempfile
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from embedscale.data.rows import (
     array_rows,
     field_of,
+    files_of,
     holds_array,
     opened,
     require,
@@ -30,18 +34,20 @@ from embedscale.data.rows import (
 )
 from embedscale.errors import DONE, INTERRUPTED, UserError, allowed
 from embedscale.files import digest_file, write_digested
-from embedscale.model.hardware import keep_freed_memory
 from embedscale.progress import Bar
-from embedscale.run.directory import RunDirectory
+from embedscale.run.directory import RunDirectory, finished
 from embedscale.run.lease import leased
 from embedscale.run.stop import StopRequest
-from embedscale.serving.embedder import Embedder
 from embedscale.values import Count, Value, sound
+
+if TYPE_CHECKING:
+    from embedscale.serving.embedder import Embedder
 
 PART = 16384  # texts
 FORMATS = ("npy", "arrow")
 BLANK = ("zero", "drop")  # what a blank text becomes: a row of zeros, or no row
 INDEX = "encoding.json"
+PACKED = ("", ".gz", ".bz2", ".zst")  # endings of compressed files, behind that of their form
 
 
 @dataclass(frozen=True)
@@ -82,19 +88,47 @@ def encode(
     texts_a_part: int = PART,
     blank: str = "zero",
 ) -> int:
-    """Write the embeddings of a file's texts as OUT/00000.npy (float32 [texts, width]) or .arrow files, in order.
+    """Write the embeddings of texts as OUT/00000.npy (float32 [texts, width]) or .arrow files, in order.
 
-    `source` is a .txt file (one text per line), or a .jsonl, .csv, .tsv or .parquet file with the texts in `column`;
-    files of text may be compressed. A blank text gets a row of zeros, or with `blank="drop"` no row. A second call
-    continues where the first was stopped. Returns DONE, or INTERRUPTED after a signal. Raises UserError, before
-    anything is written, for a text that is not UTF-8, a missing column, or a folder with other files.
+    `source` is a .txt file (one text per line), or a .jsonl, .json, .csv, .tsv or .parquet file with the texts in
+    `column`; a folder or a glob of such files, which are read in the order of their names; or "-": standard input, one
+    text per line. Files of text may be compressed. A blank text gets a row of zeros, or with `blank="drop"` no row. A
+    second call continues where the first was stopped. Returns DONE, or INTERRUPTED after a signal. Raises UserError,
+    before anything is written, for a text that is not UTF-8, a missing column, or a folder with other files.
     """
     allowed("--format", form, FORMATS)
     allowed("--blank", blank, BLANK)
-    path, folder = Path(source), Path(out)
-    number, digest, blanks = _survey(path, column, blank)
+    finished(RunDirectory(run))
+    _refuse_other_files(Path(out))
+    with _given(source) as files:
+        return _encode(run, files, Path(out), column, form, texts_a_part, blank)
+
+
+@contextmanager
+def _given(source: str) -> Iterator[list[Path]]:
+    """Yield the files of a source. Standard input becomes a temporary file, because texts are read twice."""
+    if source != "-":
+        try:
+            yield files_of(source, tuple(f"{ending}{packed}" for ending in READERS for packed in PACKED))
+        except UserError as error:
+            raise UserError(f"TEXTS: {error}") from None
+        return
+    with tempfile.NamedTemporaryFile(prefix="standard input ", suffix=".txt") as file:
+        shutil.copyfileobj(sys.stdin.buffer, file)
+        file.flush()
+        yield [Path(file.name)]
+
+
+def _encode(run: str, files: list[Path], folder: Path, column: str, form: str, texts_a_part: int, blank: str) -> int:
+    number, digest, blanks = _survey(files, column, blank)
+    what = str(files[0]) if len(files) == 1 else f"{len(files)} files"
+    if not number:
+        raise UserError(f"{what}: no text")
     if blanks:
-        print(f"{path}: {blanks:,} blank texts; they get {'rows of zeros' if blank == 'zero' else 'no row'}")
+        print(f"{what}: {blanks:,} blank texts; they get {'rows of zeros' if blank == 'zero' else 'no row'}")
+    from embedscale.model.hardware import keep_freed_memory  # with torch, after all that can be wrong without it
+    from embedscale.serving.embedder import Embedder
+
     embedder = Embedder.load(run)
     encoding = Encoding(
         run_id=embedder.record.run_id,
@@ -115,10 +149,12 @@ def encode(
         directory.remove_partial_files()
         encoding = _begun(folder, encoding)
         encoding.write(folder / INDEX)
-        return _encode_parts(embedder, _kept(path, column, blank), folder, encoding, stop)
+        return _encode_parts(embedder, _kept(files, column, blank), folder, encoding, stop)
 
 
-def _encode_parts(embedder: Embedder, texts: Iterator[str], folder: Path, encoding: Encoding, stop: StopRequest) -> int:
+def _encode_parts(
+    embedder: "Embedder", texts: Iterator[str], folder: Path, encoding: Encoding, stop: StopRequest
+) -> int:
     part = 0
     with Bar("encoding", total=encoding.texts) as bar:
         while some := list(islice(texts, encoding.texts_a_part)):
@@ -166,34 +202,43 @@ def _begun(folder: Path, encoding: Encoding) -> Encoding:
             if now != there:
                 raise UserError(f"{folder}: holds another encoding: {name} is {there} there, now {now}")
         return before
+    _refuse_other_files(folder)
+    return encoding
+
+
+def _refuse_other_files(folder: Path) -> None:
+    """Raise UserError for a folder with files that no encoding has written."""
+    if (folder / INDEX).exists():
+        return
     own = {RunDirectory(folder).lease.name}  # and hidden files: a call was killed before it had written anything else
     if folder.exists() and not (
         folder.is_dir() and all(path.name in own or _hidden(path) for path in folder.iterdir())
     ):
         raise UserError(f"{folder}: holds other files; name an empty or a new folder")
-    return encoding
 
 
 def _hidden(path: Path) -> bool:
     return path.name.startswith(".") and path.suffix in (".partial", ".stale")
 
 
-def _survey(path: Path, column: str, blank: str) -> tuple[int, str, int]:
-    """Return the number of texts that get a row, a digest of them, and the number of blank texts in the file."""
+def _survey(files: list[Path], column: str, blank: str) -> tuple[int, str, int]:
+    """Return the number of texts that get a row, a digest of them, and the number of blank texts."""
     sha, number, blanks = hashlib.sha256(), 0, 0
-    for text in texts_of(path, column):
+    for text in _texts(files, column):
         empty = not text.strip()
         blanks += empty
         if not empty or blank == "zero":
             number += 1
             sha.update(f"{len(text)} {text}".encode())
-    if not number:
-        raise UserError(f"{path}: holds no text")
     return number, sha.hexdigest()[:16], blanks
 
 
-def _kept(path: Path, column: str, blank: str) -> Iterator[str]:
-    return (text for text in texts_of(path, column) if blank == "zero" or text.strip())
+def _kept(files: list[Path], column: str, blank: str) -> Iterator[str]:
+    return (text for text in _texts(files, column) if blank == "zero" or text.strip())
+
+
+def _texts(files: list[Path], column: str) -> Iterator[str]:
+    return chain.from_iterable(texts_of(file, column) for file in files)
 
 
 def texts_of(path: Path, column: str = "text") -> Iterator[str]:

@@ -7,7 +7,7 @@ task that is interrupted starts again from its beginning.
 import time
 from collections.abc import Iterable, Sequence
 from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -15,16 +15,17 @@ from embedscale.data.store import PairBatch, PairStore
 from embedscale.data.tokens import load_tokenizer, tokenizer_of
 from embedscale.errors import DONE, INTERRUPTED, UserError
 from embedscale.files import now
-from embedscale.model.hardware import keep_freed_memory
 from embedscale.run.config import RunConfig
-from embedscale.run.directory import RunDirectory
+from embedscale.run.directory import RunDirectory, finished
 from embedscale.run.record import RunRecord, sound
 from embedscale.run.score import Score
 from embedscale.run.settings import load
 from embedscale.run.stop import StopRequest
-from embedscale.serving.embedder import Embedder, finished
 from embedscale.serving.tasks import HELD_OUT, load_data, mteb_package, names_of, task_of
 from embedscale.terminal import console
+
+if TYPE_CHECKING:
+    from embedscale.serving.embedder import Embedder
 
 
 def evaluate(run: str, names: Sequence[str], tasks: Iterable[Any] = (), stop: StopRequest | None = None) -> int:
@@ -43,6 +44,9 @@ def evaluate(run: str, names: Sequence[str], tasks: Iterable[Any] = (), stop: St
         stop.on_signals()
     missing = {name: task for name, task in known.items() if not directory.score(name).exists()}
     if missing:
+        from embedscale.model.hardware import keep_freed_memory
+        from embedscale.serving.embedder import Embedder
+
         directory.scores.mkdir(exist_ok=True)
         keep_freed_memory()
         adapter = adapter_of(Embedder.load(run))
@@ -88,7 +92,7 @@ def _show(record: RunRecord, scores: list[Score]) -> None:
     console().print(table)
 
 
-def adapter_of(embedder: Embedder) -> Any:
+def adapter_of(embedder: "Embedder") -> Any:
     """Return the run as an encoder of mteb 2, named after the run, with the digest of its weights as revision."""
     from mteb.models.abs_encoder import AbsEncoder
     from mteb.models.model_meta import ModelMeta, ScoringFunction

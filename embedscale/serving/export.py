@@ -14,17 +14,19 @@ import tempfile
 import time
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from embedscale.data.tokens import PROBE, tokenizer_of
 from embedscale.errors import DONE, FAILED, UserError
 from embedscale.files import read_json
-from embedscale.run.directory import RunDirectory
+from embedscale.run.directory import RunDirectory, finished
 from embedscale.run.score import Score
-from embedscale.serving.embedder import Embedder
 from embedscale.values import sound
+
+if TYPE_CHECKING:
+    from embedscale.serving.embedder import Embedder
 
 LEFT_SECONDS = 3600.0  # since its last change, after which the folder of an unfinished export is removed
 SIMILAR = 0.9999  # least cosine between the embeddings of a text by the run and by the exported model
@@ -60,6 +62,9 @@ def export(run: str, folder: str, least_cosine: float = SIMILAR) -> int:
         version("sentence-transformers")
     except ModuleNotFoundError:
         raise UserError("export needs sentence-transformers: pip install 'embedscale[mteb]'") from None
+    finished(RunDirectory(run))
+    from embedscale.serving.embedder import Embedder  # imports torch
+
     # The export is float32, so it is compared with float32: in deep models, rounding to bf16 alone exceeds SIMILAR.
     embedder = Embedder.load(run, "cpu", "float32")
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -82,7 +87,7 @@ def export(run: str, folder: str, least_cosine: float = SIMILAR) -> int:
     return DONE
 
 
-def write_model(embedder: Embedder, folder: Path) -> None:
+def write_model(embedder: "Embedder", folder: Path) -> None:
     """Write the files of the sentence-transformers model into an existing, empty folder."""
     config = embedder.config
     body: Any = embedder.encoder.body
@@ -141,7 +146,7 @@ def _legacy_rotary(config: Any) -> dict[str, Any]:
     }
 
 
-def _write_tokenizer(embedder: Embedder, folder: Path) -> None:
+def _write_tokenizer(embedder: "Embedder", folder: Path) -> None:
     """Write the run's tokenizer with a padding token.
 
     Padding is on the right, where causal attention does not see it.
@@ -181,7 +186,7 @@ def _edit_json(path: Path, values: dict[str, Any]) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | values, indent=2) + "\n")
 
 
-def _compare(embedder: Embedder, model: Path, scratch: Path) -> float | str:
+def _compare(embedder: "Embedder", model: Path, scratch: Path) -> float | str:
     """Embed texts of many lengths with the exported model, in a new process, and with the run.
 
     Returns the least cosine, or what went wrong as a text.
@@ -197,7 +202,7 @@ def _compare(embedder: Embedder, model: Path, scratch: Path) -> float | str:
     return float((found * embedder.encode(texts)).sum(1).min())
 
 
-def model_card(embedder: Embedder, directory: RunDirectory, name: str, likeness: float) -> str:
+def model_card(embedder: "Embedder", directory: RunDirectory, name: str, likeness: float) -> str:
     """Return the text of the model's README.md: how to use it, how it was trained, and its scores."""
     record, config = embedder.record, embedder.config
     settings = record.hyperparameters

@@ -20,7 +20,7 @@ from rich.table import Table
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from embedscale.errors import DONE, UserError, bounded
+from embedscale.errors import DONE, UserError
 from embedscale.files import now, read_json, write_json
 from embedscale.model.backbone import empty_body, load_body, shape_without_weights
 from embedscale.model.hardware import (
@@ -35,16 +35,14 @@ from embedscale.model.hardware import (
 from embedscale.model.packing import pack
 from embedscale.run.config import RunConfig
 from embedscale.run.cost import cost_of
-from embedscale.run.families import FAMILIES, short_name
-from embedscale.run.method import method_of_label
+from embedscale.run.families import short_name
 from embedscale.terminal import console
 from embedscale.training.batches import Batch
 from embedscale.training.memory import fitting_chunk
 from embedscale.training.module import Contrastive, assemble
-from embedscale.training.plan import PAPER_PAIR, TrainingPlan
+from embedscale.training.plan import PAPER_PAIR, SIZES, TrainingPlan, configs_of
 from embedscale.training.train import bare_trainer, begin_worker, loading_workers, quieten
 
-SIZES = {name: family for family in FAMILIES for name in family.sizes}  # by the short name of a size
 MEANS = (14, 64)  # tokens of a query and of a positive (paper, section 4.1)
 SPREAD = 0.6  # standard deviation of ln(length)
 WARM_STEPS = 2  # steps before the measured ones
@@ -63,9 +61,8 @@ def calibrate(config: RunConfig, out: str, sizes: Sequence[str], methods: Sequen
     Raises UserError before the first measurement: for an unknown size or method, for a method that a size cannot have,
     and for a file that was measured with other settings.
     """
-    bounded("--seconds", seconds, 0, 1e6)
+    configs = configs_of(config, sizes, methods, seconds)
     device = training_device()
-    configs = [config_of(config, size, method) for size in sizes for method in methods]
     for each in configs:
         cost_of(shape_without_weights(each.backbone), each.method)
     path, facts = Path(out), _facts(config, device, seconds)
@@ -97,18 +94,6 @@ def calibrate(config: RunConfig, out: str, sizes: Sequence[str], methods: Sequen
         write_json(path, found)
     output.print(_table(found))
     return DONE
-
-
-def config_of(config: RunConfig, size: str, label: str) -> RunConfig:
-    """Return the configuration of a size and a method. Raise UserError if one of them is unknown."""
-    try:
-        method = method_of_label(label)
-    except UserError as error:
-        raise UserError(f"--methods: {error}") from None
-    if size not in SIZES and not (Path(size) / "config.json").is_file():
-        raise UserError(f"--sizes: {size!r} is neither a known size ({', '.join(SIZES)}) nor a folder with a model")
-    backbone = replace(config.backbone, name=size, weights="random")
-    return replace(config, backbone=backbone, method=method)
 
 
 def _facts(config: RunConfig, device: torch.device, seconds: float) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import numpy as np
 
@@ -11,10 +12,14 @@ from embedscale.data.store import PairStore
 from embedscale.errors import DONE, UserError, bounded
 from embedscale.run.config import RunConfig
 from embedscale.run.cost import Cost, cost_of
-from embedscale.run.families import pretraining_learning_rate, shape_by_name, short_name
+from embedscale.run.directory import RunDirectory
+from embedscale.run.families import FAMILIES, pretraining_learning_rate, shape_by_name, short_name
+from embedscale.run.method import method_of_label
 from embedscale.run.shape import BackboneShape
 from embedscale.terminal import console
 from embedscale.values import Count, Value
+
+SIZES = {name: family for family in FAMILIES for name in family.sizes}  # by the short name of a size
 
 PAPER_PAIR = 14 + 64  # mean tokens of a query and of a positive (section 4.1), while no store exists
 PAPER_SQUARES = (14**2 + 64**2) / PAPER_PAIR**2  # sum of both squared lengths / squared length of the pair
@@ -124,6 +129,14 @@ def learning_rate_of(config: RunConfig) -> float:
     return rate
 
 
+def refuse_context(config: RunConfig, shape: BackboneShape) -> None:
+    """Raise UserError for a context longer than the backbone's."""
+    if config.data.context > shape.context:
+        raise UserError(
+            f"data.context: {config.data.context} is longer than {shape.name}'s; allowed: at most {shape.context}"
+        )
+
+
 def plan_run(config: RunConfig, shape: BackboneShape, store: PairStore) -> TrainingPlan:
     """Return the plan of a run: what its budget buys, by the token counts of the store.
 
@@ -131,10 +144,7 @@ def plan_run(config: RunConfig, shape: BackboneShape, store: PairStore) -> Train
     backbone's or different from the store's, for a tokenizer with more tokens than the backbone, and for a held-out
     pool larger than the store's.
     """
-    if config.data.context > shape.context:
-        raise UserError(
-            f"data.context: {config.data.context} is longer than {shape.name}'s; allowed: at most {shape.context}"
-        )
+    refuse_context(config, shape)
     if store.context != config.data.context:
         raise UserError(
             f"data.context: {config.data.context}, but {config.data.store} was prepared with {store.context}; "
@@ -186,6 +196,35 @@ def plan_run(config: RunConfig, shape: BackboneShape, store: PairStore) -> Train
     )
 
 
+def refuse_early(config: RunConfig) -> None:
+    """Raise UserError for a run that cannot begin, as far as that can be told before torch is imported.
+
+    A run that has its record passes: it needs no data any more.
+    """
+    shape = shape_by_name(config.backbone.name)
+    if shape is not None and not RunDirectory(config.folder).record.exists():
+        plan_run(config, shape, PairStore.open(config.data.store))
+
+
+def configs_of(config: RunConfig, sizes: Sequence[str], methods: Sequence[str], seconds: float) -> list[RunConfig]:
+    """Return what `calibrate` measures: each size with each method. Raise UserError for what is unknown, and for
+    `seconds` out of range; torch is not needed to tell."""
+    bounded("--seconds", seconds, 0, 1e6)
+    return [config_of(config, size, method) for size in sizes for method in methods]
+
+
+def config_of(config: RunConfig, size: str, label: str) -> RunConfig:
+    """Return the configuration of a size and a method. Raise UserError if one of them is unknown."""
+    try:
+        method = method_of_label(label)
+    except UserError as error:
+        raise UserError(f"--methods: {error}") from None
+    if size not in SIZES and not (Path(size) / "config.json").is_file():
+        raise UserError(f"--sizes: {size!r} is neither a known size ({', '.join(SIZES)}) nor a folder with a model")
+    backbone = replace(config.backbone, name=size, weights="random")
+    return replace(config, backbone=backbone, method=method)
+
+
 def _bought(config: RunConfig, cost: Cost, counts: np.ndarray, first: int, world: int) -> tuple[int, int]:
     """Return the pairs and tokens that the budget buys, in the store's order from pair `first` on."""
     affordable = cost.tokens_of(config.budget)
@@ -235,6 +274,8 @@ def print_flops(config: RunConfig, budgets: Sequence[str] | None) -> int:
         from embedscale.model.backbone import shape_without_weights  # imports torch
 
         shape = shape_without_weights(config.backbone)
+    wanted = [parse_budget(each) for each in budgets] if budgets else [config.budget]
+    refuse_context(config, shape)
     cost = cost_of(shape, config.method)
     again = cost_of(shape, config.method, activation_checkpointing=True)
     try:
@@ -266,7 +307,7 @@ def print_flops(config: RunConfig, budgets: Sequence[str] | None) -> int:
     bought = Table(title="what a budget buys")
     for name in ("budget, FLOP", "tokens", "pairs", "steps", "exact FLOP, about"):
         bought.add_column(name, justify="right")
-    for budget in map(parse_budget, budgets) if budgets else [config.budget]:
+    for budget in wanted:
         if store:
             plan = plan_run(replace(config, budget=budget), shape, store)
             tokens, pairs, steps = plan.tokens, plan.pairs, plan.steps

@@ -35,8 +35,9 @@ from embedscale.run.families import PYTHIA
 from embedscale.run.method import Method
 from embedscale.run.settings import load
 from embedscale.training.batches import Batch
-from embedscale.training.calibrate import build, config_of, module_of, paper_lengths, paper_tokens
+from embedscale.training.calibrate import build, module_of, paper_lengths, paper_tokens
 from embedscale.training.loss import info_nce
+from embedscale.training.plan import config_of
 
 METHODS = ["full", "freeze-0.5", "bias", "lora-r32"]
 LEARNING_RATE = 1e-5

@@ -17,8 +17,9 @@ from embedscale.run.method import Method
 from embedscale.run.settings import load
 from embedscale.training import module as contrastive
 from embedscale.training.batches import Batch
-from embedscale.training.calibrate import build, config_of, module_of, paper_lengths, paper_tokens
+from embedscale.training.calibrate import build, module_of, paper_lengths, paper_tokens
 from embedscale.training.memory import fitting_chunk
+from embedscale.training.plan import config_of
 
 LIMIT = 1.5e9  # bytes
 

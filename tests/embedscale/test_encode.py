@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pyarrow as pa
@@ -69,7 +71,7 @@ def test_a_text_without_tokens_has_similarity_zero(runs):
 
 
 BAD = {
-    "no text": ("encode", "empty.txt", "empty.txt: holds no text"),
+    "no text": ("encode", "empty.txt", "empty.txt: no text"),
     "no UTF-8": ("encode", "latin.txt", "line 1 is not UTF-8"),
     "half a character": ("encode", "half.jsonl", "line 1 is not UTF-8"),
     "no JSON": ("encode", "deep.jsonl", "is an array that is cut off or not valid JSON"),
@@ -77,7 +79,7 @@ BAD = {
     "a damaged table": ("encode", "damaged.parquet", "damaged.parquet: cannot be read"),
     "another ending": ("encode", "texts.xml", ".xml is not known"),
     "a missing column": ("encode", "texts.jsonl", "not a JSON object with a column 'text'"),
-    "a missing file": ("encode", "nothing.txt", "no such file"),
+    "a missing file": ("encode", "nothing.txt", "TEXTS: there is no file"),
 }
 
 
@@ -177,3 +179,21 @@ def test_a_part_that_was_damaged_since_is_embedded_again(tmp_path, runs, texts, 
     assert f"{parts[1]}: is missing or damaged; its texts are embedded again" in capsys.readouterr().err
     assert [part.read_bytes() for part in parts] == before
     assert len(list((tmp_path / "out").iterdir())) == 4
+
+
+def test_texts_come_from_a_folder_a_glob_and_standard_input_alike(tmp_path, runs):
+    folder = tmp_path / "texts"
+    (folder / "below").mkdir(parents=True)
+    (folder / "a.txt").write_text("one\n\ntwo\n")
+    (folder / "below" / "b.jsonl").write_text('{"text": "three"}\n{"text": null}\n')
+    (folder / "notes.md").write_text("not read\n")
+    run = str(runs["bias"])
+    for source, out in ((folder, "folder"), (f"{folder}/**/[ab].*", "glob")):
+        assert main(["encode", run, str(source), str(tmp_path / out)]) == DONE
+    words = [sys.executable, "-m", "embedscale.cli", "encode", run, "-", str(tmp_path / "piped"), "--blank", "drop"]
+    done = subprocess.run(words, input="one\n\ntwo\nthree\n\n", text=True, capture_output=True)
+    assert done.returncode == DONE, done.stderr
+    found = {name: np.load(tmp_path / name / "00000.npy") for name in ("folder", "glob", "piped")}
+    assert found["folder"].shape[0] == 5 and not found["folder"][[1, 4]].any()
+    np.testing.assert_array_equal(found["glob"], found["folder"])
+    np.testing.assert_allclose(found["piped"], found["folder"][[0, 2, 3]], atol=1e-6)
