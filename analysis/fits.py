@@ -11,8 +11,8 @@ from typing import Any, Literal, Self
 
 from analysis import first_version
 from embedscale.errors import UserError
-from embedscale.files import read_json
-from embedscale.values import Amount, Count, Share, Value
+from embedscale.files import digest_file, read_json
+from embedscale.values import CHANGED, Amount, Count, Share, Value, changed
 
 FORMAT = 2
 FILE = "fits.json"
@@ -398,6 +398,8 @@ class Fits(Value):
     frontier: Frontier
     excluded: tuple[Exclusion, ...] = ()
     notes: tuple[str, ...] = ()
+    table_digest: str | None = None
+    """Digest of the runs.csv beside the file; missing in version 0.2."""
 
     @classmethod
     def from_json(cls, data: object) -> Self:
@@ -434,8 +436,15 @@ def read(path: str | Path) -> Fits:
     if not isinstance(found, dict) or not {"methods", "settings", "runs"} <= found.keys():
         raise UserError(f"{path}: holds no fits; write them by embedscale fit RUNS")
     try:
+        if changed(found):
+            raise UserError(CHANGED)
         return Fits.from_json(found)
     except UserError as error:
         raise UserError(f"{path}: {error}; run embedscale fit again") from None
     except (KeyError, TypeError, AttributeError) as error:  # of a file of format 1
         raise UserError(f"{path}: is damaged: {error!r}; run embedscale fit again") from None
+
+
+def check_table(fits: Fits, path: Path) -> None:
+    if fits.table_digest not in (None, digest_file(path)):
+        raise UserError(f"{path}: has changed since the fit; run embedscale fit again")

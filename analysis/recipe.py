@@ -275,6 +275,7 @@ def read(folder: str | Path) -> tuple[Fits, list[Row]]:
     path = (path if path.is_dir() else path.parent) / "runs.csv"
     if not path.exists():
         return fits, []
+    fits_file.check_table(fits, path)
     with path.open(newline="") as file:
         reader = csv.DictReader(file)
         reader.fieldnames = [FIRST_VERSION.get(name, name) for name in reader.fieldnames or ()]

@@ -3,7 +3,7 @@
 import json
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from analysis.fits import Fits
 from analysis.fitting import grouping, joint, optima
 from analysis.runs import Runs
 from embedscale.errors import UserError
-from embedscale.files import write_atomically, write_json
+from embedscale.files import write_atomically, write_digested
 from embedscale.run.directory import RunDirectory
 from embedscale.run.record import Damaged, RunRecord
 from embedscale.texts import short_number
@@ -125,9 +125,9 @@ def write(fits: Fits, runs: Runs, folder: str | Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
         raise UserError(f"out: {folder} is a file; give a folder") from None
-    write_atomically(folder / TABLE, lambda file: file.write(runs.table.to_csv(index=False).encode()))
+    digest = write_digested(folder / TABLE, lambda file: file.write(runs.table.to_csv(index=False).encode()))
     write_atomically(folder / LEFT_OUT, lambda file: file.write(runs.excluded.to_csv(index=False).encode()))
-    write_json(folder / fits_file.FILE, fits.to_json())
+    replace(fits, table_digest=digest).write(folder / fits_file.FILE)
     return folder / fits_file.FILE
 
 
@@ -138,6 +138,7 @@ def load(folder: str | Path) -> Study:
     folder = folder if folder.is_dir() else folder.parent
     if not (folder / TABLE).exists():
         raise UserError(f"{folder / TABLE}: does not exist; embedscale fit writes it beside its fits.json")
+    fits_file.check_table(fits, folder / TABLE)
     loaded = runs.load(folder / TABLE)
     if loaded.are_optima:
         raise UserError(f"{folder}: holds the fits of a table of optima; figures and the report need runs")

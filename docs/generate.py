@@ -74,7 +74,7 @@ def schemas() -> dict[str, dict[str, Any]]:
 
     kinds = {"record.json": RunRecord, "metrics.jsonl": Metric, "plan.json": PlanFile, "fits.json": Fits}
     found = {f"{name.split('.')[0]}.schema.json": schema_file(kind, name) for name, kind in kinds.items()}
-    for name in ("record", "plan"):
+    for name in ("record", "plan", "fits"):
         text = "Digest of all other keys; a file that has changed is refused. Absent in files of version 0.2."
         found[f"{name}.schema.json"]["properties"][CHECKSUM] = {"type": "string", "description": text}
     return found

@@ -26,6 +26,7 @@ from embedscale.files import checksum, write_json
 
 T = TypeVar("T")
 CHECKSUM = "checksum"  # key of a written value: the digest of all other keys
+CHANGED = "has changed since it was written: its checksum does not fit"
 
 LARGEST = 1e300  # of a number that is read: sums and products of a few such numbers are finite
 
@@ -143,9 +144,7 @@ class Value:
         """
         try:
             data = json.loads(path.read_text())
-            if isinstance(data, dict) and data.pop(CHECKSUM, None) not in (None, checksum(data)):
-                return Damaged(path, "has changed since it was written: its checksum does not fit")
-            return cls.from_json(data)
+            return Damaged(path, CHANGED) if changed(data) else cls.from_json(data)
         except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as error:
@@ -167,6 +166,11 @@ class Value:
 def sealed(data: dict[str, Any]) -> dict[str, Any]:
     """Return a JSON object with the checksum of its other keys."""
     return data | {CHECKSUM: checksum(data)}
+
+
+def changed(data: object) -> bool:
+    """Take the checksum out of a JSON object, and return whether it does not fit; False where there is none."""
+    return isinstance(data, dict) and data.pop(CHECKSUM, None) not in (None, checksum(data))
 
 
 # --- Reading ---------------------------------------------------------------------------------------------------------

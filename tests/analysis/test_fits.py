@@ -9,6 +9,7 @@ import pytest
 from analysis import fits, recipe, study
 from analysis.advice.evidence import Limit
 from embedscale.errors import UserError
+from embedscale.values import sealed
 
 FIRST = Path(__file__).parent / "first_version"  # the quickstart of version 0.1.0, with six draws of each law
 SCHEMA = Path(__file__).parents[2] / "docs" / "schemas" / "fits.schema.json"
@@ -18,7 +19,7 @@ def test_written_fits_read_back_equal(paper_folder):
     written = json.loads((paper_folder / "fits.json").read_text())
     found = fits.read(paper_folder)
     assert fits.Fits.from_json(json.loads(json.dumps(found.to_json()))) == found
-    assert json.loads(json.dumps(found.to_json())) == written
+    assert sealed(json.loads(json.dumps(found.to_json()))) == written
 
 
 def test_a_file_matches_the_schema_and_every_key_is_described(paper_folder):
