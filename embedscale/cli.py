@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from embedscale.errors import DONE, FAILED, INTERRUPTED, WRONG, UserError
+from embedscale.errors import DONE, FAILED, INTERRUPTED, WRONG, UserError, short_of_memory
 from embedscale.imports import load
 from embedscale.options import parse
 from embedscale.terminal import outlive_readers
@@ -189,6 +189,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif isinstance(error, OSError) and error.errno is not None:  # without a number, a library raised it
             message = f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror)
             code = FAILED if error.errno in BROKEN else WRONG
+        elif short_of_memory(error):
+            message, code = f"too little memory: {error}".strip().splitlines()[0], FAILED
         else:
             raise
         print(f"embedscale: {message}", file=sys.stderr)

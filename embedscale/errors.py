@@ -17,6 +17,15 @@ class UserError(Exception):
     """
 
 
+# How the system, torch, oneDNN and pyarrow say that there is too little memory. Only some of them raise MemoryError.
+_SHORT_OF_MEMORY = ("allocate memory", "not enough memory", "map segment", "bad_alloc", "create a primitive")
+
+
+def short_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that this process found too little memory."""
+    return isinstance(error, MemoryError) or any(text in str(error) for text in _SHORT_OF_MEMORY)
+
+
 def allowed(name: str, value: str, choices: Sequence[str]) -> None:
     """Raise UserError if a setting is not one of the choices."""
     if value not in choices:

@@ -214,7 +214,8 @@ def _refuse_another_plan(directory: RunDirectory, begun: PlanFile, facts: PlanFi
     if begun.body is None:  # version 0.1 used the CPU body for steps of any size
         begun = replace(begun, body=_body(module, FROM_TOKENS))
     if found := begun.difference(facts):
-        raise UserError(f"{directory.path}: {found}")
+        changed = "" if begun.backbone_digest == facts.backbone_digest else f"; restore {module.config.backbone.name}"
+        raise UserError(f"{directory.path}: {found}{changed}")
 
 
 def bare_trainer(**options: Any) -> lightning.Trainer:

@@ -78,6 +78,25 @@ def test_an_error_of_the_system_is_one_line_that_names_the_file(tmp_path, tiny_r
         flops_that(monkeypatch, library)
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("could not create a primitive"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory\nmore"),
+        ImportError("lib.so: failed to map segment from shared object"),
+    ],
+    ids=str,
+)
+def test_too_little_memory_is_one_line(capsys, monkeypatch, error):
+    def short():
+        raise error
+
+    assert flops_that(monkeypatch, short) == FAILED
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == f"embedscale: too little memory: {error}".strip().splitlines()[0]
+
+
 @pytest.mark.parametrize("library", ["torch", "safetensors", "numpy"])
 def test_a_failed_write_reports_the_cause_and_not_the_error_of_a_library(tmp_path, library):
     values = torch.zeros(10**6)

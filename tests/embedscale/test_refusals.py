@@ -92,7 +92,8 @@ def test_a_directory_of_another_run_is_refused(tmp_path, tiny_run, capsys):
     del plan["checksum"]  # as in a file of earlier code
     directory.plan.write_text(json.dumps(plan | {"backbone_digest": "0"}))
     assert cli.main(["train", *tiny_run, f"output={tmp_path / 'runs'}", BUDGET]) == WRONG
-    assert "this run began with backbone_digest 0" in capsys.readouterr().err
+    said, folder = capsys.readouterr().err, config.backbone.name
+    assert "this run began with backbone_digest 0" in said and said.endswith(f"; restore {folder}\n")
     directory.plan.write_text(json.dumps(plan | {"body": "cpu" if plan["body"] == "plain" else "plain"}))
     assert cli.main(["train", *tiny_run, f"output={tmp_path / 'runs'}", BUDGET]) == WRONG
     assert f"now it is {plan['body']}" in capsys.readouterr().err, "the two bodies round differently"
