@@ -9,7 +9,7 @@ export TOKENIZERS_PARALLELISM ?= false
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 export PYTHONDONTWRITEBYTECODE =
 
-.PHONY: install quickstart test test-quick lint format docs notebook clean
+.PHONY: install quickstart test test-quick chaos lint format docs notebook clean
 
 install: $(VENV)/installed
 
@@ -66,6 +66,12 @@ notebook: $(DOCS)/installed
 # About three minutes on two idle cores, without SLURM or a browser: for the time between two edits.
 test-quick: install
 	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m "not slow and not slurm"
+
+# Faults at random moments, for as long as you like; results of several calls add up in build/chaos.jsonl.
+MINUTES ?= 60
+SEED ?= 0
+chaos: install
+	$(BIN)/python tests/chaos --minutes $(MINUTES) --seed $(SEED)
 
 lint: install
 	$(BIN)/ruff check .
