@@ -10,12 +10,11 @@ not considered.
 
 import csv
 import io
-import json
 import math
 import shlex
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +29,7 @@ from embedscale.errors import UserError
 from embedscale.run.families import hub_name
 from embedscale.run.method import METHODS
 from embedscale.texts import number, within
+from embedscale.values import print_json
 
 if TYPE_CHECKING:
     from analysis.runs import Runs
@@ -389,7 +389,7 @@ def command(args: Namespace) -> int:
     fits, runs = read(args.fits)
     found = recipe(fits, limit, runs)
     if args.json:
-        print(json.dumps(asdict(found), indent=2))
+        print_json(found)
         return 0
     print(f"recipe for {limit.text}")
     for name, text in lines(found, fits.settings.confidence):

@@ -17,6 +17,7 @@ from embedscale.errors import UserError
 from embedscale.files import write_json
 from embedscale.terminal import console, shortened
 from embedscale.texts import measured, number, spread
+from embedscale.values import print_json
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -159,6 +160,9 @@ def command(args: Namespace) -> int:
     with Bar("fit") as bar, np.errstate(all="ignore"):
         fits = fit(runs, where=where, advance=bar.say, **{name: getattr(args, name) for name in FIT_OPTIONS})
     path = study.write(fits, runs, out)
+    if args.json:
+        print_json(fits.to_json())
+        return 0
     output = console(WIDTH)
     show_fits(fits, output)
     output.print(f"\nwritten: {path}", soft_wrap=True)
@@ -177,7 +181,10 @@ def simulation(args: Namespace, rows: "pd.DataFrame | None") -> int:
         rows = load_grid(args.runs, parse_assignments("columns", args.columns))
     noise = simulate.NOISE if args.noise is None else args.noise
     result = simulate.simulate(rows, laws, noise, window=args.window, seed=args.seed)
-    show_simulation(result, console(WIDTH))
+    if args.json:
+        print_json({name: found.to_json() for name, found in result.items()})
+    else:
+        show_simulation(result, console(WIDTH))
     if args.out:
         Path(args.out).mkdir(parents=True, exist_ok=True)
         write_json(Path(args.out) / "simulation.json", {name: found.to_json() for name, found in result.items()})

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from embedscale.errors import DONE, FAILED, INTERRUPTED, WRONG, UserError, short_of_memory
 from embedscale.imports import load
-from embedscale.options import parse
+from embedscale.options import parse, parser
 from embedscale.terminal import outlive_readers
 
 TYPE_CHECKING = False  # as in `imports`
@@ -40,7 +40,7 @@ def prepare(args: argparse.Namespace) -> int:
 
 
 def flops(args: argparse.Namespace) -> int:
-    return load("embedscale.training.plan:print_flops")(_config(args), args.budgets)
+    return load("embedscale.training.plan:print_flops")(_config(args), args.budgets, args.json)
 
 
 def train(args: argparse.Namespace) -> int:
@@ -74,6 +74,21 @@ def export(args: argparse.Namespace) -> int:
 def encode(args: argparse.Namespace) -> int:
     run = load("embedscale.serving.encode:encode")
     return run(args.run_folder, args.texts, args.out, args.column, args.format, blank=args.blank)
+
+
+def complete() -> None:
+    """Print what could follow the command that a shell has so far, and exit: argcomplete asks by a variable."""
+    import argcomplete
+
+    def words(prefix: str, action: argparse.Action, parsed_args: argparse.Namespace, **_: Any) -> list[str]:
+        if action.dest != "words":
+            return argcomplete.FilesCompleter()(prefix)
+        from embedscale.run.settings import known_keys
+
+        kind = "sweep" if hasattr(parsed_args, "sweep") else getattr(parsed_args, "of", "run")
+        return [*argcomplete.FilesCompleter()(prefix), *(f"{key}=" for key in known_keys(load(SCHEMAS[kind])))]
+
+    argcomplete.autocomplete(parser(), default_completer=words)
 
 
 def config(args: argparse.Namespace) -> int:
@@ -159,6 +174,8 @@ class _Interrupted(KeyboardInterrupt):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command. Returns its exit status: 0 done, 1 failed, 2 wrong command, 75 interrupted and resumable."""
+    if "_ARGCOMPLETE" in os.environ:
+        complete()
     outlive_readers()
     signals: list[int] = []
     hang_up = set() if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else {signal.SIGHUP}  # ignored by nohup

@@ -54,6 +54,10 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message.removeprefix('argument ')}; see `{self.prog} --help`")
 
 
+def _json(verb: Parser, what: str) -> None:
+    verb.add_argument("--json", action="store_true", help=f"print {what} as JSON")
+
+
 def _with_config(verbs: Any, name: str, text: str) -> Parser:
     verb = verbs.add_parser(name, help=text, description=text, epilog=REFERENCE)
     verb.add_argument(
@@ -71,6 +75,7 @@ def _run_verbs(verbs: Any) -> None:
     )
     costs = _with_config(verbs, "flops", "show what a run costs, without loading a model")
     costs.add_argument("--budgets", nargs="+", metavar="FLOP", help="budgets to show (default: that of the settings)")
+    _json(costs, "the costs")
     trained = _with_config(verbs, "train", "train one run; run it again to resume it")
     trained.add_argument(
         "--recipe", metavar="BUDGET", help="train what the fits recommend for this budget: 1e17, '24 device-hours'"
@@ -153,6 +158,7 @@ def _sweep_verbs(verbs: Any) -> None:
     plan.add_argument(
         "--max-gpu-hours", type=number, metavar="H", help="refuse a sweep that needs more by the estimate"
     )
+    _json(plan, "totals and a row for each run")
     fetch = action("prefetch", "download models, tokenizers and pairs, for nodes without a network")
     fetch.add_argument("--evaluate", nargs="+", metavar="TASK", help="also the data of these MTEB tasks or suites")
     submit = action("submit", "start the runs that are missing or interrupted, and return")
@@ -166,7 +172,7 @@ def _sweep_verbs(verbs: Any) -> None:
     submit.add_argument(
         "--evaluate", nargs="+", metavar="TASK", help="score finished runs: MTEB tasks, or held-out, paper, …"
     )
-    action("status", "show the state of every run")
+    _json(action("status", "show the state of every run"), "the status of each run")
     watch = action("watch", "show the status repeatedly until all runs are done or Ctrl-C")
     watch.add_argument("--every", type=number, default=10.0, metavar="SECONDS", help="time between looks (default: 10)")
     cancel = action("cancel", "end the sweep's jobs and its processes on this machine")
@@ -219,6 +225,7 @@ def _fit_verb(verbs: Any) -> None:
         metavar="LAW",
         help="test a grid on a known law: E=…,A=…,B=…,alpha=…,beta=… or a fits.json",
     )
+    _json(verb, "what fits.json holds")
     verb.set_defaults(verb="fit", refuse=verb.error)
 
 
@@ -236,7 +243,7 @@ def _report_verbs(verbs: Any) -> None:
         help="such as 1e17, 100 PFLOP, 2 PFLOP-days or 24 device-hours",
     )
     verb.add_argument("--tokens", metavar="D", help="limit of the data; without a budget, the data to be used")
-    verb.add_argument("--json", action="store_true", help="print JSON")
+    _json(verb, "the recipe")
     verb.set_defaults(verb="recipe", refuse=verb.error)
     text = "write one page with the recipe, all figures, the laws and the runs left out: report.html"
     verb = verbs.add_parser("report", help=text, description=text)
@@ -254,6 +261,7 @@ def _doctor_verb(verbs: Any) -> None:
     verb.add_argument("--sweep", metavar="FILE", help="sweep file whose cluster, backbones and folder to check")
     verb.add_argument("--folder", default="runs", help="folder where runs will be written (default: runs)")
     verb.add_argument("--on-node", action="store_true", help="also check a node of each resource class, through srun")
+    _json(verb, "what was found")
     verb.set_defaults(verb="doctor", refuse=verb.error)
 
 

@@ -163,6 +163,24 @@ class Value:
         return asdict(self)  # type: ignore[call-overload]  # every subclass is a dataclass
 
 
+def plain(value: Any) -> Any:
+    """Return a value in JSON's own types: a dataclass is an object, a path a text, and NaN and infinity are null."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return {item.name: plain(getattr(value, item.name)) for item in fields(value)}
+    if isinstance(value, dict):
+        return {str(key): plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(each) for each in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return str(value) if isinstance(value, Path) else value
+
+
+def print_json(value: Any) -> None:
+    """Print a value as JSON: what the verbs do with `--json`."""
+    print(json.dumps(plain(value), indent=2))
+
+
 def sealed(data: dict[str, Any]) -> dict[str, Any]:
     """Return a JSON object with the checksum of its other keys."""
     return data | {CHECKSUM: checksum(data)}

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from embedscale.errors import DONE, FAILED
 from embedscale.terminal import console
-from embedscale.values import Value
+from embedscale.values import Value, print_json
 from slurm import cluster as clusters
 from slurm.cluster import Cluster, ResourceClass
 from slurm.scheduler.site import PROGRAMS, Node, Partition, Site, ask_site, missing_programs, run_on_node
@@ -366,6 +366,10 @@ def command(args: Namespace) -> int:
         if args.on_node and shutil.which("srun"):
             yield from on_node(cluster, folder)
 
+    if args.json:
+        found = list(findings())
+        print_json(found)
+        return DONE if all(each.fine for each in found) else FAILED
     return print_findings(findings())
 
 

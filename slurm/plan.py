@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -28,6 +29,7 @@ from embedscale.run.families import short_name
 from embedscale.run.shape import BackboneShape
 from embedscale.terminal import console
 from embedscale.training.plan import learning_rate_of
+from embedscale.values import print_json
 from slurm import grid
 from slurm.cluster import ResourceClass, shape_of
 from slurm.grid import Sweep
@@ -138,6 +140,29 @@ def plan_sweep(sweep: Sweep) -> SweepPlan:
     """Estimate every run of a sweep. Raises UserError if the calibration file is missing or malformed."""
     estimator = _Estimator(sweep)
     return SweepPlan(sweep, [estimator.estimate(run_id, run) for run_id, run in sweep.by_id.items()])
+
+
+@dataclass(frozen=True)
+class PlanTable:
+    """What `sweep plan --json` prints: totals, and a row for each run."""
+
+    name: str
+    folder: Path
+    spent_flop: int
+    device_hours: float
+    disk_bytes: int
+    runs: list[dict[str, Any]]
+
+
+def as_table(plan: SweepPlan) -> PlanTable:
+    """Return the plan for other programs: the figures of each run, beside the settings that tell it from the others."""
+    rows = []
+    for each in plan.estimates:
+        run = each.run
+        row = {"run_id": each.run_id, "backbone": run.backbone.name, "method": run.method.label, "budget": run.budget}
+        row |= {"seed": run.training.seed, "resource_class": each.resource_class.name, "device_hours": each.gpu_hours}
+        rows.append(row | {name: value for name, value in vars(each).items() if name not in (*row, "run")})
+    return PlanTable(plan.sweep.name, plan.sweep.folder, plan.spent_flop, plan.gpu_hours, plan.disk_bytes, rows)
 
 
 def refuse_above(plan: SweepPlan, max_gpu_hours: float | None) -> None:
@@ -358,6 +383,9 @@ def _footnotes(plan: SweepPlan, unit: str) -> Iterable[str]:
 def command(args: Namespace) -> int:
     """`embedscale sweep plan SWEEP.yaml [key=value …] [--max-gpu-hours H] [--each]`."""
     plan = plan_sweep(grid.load(args.sweep, args.words))
-    print_plan(plan, each=args.each)
+    if args.json:
+        print_json(as_table(plan))
+    else:
+        print_plan(plan, each=args.each)
     refuse_above(plan, args.max_gpu_hours)
     return DONE

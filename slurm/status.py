@@ -11,23 +11,27 @@ from argparse import Namespace
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from itertools import zip_longest
 from pathlib import Path
 
 from rich.console import Group, RenderableType
 from rich.table import Table
+from rich.text import Text
 
 from embedscale.errors import DONE, bounded
+from embedscale.files import now
 from embedscale.run.directory import RunDirectory
 from embedscale.run.lease import lease_holder
 from embedscale.run.record import AttemptRecord, Damaged, RunRecord
 from embedscale.terminal import console, reader_left, shortened
+from embedscale.values import print_json
 from slurm import grid
 from slurm.grid import Sweep
 from slurm.plan import SweepPlan, plan_sweep
 from slurm.scheduler.choice import scheduler_of
+from slurm.scheduler.local import Local
 from slurm.scheduler.scheduler import Job, Scheduler
 from slurm.scheduler.submissions import Submissions
 from slurm.tables import Narrowed, duration
@@ -90,6 +94,22 @@ class RunStatus:
     """Number of the run's job, or of its last attempt's job."""
     reason: str | None = None
     """Why the run failed, diverged, was interrupted, or waits; which file is damaged, and how."""
+    messages: list[Path] = field(default_factory=list)
+    """Of a run that failed or diverged: the traceback and the log of its last attempt, as far as they exist."""
+
+
+@dataclass(frozen=True)
+class SweepStatus:
+    """What `sweep status --json` prints."""
+
+    name: str
+    """Name of the sweep."""
+    folder: Path
+    """Folder of the run directories."""
+    queue_answers: bool
+    """Whether the scheduler's queue was asked; if not, runs that wait in it are interrupted or missing here."""
+    runs: list[RunStatus]
+    """Status of each run, in the grid's order."""
 
 
 def survey(sweep: Sweep, jobs: Mapping[str, Job] | None) -> list[RunStatus]:
@@ -128,7 +148,7 @@ def status_of(directory: RunDirectory, run_id: str, budget: float, devices: int,
     """Return one run's status; `devices` is the number of devices of each attempt, `job` the run's job in the queue."""
     record = directory.read_record()
     if isinstance(record, RunRecord):
-        return _finished(record, run_id, devices)
+        return _finished(record, run_id, devices, directory)
     attempts = directory.read_attempts() if record is None else record
     if isinstance(attempts, Damaged):
         return RunStatus(run_id, RunState.DAMAGED, budget_flop=budget, reason=str(attempts))
@@ -166,10 +186,11 @@ def status_of(directory: RunDirectory, run_id: str, budget: float, devices: int,
         host=last.host,
         job_id=job.id if job else last.job_id,
         reason=last.reason or (SILENT if last.ended in (None, "killed") else None),
+        messages=directory.messages(last.number) if state == RunState.FAILED else [],
     )
 
 
-def _finished(record: RunRecord, run_id: str, devices: int) -> RunStatus:
+def _finished(record: RunRecord, run_id: str, devices: int, directory: RunDirectory) -> RunStatus:
     done = record.status == "done"
     return RunStatus(
         run_id,
@@ -180,6 +201,7 @@ def _finished(record: RunRecord, run_id: str, devices: int) -> RunStatus:
         spent_flop=record.spent_flop,
         budget_flop=record.budget_flop,
         reason=record.attempts[-1].reason if record.attempts and not done else None,
+        messages=[] if done or not record.attempts else directory.messages(record.attempts[-1].number),
     )
 
 
@@ -249,7 +271,7 @@ def render(
         parts.append(_running(by_state[RunState.RUNNING], rows))
     for state in (RunState.PREEMPTED, RunState.INTERRUPTED, RunState.FAILED, RunState.DIVERGED):
         if by_state[state]:
-            parts.append(_grouped(state, by_state[state]))
+            parts += _grouped(state, by_state[state])
     parts += _notes(sweep, plan, by_state[RunState.DONE])
     if jobs is None:
         parts.append(
@@ -313,7 +335,8 @@ def _running(members: Sequence[RunStatus], rows: int) -> Narrowed:
     return Narrowed(table, "job", "attempt", "host", "of FLOP")
 
 
-def _grouped(state: str, members: Sequence[RunStatus]) -> Table:
+def _grouped(state: str, members: Sequence[RunStatus]) -> list[RenderableType]:
+    """Return a table with a row for each reason, and what the example of each reason has printed."""
     groups: dict[str, list[RunStatus]] = defaultdict(list)
     for each in members:
         groups[each.reason or "–"].append(each)
@@ -325,7 +348,9 @@ def _grouped(state: str, members: Sequence[RunStatus]) -> Table:
         hosts = Counter(each.host for each in alike if each.host)
         named = ", ".join(f"{host} ({count})" for host, count in hosts.most_common(3))
         table.add_row(f"{len(alike):,}", reason, named, alike[0].run_id)
-    return table
+    paths = [f"  {path}" for alike in groups.values() for path in alike[0].messages]
+    # Without the table's folds: a path is there to be copied.
+    return [table, Text("\n".join(paths), no_wrap=True, overflow="ignore")] if paths else [table]
 
 
 def _notes(sweep: Sweep, plan: SweepPlan, done: Sequence[RunStatus]) -> Iterable[str]:
@@ -346,6 +371,9 @@ def command(args: Namespace) -> int:
     scheduler = scheduler_of(sweep.cluster.scheduler, sweep.folder)
     jobs = Submissions(sweep.folder).jobs_by_run(scheduler.jobs())
     statuses = explained(survey(sweep, jobs), scheduler)
+    if args.json:
+        print_json(SweepStatus(sweep.name, sweep.folder, jobs is not None, statuses))
+        return DONE
     console(150).print(render(sweep, plan_sweep(sweep), statuses, jobs))
     for line in damage(sweep, statuses):
         print(line)
@@ -353,26 +381,49 @@ def command(args: Namespace) -> int:
 
 
 def watch(args: Namespace) -> int:
-    """`embedscale sweep watch SWEEP.yaml [--every SECONDS]`: the status, refreshed until Ctrl-C or until all runs
-    ended."""
+    """`embedscale sweep watch SWEEP.yaml [--every SECONDS]`: the status, until Ctrl-C or until nothing runs or waits.
+
+    A terminal shows all tables anew each time. A file or a pipe gets a line when a run has changed its state, and the
+    tables at the end.
+    """
     from rich.live import Live
 
     bounded("--every", args.every, 0, 86_400, above=True)
     sweep = grid.load(args.sweep, args.words)
     scheduler = scheduler_of(sweep.cluster.scheduler, sweep.folder)
     plan = plan_sweep(sweep)
-    blocked = {each.run_id for each in plan.blocked}
-    output = console(150)
+    output, last, over = console(150), "", False
     with suppress(KeyboardInterrupt), Live(console=output, auto_refresh=False) as live:
         while True:
             jobs = Submissions(sweep.folder).jobs_by_run(scheduler.jobs())
             statuses = survey(sweep, jobs)
+            over = reader_left() or not _waits(sweep, statuses, jobs)
             shown = Group(render(sweep, plan, statuses, jobs), *damage(sweep, statuses))
             if output.is_terminal:
                 live.update(shown, refresh=True)
-            else:  # where Live would print nothing before the end
+            elif over:  # Live would print no end of line
                 output.print(shown)
-            if reader_left() or all(each.state in ENDED or each.run_id in blocked for each in statuses):
+            elif (line := counts_line(sweep, statuses)) != last:
+                print(f"{now()} {line}", flush=True)
+                last = line
+            if over:
                 break
             time.sleep(args.every)
+    left = {each.run_id for each in statuses if each.state in (RunState.INTERRUPTED, RunState.MISSING)}
+    if over and left - {each.run_id for each in plan.blocked}:
+        print("nothing runs or waits; `embedscale sweep submit` goes on with the rest")
     return DONE
+
+
+def counts_line(sweep: Sweep, statuses: Sequence[RunStatus]) -> str:
+    """Return how many runs are in each state, on one line."""
+    counts = Counter(each.state for each in statuses)
+    return f"{sweep.name}: " + ", ".join(f"{counts[state]:,} {state}" for state in RunState if counts[state])
+
+
+def _waits(sweep: Sweep, statuses: Sequence[RunStatus], jobs: Mapping[str, Job] | None) -> bool:
+    """Return whether a run may still change its state without another submit."""
+    states = {each.state for each in statuses}
+    if states & {RunState.RUNNING, RunState.QUEUED, RunState.PREEMPTED} or Local(sweep.folder).jobs():
+        return True
+    return jobs is None and not states <= set(ENDED)  # a queue that cannot be asked may hold the others

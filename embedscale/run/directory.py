@@ -91,6 +91,10 @@ class RunDirectory:
         """Return the path of the output of one process of an attempt."""
         return self.attempts / (f"{attempt}.rank{rank}.log" if rank else f"{attempt}.log")
 
+    def messages(self, attempt: int) -> list[Path]:
+        """Return the traceback and the log of an attempt, as far as they exist."""
+        return [path for path in (self.attempt(attempt).traceback, self.log(attempt)) if path.exists()]
+
     def begun(self) -> bool:
         """Return whether this folder is a run directory: whether it holds a file of a run."""
         return self.record.exists() or self.config.exists() or self.attempts.exists()

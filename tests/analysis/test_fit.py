@@ -277,13 +277,13 @@ def test_the_verb_writes_fits_and_prints_them(tmp_path, capsys):
     written = fits.read(tmp_path / "out")
     assert written.excluded == ()
     assert len(pd.read_csv(tmp_path / "out" / "runs.csv")) == written.runs.used == 30
-    assert (
-        main(["fit", str(tmp_path / "out" / "runs.csv"), "--out", str(tmp_path / "again"), "--bootstrap", "100"]) == 0
-    )
+    words = ["fit", str(tmp_path / "out" / "runs.csv"), "--out", str(tmp_path / "again"), "--bootstrap", "100"]
+    assert main([*words, "--json"]) == 0
     again = fits.read(tmp_path / "again")
+    assert fits.Fits.from_json(json.loads(capsys.readouterr().out)) == again
     assert again.methods["full"].joint_laws == written.methods["full"].joint_laws
     (tmp_path / "taken").write_text("")
-    assert main([*words, "--out", str(tmp_path / "taken")]) == 2
+    assert main(["fit", str(tmp_path / "runs.csv"), "--out", str(tmp_path / "taken")]) == 2
     assert main(["fit", str(tmp_path / "nothing")]) == 2
     assert "embedscale: " in capsys.readouterr().err
 

@@ -1,5 +1,6 @@
 """The doctor finds faults: in packages, on the disk, and in the answers of SLURM's programs (stand-ins)."""
 
+import json
 import os
 import shutil
 from importlib import metadata
@@ -177,6 +178,9 @@ def test_a_compromised_lightning_is_refused_without_importing_it(tmp_path, monke
     text = capsys.readouterr().out
     assert f"lightning {version}" in text and "malware" in text
     assert "GPU" not in text and "offline loading" not in text, "a later check could have imported it"
+    assert main(["doctor", "--json"]) == 1
+    found = {row["subject"]: row["fine"] for row in json.loads(capsys.readouterr().out)}
+    assert found["python"] and not found[f"lightning {version}"]
     assert not (tmp_path / "imported").exists()
 
 

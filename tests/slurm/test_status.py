@@ -27,6 +27,7 @@ from slurm.plan import plan_sweep
 from slurm.scheduler.scheduler import Job
 from slurm.scheduler.submissions import Submission, Submissions
 from slurm.status import RunState, explained, render, survey, wasted_hours, watch
+from slurm.submit import Wish, submit
 
 HOUR = timedelta(hours=1)
 BEGIN = datetime(2026, 1, 1, tzinfo=UTC)
@@ -256,9 +257,52 @@ def test_watch_ends_when_all_runs_have_ended(sweep, tmp_path, capsys):
         finish(run)
     args = argparse.Namespace(sweep=tmp_path / "small.yaml", words=[], every=0.01)
     assert watch(args) == 0
+    assert "go on with" not in capsys.readouterr().out
     args.every = 0.0
     with pytest.raises(UserError, match="--every: 0"):
         watch(args)
+
+
+def test_watch_into_a_file_prints_a_line_when_a_state_changes_and_ends_when_nothing_waits(
+    sweep, queue, tmp_path, monkeypatch, capsys
+):
+    submit(sweep, plan_sweep(sweep), queue, Wish())
+    capsys.readouterr()
+    looks = []
+
+    def between(seconds: float) -> None:  # a look without a change, then one job begins, then all leave the queue
+        looks.append(seconds)
+        if len(looks) == 2:
+            finish(directories(sweep)[0])
+        if len(looks) == 4:
+            for handle in list(queue.read()["jobs"]):
+                queue.end(handle)
+
+    monkeypatch.setattr(time, "sleep", between)
+    assert main(["sweep", "watch", str(tmp_path / "small.yaml")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    first, second, *rest = lines
+    assert first.endswith(" small: 10 queued") and second.endswith(" small: 9 queued, 1 done")
+    assert rest[0].startswith("small: 10 runs in") and len(looks) == 4
+    assert lines[-1] == "nothing runs or waits; `embedscale sweep submit` goes on with the rest"
+
+
+def test_the_paths_of_a_failed_runs_messages_are_shown_whole(sweep, tmp_path, capsys):
+    failed, diverged, _, *_ = directories(sweep)
+    attempt(failed, 0, 1, ended="failed", reason="RuntimeError: broken")
+    attempt(diverged, 0, 1, ended="diverged", reason="the loss was nan")
+    finish(diverged, "diverged")
+    for directory in (failed, diverged):
+        directory.attempt(1).traceback.write_text("Traceback")
+        directory.log(1).touch()
+    assert main(["sweep", "status", str(tmp_path / "small.yaml")]) == 0
+    printed = {line.strip() for line in capsys.readouterr().out.splitlines()}
+    assert main(["sweep", "status", str(tmp_path / "small.yaml"), "--json"]) == 0
+    runs = {row["run_id"]: row for row in json.loads(capsys.readouterr().out)["runs"]}
+    for directory in (failed, diverged):
+        paths = [str(directory.attempt(1).traceback), str(directory.log(1))]
+        assert set(paths) <= printed and runs[directory.path.name]["messages"] == paths
+    assert runs[failed.path.name]["state"] == "failed" and len(runs) == 10
 
 
 def test_ten_thousand_directories_take_under_five_seconds(queued_sweep, tmp_path, capsys):
