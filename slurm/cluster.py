@@ -179,14 +179,15 @@ def load(path: str | Path | None) -> Cluster:
     return cluster
 
 
-def shape_of(backbone: str) -> BackboneShape:
-    """Return the shape of a backbone from the table of its family or from its folder's config.json, without torch.
+def shape_of(backbone: str, revision: str | None = None) -> BackboneShape:
+    """Return the shape of a backbone from the table of its family or from its `config.json`, without torch.
 
-    Raise UserError if neither is known.
+    Raise UserError if neither is known, and for a model that is not supported.
     """
-    shape = shape_by_name(backbone)
+    shape = shape_by_name(backbone, revision)
     if shape is None:
         raise UserError(
-            f"backbone.name: {backbone!r} is neither a {SUITES} model nor a folder with the config.json of one"
+            f"backbone.name: {backbone!r} is no folder, is not in the hub's local cache, and is no size of {SUITES}; "
+            "fetch it first (embedscale sweep prefetch), or give a folder"
         )
     return shape

@@ -309,8 +309,8 @@ class _Parser:
             for section in sections:
                 inner = inner.setdefault(section, {})
             inner[last] = value
-        name = str(row.get("backbone.name", Backbone().name))
-        defaults = self.cluster.class_of(self.size_of(name)).resources()
+        name, revision = str(row.get("backbone.name", Backbone().name)), row.get("backbone.revision")
+        defaults = self.cluster.class_of(self.size_of(name, revision)).resources()
         nested["resources"] = defaults | nested.get("resources", {})
         return RunConfig(output=self.output, **{key: self._part(key, value) for key, value in nested.items()})
 
@@ -330,9 +330,9 @@ def _schema(section: str) -> type:
     return make_dataclass("Run", [(section, item.type, default)])
 
 
-def _parameters(backbone: str) -> int | None:
+def _parameters(backbone: str, revision: str | None) -> int | None:
     """Return the non-embedding parameters, or None while the backbone is unknown."""
     try:
-        return clusters.shape_of(backbone).parameters
+        return clusters.shape_of(backbone, revision).parameters
     except UserError:
         return None

@@ -223,7 +223,7 @@ class _Estimator:
     def estimate(self, run_id: str, run: RunConfig) -> Estimate:
         cluster, resource_class = self.sweep.cluster, self.sweep.cluster.class_of(None)
         try:
-            shape = self.shape_of(run.backbone.name)
+            shape = self.shape_of(run.backbone.name, run.backbone.revision)
             resource_class = cluster.class_of(shape.parameters)
             cost = self.cost_of(run, shape)
             rate = learning_rate_of(run)

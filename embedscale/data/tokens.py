@@ -18,6 +18,7 @@ from embedscale.data.pair import Pair
 from embedscale.data.store import as_numpy
 from embedscale.errors import UserError
 from embedscale.run.config import RunConfig
+from embedscale.run.families import refuse_missing_folder
 
 SPARE_TOKENS = 16  # tokens beyond the context, so that cutting a long text early does not change the tokens kept
 TEXTS_AT_ONCE = 1024
@@ -64,6 +65,7 @@ def load_tokenizer(name: str, revision: str | None = None) -> tuple[Any, str]:
 def _from_hub(name: str, revision: str | None) -> Path:
     from huggingface_hub import hf_hub_download
 
+    refuse_missing_folder("data.tokenizer", name)
     try:
         return Path(hf_hub_download(name, "tokenizer.json", revision=revision))
     except Exception as error:  # the hub's client raises many unrelated classes

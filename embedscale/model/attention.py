@@ -7,7 +7,6 @@ model/cpu has its own, cheaper attention).
 """
 
 from collections.abc import Sequence
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -31,17 +30,6 @@ def attend_packed(body: nn.Module) -> None:
         raise UserError(
             f"backbone.name: {type(body).__name__} attends in a way of its own; expected plain causal attention"
         )
-
-
-def refuse_other_attention(body: nn.Module) -> None:
-    """Raises UserError if a decoder on the meta device asks for attention that `packed_attention` does not compute.
-
-    One pass of two one-token sequences on the meta device is enough to see this. Training would not show it: a model
-    whose sequences attend to each other has a loss as well.
-    """
-    pair = torch.arange(2, device="meta")[None]
-    packing = SimpleNamespace(runs=(Run(0, 2, 1),))
-    body(input_ids=pair, position_ids=pair, attention_mask=None, use_cache=False, packing=packing)
 
 
 def packed_attention(

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from embedscale.errors import UserError
-from embedscale.model.attention import attend_packed, refuse_other_attention
 from embedscale.run.config import Backbone
-from embedscale.run.families import refuse_quantised, shape_by_name, short_name
+from embedscale.run.families import refuse_missing_folder, refuse_quantised, shape_by_name, short_name
+from embedscale.run.layouts import context_of, shape_from
 from embedscale.run.shape import BackboneShape, Linear
 
 # The name of a dense layer in a decoder → its role.
@@ -35,16 +35,17 @@ ROLES = {
 
 
 def shape_without_weights(backbone: Backbone) -> BackboneShape:
-    """Return the shape of a decoder: of a known family by name or `config.json`, of another one on the meta device.
+    """Return the shape of a decoder by its name, or by the `config.json` of a folder or of the hub.
 
     Raises UserError if the backbone cannot be found, or if its layers or its attention are not supported.
     """
-    shape = shape_by_name(backbone.name)
+    shape = shape_by_name(backbone.name, backbone.revision)
     if shape is None:
-        body = empty_body(backbone)
-        attend_packed(body)
-        shape = shape_of(body, backbone.name)
-        refuse_other_attention(body)
+        try:
+            shape = shape_from(short_name(backbone.name), hub_config(backbone).to_dict())
+        except UserError as error:
+            text = str(error)
+            raise UserError(text if text.startswith("backbone.name") else f"backbone.name: {text}") from None
     return shape
 
 
@@ -52,6 +53,7 @@ def hub_config(backbone: Backbone) -> Any:
     """Return the transformers configuration. Raise UserError if there is none."""
     from transformers import AutoConfig
 
+    refuse_missing_folder("backbone.name", backbone.name)
     try:
         config = AutoConfig.from_pretrained(backbone.name, revision=backbone.revision, trust_remote_code=False)
     except Exception as error:  # transformers and the hub's client raise many classes for a wrong file
@@ -114,7 +116,7 @@ def shape_of(body: nn.Module, name: str) -> BackboneShape:
             known.add(id(module.weight))
             linears.append(Linear(last, module.in_features, module.out_features, module.bias is not None, ROLES[last]))
     for key, parameter in first.named_parameters():
-        if parameter.dim() > 1 and id(parameter) not in known:  # a mixture of experts, or another class than nn.Linear
+        if parameter.dim() > 1 and id(parameter) not in known and "norm" not in key:  # a mixture of experts, or another class than nn.Linear
             raise UserError(
                 f"backbone.name: {name}: the weight {key!r} is in no dense layer (nn.Linear), so its cost is not known"
             )
@@ -129,24 +131,23 @@ def shape_of(body: nn.Module, name: str) -> BackboneShape:
     inside = set(map(id, blocks.parameters())) | set(map(id, embedding.parameters()))
     final = {key: p.numel() for key, p in body.named_parameters() if id(p) not in inside}
     final_biases = sum(n for key, n in final.items() if key.endswith("bias"))
-    config: Any = body.config
-    queries = next(li for li in linears if li.role in ("query", "query_key_value"))
-    attention_width = queries.outputs if queries.role == "query" else linears[0].inputs
-    # Up to the length of its window, a layer with a window attends like one without.
-    window = getattr(config, "sliding_window", None)
+    config = body.config.to_dict()  # type: ignore[operator, union-attr]
+    told = shape_from(name, config)
     return BackboneShape(
         name=short_name(name),
         blocks=len(blocks),
         width=embedding.embedding_dim,
-        attention_width=attention_width,
+        attention_width=next(li.inputs for li in linears if li.role == "attention_out"),
         vocabulary=embedding.num_embeddings,
-        context=min(config.max_position_embeddings, window or config.max_position_embeddings),
+        context=context_of(config),
         linears=tuple(sorted(linears, key=lambda li: _FORWARD.index(li.role))),
         norm_weights=weights,
         norm_biases=biases,
         final_weights=sum(final.values()) - final_biases,
         final_biases=final_biases,
-        parallel_residual=bool(getattr(config, "use_parallel_residual", False)),
+        parallel_residual=told.parallel_residual,
+        trained_norm_first=told.trained_norm_first,
+        norm_last=told.norm_last,
     )
 
 

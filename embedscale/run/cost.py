@@ -109,7 +109,7 @@ class _Backward:
     flop: int  # a token
     attention: int  # FLOP a squared length
     gradient: bool  # whether the block's output has a gradient
-    last: int  # number of the last dense layer with a product in the backward pass
+    last: int  # number of the dense layer at which recomputation may stop
 
 
 def _backward_of(
@@ -117,7 +117,8 @@ def _backward_of(
 ) -> _Backward:
     """Follow the gradient through a block. `gradient` says whether the block's input has one."""
     biases_train, rank = method.kind.trains_biases, method.rank or 0
-    entering = gradient or weights_train or (biases_train and shape.norm_biases > 0)  # behind the normalisation
+    # Whether the input of the first layers has a gradient: of the block's input, or of a normalisation before it.
+    entering = gradient or (shape.trained_norm_first and (weights_train or (biases_train and shape.norm_biases > 0)))
     flows: dict[str, bool] = {}  # role → whether the output of its layer has a gradient
     flop = last = 0
     for number, li in enumerate(shape.linears):
@@ -141,6 +142,8 @@ def _backward_of(
     fused = flows.get("query_key_value", False)
     query, key, value = (flows.get(role, False) or fused for role in ("query", "key", "value"))
     attention = 2 * shape.attention_width * (query + key + value + (query or key))
+    if shape.norm_last:  # its backward pass needs the output of the last layer
+        last = len(shape.linears)
     return _Backward(flop, attention, entering or any(flows.values()), last)
 
 

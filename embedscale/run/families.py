@@ -1,18 +1,26 @@
 """Families of decoders as tables: sizes, published learning rates, hub names. No torch, no network.
 
 A sweep over a known family can be costed on a laptop before anything is downloaded. The tables repeat what the hub's
-configurations say; tests compare every row with the built model. A new family is one `Family` here and one function in
-`embedscale.run.shape` that reads its `config.json`. Folders of any model with such a `config.json` are known too.
+configurations say; tests compare every row with the built model. A new family is one `Family` here; a layout that is
+new needs a row in `embedscale.run.layouts` too. A folder of any model with a known layout needs no table.
+
+Peak learning rates of pre-training, and where they are published:
+Pythia: Biderman et al. 2023 (arXiv 2304.01373), table 6. Llama 3.1: Dubey et al. 2024 (arXiv 2407.21783), table 3; the
+3.2 models were pruned and distilled, no peak is published. SmolLM2 and SmolLM3: the training configurations in
+github.com/huggingface/smollm, text/pretraining. OLMo 2: configs/official-1124 and official-0425 in
+github.com/allenai/OLMo; for 13B they and the paper (arXiv 2501.00656) say different numbers, so the table has none.
+Qwen and Google published none.
 """
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from embedscale.errors import UserError
-from embedscale.run.shape import BackboneShape, gpt_neox_shape
+from embedscale.run.layouts import shape_from
+from embedscale.run.shape import BackboneShape
 
 
 @dataclass(frozen=True)
@@ -20,20 +28,19 @@ class Size:
     """One decoder of a family."""
 
     name: str  # short name, in lower case: pythia-14m
+    hub_name: str  # EleutherAI/pythia-14m
     config: Mapping[str, Any]  # its config.json, as far as the layers depend on it
     shape: BackboneShape
     pretraining_learning_rate: float | None  # peak, as published; None where none is
-    parameters: int  # non-embedding, as published; tests recount it
+    parameters: int  # non-embedding, as published or counted once; tests recount it
 
 
 @dataclass(frozen=True)
 class Family:
-    """A suite of decoders that differ in size alone."""
+    """A suite of decoders that were pre-trained alike and share a tokenizer."""
 
     name: str
-    organisation: str  # on the hub
     model_type: str  # of config.json
-    shape_of: Callable[[str, Mapping[str, Any]], BackboneShape]  # from a name and a config.json
     sizes: Mapping[str, Size]  # by short name, ascending
     variants: tuple[str, ...] = ()  # endings of hub names whose models have the same sizes
 
@@ -41,12 +48,45 @@ class Family:
         """Return the size that a hub name or a folder's name stands for, or None."""
         name = short_name(backbone).lower()
         for ending in self.variants:
-            name = name.removesuffix(ending)
+            name = name.removesuffix(ending.lower())
         return self.sizes.get(name)
+
+    def hub_name(self, backbone: str) -> str | None:
+        """Return the name under which the hub has a size or a variant of it, or None."""
+        size, name = self.size(backbone), short_name(backbone).lower()
+        if size is None:
+            return None
+        endings = [ending for ending in self.variants if name.endswith(ending.lower())]
+        return size.hub_name + "".join(endings[:1])
+
+
+Row = tuple[str, int, int, int, int, int, float | None, int]
+"""Hub name, blocks, width, width of the MLP, heads, heads of the keys, peak learning rate, parameters."""
+
+
+def _family(
+    name: str, model_type: str, same: Mapping[str, Any], rows: Iterable[Row], variants: tuple[str, ...] = ()
+) -> Family:
+    """Return a family from its rows, and from what all of its `config.json` say the same."""
+    sizes = {}
+    for hub_name, blocks, width, mlp_width, heads, key_heads, rate, parameters in rows:
+        config = {
+            "model_type": model_type,
+            "hidden_size": width,
+            "num_hidden_layers": blocks,
+            "num_attention_heads": heads,
+            "num_key_value_heads": key_heads,
+            "intermediate_size": mlp_width,
+            **same,
+        }
+        short = short_name(hub_name).lower()
+        sizes[short] = Size(short, hub_name, config, shape_from(short, config), rate, parameters)
+    return Family(name, model_type, sizes, variants)
 
 
 def _pythia(name: str, blocks: int, width: int, heads: int, vocabulary: int, rate: float, parameters: int) -> Size:
     config = {
+        "model_type": "gpt_neox",
         "vocab_size": vocabulary,
         "hidden_size": width,
         "num_hidden_layers": blocks,
@@ -54,14 +94,17 @@ def _pythia(name: str, blocks: int, width: int, heads: int, vocabulary: int, rat
         "intermediate_size": 4 * width,
         "max_position_embeddings": 2048,
     }
-    return Size(name, config, gpt_neox_shape(name, config), rate, parameters)
+    return Size(name, f"EleutherAI/{name}", config, shape_from(name, config), rate, parameters)
+
+
+def short_name(backbone: str) -> str:
+    """Return the last component of a hub name or of a folder: the name that run ids use."""
+    return backbone.rstrip("/").rsplit("/", 1)[-1]
 
 
 PYTHIA = Family(
     name="Pythia",
-    organisation="EleutherAI",
     model_type="gpt_neox",
-    shape_of=gpt_neox_shape,
     sizes={
         size.name: size
         for size in (
@@ -80,17 +123,94 @@ PYTHIA = Family(
     variants=("-deduped",),
 )
 
-FAMILIES = (PYTHIA,)
+LLAMA3 = _family(
+    "Llama 3",
+    "llama",
+    {"vocab_size": 128256, "max_position_embeddings": 131072},
+    (
+        ("meta-llama/Llama-3.2-1B", 16, 2048, 8192, 32, 8, None, 973_146_112),
+        ("meta-llama/Llama-3.2-3B", 28, 3072, 8192, 24, 8, None, 2_818_747_392),
+        ("meta-llama/Llama-3.1-8B", 32, 4096, 14336, 32, 8, 3e-4, 6_979_588_096),
+        ("meta-llama/Llama-3.1-70B", 80, 8192, 28672, 64, 8, 1.5e-4, 68_452_360_192),
+    ),
+    variants=("-Instruct",),
+)
+QWEN25 = _family(
+    "Qwen 2.5",
+    "qwen2",
+    {"vocab_size": 151936, "max_position_embeddings": 32768},  # the larger models have a larger table and context
+    (
+        ("Qwen/Qwen2.5-0.5B", 24, 896, 4864, 14, 2, None, 357_898_112),
+        ("Qwen/Qwen2.5-1.5B", 28, 1536, 8960, 12, 2, None, 1_310_340_608),
+        ("Qwen/Qwen2.5-3B", 36, 2048, 11008, 16, 2, None, 2_774_773_760),
+        ("Qwen/Qwen2.5-7B", 28, 3584, 18944, 28, 4, None, 6_525_621_760),
+        ("Qwen/Qwen2.5-14B", 48, 5120, 13824, 40, 8, None, 13_212_898_304),
+        ("Qwen/Qwen2.5-32B", 64, 5120, 27648, 40, 8, None, 31_206_740_992),
+        ("Qwen/Qwen2.5-72B", 80, 8192, 29568, 64, 8, None, 70_214_787_072),
+    ),
+    variants=("-Instruct",),
+)
+QWEN3 = _family(
+    "Qwen 3",
+    "qwen3",
+    {"vocab_size": 151936, "max_position_embeddings": 32768, "head_dim": 128},
+    (
+        ("Qwen/Qwen3-0.6B", 28, 1024, 3072, 16, 8, None, 440_467_456),
+        ("Qwen/Qwen3-1.7B", 28, 2048, 6144, 16, 8, None, 1_409_410_048),
+        ("Qwen/Qwen3-4B", 36, 2560, 9728, 32, 8, None, 3_633_511_936),
+        ("Qwen/Qwen3-8B", 36, 4096, 12288, 32, 8, None, 6_946_075_648),
+        ("Qwen/Qwen3-14B", 40, 5120, 17408, 40, 8, None, 13_212_482_560),
+        ("Qwen/Qwen3-32B", 64, 5120, 25600, 64, 8, None, 31_206_298_624),
+    ),
+    variants=("-Base",),
+)
+GEMMA3 = _family(  # larger ones read images too
+    "Gemma 3",
+    "gemma3_text",
+    {"vocab_size": 262144, "max_position_embeddings": 32768, "head_dim": 256, "sliding_window": 512},
+    (
+        ("google/gemma-3-270m", 18, 640, 2048, 4, 1, None, 100_326_016),
+        ("google/gemma-3-1b-pt", 26, 1152, 6912, 4, 1, None, 697_896_064),
+    ),
+    variants=("-it",),
+)
+SMOLLM2 = _family(
+    "SmolLM2",
+    "llama",
+    {"vocab_size": 49152, "max_position_embeddings": 8192},
+    (
+        ("HuggingFaceTB/SmolLM2-135M", 30, 576, 1536, 9, 3, 3e-3, 106_203_456),
+        ("HuggingFaceTB/SmolLM2-360M", 32, 960, 2560, 15, 5, 3e-3, 314_635_200),
+        ("HuggingFaceTB/SmolLM2-1.7B", 24, 2048, 8192, 32, 32, 5e-4, 1_610_713_088),
+    ),
+    variants=("-Instruct",),
+)
+SMOLLM3 = _family(
+    "SmolLM3",
+    "smollm3",
+    {"vocab_size": 128256, "max_position_embeddings": 65536},
+    (("HuggingFaceTB/SmolLM3-3B", 36, 2048, 11008, 16, 4, 2e-4, 2_812_430_336),),
+    variants=("-Base",),
+)
+OLMO2 = _family(
+    "OLMo 2",
+    "olmo2",
+    {"vocab_size": 100352, "max_position_embeddings": 4096},
+    (
+        ("allenai/OLMo-2-0425-1B", 16, 2048, 8192, 16, 16, 4e-4, 1_073_874_944),
+        ("allenai/OLMo-2-1124-7B", 32, 4096, 11008, 32, 32, 3e-4, 6_476_533_760),
+        ("allenai/OLMo-2-1124-13B", 40, 5120, 13824, 40, 40, None, 12_688_593_920),
+        ("allenai/OLMo-2-0325-32B", 64, 5120, 27648, 40, 8, None, 31_206_675_456),
+    ),
+    variants=("-Instruct",),
+)
+
+FAMILIES = (PYTHIA, LLAMA3, QWEN25, QWEN3, GEMMA3, SMOLLM2, SMOLLM3, OLMO2)
 FLOATS = {"F64", "F32", "F16", "BF16"}  # what safetensors calls the numbers of weights that are not quantised
 MOST_HEADER = 10**8  # bytes, as in the library
 QUANTISED = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")  # of GPTQ, AWQ and FP8 checkpoints
-SUITES = " or ".join(family.name for family in FAMILIES)
+SUITES = ", ".join(family.name for family in FAMILIES)
 """The families' names, for messages."""
-
-
-def short_name(backbone: str) -> str:
-    """Return the last component of a hub name or of a folder: the name that run ids use."""
-    return backbone.rstrip("/").rsplit("/", 1)[-1]
 
 
 def family_of(backbone: str) -> Family | None:
@@ -113,31 +233,60 @@ def known(backbone: str) -> Size | None:
 def hub_name(backbone: str) -> str | None:
     """Return the name under which the hub has a known backbone, or None."""
     family = family_of(backbone)
-    return f"{family.organisation}/{short_name(backbone).lower()}" if family else None
+    return family.hub_name(backbone) if family else None
 
 
-def shape_by_name(backbone: str) -> BackboneShape | None:
-    """Return the shape of a known backbone, or of a local folder with the `config.json` of a known family; else None.
+def shape_by_name(backbone: str, revision: str | None = None) -> BackboneShape | None:
+    """Return the shape of a backbone by its `config.json`, or by its name if that is known; None for other names.
 
-    Raise UserError for a `config.json` that cannot be read or lacks a number that the shape follows from.
+    The `config.json` is that of a local folder, or of a hub model in the local cache.
+
+    Raise UserError for a `config.json` that cannot be read, of a model that is not supported, or without a number that
+    the shape follows from; and for a name that can only be a folder's where there is no such folder.
     """
     file = Path(backbone) / "config.json"
     if not file.is_file():
-        size = known(backbone)
-        return size.shape if size else None
+        if size := known(backbone):
+            return size.shape
+        refuse_missing_folder("backbone.name", backbone)
+        cached = _cached_config(backbone, revision)
+        if cached is None:
+            return None
+        file = cached
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError):
         raise UserError(f"backbone.name: {file} is not valid JSON") from None
-    kind = config.get("model_type") if isinstance(config, dict) else None
-    refuse_quantised(backbone, config if isinstance(config, dict) else {})
-    for family in FAMILIES:
-        if family.model_type == kind:
-            try:
-                return family.shape_of(short_name(backbone), config)
-            except UserError as error:
-                raise UserError(f"backbone.name: {file}: {error}") from None
-    return None
+    if not isinstance(config, dict):
+        raise UserError(f"backbone.name: {file} is not a mapping; expected the config.json of a model")
+    refuse_quantised(backbone, config)
+    try:
+        return shape_from(short_name(backbone), config)
+    except UserError as error:
+        raise UserError(f"backbone.name: {file}: {error}") from None
+
+
+def refuse_missing_folder(setting: str, name: str) -> None:
+    """Raise UserError for a name that can only be a local folder's, where there is no such folder.
+
+    Without this the hub would be asked, again and again for half a minute where there is no network.
+    """
+    path = Path(name)
+    if path.is_dir():
+        return
+    if name.count("/") != 1 or name.startswith((".", "/", "~")) or path.parent.is_dir():
+        raise UserError(f"{setting}: the folder {name!r} does not exist; give a folder, or a name of the hub, OWNER/NAME")
+
+
+def _cached_config(backbone: str, revision: str | None) -> Path | None:
+    """Return the `config.json` of a hub model in the local cache, or None."""
+    from huggingface_hub import try_to_load_from_cache
+
+    try:
+        found = try_to_load_from_cache(backbone, "config.json", revision=revision)
+    except ValueError:  # no name of the hub's
+        return None
+    return Path(found) if isinstance(found, str) else None
 
 
 def refuse_quantised(backbone: str, config: Mapping[str, Any]) -> None:

@@ -1,14 +1,11 @@
 """The shape of a decoder: everything that its cost depends on, without torch.
 
-Every block has the same layers. Models that differ from block to block are refused where a shape is taken from a built
-model (`embedscale.model.backbone.shape_of`).
+Every block has the same layers. `embedscale.run.layouts` reads a shape from a `config.json`, and
+`embedscale.model.backbone.shape_of` measures it in a built model, where models that differ from block to block are
+refused.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
-
-from embedscale.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -42,6 +39,8 @@ class BackboneShape:
     final_weights: int  # the normalisation after the last block
     final_biases: int
     parallel_residual: bool  # attention and MLP both read the block's input
+    trained_norm_first: bool = True  # the attention reads the block's input through a normalisation with weights
+    norm_last: bool = False  # a normalisation reads the MLP's output
 
     @property
     def biases_per_block(self) -> int:
@@ -64,41 +63,3 @@ class BackboneShape:
     @property
     def biases(self) -> int:
         return self.blocks * self.biases_per_block + self.final_biases
-
-
-def gpt_neox_shape(name: str, config: Mapping[str, Any]) -> BackboneShape:
-    """Return the shape of a GPT-NeoX decoder, such as Pythia, from its `config.json`.
-
-    Raise UserError for a number that is missing.
-    """
-    blocks, width, mlp_width, vocabulary, context = (
-        _whole(config, key)
-        for key in ("num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size", "max_position_embeddings")
-    )
-    bias = config.get("attention_bias", True)
-    return BackboneShape(
-        name=name,
-        blocks=blocks,
-        width=width,
-        attention_width=width,
-        vocabulary=vocabulary,
-        context=context,
-        linears=(
-            Linear("query_key_value", width, 3 * width, bias, "query_key_value"),
-            Linear("dense", width, width, bias, "attention_out"),
-            Linear("dense_h_to_4h", width, mlp_width, True, "mlp_in"),
-            Linear("dense_4h_to_h", mlp_width, width, True, "mlp_out"),
-        ),
-        norm_weights=2 * width,
-        norm_biases=2 * width,
-        final_weights=width,
-        final_biases=width,
-        parallel_residual=config.get("use_parallel_residual", True),
-    )
-
-
-def _whole(config: Mapping[str, Any], key: str) -> int:
-    value = config.get(key)
-    if not isinstance(value, int):
-        raise UserError(f"{key} is {value!r}; expected a whole number")
-    return value

@@ -160,9 +160,8 @@ def build(size: str, vocabulary: int | None = None) -> nn.Module:
     """Return a body of a known size with random float32 weights; its configuration is in the table of its family."""
     from transformers import AutoConfig, AutoModel
 
-    family = SIZES[size]
-    values = dict(family.sizes[size].config) | ({"vocab_size": vocabulary} if vocabulary else {})
-    config = AutoConfig.for_model(family.model_type, **values)
+    values = dict(SIZES[size].config) | ({"vocab_size": vocabulary} if vocabulary else {})
+    config = AutoConfig.for_model(**values)
     body: nn.Module = AutoModel.from_config(config, dtype=torch.float32)
     return body
 

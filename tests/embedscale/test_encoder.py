@@ -200,13 +200,17 @@ def test_every_gpt_neox_embeds_as_in_transformers(tmp_path, variant):
 
 SMALL = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 OTHERS = {
-    "falcon": ({}, "FalconModel attends in a way of its own"),
-    "bloom": ({}, "BloomModel attends in a way of its own"),
-    "gemma2": ({"head_dim": 8, "num_key_value_heads": 2}, "Gemma2Attention attends with capped scores"),
-    "stablelm": ({"num_key_value_heads": 4}, "StableLmAttention attends with no word of what is packed"),
-    "gemma3_text": ({"head_dim": 8, "use_bidirectional_attention": True}, "Gemma3Attention attends with later tokens"),
-    "mixtral": ({"num_key_value_heads": 4}, "the weight 'mlp.gate.weight' is in no dense layer"),
-    "gpt2": ({}, "the weight 'attn.c_attn.weight' is in no dense layer"),
+    "falcon": ({}, "attends in a way of its own"),
+    "bloom": ({}, "by the distance of tokens"),
+    "diffllama": ({"num_key_value_heads": 2}, "the difference of two maps"),
+    "gemma2": ({"head_dim": 8, "num_key_value_heads": 2}, "caps attention scores"),
+    "stablelm": ({"num_key_value_heads": 4}, "does not hear which texts are packed"),
+    "gemma3_text": ({"head_dim": 8, "use_bidirectional_attention": True}, "attends to later tokens by itself"),
+    "mixtral": ({"num_key_value_heads": 4}, "a mixture of experts"),
+    "qwen3_moe": ({"num_key_value_heads": 4}, "a mixture of experts"),
+    "gpt2": ({}, "its dense layers are not nn.Linear"),
+    "opt": ({}, "counts positions by the padding"),
+    "xglm": ({}, "its layers, and so its cost, are not known"),
 }
 
 
