@@ -54,6 +54,7 @@ TEXTS = {
     "method": "full, freeze, bias, lora or any other name; default: full",
     "status": "done or diverged; default: done",
     "backbone": "short name of the backbone",
+    "family": "family of the backbone: Pythia, Qwen 3, …, or its model_type",
     "backbone_weights": "pretrained or random",
     "backbone_revision": "revision of the hub's model, where one was asked for",
     "targets": "LoRA: layers with an adapter",
@@ -105,8 +106,13 @@ MEASURED = ("loss", "train_loss", "recall_at_1", "recall_at_10", "gpu_hours", "w
 # Losses of runs that differ in one of these columns cannot be compared.
 COMPARABLE = (
     *("evaluation.pool", "evaluation.negatives", "evaluation.temperature", "evaluation.digest"),
-    *("data_digest", "batch_size", "context", "backbone_weights"),
+    *("family", "data_digest", "batch_size", "context", "backbone_weights"),
 )
+# Why not, by the column in which they differ.
+NOT_ALIKE = "their losses cannot be compared"
+NO_LAW = {
+    "family": "one law would mean nothing: N counts the parameters of one architecture, D the tokens of one tokenizer"
+}
 # The best setting of these columns is chosen for each size and budget, before sizes are compared (paper, section 4.2).
 # Runs that are equal in all of them are replicates. Two backbones may have the same size.
 BACKBONE = ("backbone", "backbone_revision")

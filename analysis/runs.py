@@ -7,6 +7,7 @@ mixed folder or table needs `where`, which selects runs by a column's value, or 
 """
 
 import os
+import shlex
 from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -21,6 +22,8 @@ from analysis.columns import (
     COLUMNS,
     COMPARABLE,
     EXCLUDED,
+    NO_LAW,
+    NOT_ALIKE,
     NUMBERS,
     Source,
     amount,
@@ -32,6 +35,7 @@ from analysis.columns import (
 from embedscale.errors import UserError
 from embedscale.progress import Bar
 from embedscale.run.directory import RunDirectory
+from embedscale.run.families import family_name
 from embedscale.run.method import METHODS
 from embedscale.run.record import Damaged, RunRecord
 
@@ -189,6 +193,7 @@ def _from_record(record: RunRecord) -> Row:
         **{key: value for key, value in vars(record).items() if key in COLUMNS and key not in ("blocks", "device")},
         **{f"evaluation.{key}": value for key, value in asdict(record.evaluation).items()},
         "run": record.run_id,
+        "family": record.family or family_name(record.backbone),
         "device": record.device.name,
         "targets": " ".join(record.hyperparameters.targets),
     }
@@ -405,9 +410,10 @@ def _comparable(source: str, table: pd.DataFrame, excluded: list[Row], notes: Co
         values: Any = table[field].dropna().unique() if field in table else []
         if len(values) > 1:
             told = ", ".join(map(str, values[:4])) + (", …" if len(values) > 4 else "")
+            value = shlex.quote(f"{field}={values[0]}")
             raise UserError(
-                f"{source}: runs differ in {field} ({told}), so their losses cannot be compared; "
-                f"allowed: one value, such as --where {field}={values[0]}"
+                f"{source}: runs differ in {field} ({told}), so {NO_LAW.get(field, NOT_ALIKE)}; "
+                f"allowed: one value, such as --where {value}"
             )
     return Runs(table.reset_index(drop=True), pd.DataFrame(excluded, columns=list(EXCLUDED)), source, tuple(notes))
 

@@ -330,7 +330,7 @@ def _schema(section: str) -> type:
     return make_dataclass("Run", [(section, item.type, default)])
 
 
-def _parameters(backbone: str, revision: str | None) -> int | None:
+def _parameters(backbone: str, revision: str | None = None) -> int | None:
     """Return the non-embedding parameters, or None while the backbone is unknown."""
     try:
         return clusters.shape_of(backbone, revision).parameters

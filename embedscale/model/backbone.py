@@ -116,7 +116,9 @@ def shape_of(body: nn.Module, name: str) -> BackboneShape:
             known.add(id(module.weight))
             linears.append(Linear(last, module.in_features, module.out_features, module.bias is not None, ROLES[last]))
     for key, parameter in first.named_parameters():
-        if parameter.dim() > 1 and id(parameter) not in known and "norm" not in key:  # a mixture of experts, or another class than nn.Linear
+        if (
+            parameter.dim() > 1 and id(parameter) not in known and "norm" not in key
+        ):  # a mixture of experts, or another class than nn.Linear
             raise UserError(
                 f"backbone.name: {name}: the weight {key!r} is in no dense layer (nn.Linear), so its cost is not known"
             )

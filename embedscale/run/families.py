@@ -218,6 +218,15 @@ def family_of(backbone: str) -> Family | None:
     return next((family for family in FAMILIES if family.size(backbone)), None)
 
 
+def family_name(backbone: str, model_type: str | None = None) -> str | None:
+    """Return what the table of runs calls a backbone's family: a known family's name, or else its `model_type`.
+
+    A folder that is only named like a known size is not of its family.
+    """
+    family = family_of(backbone)
+    return family.name if family and model_type in (None, family.model_type) else model_type
+
+
 def family_with(parameters: Iterable[float]) -> Family | None:
     """Return the family that has a size of each of these numbers of non-embedding parameters, or None."""
     wanted = set(map(float, parameters))
@@ -275,7 +284,9 @@ def refuse_missing_folder(setting: str, name: str) -> None:
     if path.is_dir():
         return
     if name.count("/") != 1 or name.startswith((".", "/", "~")) or path.parent.is_dir():
-        raise UserError(f"{setting}: the folder {name!r} does not exist; give a folder, or a name of the hub, OWNER/NAME")
+        raise UserError(
+            f"{setting}: the folder {name!r} does not exist; give a folder, or a name of the hub, OWNER/NAME"
+        )
 
 
 def _cached_config(backbone: str, revision: str | None) -> Path | None:

@@ -69,7 +69,9 @@ LAYOUTS: dict[str, Layout] = {
     "bitnet": Layout(mlp_bias=False, more_norms=("attention", "mlp"), defaults={"num_key_value_heads": 5}),
     "cohere": Layout(mlp_bias=False, norms=1, head_norms="all", head_norms_if="use_qk_norm", parallel=True),
     "cohere2": Layout(mlp_bias=False, norms=1, parallel=True, defaults={"sliding_window": 4096}),
-    "cwm": replace(UNBIASED, mlp_bias="mlp_bias", defaults={"num_key_value_heads": 8, "head_dim": 128, "sliding_window": 8192}),
+    "cwm": replace(
+        UNBIASED, mlp_bias="mlp_bias", defaults={"num_key_value_heads": 8, "head_dim": 128, "sliding_window": 8192}
+    ),
     "ernie4_5": Layout("use_bias", "use_bias", "use_bias", defaults={"num_key_value_heads": 2, "head_dim": 128}),
     "exaone4": replace(
         UNBIASED,

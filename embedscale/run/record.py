@@ -213,6 +213,8 @@ class RunRecord(Value):
     """pretrained or random."""
     backbone_revision: str | None = None
     """Revision asked of the hub; null for its main one."""
+    family: str | None = None
+    """Family of the backbone, such as Pythia, or its model_type; null in records of earlier code."""
     backbone_digest: str
     """Digest of the backbone's weights before training."""
     n_forward: Count

@@ -21,7 +21,7 @@ from embedscale.model.backbone import digest_of
 from embedscale.model.hardware import training_device
 from embedscale.run.config import RunConfig
 from embedscale.run.directory import RunDirectory
-from embedscale.run.families import short_name
+from embedscale.run.families import family_name, short_name
 from embedscale.run.record import CodeVersion, Device, EvaluationRecord, Hyperparameters, Metric, RunRecord, sound
 from embedscale.training.run import Diverged, TrainingRun
 
@@ -115,6 +115,7 @@ def write_record(run: TrainingRun, weights: dict[str, Tensor], diverged_at_step:
         backbone=short_name(config.backbone.name),
         backbone_weights=config.backbone.weights,
         backbone_revision=config.backbone.revision,
+        family=family_name(config.backbone.name, getattr(module.encoder.body.config, "model_type", None)),
         **{name: getattr(facts, name) for name in FROM_PLAN},
         method=config.method.name,
         hyperparameters=_hyperparameters(config, plan.learning_rate),

@@ -19,7 +19,7 @@ from embedscale.run.shape import BackboneShape
 from embedscale.terminal import console
 from embedscale.values import Count, Value, print_json
 
-SIZES = {name: family for family in FAMILIES for name in family.sizes}  # by the short name of a size
+SIZES = {name: size for family in FAMILIES for name, size in family.sizes.items()}  # by short name
 
 PAPER_PAIR = 14 + 64  # mean tokens of a query and of a positive (section 4.1), while no store exists
 PAPER_SQUARES = (14**2 + 64**2) / PAPER_PAIR**2  # sum of both squared lengths / squared length of the pair
@@ -201,7 +201,7 @@ def refuse_early(config: RunConfig) -> None:
 
     A run that has its record passes: it needs no data any more.
     """
-    shape = shape_by_name(config.backbone.name)
+    shape = shape_by_name(config.backbone.name, config.backbone.revision)
     if shape is not None and not RunDirectory(config.folder).record.exists():
         plan_run(config, shape, PairStore.open(config.data.store))
 
@@ -305,7 +305,7 @@ class Price:
 
 def price_of(config: RunConfig, budgets: Sequence[float]) -> Price:
     """Return what a token costs and what budgets buy, without loading weights. Raises UserError as `plan_run` does."""
-    shape = shape_by_name(config.backbone.name)
+    shape = shape_by_name(config.backbone.name, config.backbone.revision)
     if shape is None:
         from embedscale.model.backbone import shape_without_weights  # imports torch
 

@@ -12,8 +12,8 @@ from embedscale.model.backbone import shape_of
 from embedscale.model.methods import apply_method
 from embedscale.run.cost import cost_of
 from embedscale.run.families import FAMILIES, PYTHIA, hub_name, known
-from embedscale.run.method import Method
 from embedscale.run.layouts import shape_from
+from embedscale.run.method import Method
 
 METHODS = {
     "full": Method("full"),

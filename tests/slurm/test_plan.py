@@ -196,7 +196,10 @@ def test_disk_space_is_that_of_two_checkpoints_and_the_weights(tmp_path, tiny_ru
 @pytest.mark.parametrize(
     "text, reason",
     [
-        ("backbones: [{name: models/absent, learning_rate: 1e-3}]", "'models/absent' is no folder, is not in the hub's"),
+        (
+            "backbones: [{name: models/absent, learning_rate: 1e-3}]",
+            "'models/absent' is no folder, is not in the hub's",
+        ),
         ("methods: [{name: freeze, active_fraction: 1/5}]", "multiples of 1/6"),
         ("base: {data.context: 4096}", "4096 tokens are more than the 2048 of pythia-14m"),
         ("base: {training.batch_size: 10, resources.devices: 4}", "training.batch_size: 10 is not divisible by 4 GPUs"),
