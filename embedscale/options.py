@@ -167,6 +167,8 @@ def _sweep_verbs(verbs: Any) -> None:
         metavar="WHERE",
         help="where to run: slurm, or here on this machine (default: slurm, or here without it)",
     )
+    text = "show the batch scripts and the runs that would go out; send and write nothing"
+    submit.add_argument("--dry-run", action="store_true", help=text)
     submit.add_argument("--retry-failed", action="store_true", help="also start failed runs again")
     submit.add_argument("--max-gpu-hours", type=number, metavar="H", help="refuse if the started runs need more")
     submit.add_argument(

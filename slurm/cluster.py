@@ -7,13 +7,13 @@ submission and training cannot disagree.
 
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 from embedscale.errors import UserError, bounded
 from embedscale.run.families import SUITES, shape_by_name
-from embedscale.run.settings import read_yaml, structured
+from embedscale.run.settings import beside, read_yaml, structured
 from embedscale.run.shape import BackboneShape
 
 
@@ -21,6 +21,36 @@ def one_word(name: str, value: str | None) -> None:
     """Raise UserError for an option of the scheduler that has white space or other invisible characters."""
     if value is not None and (not value.isprintable() or len(value.split()) != 1):
         raise UserError(f"{name}: {value!r} is not one word; expected a name without spaces and line breaks")
+
+
+# Options of sbatch that embedscale sets, and the setting that they follow; "" where there is none.
+TAKEN = {
+    "account": "account",
+    "partition": "partition",
+    "qos": "qos",
+    "time": "classes.hours",
+    "mem": "classes.memory_gb",
+    "cpus-per-task": "classes.cpus",
+    "nodes": "classes.nodes",
+    "ntasks-per-node": "classes.gpus",
+    "constraint": "classes.constraint",
+    "requeue": "requeue",
+    "no-requeue": "requeue",
+    "signal": "warning_seconds",
+    **dict.fromkeys(["array", "dependency", "error", "job-name", "ntasks", "open-mode", "output", "test-only"], ""),
+    **dict.fromkeys(["parsable", "wait", "wrap"], ""),
+}
+
+
+def _check_options(options: dict[str, str]) -> None:
+    """Raise UserError for an option of sbatch that cannot be one, or that another setting decides."""
+    for name, value in options.items():
+        if not re.fullmatch(r"[a-z][a-z0-9-]*", name):
+            raise UserError(f"sbatch: {name!r} is not the long name of an option without its dashes, such as mail-type")
+        if name in TAKEN:
+            raise UserError(f"sbatch.{name}: embedscale sets this option; {TAKEN[name] or 'it cannot be changed'}")
+        if not isinstance(value, str) or not value.isprintable():
+            raise UserError(f"sbatch.{name}: {value!r} is given; expected a text on one line")
 
 
 @dataclass(frozen=True)
@@ -42,9 +72,11 @@ class ResourceClass:
     hours: float = 24
     """Time limit of a job, hours. A run that needs more is requeued and goes on."""
     partition: str | None = None
-    """Partition of the scheduler; default: the cluster's."""
+    """Partition of the scheduler, or several with commas between them; default: the cluster's."""
     constraint: str | None = None
     """Feature that each node must have, as SLURM's --constraint."""
+    gpu_type: str | None = None
+    """Type of the GPUs, as the site calls it in its generic resources (gpu:TYPE:COUNT); default: any."""
     chunk_tokens: int | None = None
     """Default of resources.chunk_tokens for the runs of the class."""
     activation_checkpointing: bool = False
@@ -56,7 +88,7 @@ class ResourceClass:
 
     def __post_init__(self) -> None:
         bounded("classes.up_to", None if self.up_to == math.inf else self.up_to, 0, above=True)
-        for name in ("partition", "constraint"):
+        for name in ("partition", "constraint", "gpu_type"):
             one_word(f"classes.{name}", getattr(self, name))
         bounded("classes.gpus", self.gpus, 0)
         bounded("classes.nodes", self.nodes, 1)
@@ -111,11 +143,13 @@ class Cluster:
     scheduler: str = "slurm"
     """Name of the scheduler that jobs go to: slurm, here (this machine), or one added in slurm/scheduler/choice.py."""
     partition: str | None = None
-    """Partition of jobs whose class names none; default: the scheduler's."""
+    """Partition of jobs whose class names none, or several with commas; default: SBATCH_PARTITION, then the site's."""
     account: str | None = None
-    """Account that jobs are charged to, as SLURM's --account."""
+    """Account that jobs are charged to, as SLURM's --account; default: SBATCH_ACCOUNT."""
     qos: str | None = None
-    """Quality of service, as SLURM's --qos."""
+    """Quality of service, as SLURM's --qos; default: SBATCH_QOS."""
+    sbatch: dict[str, str] = field(default_factory=dict)
+    """Further options of sbatch by their long names, such as {mail-type: END}; "" for one without a value."""
     max_gpus: int = 64
     """Most GPUs that the sweep holds at the same time, over all of its jobs; processes where a class has no GPU."""
     requeue: bool = True
@@ -130,6 +164,12 @@ class Cluster:
     """Shell lines at the start of each job, such as module load."""
     environment: dict[str, str] = field(default_factory=dict)
     """Environment variables of each job."""
+    command_prefix: str = ""
+    """Shell words before the Python of each process, such as those that start a container."""
+    python: str | None = None
+    """Python that runs the jobs, by its path on the nodes; default: the one that submits."""
+    on_done: str | None = None
+    """Shell command that the job runs whose end leaves no run of the sweep to wait for; it reads the counts of runs."""
     offline: bool = True
     """Whether nodes have no network, so that runs load models and data from local folders alone."""
     device: str = "A100"
@@ -151,6 +191,10 @@ class Cluster:
                 )
             if not isinstance(self.environment[name], str):
                 raise UserError(f"environment.{name}: {self.environment[name]} is given; expected a text")
+        _check_options(self.sbatch)
+        for name in ("command_prefix", "python", "on_done"):
+            if not (getattr(self, name) or "").isprintable():
+                raise UserError(f"{name}: {getattr(self, name)!r} has invisible characters; expected one line")
         bounded("max_gpus", self.max_gpus, 1)
         bounded("warning_seconds", self.warning_seconds, 1)
         bounded("bundle_minutes", self.bundle_minutes, 0)
@@ -176,7 +220,7 @@ def load(path: str | Path | None) -> Cluster:
     if path is None:
         return Cluster()
     cluster: Cluster = structured(Cluster, read_yaml(path), origin=str(path))
-    return cluster
+    return replace(cluster, calibration=beside(path, cluster.calibration))
 
 
 def shape_of(backbone: str, revision: str | None = None) -> BackboneShape:

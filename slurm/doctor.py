@@ -23,7 +23,8 @@ from embedscale.terminal import console
 from embedscale.values import Value, print_json
 from slurm import cluster as clusters
 from slurm.cluster import Cluster, ResourceClass
-from slurm.scheduler.site import PROGRAMS, Node, Partition, Site, ask_site, missing_programs, run_on_node
+from slurm.scheduler.site import PROGRAMS, Node, Partition, Site, ask_site, missing_programs, refusal, run_on_node
+from slurm.scheduler.slurm import placement
 
 # Releases of 30 April 2026 that contained malware (GHSA-w37p-236h-pfx3). Mirrors may still have them.
 MALICIOUS = {"lightning": ("2.6.2", "2.6.3")}
@@ -198,8 +199,8 @@ def affinity(needed: int = 1) -> Iterator[Finding]:
     yield Finding("affinity", usable >= needed, text)
 
 
-def site(cluster: Cluster) -> Iterator[Finding]:
-    """Compare what SLURM says about itself with the cluster file."""
+def site(cluster: Cluster, folder: Path) -> Iterator[Finding]:
+    """Compare what SLURM says about itself with the cluster file; `folder` is where the runs are to lie."""
     missing = missing_programs()
     if "sbatch" in missing:
         yield Finding("SLURM", True, "no sbatch here: sweeps run on this machine alone")
@@ -213,6 +214,8 @@ def site(cluster: Cluster) -> Iterator[Finding]:
     yield Finding("controller", True, f"{found.name}, SLURM {found.version}")
     for each in cluster.classes:
         yield _class(each, cluster, found)
+    if "srun" not in missing:
+        yield from accepted(cluster, folder)
     yield from _limits(found)
     yield from _signals(found, cluster)
     yield _accounting(found)
@@ -221,16 +224,30 @@ def site(cluster: Cluster) -> Iterator[Finding]:
 def _class(shape: ResourceClass, cluster: Cluster, found: Site) -> Finding:
     subject = f"class {shape.name}"
     default = next((each.name for each in found.partitions.values() if each.default), None)
-    name = shape.partition or cluster.partition or default
-    if name is None or name not in found.partitions:
+    name = placement(cluster, shape)["partition"] or default
+    names = name.split(",") if name else []
+    if not names or not found.partitions.keys() >= set(names):
         allowed = ", ".join(sorted(found.partitions)) or "none is visible"
         what = f"partition {name!r} is unknown" if name else "no partition is the default"
         return Finding(subject, False, f"{what}; set `partition` in the cluster file: {allowed}")
-    wrong = list(_unfit(shape, found.partitions[name], [node for node in found.nodes if name in node.partitions]))
-    if wrong:
-        return Finding(subject, False, f"in partition {name}: {'; '.join(wrong)}")
+    wrong = {
+        each: list(_unfit(shape, found.partitions[each], [node for node in found.nodes if each in node.partitions]))
+        for each in names
+    }
+    if all(wrong.values()):  # SLURM starts a job in the first of its partitions that has room for it
+        told = "; ".join(f"in partition {each}: {'; '.join(reasons)}" for each, reasons in wrong.items())
+        return Finding(subject, False, told)
     text = f"{shape.gpus} GPU, {shape.cpus} cores, {shape.memory_gb:g} GB, {shape.hours:g} h"
-    return Finding(subject, True, f"fits partition {name}: {text}")
+    fits = ", ".join(each for each, reasons in wrong.items() if not reasons)
+    return Finding(subject, True, f"fits partition {fits}: {text}")
+
+
+def accepted(cluster: Cluster, folder: Path) -> Iterator[Finding]:
+    """Ask sbatch whether it would take a job of each class: account, partition, QOS and further options together."""
+    for each in cluster.classes:
+        why = refusal(cluster, each, folder)
+        said = f"refuses a job of it: {why}; change the cluster file" if why else "would take a job of it"
+        yield Finding(f"submission of {each.name}", why is None, f"sbatch --test-only {said}")
 
 
 def _unfit(shape: ResourceClass, partition: Partition, nodes: Sequence[Node]) -> Iterator[str]:
@@ -296,7 +313,14 @@ def on_node(cluster: Cluster, folder: Path) -> Iterator[Finding]:
     for each in cluster.classes:
         token = folder / f".doctor.{uuid.uuid4().hex[:8]}"
         token.write_text(socket.gethostname())
-        words = [sys.executable, "-m", "slurm.doctor", str(token.absolute()), str(each.cpus), str(int(each.gpus > 0))]
+        words = [
+            cluster.python or sys.executable,
+            "-m",
+            "slurm.doctor",
+            str(token.absolute()),
+            str(each.cpus),
+            str(int(each.gpus > 0)),
+        ]
         try:
             output, why = run_on_node(cluster, each, words)
             found = [Finding.from_json(row) for row in json.loads(output.splitlines()[-1])] if output else []
@@ -362,7 +386,7 @@ def command(args: Namespace) -> int:
         yield from offline(local)
         yield from file_system(folder)
         yield from affinity()
-        yield from site(cluster)
+        yield from site(cluster, folder)
         if args.on_node and shutil.which("srun"):
             yield from on_node(cluster, folder)
 

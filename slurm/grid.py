@@ -24,7 +24,7 @@ import itertools
 import math
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass, make_dataclass
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, make_dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, get_origin, get_type_hints
@@ -33,7 +33,7 @@ from embedscale.errors import UserError, bounded
 from embedscale.run.config import Backbone, RunConfig
 from embedscale.run.families import short_name
 from embedscale.run.method import METHODS, Method
-from embedscale.run.settings import blaming, read_yaml, structured, typed, unknown
+from embedscale.run.settings import beside, blaming, read_yaml, structured, typed, unknown
 from slurm import cluster as clusters
 from slurm.cluster import Cluster, ResourceClass
 
@@ -115,7 +115,10 @@ def load(path: str | Path, words: Sequence[str] = ()) -> Sweep:
     """
     if Path(path).is_dir():
         raise UserError(f"{path}: is a folder; give the YAML file of the sweep, such as configs/sweep/paper.yaml")
-    file: SweepFile = structured(SweepFile, read_yaml(path), words, origin=str(path))
+    given = read_yaml(path)
+    file: SweepFile = structured(SweepFile, given, words, origin=str(path))
+    if file.cluster == given.get("cluster"):  # else a word names it, from the current folder
+        file = replace(file, cluster=beside(path, file.cluster))
     name = file.name or Path(path).stem
     try:
         return _sweep(file, name)

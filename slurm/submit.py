@@ -4,13 +4,15 @@ The grid is compared with the run directories and with the queue: only runs that
 request, failed go out. A submit holds a lease while it looks and sends, so that two of them never send the same run.
 """
 
+import shlex
 import uuid
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
+from embedscale.code import ROOT, source_of
 from embedscale.errors import DONE, FAILED, INTERRUPTED, UserError, allowed
 from embedscale.run.directory import RunDirectory
 from embedscale.run.lease import Lease
@@ -22,7 +24,8 @@ from slurm.plan import Estimate, SweepPlan, plan_sweep, refuse_above
 from slurm.scheduler import node
 from slurm.scheduler.choice import scheduler_of
 from slurm.scheduler.local import Local
-from slurm.scheduler.scheduler import Job, Request, Scheduler
+from slurm.scheduler.over import tell_if_over
+from slurm.scheduler.scheduler import Array, Job, Request, Scheduler
 from slurm.scheduler.slurm import ignored_variables
 from slurm.scheduler.snapshot import CodeCopy, snapshot
 from slurm.scheduler.submissions import Orders, Submission, Submissions
@@ -42,6 +45,8 @@ class Wish:
     """GPU-hours above which the submission is refused; None: any number."""
     scores: tuple[str, ...] = ()
     """Tasks of mteb on which finished runs are scored, instead of training."""
+    dry: bool = False
+    """Whether to show what would go out; nothing is sent or written."""
 
 
 def choose(sweep: Sweep, plan: SweepPlan, jobs: Mapping[str, Job] | None, wish: Wish) -> list[Estimate]:
@@ -109,12 +114,13 @@ def submit(sweep: Sweep, plan: SweepPlan, scheduler: Scheduler, wish: Wish) -> i
     limits = scheduler.limits()
     if limits is None:
         raise UserError(f"--to {sweep.cluster.scheduler}: this machine cannot submit to it; allowed: here")
-    with _alone(submissions) as lease:
+    with nullcontext() if wish.dry else _alone(submissions) as lease:
         queue = scheduler.jobs()
         jobs = submissions.jobs_by_run(queue)
         if queue is None or jobs is None:
             raise UserError(
-                f"{sweep.cluster.scheduler}: the queue cannot be asked; nothing was submitted, try again later"
+                f"{sweep.cluster.scheduler}: the queue cannot be asked; nothing was submitted, try again later "
+                "(or run the sweep on this machine: --to here)"
             )
         waiting = {job.name: job for job in queue}
         for each in submissions.damaged():
@@ -129,7 +135,10 @@ def submit(sweep: Sweep, plan: SweepPlan, scheduler: Scheduler, wish: Wish) -> i
             print(f"avoided nodes: {', '.join(f'{name} ({fault})' for name, fault in sick.items())}")
         if ignored := ignored_variables():
             print(f"ignored: {', '.join(ignored)}; the cluster file says what jobs ask for")
-        copy, facts = snapshot(submissions.code)
+        copy = submissions.code / source_of(ROOT).digest
+        facts = None
+        if not wish.dry:
+            copy, facts = snapshot(submissions.code)
         arrays = arrange(chosen, sweep.cluster, limits, wish.scores)
         sent: dict[str, str] = {}
         shares = throttles(arrays, sweep.cluster.max_gpus, _held(submissions, jobs))
@@ -144,6 +153,10 @@ def submit(sweep: Sweep, plan: SweepPlan, scheduler: Scheduler, wish: Wish) -> i
                 avoid=tuple(sorted(sick)),
                 code=copy,
             )
+            if lease is None or facts is None:
+                sent[f"#{index}"] = f"ARRAY{index}"
+                print(f"\n{_described(array, parallel)}\n{scheduler.script(request)}".rstrip())
+                continue
             try:
                 if not lease.held():
                     raise UserError("this submit was suspended, and another one has taken over")
@@ -152,8 +165,15 @@ def submit(sweep: Sweep, plan: SweepPlan, scheduler: Scheduler, wish: Wish) -> i
                 done = ", ".join(sent.values()) or "none"
                 raise UserError(f"{error}; submitted before: {done}; submit again for the rest") from None
         count = sum(len(array.tasks) for array in arrays)
-        print(f"submitted {len(chosen):,} runs as {count:,} jobs in {len(arrays):,} arrays: {', '.join(sent.values())}")
+        what = f"{len(chosen):,} runs as {count:,} jobs in {len(arrays):,} arrays"
+        print(f"\nwould submit {what}" if wish.dry else f"submitted {what}: {', '.join(sent.values())}")
         return len(chosen)
+
+
+def _described(array: Array, parallel: int) -> str:
+    """Return a heading for what an array would do: its runs, job by job, as comments."""
+    jobs = "\n".join(f"#   {number}: {', '.join(task)}" for number, task in enumerate(array.tasks))
+    return f"# --- {len(array.tasks):,} jobs, at most {parallel:,} at the same time\n{jobs}"
 
 
 @contextmanager
@@ -201,6 +221,7 @@ def _send(request: Request, scheduler: Scheduler, submissions: Submissions, code
         code=code,
         scores=array.scores,
         scheduler=cluster.scheduler,
+        on_done=cluster.on_done,
     )
     submissions.write_orders(request.name, orders)
     note = Submission(request.name, [list(task) for task in array.tasks], request.parallel, array.gpus)
@@ -222,6 +243,7 @@ def run_here(sweep: Sweep, chosen: Sequence[Estimate], scores: Sequence[str] = (
         for array in arrange(longest_first, sweep.cluster, here.limits(), scores):
             parallel = sweep.cluster.max_gpus // array.gpus
             here.submit(Request(sweep.name, array, sweep.cluster, node.work, parallel))
+    tell_if_over(here.submissions, sweep.cluster.on_done, list(sweep.by_id), scores)
     counts: Counter[str] = Counter()
     for run_id, outcome in here.outcomes.items():
         begun = outcome != "interrupted" or RunDirectory(sweep.folder / run_id).attempts.exists()
@@ -234,8 +256,8 @@ def run_here(sweep: Sweep, chosen: Sequence[Estimate], scores: Sequence[str] = (
 
 
 def command(args: Namespace) -> int:
-    """`embedscale sweep submit SWEEP.yaml [key=value …] [--to …] [--retry-failed] [--evaluate TASK …]`."""
-    wish = Wish(args.retry_failed, args.max_gpu_hours, tuple(checked(args.evaluate or [])))
+    """`embedscale sweep submit SWEEP.yaml [key=value …] [--to …] [--dry-run] [--retry-failed] [--evaluate TASK …]`."""
+    wish = Wish(args.retry_failed, args.max_gpu_hours, tuple(checked(args.evaluate or [])), args.dry_run)
     sweep = grid.load(args.sweep, args.words)
     plan = plan_sweep(sweep)
     scheduler = scheduler_of(sweep.cluster.scheduler, sweep.folder)
@@ -245,8 +267,12 @@ def command(args: Namespace) -> int:
         to = "here" if limits is None or limits.foreground else sweep.cluster.scheduler
     allowed("--to", to, list(dict.fromkeys([sweep.cluster.scheduler, "here"])))
     if to != "here":
-        if submit(sweep, plan, scheduler, wish):
-            print(f"embedscale sweep watch {args.sweep}")
+        if submit(sweep, plan, scheduler, wish) and not wish.dry:
+            print(f"embedscale sweep watch {shlex.join([args.sweep, *args.words])}")
         return DONE
     chosen = choose(sweep, plan, Submissions(sweep.folder).jobs_by_run(scheduler.jobs()), wish)
+    if wish.dry:
+        order = sorted(chosen, key=lambda each: -each.seconds)
+        print("\n".join([f"would run {len(chosen):,} here, in this order:", *(each.run_id for each in order)]))
+        return DONE
     return run_here(sweep, chosen, wish.scores) if chosen else DONE

@@ -32,7 +32,7 @@ embedscale sweep submit configs/sweep/quickstart.yaml --evaluate held-out
 echo y | embedscale sweep cancel configs/sweep/quickstart.yaml
 python -m slurm.scheduler.devcluster down /tmp/dev
 
-# Needs what this machine lacks: modules, conda, a GPU, a container, an account. Listed, not run.
+# Needs what this machine lacks: modules, conda, a GPU, an account. Listed, not run.
 : << 'LISTED'
 module load python/3.12
 git clone REPOSITORY embedscale
@@ -41,5 +41,4 @@ conda create --name embedscale python=3.12
 make install PYTHON=$HOME/.conda/envs/embedscale/bin/python
 srun --gpus=1 --cpus-per-task=8 embedscale calibrate training.precision=bf16 --sizes pythia-70m pythia-410m
 wandb sync runs/SWEEP/*/wandb/offline-run-*
-sbatch --gpus=8 --cpus-per-task=64 --wrap "apptainer exec --nv embedscale.sif embedscale sweep submit SWEEP.yaml --to here"
 LISTED

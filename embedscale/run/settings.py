@@ -55,6 +55,13 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return {str(key): value for key, value in found.items()}
 
 
+def beside(file: str | Path, path: str | None) -> str | None:
+    """Return a path that a file names. Where it is not absolute, it begins at the file's folder if something is there,
+    else at the current folder."""
+    near = Path(file).parent / (path or "")
+    return str(near) if path and near.exists() else path
+
+
 class _Loader(yaml.SafeLoader):
     """YAML whose scalars stay texts. Only null, infinity and NaN have no other spelling; `~/` is the home folder."""
 

@@ -63,6 +63,10 @@ class Local:
         self.outcomes |= work_through(runs, array.scores, available, self.stop)
         return str(os.getpid())
 
+    def script(self, request: Request) -> str:
+        """Return the runs that `submit` would start here, in order."""
+        return "\n".join(run_id for task in request.array.tasks for run_id in task)
+
     @contextmanager
     def announced(self) -> Iterator[None]:
         """Let signals raise `stop`, and let `sweep cancel` find this process, while it works at the sweep."""

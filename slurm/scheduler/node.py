@@ -22,6 +22,7 @@ from embedscale.files import now
 from embedscale.process import job_number
 from embedscale.run.stop import StopRequest
 from slurm.scheduler.choice import scheduler_of
+from slurm.scheduler.over import tell_if_over
 from slurm.scheduler.processes import Place, import_everything, rank_environment, work_through
 from slurm.scheduler.scheduler import Allocation, Requeue, Scheduler
 from slurm.scheduler.submissions import Orders, Submissions
@@ -53,6 +54,11 @@ def work(folder: str, submission: str, task: int) -> NoReturn:
     threads, sharing = max(1, orders.cpus // orders.side_by_side), min(orders.side_by_side, len(orders.runs))
     places = [Place(threads=threads, sharing=sharing)] * sharing
     outcomes = work_through(orders.runs.values(), orders.scores, places, stop)
+    if allocation.rank == 0 and orders.on_done:
+        noted = submissions.noted()
+        sent = [noted[submission]] if orders.scores else noted.values()
+        runs = {run_id for each in sent for job in each.tasks for run_id in job}
+        tell_if_over(submissions, orders.on_done, sorted(runs), orders.scores, once=True)
     if "interrupted" in outcomes.values():
         _go_on_later(scheduler, allocation, orders, stop, end)
     if allocation.processes > 1 and "elsewhere" in outcomes.values():

@@ -139,7 +139,7 @@ class Requeue(StrEnum):
 class Scheduler(Protocol):
     """A scheduler, seen from one sweep. It is constructed with the sweep's folder.
 
-    The first five methods are called where sweeps are submitted and watched; the last two inside of a job.
+    The first six methods are called where sweeps are submitted and watched; the last two inside of a job.
     """
 
     def limits(self) -> Limits | None:
@@ -150,6 +150,9 @@ class Scheduler(Protocol):
 
     def submit(self, request: Request) -> str:
         """Send an array out and return its number. Raises UserError if the scheduler refuses it."""
+
+    def script(self, request: Request) -> str:
+        """Return what `submit` would send, for a reader; nothing is sent or written."""
 
     def cancel(self, handles: Sequence[str]) -> None:
         """Remove jobs from the queue and end those that run. Raises UserError if the scheduler refuses."""

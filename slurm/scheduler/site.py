@@ -8,13 +8,17 @@ import shutil
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from slurm.cluster import Cluster, ResourceClass
-from slurm.scheduler.slurm import ask, clean_variables, placement, settings
+from slurm.scheduler.node import work
+from slurm.scheduler.scheduler import Array, Request
+from slurm.scheduler.slurm import SECONDS, Slurm, ask, clean_variables, gpus_asked, placement, settings
 
 # What a sweep cannot do without each program.
 PROGRAMS = {
     "sbatch": "sweeps run on this machine alone",
+    "srun": "jobs cannot start their processes, and nothing can be submitted",
     "squeue": "submit cannot see what is queued",
     "scancel": "sweep cancel does not work",
     "scontrol": "limits are guessed, and jobs cannot requeue themselves",
@@ -169,6 +173,20 @@ def hours_of(limit: str) -> float:
     return 24 * int(days or 0) + hours + minutes / 60 + seconds / 3600
 
 
+def refusal(cluster: Cluster, shape: ResourceClass, folder: Path) -> str | None:
+    """Return why sbatch would refuse a job of a class, or None if it would not; nothing is submitted."""
+    array = Array(shape, shape.nodes, max(1, shape.gpus), [{}])
+    script = Slurm(folder).script(Request("embedscale-doctor", array, cluster, work))
+    words = ["sbatch", "--test-only"]
+    try:
+        done = subprocess.run(
+            words, input=script, capture_output=True, text=True, timeout=SECONDS, env=clean_variables()
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return type(error).__name__
+    return None if done.returncode == 0 else (done.stderr.strip().split("\n") or [""])[-1]
+
+
 def run_on_node(cluster: Cluster, shape: ResourceClass, command: Sequence[str]) -> tuple[str | None, str]:
     """Run a command on a node of a class through srun.
 
@@ -176,8 +194,11 @@ def run_on_node(cluster: Cluster, shape: ResourceClass, command: Sequence[str]) 
     """
     words = ["srun", "--immediate=120", "--time=5", "--ntasks=1", "--nodes=1", "--job-name=embedscale-doctor"]
     words += [f"--cpus-per-task={shape.cpus}", f"--mem={int(shape.memory_gb * 1000)}M"]
-    words += [f"--gpus={shape.gpus}"] if shape.gpus else []
-    words += [f"--{option}={value}" for option, value in placement(cluster, shape).items() if value]
+    gpus = gpus_asked(cluster, shape, shape.gpus)
+    given = placement(cluster, shape) | {"gpus-per-node": gpus} | cluster.sbatch
+    words += [f"--{option}={value}" if value else f"--{option}" for option, value in given.items() if value is not None]
+    if cluster.command_prefix:
+        command = ["sh", "-c", f'exec {cluster.command_prefix} "$@"', "sh", *command]
     try:
         done = subprocess.run(
             [*words, *command], capture_output=True, text=True, timeout=NODE_SECONDS, env=clean_variables()

@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from embedscale import code
 from embedscale.errors import UserError
@@ -85,16 +86,39 @@ class Slurm:
 
     def submit(self, request: Request) -> str:
         """Submit one array and return its job number. Raises UserError if sbatch refuses it."""
-        import submitit
         from submitit.core.utils import FailedJobError, FailedSubmissionError
+
+        executor = self._executor(request)  # while the variables of sbatch are there
+        try:
+            with _clean_environment():
+                # The public `submit` names a call's file by the job's number, which a killed submit never learns.
+                job = executor._submit_command(self._command(request))
+                return str(job.job_id).split("_")[0]
+        except (FailedJobError, FailedSubmissionError, OSError) as error:
+            lines = str(error).splitlines()
+        why = ([line for line in lines if "error" in line.lower()] or lines)[-1].strip()
+        found = self._look_for(request.name, LOOK_SECONDS if LOST_TOUCH.search(why) else 0)
+        if found is None:
+            raise UserError(f"sbatch: {why}")
+        print(f"sbatch failed, but job {found} is in the queue under its name")
+        return found
+
+    def script(self, request: Request) -> str:
+        """Return the batch script of an array, with a word in place of the text that checks the copy of the code."""
+        text: str = self._executor(request)._make_submission_file_text(self._command(request), "")
+        return text.replace(shlex.quote(Path(code.__file__).read_text()), "'(embedscale/code.py)'")
+
+    def _executor(self, request: Request) -> Any:
+        """Return submitit's executor with the options of sbatch for an array."""
+        import submitit
 
         array, cluster, shape = request.array, request.cluster, request.array.shape
         files = self.submissions.files(request.name)
         # A "%" in a path would begin a pattern of SLURM.
         output = str(files).replace("%", "%%") + ("/%A_%a" if len(array.tasks) > 1 else "/%j")
         given = placement(cluster, shape) | {
-            "gpus_per_node": array.devices if shape.gpus else None,
-            "exclude": ",".join(request.avoid) or None,
+            "gpus_per_node": gpus_asked(cluster, shape, array.devices),
+            "exclude": ",".join(filter(None, [cluster.sbatch.get("exclude"), *request.avoid])) or None,
             "dependency": f"afterany:{':'.join(request.after)}" if request.after else None,
         }
         executor = submitit.SlurmExecutor(files)
@@ -111,7 +135,8 @@ class Slurm:
             setup=_setup(cluster, request.code),
             # Since 22.05 srun does not take --cpus-per-task over from sbatch.
             srun_args=[f"--output={output}_%t.out", f"--cpus-per-task={shape.cpus}", "--kill-on-bad-exit=1"],
-            additional_parameters={
+            additional_parameters={name: value or True for name, value in cluster.sbatch.items() if name != "exclude"}
+            | {
                 "requeue" if cluster.requeue else "no-requeue": True,
                 "output": f"{output}_0.out",
             },
@@ -119,19 +144,12 @@ class Slurm:
         )
         if len(array.tasks) > 1:
             executor.parameters["map_count"] = len(array.tasks)
-        command = f'{shlex.join([sys.executable, "-u", *self._program(request)])} "${{SLURM_ARRAY_TASK_ID:-0}}"'
-        try:
-            with _clean_environment():
-                # The public `submit` names a call's file by the job's number, which a killed submit never learns.
-                return str(executor._submit_command(command).job_id).split("_")[0]
-        except (FailedJobError, FailedSubmissionError, OSError) as error:
-            lines = str(error).splitlines()
-        why = ([line for line in lines if "error" in line.lower()] or lines)[-1].strip()
-        job = self._look_for(request.name, LOOK_SECONDS if LOST_TOUCH.search(why) else 0)
-        if job is None:
-            raise UserError(f"sbatch: {why}")
-        print(f"sbatch failed, but job {job} is in the queue under its name")
-        return job
+        return executor
+
+    def _command(self, request: Request) -> str:
+        """Return the shell command of each process of a job."""
+        python = shlex.join([request.cluster.python or sys.executable, "-u", *self._program(request)])
+        return f'{request.cluster.command_prefix} {python} "${{SLURM_ARRAY_TASK_ID:-0}}"'.strip()
 
     def _program(self, request: Request) -> list[str]:
         """Return the words with which Python runs a job's work, all but the index of the job."""
@@ -228,6 +246,13 @@ def placement(cluster: Cluster, shape: ResourceClass) -> dict[str, str | None]:
     variables = {name: os.environ.get(f"SBATCH_{name.upper()}") for name in ("partition", "account", "qos")}
     given = {"partition": shape.partition or cluster.partition, "account": cluster.account, "qos": cluster.qos}
     return {name: value or variables[name] or None for name, value in given.items()} | {"constraint": shape.constraint}
+
+
+def gpus_asked(cluster: Cluster, shape: ResourceClass, count: int) -> str | None:
+    """Return the value of --gpus-per-node, or None without GPUs and where the cluster file has an option for them."""
+    if not shape.gpus or {"gres", "gpus", "gpus-per-node"} & cluster.sbatch.keys():
+        return None
+    return f"{shape.gpu_type}:{count}" if shape.gpu_type else str(count)
 
 
 def ignored_variables() -> list[str]:

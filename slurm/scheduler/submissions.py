@@ -4,6 +4,7 @@ A submission is noted before it goes out, under the name that its jobs carry. Th
 counts even if the scheduler accepted it without returning its number.
 """
 
+import hashlib
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -70,6 +71,8 @@ class Orders:
     """Tasks of mteb to score the runs on; empty: train the runs."""
     scheduler: str = "slurm"
     """Name of the scheduler that runs the jobs."""
+    on_done: str | None = None
+    """Shell command that the last job runs at its end."""
 
 
 @dataclass(frozen=True)
@@ -159,6 +162,16 @@ class Submissions:
             if time.time() - datetime.fromisoformat(noted.time).timestamp() < SICK_SECONDS:
                 found[noted.node] = noted.fault
         return found
+
+    def first_to_tell(self) -> bool:
+        """Return whether no other job has told that the submissions noted so far are over; from now on, one has."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        names = hashlib.sha256(" ".join(self.noted()).encode()).hexdigest()[:12]
+        try:
+            (self.path / f"{names}.told").touch(exist_ok=False)
+        except FileExistsError:
+            return False
+        return True
 
     def announce(self, process: ProcessName) -> Path:
         """Note a process that works at the sweep, so that `sweep cancel` finds it; returns the note."""

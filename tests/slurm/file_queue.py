@@ -62,6 +62,9 @@ class FileQueue:
         self.write(jobs=state["jobs"], numbers=state["numbers"] + 1)
         return number
 
+    def script(self, request: Request) -> str:
+        return f"{self.file}: {len(request.array.tasks)} jobs called {request.name}"
+
     def cancel(self, handles: Sequence[str]) -> None:
         if self.read()["refusal"]:
             raise UserError(f"file queue: {self.read()['refusal']}")

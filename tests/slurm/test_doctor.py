@@ -46,7 +46,7 @@ def scontrol(tmp_path, monkeypatch):
         for name, text in {"config": config, "partition": partitions, "node": nodes}.items():
             (folder / f"{name}.txt").write_text(text)
         script = f'#!/bin/sh\nfor last; do :; done\ncat "{folder}/$last.txt"\n'
-        bodies = dict.fromkeys(("sbatch", "squeue", "scancel", "sacct", "sacctmgr"), "#!/bin/sh\n")
+        bodies = dict.fromkeys(("sbatch", "srun", "squeue", "scancel", "sacct", "sacctmgr"), "#!/bin/sh\n")
         for name, body in (bodies | {"scontrol": script} | others).items():
             (folder / name).write_text(body)
             (folder / name).chmod(0o755)
@@ -56,7 +56,7 @@ def scontrol(tmp_path, monkeypatch):
 
 
 def asked(cluster: Cluster) -> dict[str, doctor.Finding]:
-    return {each.subject: each for each in doctor.site(cluster)}
+    return {each.subject: each for each in doctor.site(cluster, Path("runs"))}
 
 
 def one_class(**settings) -> Cluster:
@@ -136,7 +136,7 @@ def test_a_missing_command_is_reported_with_its_consequence(scontrol):
 
 def test_without_slurm_one_line_says_so_and_passes(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
-    (finding,) = doctor.site(Cluster())
+    (finding,) = doctor.site(Cluster(), Path("runs"))
     assert finding.fine and "this machine alone" in finding.text
 
 
