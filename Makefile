@@ -41,7 +41,13 @@ $(OLDEST)/installed: $(VENV)/installed
 		sentence-transformers==5.0.0 transformers==4.57.6 tokenizers==0.22.1 huggingface-hub==0.36.0 datasets==4.1.1
 	touch $@
 
-test: install $(OLDEST)/installed
+# Triton compiles and interprets the kernels for GPUs. torch's builds for GPUs bring it.
+TRITON := $(VENV)/triton
+$(TRITON)-installed: $(VENV)/installed
+	$(BIN)/python -c "import triton" 2> /dev/null || $(PIP_INSTALL) --no-deps --target $(TRITON) triton==3.9.0
+	touch $@
+
+test: install $(OLDEST)/installed $(TRITON)-installed
 	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 # Sphinx and its extensions are in a folder of their own. So `make test` stays as fast, and the quickstart's corpus, which

@@ -42,6 +42,7 @@ LONG = [
     "gradcache",
     "parallel",
     "gpu",
+    "gpu_blocks",
     "without_cpu",
     "away",
     "snapshot",

@@ -81,6 +81,10 @@ def counting() -> Any:
                     self.bytes[name] += (1 + written) * sum(map(size_of, tree_leaves(value)))
                 if not any(each.alias_info is not None for each in func._schema.returns):
                     self.bytes[name] += sum(map(size_of, tree_leaves(found)))
+                if name in ("attend", "attend_backward"):  # a kernel for each class of lengths
+                    self.kernels += len(args[-3]) // 3 - 1
+                if name == "add_norms_backward" and args[-1]:  # the sum over its programs
+                    self.kernels += 1
                 if name == "_varlen_attn_backward":
                     # It also fills a float32 buffer [T + 128 S, heads, size] with zeros, adds to the T rows, and reads
                     # them for the queries' gradients; and it adds up gradients times outputs before.
@@ -107,8 +111,9 @@ def step(
     from embedscale.model.packing import pack
     from embedscale.run.settings import load
     from embedscale.training.batches import Batch
-    from embedscale.training.calibrate import build, config_of, module_of, paper_lengths, paper_tokens
+    from embedscale.training.calibrate import build, module_of, paper_lengths, paper_tokens
     from embedscale.training.memory import _Live, fitting_chunk
+    from embedscale.training.plan import config_of
 
     gpu = torch.device("cuda", 0)
     settings = [f"training.batch_size={batch}", "training.learning_rate=1e-5", *words]

@@ -1,7 +1,7 @@
-"""What computes embeddings and gradients: the encoder as it is, or on a CPU the faster body of `model/cpu`.
+"""What computes embeddings and gradients: the encoder as it is, or the faster blocks of `model/cpu` and `model/gpu`.
 
-Only this module knows whether `model/cpu` exists, and when to use it (`use_cpu_body`). Delete the folder, and
-`PlainBody` serves everywhere.
+Only this module knows whether these folders exist, and when to use them (`use_cpu_body`, `speed_up_on_gpu`). Delete
+them, and `PlainBody` serves everywhere.
 
 The CPU body merges layers, which costs a pass over the weights before and after each step; what it saves grows with the
 step's tokens. Both grow with the parameters, so the tokens of a step decide. Seconds of a step, float32, torch 2.13, on
@@ -26,13 +26,15 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from embedscale.model.backbone import drops
 from embedscale.model.encoder import Encoder
 from embedscale.model.packing import Packed
+from embedscale.run.config import Resources
 
 HAS_CPU_BODY = bool(find_spec("embedscale.model.cpu") and find_spec("embedscale.model.cpu.body"))
-
+HAS_GPU_BLOCKS = find_spec("embedscale.model.gpu") is not None
 
 FROM_TOKENS = 256  # tokens of a step in one process, from which on the CPU body is faster
 
@@ -67,6 +69,18 @@ def use_cpu_body(encoder: Encoder, device: torch.device, step_tokens: int) -> bo
     """
     fits = device.type == "cpu" and not encoder.sharded and not encoder.drops
     return HAS_CPU_BODY and fits and step_tokens >= FROM_TOKENS
+
+
+def speed_up_on_gpu(body: nn.Module, precision: str, resources: Resources) -> None:
+    """Change a body's blocks for a GPU, where nothing else changes them: torch.compile merges operations by itself.
+
+    Whole blocks change only where each runs once a pass, in bf16 (from the Ampere generation on), without dropout.
+    """
+    if HAS_GPU_BLOCKS and not resources.compile:
+        from embedscale.model.gpu import speed_up
+
+        alone = not (resources.activation_checkpointing or resources.shard or drops(body))
+        speed_up(body, alone and precision == "bf16" and torch.cuda.get_device_capability()[0] >= 8)
 
 
 @contextmanager

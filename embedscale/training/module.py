@@ -13,14 +13,12 @@ import lightning
 import torch
 from torch import Tensor, nn
 
-from embedscale.model.adapters import add_in_place
 from embedscale.model.backbone import shape_of
-from embedscale.model.body import training_body
+from embedscale.model.body import speed_up_on_gpu, training_body
 from embedscale.model.encoder import Encoder
 from embedscale.model.hardware import give_back_freed_memory, memory_in_use, training_device, usable_memory
 from embedscale.model.methods import apply_method
 from embedscale.model.parallel import GradientSums, rank, shard_like, whole, world_size
-from embedscale.model.rotation import turn_in_place
 from embedscale.run.config import RunConfig
 from embedscale.run.cost import Cost, cost_of
 from embedscale.training.batches import Batch
@@ -241,9 +239,8 @@ def assemble(body: nn.Module, config: RunConfig, plan: TrainingPlan) -> Contrast
     cost = cost_of(shape_of(body, config.backbone.name), config.method, checkpointing)
     torch.manual_seed(config.training.seed)
     trainable = apply_method(body, config.method)
-    if training_device().type == "cuda" and not config.resources.compile:  # torch.compile merges operations by itself
-        add_in_place(body)
-        turn_in_place(body)
+    if training_device().type == "cuda":
+        speed_up_on_gpu(body, config.training.precision, config.resources)
     outside = {id(p) for p in body.get_input_embeddings().parameters()}  # type: ignore[operator]
     updated = sum(p.numel() for p in body.parameters() if p.requires_grad and id(p) not in outside)
     if updated != cost.n_updated:

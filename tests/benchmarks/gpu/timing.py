@@ -101,6 +101,9 @@ def _step(setting: Setting, size: str, method: str) -> Iterator[Row]:
             "TFLOP_per_second": module.cost.exact(batch.tokens, batch.squared_lengths) / ms / 1e9,
         }  # fmt: skip
         yield from _kernels(name, act, setting)
+        if vars(module.encoder.body).pop("forward", None):  # the same weights, batch and minute
+            ms = milliseconds(act, device, setting.pick(8, 2))
+            yield {"name": f"{name}, blocks of transformers", "ms": ms}
 
 
 def _waits(act, device: torch.device) -> list[str]:

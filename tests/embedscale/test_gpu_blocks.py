@@ -1,0 +1,146 @@
+"""Whole blocks for a GPU, their kernels run by Triton's interpreter, compute what transformers' blocks do.
+
+Triton also compiles the kernels for real GPUs, without one.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from steps import METHODS, assert_same_gradients, gradients, module_for
+
+from embedscale.model.body import PlainBody
+from embedscale.model.packing import pack
+from embedscale.run.method import Method
+
+TRITON = Path(sys.prefix) / "triton"  # installed by `make test`, if torch did not bring it
+LENGTHS = [1, 3, 16, 17, 33, 65, 2]
+LONG = [1, 129, 4]
+
+
+@pytest.fixture
+def fuse(monkeypatch):
+    """Return the function that replaces a body's blocks. Kernels that are imported here are interpreted."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    if TRITON.is_dir():
+        monkeypatch.syspath_prepend(str(TRITON))
+    pytest.importorskip("triton", reason="`make test` installs triton")
+    from embedscale.model.gpu.neox import fits, fuse
+
+    def checked(body):
+        assert fits(body)
+        fuse(body)
+
+    return checked
+
+
+def step(folder, method, change=None, lengths=LENGTHS, **settings):
+    """Return embeddings and gradients of one chunk."""
+    module = module_for(folder, method, **settings)
+    tokens = np.random.default_rng(0).integers(0, 256, sum(lengths)).astype(np.int32)
+    (chunk,) = pack(tokens, np.array(lengths))
+    if change is not None:
+        change(module.encoder.body)
+    body = PlainBody(module.encoder)
+    without = body.encode(chunk, graph=False)
+    embeddings = body.encode(chunk, graph=True)
+    assert torch.equal(without, embeddings)
+    body.backward(chunk, torch.linspace(-1, 1, embeddings.numel()).view_as(embeddings))
+    return embeddings, gradients(module)
+
+
+@pytest.mark.parametrize("method", [METHODS["full"], METHODS["freeze"], METHODS["bias"], Method("lora", rank=4)])
+def test_embeddings_and_gradients_are_those_of_transformers(backbone_folder, fuse, method):
+    embeddings, expected = step(backbone_folder, method)
+    found, own = step(backbone_folder, method, fuse)
+    torch.testing.assert_close(found, embeddings, atol=1e-6, rtol=0)
+    assert_same_gradients(own, expected)
+
+
+def test_heads_of_80_numbers_and_all_of_a_head_may_turn(tmp_path, save_decoder, fuse):
+    folder = save_decoder(tmp_path / "wide", hidden_size=160, num_attention_heads=2, rotary_pct=1.0)
+    embeddings, expected = step(folder, Method("full"))
+    found, own = step(folder, Method("full"), fuse)
+    torch.testing.assert_close(found, embeddings, atol=1e-6, rtol=0)
+    assert_same_gradients(own, expected)
+
+
+def test_in_bf16_they_are_as_near_to_float32(backbone_folder, fuse):
+    truth, expected = step(backbone_folder, Method("full"))
+    theirs, other = step(backbone_folder, Method("full"), precision="bf16")
+    ours, found = step(backbone_folder, Method("full"), fuse, precision="bf16")
+    assert (ours - truth).norm() <= 1.1 * (theirs - truth).norm()
+
+    def error(gradient):
+        return torch.cat([(gradient[key] - expected[key]).flatten() for key in expected]).norm()
+
+    assert error(found) <= 1.1 * error(other)
+
+
+def test_a_text_does_not_depend_on_the_others(backbone_folder, fuse):
+    whole, _ = step(backbone_folder, Method("full"), fuse)
+    module = module_for(backbone_folder, Method("full"))
+    fuse(module.encoder.body)
+    tokens = np.random.default_rng(0).integers(0, 256, sum(LENGTHS)).astype(np.int32)
+    begin = sum(LENGTHS[:3])
+    (alone,) = pack(tokens[begin : begin + LENGTHS[3]], np.array(LENGTHS[3:4]))
+    place = int(np.flatnonzero(np.argsort(LENGTHS, kind="stable") == 3)[0])
+    torch.testing.assert_close(PlainBody(module.encoder).encode(alone, graph=False)[0], whole[place], atol=1e-6, rtol=0)
+
+
+def test_a_chunk_with_a_long_text_runs_as_transformers_wrote_it(tmp_path, save_decoder, fuse):
+    folder = save_decoder(tmp_path / "long", max_position_embeddings=256)
+    embeddings, expected = step(folder, Method("full"), lengths=LONG)
+    found, own = step(folder, Method("full"), fuse, lengths=LONG)
+    assert torch.equal(found, embeddings)
+    assert all(torch.equal(own[key], expected[key]) for key in expected)
+
+
+COMPILED = """
+import json, sys
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from embedscale.model.gpu import kernels
+
+KINDS = {"ends": "*i32", "scaling": "fp32", "eps": "fp32"} | dict.fromkeys(("begin", "heads", "rows", "width"), "i32")
+
+def shared(function, bf16, constants, warps, generation):
+    names = function.arg_names
+    given = {n: KINDS.get(n, "*bf16" if n in bf16 else "*fp32") for n in names if n not in constants}
+    source = ASTSource(function, given | {n: "constexpr" for n in constants},
+                       {(names.index(n),): value for n, value in constants.items()})
+    return triton.compile(source, GPUTarget("cuda", generation, 32), {"num_warps": warps}).metadata.shared
+
+norms = kernels._add_norms
+found = []
+for generation, size, tile in ((90, 64, 64), (90, 128, 128), (80, 80, 32)):
+    width = triton.next_power_of_2(size)
+    constants = {"SIZE": size, "TURNS": size // 4, "TILE": tile, "WIDTH": width}
+    for function in (kernels._attend, kernels._attend_backward):
+        bf16 = ("states", "out", "gradient", "found")
+        found.append([generation, shared(function, bf16, constants, kernels.warps_of(tile, width), generation)])
+constants = {"ADDS": True, "TWO": True, "WIDTH": 1024}
+found.append([90, shared(norms, ("first", "second", "norm1", "norm2"), constants, 4, 90)])
+constants = {"UPPER": True, "TWO": True, "HALF": True, "SUMS": True, "WIDTH": 1024, "PROGRAMS": 512}
+found.append([90, shared(kernels._add_norms_backward, ("upper1", "upper2", "half"), constants, 4, 90)])
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.slow
+def test_the_kernels_compile_for_gpus_and_fit_their_shared_memory(tmp_path):
+    path = {"PYTHONPATH": str(TRITON)} if TRITON.is_dir() else {}
+    if not path:
+        pytest.importorskip("triton", reason="`make test` installs triton")
+    environment = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "TRITON_CACHE_DIR": str(tmp_path)} | path
+    done = subprocess.run([sys.executable, "-c", COMPILED], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = json.loads(done.stdout)
+    assert len(rows) == 8
+    for generation, shared in rows:
+        assert shared <= {80: 163, 90: 227}[generation] * 1024
