@@ -44,7 +44,8 @@ def api() -> str:
 
 
 ROOMS = (
-    *("embedscale", "embedscale/run", "embedscale/data", "embedscale/model", "embedscale/model/cpu"),
+    *("embedscale", "embedscale/run", "embedscale/data"),
+    *("embedscale/model", "embedscale/model/cpu", "embedscale/model/gpu"),
     *("embedscale/training", "embedscale/serving", "slurm", "slurm/scheduler"),
     *("analysis", "analysis/fitting", "analysis/figures"),
 )

@@ -18,6 +18,7 @@ from typing import Any
 
 # This folder has a folder `embedscale` too, which Python would take for the package.
 sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.append(str(Path(sys.prefix) / "triton"))  # where `make test` installs it
 
 MEMORY = 0.4e9  # bytes: memory limit of the rows that ask for the largest chunk
 

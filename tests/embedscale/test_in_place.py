@@ -4,8 +4,8 @@ import pytest
 import torch
 from steps import METHODS, assert_same_gradients, batch_of, gradients, module_for
 
-from embedscale.model.gpu.adapters import add_in_place
 from embedscale.model.body import PlainBody
+from embedscale.model.gpu.adapters import add_in_place
 from embedscale.model.gpu.rotation import turn_in_place
 from embedscale.run.method import Method
 

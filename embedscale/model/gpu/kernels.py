@@ -205,12 +205,12 @@ def warps_of(tile: int, width: int) -> int:
 
 
 @attend.register_fake
-def _(states, cos, sin, ends, classes, size, scaling):  # type: ignore[no-untyped-def]
+def _(states, cos, sin, ends, classes, size, scaling):
     return states.new_empty(len(states), states.shape[1] // 3)
 
 
 @attend_backward.register_fake
-def _(states, cos, sin, ends, gradient, classes, size, scaling):  # type: ignore[no-untyped-def]
+def _(states, cos, sin, ends, gradient, classes, size, scaling):
     return torch.empty_like(states)
 
 
@@ -347,7 +347,7 @@ def _norm_warps(tile: int) -> int:
 
 
 @add_norms.register_fake
-def _(inputs, outputs, weights, biases, eps, dtype):  # type: ignore[no-untyped-def]
+def _(inputs, outputs, weights, biases, eps, dtype):
     total = torch.empty_like(inputs) if outputs else inputs.new_empty(0)
     norm1 = torch.empty_like(inputs, dtype=dtype)
     norm2 = torch.empty_like(norm1) if len(weights) == 2 else norm1.new_empty(0)
@@ -355,7 +355,7 @@ def _(inputs, outputs, weights, biases, eps, dtype):  # type: ignore[no-untyped-
 
 
 @add_norms_backward.register_fake
-def _(total, means, scales, of_total, of_norms, weights, half, sums):  # type: ignore[no-untyped-def]
+def _(total, means, scales, of_total, of_norms, weights, half, sums):
     return (
         torch.empty_like(total),
         total.new_empty(total.shape if half else 0, dtype=half or total.dtype),

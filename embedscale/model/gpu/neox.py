@@ -6,7 +6,6 @@ that of transformers up to rounding. Checkpointed, compiled and sharded blocks, 
 stay as they are.
 """
 
-from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from embedscale.model.gpu import kernels
 
 
-def fuse(body: nn.Module) -> None:
+def fuse(body: Any) -> None:
     """Replace the forward pass of a GPT-NeoX body, where a chunk allows it."""
     whole, blocks = body.forward, body.layers
 
@@ -27,7 +26,8 @@ def fuse(body: nn.Module) -> None:
             return whole(input_ids=input_ids, inputs_embeds=inputs_embeds, position_ids=position_ids, **others)
         residual = (body.embed_in(input_ids) if inputs_embeds is None else inputs_embeds).squeeze(0)
         angles = tuple(x.squeeze(0) for x in body.rotary_emb(residual[None], position_ids))
-        classes, outputs = kernels.classes_of(packing.runs), ()
+        classes = kernels.classes_of(packing.runs)
+        outputs: tuple[Tensor, ...] = ()
         for block in blocks:
             norms = block.input_layernorm, block.post_attention_layernorm
             residual, *inputs = add_norms(residual, outputs, norms)
@@ -102,5 +102,3 @@ class _AddNorms(torch.autograd.Function):
         own = [sums[row] if wanted else None for row, wanted in zip(rows, needed, strict=True)]
         added = [] if ctx.added is None else [found if half is None else halves] * 2
         return (found, None, None, None, *own, *added)
-
-

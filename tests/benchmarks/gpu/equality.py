@@ -213,7 +213,9 @@ def variants(setting: Setting) -> Iterator[Row]:
         yield compared(f"checkpointed, {precision}", gradients(module, a_batch(module), device), first, limit)
         module = a_module(size, "full", *words)
         if vars(module.encoder.body).pop("forward", None):
-            yield compared(f"blocks of transformers, {precision}", gradients(module, a_batch(module), device), first, limit)
+            yield compared(
+                f"blocks of transformers, {precision}", gradients(module, a_batch(module), device), first, limit
+            )
     if not setting.cpu:  # a compiler for the CPU is not everywhere
         module = a_module(size, "full", batch, "training.precision=bf16", compiled)
         yield compared("compiled, bf16", gradients(module, a_batch(module), device), first, limit)
