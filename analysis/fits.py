@@ -16,6 +16,7 @@ from embedscale.values import CHANGED, Amount, Count, Share, Value, changed
 
 FORMAT = 2
 FILE = "fits.json"
+LEAST = 1500.0  # parameters; smaller sizes are in another unit: the models that people train have 14 to 70,000 million
 MINIATURE = 1e6  # parameters; results of sweeps below this size do not carry over to the sizes that people use
 
 Interval = tuple[float, float]
@@ -420,10 +421,10 @@ class Fits(Value):
         sizes = self.runs.sizes
         if not sizes or max(sizes) >= MINIATURE:
             return ""
-        return (
-            f"a miniature: models of {min(sizes):,.0f} to {max(sizes):,.0f} parameters, so take the pattern, "
-            "not the digits, and no advice for real models"
-        )
+        told = f"{min(sizes):,.0f} to {max(sizes):,.0f} parameters"
+        if min(sizes) < LEAST:
+            return f"sizes of {told} are no models: if they are in millions, say --columns n_parameters=COLUMN:1e6"
+        return f"a miniature: models of {told}, so take the pattern, not the digits, and no advice for real models"
 
 
 def read(path: str | Path) -> Fits:

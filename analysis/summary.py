@@ -2,7 +2,7 @@
 
 import math
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from analysis.columns import parse_assignments
-from analysis.fits import Fits, Frontier, MethodFit
+from analysis.fits import Fits, Frontier, MethodFit, read
 from analysis.simulate import Simulated
 from embedscale.errors import UserError
 from embedscale.files import write_json
@@ -53,8 +53,24 @@ def show_fits(fits: Fits, console: Console) -> None:
         _show_optima(name, method, percent, console)
         _show_laws(name, method, percent, console)
     _show_frontier(fits.frontier, percent, console)
-    for note in ((fits.miniature,) if fits.miniature else ()) + fits.notes:
+    for note in [*([fits.miniature] if fits.miniature else []), *merged(fits.notes, list(fits.methods))]:
         console.print(f"note: {note}", soft_wrap=True)
+
+
+def merged(notes: Sequence[str], methods: Sequence[str]) -> list[str]:
+    """Return the notes in their order; those that say the same of several methods are one note of all of them."""
+    said: dict[str, list[str]] = {}
+    for note in notes:
+        name = next((each for each in methods if note.startswith((f"{each}:", f"{each},"))), "")
+        said.setdefault(note.removeprefix(name), []).append(name)
+    return [f"{', '.join(names)}{text}" for text, names in said.items()]
+
+
+def _show(table: Table, console: Console) -> None:
+    """Print a table without the columns in which no row has a value; print nothing if it has no rows."""
+    table.columns = [column for column in table.columns if set(column.cells) - {"–", ""}]
+    if table.row_count and table.columns:
+        console.print(table)
 
 
 def _show_optima(name: str, method: MethodFit, percent: str, console: Console) -> None:
@@ -63,7 +79,8 @@ def _show_optima(name: str, method: MethodFit, percent: str, console: Console) -
         others = [number(each.n_opt if each else None) for each in (row.akima, row.law)]
         own = *measured(row.n_opt, row.n_opt_interval, 3), number(row.d_opt)
         table.add_row(number(row.budget_flop), row.state, *own, *measured(row.loss, row.loss_interval), *others)
-    console.print(table)
+    if any(row.n_opt or row.akima or row.law for row in method.optima):  # else the notes say all that there is
+        _show(table, console)
 
 
 def _show_laws(name: str, method: MethodFit, percent: str, console: Console) -> None:
@@ -74,23 +91,25 @@ def _show_laws(name: str, method: MethodFit, percent: str, console: Console) -> 
             table.add_row(f"{sign} = k C^a", "a", *measured(line.exponent, line.exponent_interval))
             table.add_row("", "k", *measured(line.coefficient, line.coefficient_interval))
     for law, fitted in method.joint_laws.items():
-        for i, (coefficient, ends) in enumerate(fitted.intervals.items()):
-            shown = measured(fitted.coefficients[coefficient], ends)
-            if coefficient in fitted.not_fixed:
-                shown = ("not fixed by the data", "")
-            table.add_row(law if i == 0 else "", coefficient, *shown)
+        rows = [
+            (name, *measured(fitted.coefficients[name], ends))
+            for name, ends in fitted.intervals.items()
+            if name not in fitted.not_fixed
+        ]
+        if fitted.not_fixed:
+            rows.append((", ".join(fitted.not_fixed), "not fixed by the data", ""))
+        for i, cells in enumerate(rows):
+            table.add_row("" if i else law, *cells)
         done = fitted.convergence
         told = f"{done.agreeing} of {done.starts} starts agree, gradient {number(done.gradient, 1)}"
         table.add_row("", "fit", told, f"spread of ln L {number(fitted.log_residual)}")
-    if table.row_count:
-        console.print(table)
+    _show(table, console)
     table = _table(f"\n{name}: held out", "without", "law", "predicted", "found", "error", "bias")
     for row in method.hold_out:
         errors = (f"{100 * row.error:.2f} %", f"{100 * row.bias:.2f} %")
         without = f"{row.left_out} {number(row.value)}"
         table.add_row(without, row.law, number(row.predicted, 4), number(row.found, 4), *errors)
-    if table.row_count:
-        console.print(table)
+    _show(table, console)
 
 
 def _show_frontier(frontier: Frontier, percent: str, console: Console) -> None:
@@ -161,7 +180,7 @@ def command(args: Namespace) -> int:
         fits = fit(runs, where=where, advance=bar.say, **{name: getattr(args, name) for name in FIT_OPTIONS})
     path = study.write(fits, runs, out)
     if args.json:
-        print_json(fits.to_json())
+        print_json(read(path).to_json())
         return 0
     output = console(WIDTH)
     show_fits(fits, output)

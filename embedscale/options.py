@@ -116,7 +116,7 @@ def _model_verbs(verbs: Any) -> None:
         return verb
 
     scored = action("evaluate", "score a finished run with MTEB: one file per task in RUN/scores")
-    suites = "MTEB tasks, or the suites held-out, paper, published-code (default: held-out)"
+    suites = "MTEB tasks, MTEB benchmarks such as 'MTEB(eng, v2)', held-out, paper, published-code (default: held-out)"
     scored.add_argument("--tasks", nargs="+", default=["held-out"], metavar="NAME", help=suites)
     exported = action("export", "export a finished run as a sentence-transformers model")
     exported.add_argument("folder", metavar="FOLDER", help="folder to write; it must be new or empty")
@@ -160,7 +160,9 @@ def _sweep_verbs(verbs: Any) -> None:
     )
     _json(plan, "totals and a row for each run")
     fetch = action("prefetch", "download models, tokenizers and pairs, for nodes without a network")
-    fetch.add_argument("--evaluate", nargs="+", metavar="TASK", help="also the data of these MTEB tasks or suites")
+    fetch.add_argument(
+        "--evaluate", nargs="+", metavar="TASK", help="also the data of these MTEB tasks, benchmarks or suites"
+    )
     submit = action("submit", "start the runs that are missing or interrupted, and return")
     submit.add_argument(
         "--to",
@@ -172,7 +174,10 @@ def _sweep_verbs(verbs: Any) -> None:
     submit.add_argument("--retry-failed", action="store_true", help="also start failed runs again")
     submit.add_argument("--max-gpu-hours", type=number, metavar="H", help="refuse if the started runs need more")
     submit.add_argument(
-        "--evaluate", nargs="+", metavar="TASK", help="score finished runs: MTEB tasks, or held-out, paper, …"
+        "--evaluate",
+        nargs="+",
+        metavar="TASK",
+        help="score finished runs: MTEB tasks or benchmarks, or held-out, paper, …",
     )
     _json(action("status", "show the state of every run"), "the status of each run")
     watch = action("watch", "show the status repeatedly until all runs are done or Ctrl-C")

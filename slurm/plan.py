@@ -169,7 +169,7 @@ def refuse_above(plan: SweepPlan, max_gpu_hours: float | None) -> None:
     """Raise UserError if the plan is estimated to need more GPU-hours; None allows any number."""
     if max_gpu_hours is not None and not plan.gpu_hours <= max_gpu_hours:
         raise UserError(
-            f"--max-gpu-hours: {plan.sweep.name} needs an estimated {plan.gpu_hours:,.2f} GPU-hours; "
+            f"--max-gpu-hours: {plan.sweep.name} needs an estimated {plan.gpu_hours:,.2f} {_unit(plan)}; "
             f"allowed: {max_gpu_hours:,g}"
         )
 
@@ -289,11 +289,14 @@ def _disk(run: RunConfig, shape: BackboneShape, cost: Cost, steps: int) -> int:
     return trained * (2 * CHECKPOINT_BYTES + WEIGHT_BYTES) + metrics
 
 
+def _unit(plan: SweepPlan) -> str:
+    return "GPU-hours" if any(each.resource_class.gpus for each in plan.estimates) else "device-hours"
+
+
 def print_plan(plan: SweepPlan, each: bool = False) -> None:
     """Print the plan, with a row for each backbone and method or, with `each`, for each run."""
     sweep, output = plan.sweep, console(160)
-    on_gpus = any(estimate.resource_class.gpus for estimate in plan.estimates)
-    unit = "GPU-hours" if on_gpus else "core-hours"
+    unit = _unit(plan)
     table = Table(title=f"{sweep.name}: {len(plan.runnable):,} runs under {sweep.folder}", title_justify="left")
     table.add_column("run" if each else "backbone", overflow="fold")
     names = ["runs", "steps", "tokens", "FLOP", unit, "longest", "requeues", "disk"]

@@ -6,6 +6,7 @@ task that is interrupted starts again from its beginning.
 
 import time
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -55,7 +56,7 @@ def evaluate(run: str, names: Sequence[str], tasks: Iterable[Any] = (), stop: St
             print(f"{record.run_id}: interrupted ({stop.reason}) before {name}; run it again to continue")
             return INTERRUPTED
         print(f"{record.run_id}: task {number} of {len(missing)}, {name}", flush=True)
-        score_of(mteb, adapter, task, record).write(directory.score(name))
+        replace(score_of(mteb, adapter, task, record), task=name).write(directory.score(name))
     _show(record, [found for name in known if (found := sound(Score.read(directory.score(name))))])
     return DONE
 

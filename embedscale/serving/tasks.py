@@ -42,8 +42,29 @@ ENGLISH = ("STS22", "AmazonReviewsClassification")
 
 
 def names_of(words: Iterable[str]) -> list[str]:
-    """Return task names in order, each once, with suites replaced by their tasks."""
-    return list(dict.fromkeys(name for word in words for name in SUITES.get(word, (word,))))
+    """Return task names in order, each once, with suites and MTEB's benchmarks replaced by their tasks.
+
+    A benchmark may score other languages or splits of a task than the task does by itself: `STS22.v2@MTEB(eng, v2)`.
+    """
+    return list(dict.fromkeys(name for word in words for name in SUITES.get(word) or _tasks_of(word)))
+
+
+def _tasks_of(word: str) -> list[str]:
+    if word == HELD_OUT or word not in _benchmarks():
+        return [word]
+    tasks = mteb_package().get_benchmark(word).tasks
+    return [
+        name if _scored(task) == _scored(task_of(name)) else f"{name}@{word}"
+        for task, name in ((task, task.metadata.name) for task in tasks)
+    ]
+
+
+def _benchmarks() -> list[str]:
+    return [each.name for each in mteb_package().get_benchmarks()]
+
+
+def _scored(task: Any) -> tuple[list[str], list[str]]:
+    return sorted(task.hf_subsets or []), sorted(task.eval_splits or [])
 
 
 def mteb_package() -> Any:
@@ -56,18 +77,26 @@ def mteb_package() -> Any:
 
 
 def task_of(name: str) -> Any:
-    """Return the mteb task of a name. Raises UserError for an unknown name, and for a task that is not about texts."""
+    """Return the mteb task of a name, TASK or TASK@BENCHMARK.
+
+    Raises UserError for an unknown name, and for a task that is not about texts.
+    """
     import difflib
 
     mteb = mteb_package()
+    own, at, benchmark = name.partition("@")
+    if at and benchmark in _benchmarks():
+        for task in mteb.get_benchmark(benchmark).tasks:
+            if task.metadata.name == own:
+                return task
     english = {"languages": ["eng"], "exclusive_language_filter": True, "eval_splits": ["test"]}
     try:
         task = mteb.get_task(name, **(english if name in ENGLISH else {}))
     except KeyError:
-        every = [task.metadata.name for task in mteb.get_tasks()] + [*SUITES]
+        every = [*(task.metadata.name for task in mteb.get_tasks()), *SUITES, *_benchmarks()]
         near = difflib.get_close_matches(name, every, 1)
         hint = f"; did you mean {near[0]}?" if near else ""
-        raise UserError(f"--tasks: {name!r} is neither a task of mteb {version('mteb')} nor a suite{hint}") from None
+        raise UserError(f"--tasks: {name!r} is no task, suite or benchmark of mteb {version('mteb')}{hint}") from None
     if set(task.metadata.modalities) != {"text"}:
         raise UserError(
             f"--tasks: {name!r} is a task of {' and '.join(task.metadata.modalities)}; allowed: tasks of text alone"

@@ -12,7 +12,7 @@ import pytest
 from law_sweep import BUDGETS, FULL, SIZES, sweep
 from sweeps import write_run
 
-from analysis import fits, runs, study
+from analysis import fits, runs, study, summary
 from analysis.fitting.fit import fit
 from embedscale.cli import main
 from embedscale.errors import UserError
@@ -355,3 +355,28 @@ def test_methods_are_compared_at_budgets_that_are_nearly_equal(told):
     assert [row.budget_flop for row in rows] == list(found.runs.budgets)
     assert [row.difference for row in rows] == pytest.approx([-np.log(1.05)] * 5, abs=1e-4)  # full minus bias
     assert all(row.distinguishable for row in rows)
+
+
+def test_notes_that_say_the_same_of_several_methods_are_one():
+    notes = ("full: few", "a note", "lora, 1e11 FLOP: edge", "full, 1e11 FLOP: edge", "lora: few", "other: few")
+    assert summary.merged(notes, ["full", "lora"]) == [
+        "full, lora: few",
+        "a note",
+        "lora, full, 1e11 FLOP: edge",
+        "other: few",
+    ]
+
+
+@pytest.mark.parametrize(("unit", "note"), [("", "note: sizes of 14 to 1,000 parameters are no models"), (":1e6", "")])
+def test_sizes_in_millions_are_not_called_a_miniature(tmp_path, capsys, unit, note):
+    sizes, budgets = [14, 70, 160, 410, 1000], [1e18, 4e18, 1.6e19]
+    rows = [
+        {"loss": 1.5 + 800 / (n * 1e6) ** 0.4 + 900 / (c / 6e6 / n) ** 0.37, "size": n, "budget": c}
+        for c in budgets
+        for n in sizes
+    ]
+    pd.DataFrame(rows).to_csv(tmp_path / "table.csv", index=False)
+    words = ["fit", str(tmp_path / "table.csv"), "--columns", f"params=size{unit}", "--bootstrap", "100"]
+    assert main(words) == 0
+    printed = capsys.readouterr().out
+    assert note in printed and "a miniature" not in printed and ("sizes of" in printed) == bool(note)

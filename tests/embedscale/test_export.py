@@ -25,7 +25,7 @@ from embedscale.run.stop import StopRequest
 from embedscale.serving.embedder import Embedder
 from embedscale.serving.evaluate import adapter_of, evaluate, held_out_task, held_out_texts
 from embedscale.serving.export import export
-from embedscale.serving.tasks import HELD_OUT, SUITES, load_data, task_of
+from embedscale.serving.tasks import HELD_OUT, SUITES, load_data, names_of, task_of
 from embedscale.training.train import train
 
 TEXTS = ["a", "the query", "naïve café 北京 🙂", "x = [1, 2, 3]\n\treturn x", "long " * 200]
@@ -293,6 +293,22 @@ def test_multilingual_tasks_are_scored_as_in_the_english_benchmark():
     for name in {name for suite in SUITES.values() for name in suite} & benchmark.keys():
         task, theirs = task_of(name), benchmark[name]
         assert (task.hf_subsets, task.eval_splits) == (theirs.hf_subsets, theirs.eval_splits), name
+
+
+def test_a_benchmark_of_mteb_stands_for_its_tasks_in_its_languages():
+    import mteb
+
+    benchmark = {task.metadata.name: task for task in mteb.get_benchmark("MTEB(eng, v2)").tasks}
+    names = names_of(["SciFact", "MTEB(eng, v2)"])
+    assert {"ArguAna", "STS22.v2@MTEB(eng, v2)"} <= set(names) and names[0] == "SciFact"
+    assert [name.partition("@")[0] for name in names[1:]] == [*benchmark]
+    for name in names[1:]:
+        task, theirs = task_of(name), benchmark[name.partition("@")[0]]
+        assert sorted(task.hf_subsets) == sorted(theirs.hf_subsets), name
+        assert sorted(task.eval_splits) == sorted(theirs.eval_splits), name
+    assert names_of(names) == names, "jobs expand what submit has expanded"
+    with pytest.raises(UserError, match=r"did you mean MTEB\(eng, v[12]\)\?"):
+        task_of("MTEB(eng, v3)")
 
 
 def test_other_tasks_than_texts_are_refused_and_an_aggregate_loads_its_parts(monkeypatch):
