@@ -418,8 +418,7 @@ class Fits(Value):
     @property
     def miniature(self) -> str:
         """The warning that belongs beside results of tiny models; empty for other sweeps."""
-        sizes = self.runs.sizes
-        if not sizes or max(sizes) >= MINIATURE:
+        if not (sizes := self.runs.sizes) or max(sizes) >= MINIATURE:
             return ""
         told = f"{min(sizes):,.0f} to {max(sizes):,.0f} parameters"
         if min(sizes) < LEAST:

@@ -376,7 +376,16 @@ def test_sizes_in_millions_are_not_called_a_miniature(tmp_path, capsys, unit, no
         for n in sizes
     ]
     pd.DataFrame(rows).to_csv(tmp_path / "table.csv", index=False)
-    words = ["fit", str(tmp_path / "table.csv"), "--columns", f"params=size{unit}", "--bootstrap", "100"]
+    words = [
+        "fit",
+        str(tmp_path / "table.csv"),
+        "--columns",
+        f"params=size{unit}",
+        "--bootstrap",
+        "100",
+        "--out",
+        str(tmp_path),
+    ]
     assert main(words) == 0
     printed = capsys.readouterr().out
     assert note in printed and "a miniature" not in printed and ("sizes of" in printed) == bool(note)
