@@ -62,6 +62,7 @@ TEXTS = {
     "blocks": "freezing: which blocks train: last, first or one",
     "precision": "precision of training",
     "pooling": "pooling of the encoder",
+    "attention": "attention of the encoder: causal or bidirectional",
     "loss_function": "training loss",
     "mask_equal_texts": "whether a text equal to the positive is left out of the negatives",
     "data": "folder of the store",
@@ -106,7 +107,7 @@ MEASURED = ("loss", "train_loss", "recall_at_1", "recall_at_10", "gpu_hours", "w
 # Losses of runs that differ in one of these columns cannot be compared.
 COMPARABLE = (
     *("evaluation.pool", "evaluation.negatives", "evaluation.temperature", "evaluation.digest"),
-    *("family", "data_digest", "batch_size", "context", "backbone_weights"),
+    *("family", "attention", "data_digest", "batch_size", "context", "backbone_weights"),
 )
 # Why not, by the column in which they differ.
 NOT_ALIKE = "their losses cannot be compared"

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from embedscale.model.attention import attend_packed
 from embedscale.model.backbone import blocks_of, drops
@@ -20,13 +19,15 @@ class Encoder(nn.Module):
     """A decoder's body that turns packed sequences into unit vectors.
 
     `pooling` is mean, last or weighted. `precision` is float32, tf32 (see hardware.py) or bf16; weights and embeddings
-    are float32 in all.
+    are float32 in all. `attention` is causal, or bidirectional: then each token sees its whole text. Raises UserError
+    for a body that always attends to later tokens where `attention` is causal.
     """
 
-    def __init__(self, body: nn.Module, pooling: str = "mean", precision: str = "float32"):
+    def __init__(self, body: nn.Module, pooling: str = "mean", precision: str = "float32", attention: str = "causal"):
         super().__init__()
-        attend_packed(body)
+        attend_packed(body, attention)
         self.body, self.pooling, self.precision = body, pooling, precision
+        self.causal = attention == "causal"
         self.sharded = False
         self.drops = drops(body)
         self.plain_blocks = True  # False if blocks are checkpointed, compiled or sharded: nobody may replace these
@@ -75,12 +76,18 @@ class Encoder(nn.Module):
                 attention_mask=None,
                 use_cache=False,
                 packing=packed,
+                later_tokens=not self.causal,
             ).last_hidden_state.squeeze(0)
         return found
 
     def embed(self, hidden: Tensor, packed: Packed) -> Tensor:
-        """Return unit vectors, float32 [S, width], from hidden states [T, width]."""
-        return functional.normalize(pool(hidden.float(), packed, self.pooling), dim=-1)
+        """Return unit vectors, float32 [S, width], from hidden states [T, width].
+
+        A text whose states are all zero, such as one of padding tokens alone, has the zero vector, without a gradient.
+        """
+        vectors = pool(hidden.float(), packed, self.pooling)
+        lengths = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True).clamp_min(1e-12)
+        return vectors / lengths.masked_fill(vectors.detach().abs().amax(-1, keepdim=True) == 0, torch.inf)
 
 
 def pool(hidden: Tensor, packed: Packed, pooling: str) -> Tensor:

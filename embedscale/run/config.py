@@ -18,6 +18,7 @@ from embedscale.run.method import Method
 
 SOURCES = ("jsonl", "csv", "parquet", "dataset", "installed-python")
 WEIGHTS = ("pretrained", "random")
+ATTENTIONS = ("causal", "bidirectional")
 POOLINGS = ("mean", "last", "weighted")
 LOSSES = ("symmetric", "one_directional", "gte")
 PRECISIONS = ("float32", "tf32", "bf16")
@@ -89,10 +90,13 @@ class Backbone:
     """pretrained, or random: initialised from the model's configuration and the seed."""
     pooling: str = "mean"
     """How token states become one vector: mean, last (the last token's), or weighted (by position)."""
+    attention: str = "causal"
+    """What a token attends to: causal (itself and earlier tokens), or bidirectional (all tokens of its text)."""
 
     def __post_init__(self) -> None:
         allowed("backbone.weights", self.weights, WEIGHTS)
         allowed("backbone.pooling", self.pooling, POOLINGS)
+        allowed("backbone.attention", self.attention, ATTENTIONS)
 
 
 @dataclass(frozen=True)

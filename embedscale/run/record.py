@@ -135,6 +135,8 @@ class Hyperparameters:
     """Whether texts equal to the positive are left out of the negatives."""
     pooling: str
     """How token states become one vector: mean, last or weighted."""
+    attention: str = "causal"
+    """What a token attends to: causal or bidirectional."""
     method_label: str
     """Short name of the method with its settings, such as lora-r32."""
     active_blocks: Count | None = None

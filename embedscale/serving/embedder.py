@@ -45,7 +45,8 @@ class Embedder:
         precision = precision or config.training.precision
         allow_tf32(precision)
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self.encoder = Encoder(body, config.backbone.pooling, precision).to(self.device).eval()
+        self.encoder = Encoder(body, config.backbone.pooling, precision, config.backbone.attention)
+        self.encoder = self.encoder.to(self.device).eval()
         self._inference = Inference(self.encoder)
         name, revision = tokenizer_of(config)
         self.tokenizer, digest = load_tokenizer(name, revision)
@@ -108,6 +109,7 @@ def _check_settings(directory: RunDirectory, config: RunConfig, record: RunRecor
     for name, here, recorded in (
         ("data.context", config.data.context, known.context),
         ("backbone.pooling", config.backbone.pooling, known.pooling),
+        ("backbone.attention", config.backbone.attention, known.attention),
         ("training.precision", config.training.precision, known.precision),
         ("method", method.label, known.method_label),
         ("method.alpha", method.alpha, method.alpha if known.alpha is None else known.alpha),  # None in early records

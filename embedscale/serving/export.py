@@ -92,7 +92,7 @@ def write_model(embedder: "Embedder", folder: Path) -> None:
     config = embedder.config
     body: Any = embedder.encoder.body
     body.save_pretrained(folder)
-    _edit_json(folder / "config.json", _legacy_rotary(body.config) | {"use_cache": False})
+    _edit_json(folder / "config.json", _legacy_rotary(body.config) | {"use_cache": False} | _direction(config))
     _write_tokenizer(embedder, folder)
     write = {
         "modules.json": [
@@ -129,6 +129,11 @@ def write_model(embedder: "Embedder", folder: Path) -> None:
         path = folder / name
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def _direction(config: Any) -> dict[str, Any]:
+    """Return the setting by which transformers lets a decoder attend to later tokens too, where the run did."""
+    return {"is_causal": False} if config.backbone.attention == "bidirectional" else {}
 
 
 def _legacy_rotary(config: Any) -> dict[str, Any]:

@@ -245,7 +245,7 @@ def assemble(body: nn.Module, config: RunConfig, plan: TrainingPlan) -> Contrast
     updated = sum(p.numel() for p in body.parameters() if p.requires_grad and id(p) not in outside)
     if updated != cost.n_updated:
         raise RuntimeError(f"{updated} parameters train, but the cost model says N_U = {cost.n_updated}")
-    encoder = Encoder(body, config.backbone.pooling, config.training.precision)
+    encoder = Encoder(body, config.backbone.pooling, config.training.precision, config.backbone.attention)
     if checkpointing:
         encoder.checkpoint_activations()
     if config.resources.compile:

@@ -166,6 +166,7 @@ def _hyperparameters(config: RunConfig, learning_rate: float) -> Hyperparameters
         **loss,
         context=config.data.context,
         pooling=config.backbone.pooling,
+        attention=config.backbone.attention,
         method_label=config.method.label,
     )
 

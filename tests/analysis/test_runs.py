@@ -110,6 +110,7 @@ def test_each_excluded_run_has_a_reason(tmp_path):
         ("context", {"hyperparameters": {"batch_size": 1024, "context": 512}}),
         ("backbone_weights", {"backbone_weights": "random"}),
         ("family", {"family": "Qwen 3"}),
+        ("attention", {"hyperparameters": {"batch_size": 1024, "context": 75, "attention": "bidirectional"}}),
     ],
 )
 def test_runs_that_cannot_be_compared_are_refused_with_the_field(tmp_path, field, change):

@@ -1,13 +1,23 @@
 """Every supported layout: its shape against the model that transformers builds, its cost against torch's count."""
 
+import copy
+from contextlib import nullcontext
+
+import numpy as np
 import pytest
 import torch
+from torch.nn.functional import normalize
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CONFIG_MAPPING, AutoModel
 
 from embedscale.errors import UserError
 from embedscale.model.backbone import shape_of, shape_without_weights
+from embedscale.model.body import Inference, PlainBody
+from embedscale.model.cpu.body import training_body
+from embedscale.model.encoder import Encoder
 from embedscale.model.methods import apply_method
+from embedscale.model.packing import pack
 from embedscale.run.config import Backbone
 from embedscale.run.cost import cost_of
 from embedscale.run.layouts import LAYOUTS, shape_from
@@ -108,9 +118,79 @@ def test_the_exact_cost_equals_torchs_count(kind):
         if method.targets:
             out = next(linear.name for linear in shape.linears if linear.role == "attention_out")
             method = Method("lora", rank=3, targets=[out])
-        for checkpointing in (False, True):
+        for checkpointing in (False, True) if name in ("full", "freeze", "lora") else (False,):
             expected = cost_of(shape, method, checkpointing).exact(3 * 8, 3 * 8 * 8)
             assert counted(config, method, checkpointing) == expected, (name, checkpointing)
+
+
+@pytest.mark.parametrize("attention", ["causal", "bidirectional"])
+@pytest.mark.parametrize("kind", LAYOUTS)
+def test_packed_texts_embed_as_in_transformers(kind, attention):
+    """One text at a time, with transformers' own eager attention, is the truth."""
+    torch.manual_seed(0)
+    config = small(kind, **VARIANTS["with biases"])
+    reference = AutoModel.from_config(config, dtype=torch.float32).eval()
+    for parameter in reference.parameters():  # zeros and ones would hide a bias or a scale
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    body = copy.deepcopy(reference)
+    reference.config.is_causal = attention == "causal"
+    lengths = np.array([5, 1, 3, 20, 3])
+    tokens = np.random.default_rng(1).integers(3, 64, lengths.sum())
+    rows = torch.from_numpy(tokens).split(lengths.tolist())
+    with torch.no_grad():
+        states = [reference(input_ids=row[None], use_cache=False).last_hidden_state[0] for row in rows]
+        expected = torch.stack([normalize(each.mean(0), dim=0) for each in states])
+        (chunk,) = pack(tokens, lengths)
+        encoder = Encoder(body, attention=attention)
+        for found in (encoder(chunk), *Inference(encoder).embed([chunk])):
+            torch.testing.assert_close(found[chunk.order.argsort()], expected, atol=1e-5, rtol=0)
+
+
+def test_a_model_that_attends_to_later_tokens_is_not_taken_for_a_causal_one():
+    body = AutoModel.from_config(small("llama", is_causal=False))
+    body.config.is_causal = False
+    with pytest.raises(
+        UserError, match="backbone.attention: causal, but the model's config.json"
+    ):
+        Encoder(body)
+    Encoder(body, attention="bidirectional")
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3_text"])
+def test_a_text_of_padding_tokens_alone_has_no_gradient(kind):
+    """Its states are zero: the row of the padding token is, and there are no biases."""
+    encoder = Encoder(AutoModel.from_config(small(kind), dtype=torch.float32))
+    (chunk,) = pack(np.array([0, 0, 5, 7]), np.array([2, 2]))
+    embeddings = encoder(chunk)
+    assert torch.equal(embeddings[0], torch.zeros(32))
+    embeddings.sum().backward()
+    assert all(torch.isfinite(parameter.grad).all() for parameter in encoder.parameters())
+    assert encoder.body.get_input_embeddings().weight.grad.norm() < 100
+
+
+def test_a_scaled_embedding_makes_one_gradient_as_large_as_the_vocabulary():
+    """Gemma multiplies its token embeddings. A step of several parts must not fill such a gradient for each."""
+    sizes = []
+
+    class Filled(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function is torch.ops.aten.embedding_dense_backward.default:
+                sizes.append(args[2])
+            return function(*args, **(kwargs or {}))
+
+    body = AutoModel.from_config(small("gemma3_text", vocab_size=512), dtype=torch.float32)
+    chunks = pack(np.random.default_rng(0).integers(1, 512, 12000), np.full(600, 20))
+    gradients = []
+    for chosen in (training_body, lambda encoder: nullcontext(PlainBody(encoder))):
+        encoder = Encoder(copy.deepcopy(body))
+        with chosen(encoder) as each, Filled():
+            embeddings = each.encode(chunks[0], graph=True)
+            each.backward(chunks[0], torch.linspace(-1, 1, embeddings.numel()).view_as(embeddings))
+            if not gradients:
+                assert sizes.count(512) <= 1, sizes
+        gradients.append({name: parameter.grad for name, parameter in encoder.body.named_parameters()})
+    for name, expected in gradients[1].items():
+        torch.testing.assert_close(gradients[0][name], expected, atol=1e-4, rtol=1e-4, msg=name)
 
 
 def test_rotary_angles_that_grow_with_the_longest_text_limit_the_context(tmp_path):

@@ -46,7 +46,10 @@ class CpuBody:
         self._parts: dict[int, list[Packed]] = {}  # by the identity of their chunk
         self._encoded: list[_Encoded] = []
         embedding: Any = encoder.body.get_input_embeddings()  # type: ignore[operator]
-        trains = type(embedding) is nn.Embedding and embedding.weight.requires_grad
+        # Gemma multiplies all rows by one number; other classes of embeddings could do anything.
+        self._scale: Tensor | None = getattr(embedding, "embed_scale", None)
+        known = type(embedding) is nn.Embedding or (isinstance(embedding, nn.Embedding) and self._scale is not None)
+        trains = known and embedding.weight.requires_grad
         self._embedding: nn.Embedding | None = embedding if trains else None
         leaves: list[Tensor] = [parameter for parameter in encoder.body.parameters() if parameter.requires_grad]
         if folded is not None:
@@ -83,6 +86,8 @@ class CpuBody:
             hidden = self.folded(packed, rows, which)
         else:
             inputs = None if rows is None or which is None else functional.embedding(which, rows)
+            if inputs is not None and self._scale is not None:
+                inputs = inputs * self._scale.to(inputs.dtype)
             hidden = self.encoder.hidden_states(packed, inputs)
         return self.encoder.embed(hidden, packed)
 
@@ -122,10 +127,15 @@ class CpuBody:
         embedding.weight.grad = found if embedding.weight.grad is None else embedding.weight.grad.add_(found)
 
 
+def _folded(encoder: Encoder) -> FoldedPythia | None:
+    """Return the merged layers, which attend causally, or None if the blocks must stay as they are."""
+    return fold(encoder.body, encoder.precision) if encoder.plain_blocks and encoder.causal else None
+
+
 @contextmanager
 def training_body(encoder: Encoder) -> Iterator[CpuBody]:
     """Give a body for one step, and complete the parameters' gradients at the end of the block."""
-    folded = fold(encoder.body, encoder.precision) if encoder.plain_blocks else None
+    folded = _folded(encoder)
     with on_each_core() as each:
         yield CpuBody(encoder, folded, each)
         if folded is not None:
@@ -136,7 +146,7 @@ class CpuInference:
     """Embeds chunks while the weights are constant, a chunk on each core."""
 
     def __init__(self, encoder: Encoder):
-        self._folded = fold(encoder.body, encoder.precision) if encoder.plain_blocks else None
+        self._folded = _folded(encoder)
         self._body = CpuBody(encoder, self._folded, map)
 
     def expect(self, tokens: int) -> None:

@@ -25,7 +25,9 @@ def turn_in_place(body: nn.Module) -> None:
 
 
 def _forward_of(attention: Any) -> Any:
-    def forward(hidden: Tensor, position_embeddings: tuple[Tensor, Tensor], packing: Any, **_: Any) -> Any:
+    def forward(
+        hidden: Tensor, position_embeddings: tuple[Tensor, Tensor], packing: Any, later_tokens: bool, **_: Any
+    ) -> Any:
         """Return [1, T, width] and None, as transformers' `forward` does. `hidden` is [1, T, width]."""
         cos, sin = (x.squeeze(0) for x in position_embeddings)  # each [T, numbers of a head that turn]
         # [T, heads x (query, key, value) x size]. Of a batch of one, the layer would return a view, and autograd copies
@@ -34,7 +36,7 @@ def _forward_of(attention: Any) -> Any:
         states = _Turned.apply(states, cos, sin, attention.head_size)
         query, key, value = states.view(len(states), -1, 3, attention.head_size).unbind(2)
         dropout = attention.attention_dropout if attention.training else 0.0
-        found = attend(query, key, value, packing, attention.scaling, dropout)  # [T, heads, size]
+        found = attend(query, key, value, packing, attention.scaling, dropout, not later_tokens)  # [T, heads, size]
         return attention.dense(found.flatten(1)[None]), None
 
     return forward
