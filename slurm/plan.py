@@ -28,7 +28,7 @@ from embedscale.run.directory import RunDirectory
 from embedscale.run.families import short_name
 from embedscale.run.shape import BackboneShape
 from embedscale.terminal import console
-from embedscale.training.plan import learning_rate_of
+from embedscale.training.plan import learning_rate_of, special_tokens_differ
 from embedscale.values import print_json
 from slurm import grid
 from slurm.cluster import ResourceClass, shape_of
@@ -58,6 +58,8 @@ class Pairs:
     """Hard negatives per pair."""
     vocabulary: int | None = None
     """Size of the tokenizer's vocabulary."""
+    special_tokens: bool | None = None
+    """Whether special tokens stand around the texts."""
 
 
 @dataclass(frozen=True)
@@ -184,7 +186,9 @@ def _pairs_of(sweep: Sweep, folder: str, hard_negatives: int) -> Pairs:
         mean = float(store.token_counts(hard_negatives).mean())
     else:
         mean = 1.0  # _check_data refuses this run
-    return Pairs(store.pairs, mean, True, store.context, store.held_out, store.negatives, store.vocabulary)
+    return Pairs(
+        store.pairs, mean, True, store.context, store.held_out, store.negatives, store.vocabulary, bool(store.added)
+    )
 
 
 def _measured_speeds(path: str | None) -> dict[tuple[str, str], float]:
@@ -273,6 +277,8 @@ def _check_data(run: RunConfig, shape: BackboneShape, data: Pairs) -> None:
         raise UserError(f"data.context: {context}, but {run.data.store} was prepared with {data.context}")
     if data.held_out is not None and data.held_out < pool:
         raise UserError(f"evaluation.pool: {pool}, but {run.data.store} holds {data.held_out} held-out pairs")
+    if data.special_tokens is not None and (differing := special_tokens_differ(run, data.special_tokens)):
+        raise UserError(differing)
     if data.vocabulary is not None and data.vocabulary > shape.vocabulary:
         raise UserError(f"data.tokenizer: {data.vocabulary} tokens, but {shape.name} has {shape.vocabulary} embeddings")
     if data.negatives is not None and data.negatives < run.loss.hard_negatives:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from embedscale.data.corpora import Unit, UnitSize, read
-from embedscale.data.manifest import Manifest, ShardDigests, StoreDigests
+from embedscale.data.manifest import NO_TOKENS, AddedTokens, Manifest, ShardDigests, StoreDigests
 from embedscale.data.pair import Pair
 from embedscale.data.store import Part, as_numpy, part_file
 from embedscale.data.tokens import load_tokenizer, mixed, pair_hashes, schema, tokenised
@@ -46,6 +46,7 @@ class Work:
     units: int
     buckets: int  # a power of two
     unit_size: UnitSize
+    added: AddedTokens = NO_TOKENS
 
     def unit_file(self, number: int, ending: str) -> Path:
         """Return the path of a unit's tokenised pairs ("arrow") or its counts ("json")."""
@@ -116,7 +117,7 @@ def spill(item: tuple[int, Unit], work: Work) -> Counter[str]:
             for pairs in _portions(pairs_of_unit):
                 if parent_leaves():  # a compressed file is one unit, which may take hours more
                     raise KeyboardInterrupt
-                columns = tokenised(pairs, tokenizer, work.data.context, work.token)
+                columns = tokenised(pairs, tokenizer, work.data.context, work.token, work.added)
                 hashes = pair_hashes(columns["query_text"], columns["positive_text"])
                 counts["empty"] += len(pairs) - len(hashes)
                 columns |= {"pair": hashes, "source": np.full(len(hashes), unit.source, np.uint16)}

@@ -22,6 +22,24 @@ REASONS = ("empty", "duplicate", "not_utf8", "malformed", "few_negatives", "left
 
 
 @dataclass(frozen=True)
+class AddedTokens:
+    """Ids of the tokens that stand before and after each text."""
+
+    before: tuple[int, ...] = ()
+    after: tuple[int, ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.before or self.after)
+
+    def around(self, ids: list[int], context: int) -> list[int]:
+        """Return the ids of a text, cut so that it has `context` ids with the added ones; no id for no id."""
+        return [*self.before, *ids[: context - len(self.before) - len(self.after)], *self.after] if ids else []
+
+
+NO_TOKENS = AddedTokens()
+
+
+@dataclass(frozen=True)
 class TokenStatistics:
     """Tokens of the training pairs, negatives apart."""
 
@@ -96,6 +114,12 @@ class Manifest(Value):
     def context(self) -> int:
         """Tokens at which texts were cut."""
         return int(self.settings["context"])
+
+    @property
+    def added(self) -> AddedTokens:
+        """The special tokens around each text; none in stores of earlier versions."""
+        before, after = self.settings.get("special_tokens", ([], []))
+        return AddedTokens(tuple(before), tuple(after))
 
     @classmethod
     def read_from(cls, folder: Path) -> "Manifest":

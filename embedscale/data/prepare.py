@@ -26,6 +26,7 @@ from embedscale.data.buckets import BUCKET_BYTES, Bucket, PartFacts, Work, bucke
 from embedscale.data.corpora import UNIT_SIZE, Unit, UnitSize, check_files, read, units_of
 from embedscale.data.manifest import FILE as MANIFEST_FILE
 from embedscale.data.manifest import (
+    AddedTokens,
     Manifest,
     PartSizes,
     ShardDigests,
@@ -37,7 +38,7 @@ from embedscale.data.manifest import (
     is_finished,
 )
 from embedscale.data.store import PairStore
-from embedscale.data.tokens import load_tokenizer, tokenizer_of, vocabulary
+from embedscale.data.tokens import added_tokens_of, load_tokenizer, tokenizer_of, vocabulary
 from embedscale.data.workers import in_parallel, worker_pool
 from embedscale.errors import DONE, FAILED, UserError
 from embedscale.files import read_json, write_json
@@ -58,7 +59,10 @@ def prepare(config: RunConfig, unit_size: UnitSize = UNIT_SIZE, bucket_bytes: in
     _check_sources(data.sources)
     name, revision = tokenizer_of(config)
     tokenizer, digest = load_tokenizer(name, revision)
-    settings = _settings(data, digest)
+    added = added_tokens_of(config, tokenizer)
+    if data.special_tokens == "auto" and is_finished(folder):  # a store of an earlier version stays as it is
+        added = PairStore.open(folder).added
+    settings = _settings(data, digest, added)
     if _report_finished(folder, settings):
         _remove_work(folder)
         return DONE
@@ -82,6 +86,7 @@ def prepare(config: RunConfig, unit_size: UnitSize = UNIT_SIZE, bucket_bytes: in
         units=len(units),
         buckets=begun["buckets"],
         unit_size=unit_size,
+        added=added,
     )
     try:
         with _only_writer(folder) as stop:
@@ -205,9 +210,11 @@ def _check_first_pairs(sources: list[Source], units: list[Unit], unit_size: Unit
             raise UserError(f"data.sources[{number}]: {name} yields no pair ({describe(counts) or 'nothing read'})")
 
 
-def _settings(data: Data, tokenizer: str) -> dict[str, Any]:
+def _settings(data: Data, tokenizer: str, added: AddedTokens) -> dict[str, Any]:
     """Return all settings that decide the store's content, by the names of their fields."""
-    settings = {"context": data.context, "held_out": data.held_out, "tokenizer": tokenizer}
+    settings: dict[str, Any] = {"context": data.context, "held_out": data.held_out, "tokenizer": tokenizer}
+    if added:
+        settings["special_tokens"] = [list(added.before), list(added.after)]
     for number, source in enumerate(data.sources):
         settings |= {f"sources[{number}].{name}": value for name, value in asdict(source).items()}
     return settings

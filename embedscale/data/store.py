@@ -132,6 +132,7 @@ class PairStore:
         self.digest = manifest.digest
         self.context = manifest.context
         self.tokenizer_digest = manifest.tokenizer.digest
+        self.added = manifest.added
         self.vocabulary = manifest.vocabulary  # rows that an embedding table needs
         self.negatives = manifest.negatives  # every pair has at least this many
         self.pairs = manifest.pairs

@@ -1,8 +1,8 @@
 """Texts into token ids: a store's tokenizer, and pairs as Arrow columns.
 
-`tokenizer.json` is loaded by the tokenizers library directly, without transformers around it. So no special token is
-added, and no setting of a tokenizer class can change the ids. The price: only fast tokenizers work. Texts are hashed
-whole, before they are cut.
+`tokenizer.json` is loaded by the tokenizers library directly, without transformers around it. So no setting of a
+tokenizer class can change the ids. The price: only fast tokenizers work. Texts are hashed whole, before they are cut.
+Special tokens are added as the tokenizer's template says, or not at all (`added_tokens_of`).
 """
 
 import hashlib
@@ -14,11 +14,12 @@ from typing import Any
 
 import numpy as np
 
+from embedscale.data.manifest import NO_TOKENS, AddedTokens
 from embedscale.data.pair import Pair
 from embedscale.data.store import as_numpy
 from embedscale.errors import UserError
 from embedscale.run.config import RunConfig
-from embedscale.run.families import refuse_missing_folder
+from embedscale.run.families import needs_first_token, refuse_missing_folder
 
 SPARE_TOKENS = 16  # tokens beyond the context, so that cutting a long text early does not change the tokens kept
 TEXTS_AT_ONCE = 1024
@@ -36,6 +37,31 @@ def tokenizer_of(config: RunConfig) -> tuple[str, str | None]:
     if config.data.tokenizer:
         return config.data.tokenizer, None
     return config.backbone.name, config.backbone.revision
+
+
+def added_tokens_of(config: RunConfig, tokenizer: Any) -> AddedTokens:
+    """Return the tokens that `data.special_tokens` asks for around each text.
+
+    Raises UserError if the tokenizer's template does not only add tokens before and after a text, or if the context has
+    no room for a token of the text.
+    """
+    asked, backbone = config.data.special_tokens, config.backbone
+    if asked == "none" or (asked == "auto" and not needs_first_token(backbone.name, backbone.revision)):
+        return NO_TOKENS
+    tokenizer.no_truncation()  # `token_ids` may have cut texts with the same object
+    plain, whole = (tokenizer.encode(PROBE, add_special_tokens=add).ids for add in (False, True))
+    starts = [n for n in range(len(whole) - len(plain) + 1) if whole[n : n + len(plain)] == plain]
+    if not starts:
+        raise UserError(
+            "data.special_tokens: the tokenizer's template does not only add tokens before and after a text; set none"
+        )
+    found = AddedTokens(tuple(whole[: starts[0]]), tuple(whole[starts[0] + len(plain) :]))
+    if len(whole) - len(plain) >= config.data.context:
+        raise UserError(
+            f"data.context: {config.data.context} tokens have no room beside the {len(whole) - len(plain)} special "
+            "tokens of each text; set a longer context, or data.special_tokens=none"
+        )
+    return found
 
 
 @lru_cache
@@ -119,18 +145,20 @@ def schema(token: Any, **more: Any) -> Any:
     return pyarrow.schema(list((columns | more).items()))
 
 
-def tokenised(pairs: list[Pair], tokenizer: Any, context: int, token: Any) -> dict[str, Any]:
+def tokenised(
+    pairs: list[Pair], tokenizer: Any, context: int, token: Any, added: AddedTokens = NO_TOKENS
+) -> dict[str, Any]:
     """Tokenise pairs into the columns of `schema`, in order.
 
-    Texts are cut at `context` tokens. Pairs whose query or positive has no token are left out, and so are negatives
-    without a token.
+    Texts are cut at `context` tokens, with the added ones. Pairs whose query or positive has no token are left out, and
+    so are negatives without a token.
     """
     import pyarrow
 
     n = len(pairs)
     texts = [pair.query for pair in pairs] + [pair.positive for pair in pairs]
     texts += [negative for pair in pairs for negative in pair.negatives]
-    ids, hashes = token_ids(texts, tokenizer, context, token), text_hashes(texts)
+    ids, hashes = token_ids(texts, tokenizer, context, token, added), text_hashes(texts)
     full = np.diff(as_numpy(ids.offsets)) > 0
     kept = np.flatnonzero(full[:n] & full[n : 2 * n])
     owner = np.repeat(np.arange(n), [len(pair.negatives) for pair in pairs])
@@ -146,8 +174,10 @@ def tokenised(pairs: list[Pair], tokenizer: Any, context: int, token: Any) -> di
     }
 
 
-def token_ids(texts: Sequence[str], tokenizer: Any, context: int, token: Any) -> Any:
-    """Return the first `context` ids of each text, as a pyarrow.ListArray of NumPy type `token`.
+def token_ids(texts: Sequence[str], tokenizer: Any, context: int, token: Any, added: AddedTokens = NO_TOKENS) -> Any:
+    """Return the first `context` ids of each text, `added` included, as a pyarrow.ListArray of NumPy type `token`.
+
+    A text without a token of its own gets none.
 
     Only the beginning of a long text is tokenised: enough characters for `context` and SPARE_TOKENS more tokens.
     """
@@ -170,7 +200,7 @@ def token_ids(texts: Sequence[str], tokenizer: Any, context: int, token: Any) ->
             cut *= CHARACTERS
             for i, found in zip(short, encoded([some[i][:cut] for i in short]), strict=True):
                 ids[i] = found
-        ids = [found[:context] for found in ids]
+        ids = [added.around(found, context) for found in ids]
         lengths += map(len, ids)
         flat.append(np.fromiter(chain.from_iterable(ids), token))
     offsets = np.cumsum(lengths, dtype=np.int32)

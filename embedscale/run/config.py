@@ -18,6 +18,7 @@ from embedscale.run.method import Method
 
 SOURCES = ("jsonl", "csv", "parquet", "dataset", "installed-python")
 WEIGHTS = ("pretrained", "random")
+SPECIAL_TOKENS = ("auto", "none", "template")
 ATTENTIONS = ("causal", "bidirectional")
 POOLINGS = ("mean", "last", "weighted")
 LOSSES = ("symmetric", "one_directional", "gte")
@@ -72,9 +73,13 @@ class Data:
     """Share of the queries that is held out, chosen by a hash of their text."""
     repeat: bool = False
     """Allow a budget that needs more than one epoch."""
+    special_tokens: str = "auto"
+    """Tokens around each text: template (those of the tokenizer's own template), none, or auto: template for backbones
+    that need it, such as Gemma, else none."""
 
     def __post_init__(self) -> None:
         bounded("data.context", self.context, 1)
+        allowed("data.special_tokens", self.special_tokens, SPECIAL_TOKENS)
         bounded("data.held_out", self.held_out, 0, 0.5, above=True)
 
 
@@ -254,6 +259,7 @@ class RunConfig:
             "store": short_name(self.data.store),
             "context": self.data.context,
             "repeat": self.data.repeat,
+            "special_tokens": self.data.special_tokens,
         }
         del values["evaluation"]["at"]
         return values

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from embedscale.errors import UserError
-from embedscale.run.layouts import shape_from
+from embedscale.run.layouts import LAYOUTS, shape_from
 from embedscale.run.shape import BackboneShape
 
 
@@ -253,26 +253,48 @@ def shape_by_name(backbone: str, revision: str | None = None) -> BackboneShape |
     Raise UserError for a `config.json` that cannot be read, of a model that is not supported, or without a number that
     the shape follows from; and for a name that can only be a folder's where there is no such folder.
     """
+    file = _config_file(backbone, revision)
+    if file is None:
+        size = known(backbone)
+        return size.shape if size else None
+    config = _read(file)
+    refuse_quantised(backbone, config)
+    try:
+        return shape_from(short_name(backbone), config)
+    except UserError as error:
+        raise UserError(f"backbone.name: {file}: {error}") from None
+
+
+def needs_first_token(backbone: str, revision: str | None = None) -> bool:
+    """Return whether a backbone was pre-trained with a first token that it cannot do without, as Gemma was.
+
+    Raise UserError as `shape_by_name` does. A hub model that is neither known nor in the local cache needs none.
+    """
+    file, size = _config_file(backbone, revision), known(backbone)
+    config = _read(file) if file else size.config if size else {}
+    layout = LAYOUTS.get(str(config.get("model_type")))
+    return layout is not None and layout.needs_first_token
+
+
+def _config_file(backbone: str, revision: str | None) -> Path | None:
+    """Return the `config.json` of a local folder, or of a hub model that is not known by name, from the local cache."""
     file = Path(backbone) / "config.json"
-    if not file.is_file():
-        if size := known(backbone):
-            return size.shape
-        refuse_missing_folder("backbone.name", backbone)
-        cached = _cached_config(backbone, revision)
-        if cached is None:
-            return None
-        file = cached
+    if file.is_file():
+        return file
+    if known(backbone):
+        return None
+    refuse_missing_folder("backbone.name", backbone)
+    return _cached_config(backbone, revision)
+
+
+def _read(file: Path) -> dict[str, Any]:
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError):
         raise UserError(f"backbone.name: {file} is not valid JSON") from None
     if not isinstance(config, dict):
         raise UserError(f"backbone.name: {file} is not a mapping; expected the config.json of a model")
-    refuse_quantised(backbone, config)
-    try:
-        return shape_from(short_name(backbone), config)
-    except UserError as error:
-        raise UserError(f"backbone.name: {file}: {error}") from None
+    return config
 
 
 def refuse_missing_folder(setting: str, name: str) -> None:

@@ -40,6 +40,7 @@ class Layout:
     norm_last: bool = False  # a normalisation reads the MLP's output
     parallel: Flag = False  # attention and MLP both read the block's input
     window_if: Flag = True  # whether `sliding_window` counts
+    needs_first_token: bool = False  # pre-trained with a first token, without which it understands no text
     defaults: Mapping[str, Any] = field(default_factory=dict)  # what config.json may leave out
 
 
@@ -80,12 +81,13 @@ LAYOUTS: dict[str, Layout] = {
         norm_last=True,
         defaults={"num_key_value_heads": 32, "sliding_window": 4096},
     ),
-    "gemma": Layout(mlp_bias=False, defaults={"num_key_value_heads": 16, "head_dim": 256}),
+    "gemma": Layout(mlp_bias=False, needs_first_token=True, defaults={"num_key_value_heads": 16, "head_dim": 256}),
     "gemma3_text": Layout(
         mlp_bias=False,
         norms=4,
         head_norms="head",
         norm_last=True,
+        needs_first_token=True,
         defaults={"num_key_value_heads": 4, "head_dim": 256, "sliding_window": 4096},
     ),
     "glm": GLM,

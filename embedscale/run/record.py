@@ -135,8 +135,6 @@ class Hyperparameters:
     """Whether texts equal to the positive are left out of the negatives."""
     pooling: str
     """How token states become one vector: mean, last or weighted."""
-    attention: str = "causal"
-    """What a token attends to: causal or bidirectional."""
     method_label: str
     """Short name of the method with its settings, such as lora-r32."""
     active_blocks: Count | None = None
@@ -155,6 +153,8 @@ class Hyperparameters:
     """Setting `method.targets`."""
     embedding: bool = False
     """Setting `method.embedding`."""
+    attention: str = "causal"
+    """What a token attends to: causal or bidirectional."""
 
 
 @dataclass(frozen=True)
@@ -233,6 +233,10 @@ class RunRecord(Value):
     """Width of the backbone, and numbers in an embedding."""
     tokenizer_digest: str | None = None
     """Digest of the tokenizer; null in records of early code."""
+    tokens_before: list[int] = field(default_factory=list)
+    """Ids of the special tokens before each text."""
+    tokens_after: list[int] = field(default_factory=list)
+    """Ids of the special tokens after each text."""
     method: str
     """Name of the fine-tuning method."""
     hyperparameters: Hyperparameters

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from embedscale.data.manifest import AddedTokens
 from embedscale.data.store import as_numpy
 from embedscale.data.tokens import load_tokenizer, token_ids, tokenizer_of
 from embedscale.errors import UserError
@@ -54,6 +55,7 @@ class Embedder:
             raise UserError(
                 f"data.tokenizer: {name!r} is {digest}, but the run was trained with {record.tokenizer_digest}"
             )
+        self.added = AddedTokens(tuple(record.tokens_before), tuple(record.tokens_after))
         self.width = record.width
 
     @classmethod
@@ -89,7 +91,7 @@ class Embedder:
         return found
 
     def _encode(self, texts: Sequence[str], progress: Callable[[int], object]) -> np.ndarray:
-        ids = token_ids(texts, self.tokenizer, self.config.data.context, np.int32)
+        ids = token_ids(texts, self.tokenizer, self.config.data.context, np.int32, self.added)
         lengths = np.diff(as_numpy(ids.offsets))
         full = np.flatnonzero(lengths)
         found = np.zeros((len(texts), self.width), np.float32)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from embedscale.data.manifest import AddedTokens
 from embedscale.data.store import PairBatch, PairStore
 from embedscale.data.tokens import load_tokenizer, tokenizer_of
 from embedscale.errors import DONE, INTERRUPTED, UserError
@@ -161,7 +162,7 @@ def held_out_task(directory: RunDirectory, record: RunRecord) -> Any:
         def load_data(self, *args: Any, **kwargs: Any) -> None:
             self.dataset: Any = {"default": {}}
             for number, split in enumerate(splits):
-                texts = held_out_texts(config, store.held_out_batch(number * size, (number + 1) * size))
+                texts = held_out_texts(config, store.held_out_batch(number * size, (number + 1) * size), store.added)
                 queries, corpus = (
                     Dataset.from_dict({"id": [f"{kind}{i}" for i in range(size)], "text": some})
                     for kind, some in (("q", texts[:size]), ("d", texts[size:]))
@@ -177,10 +178,11 @@ def held_out_task(directory: RunDirectory, record: RunRecord) -> Any:
     return HeldOutRetrieval()
 
 
-def held_out_texts(config: RunConfig, pairs: PairBatch) -> list[str]:
-    """Decode stored pairs: the texts of the queries, then those of the positives."""
+def held_out_texts(config: RunConfig, pairs: PairBatch, added: AddedTokens) -> list[str]:
+    """Decode stored pairs, without the tokens added around texts: the queries' texts, then those of the positives."""
     tokenizer, _ = load_tokenizer(*tokenizer_of(config))
     sequences = np.split(pairs.tokens, np.cumsum(pairs.lengths)[:-1])
-    texts = tokenizer.decode_batch([ids.tolist() for ids in sequences], skip_special_tokens=False)
+    own = [ids[len(added.before) : len(ids) - len(added.after)].tolist() for ids in sequences]
+    texts = tokenizer.decode_batch(own, skip_special_tokens=False)
     # A text that was cut inside a character ends with the replacement character.
     return [text.rstrip("\ufffd") if len(text) > 1 else text for text in texts]

@@ -159,10 +159,9 @@ def _write_tokenizer(embedder: "Embedder", folder: Path) -> None:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
-    # Training added no special token around a text, so other callers must get none either.
     tokenizer = Tokenizer.from_str(embedder.tokenizer.to_str())
     tokenizer.no_truncation()
-    tokenizer.post_processor = None
+    tokenizer.post_processor = _template(embedder)
     name, _ = tokenizer_of(embedder.config)
     known = read_json(Path(name) / "tokenizer_config.json") or {} if Path(name).is_dir() else {}
     end = known.get("eos_token") or known.get("pad_token")
@@ -185,6 +184,18 @@ def _write_tokenizer(embedder: "Embedder", folder: Path) -> None:
     ).save_pretrained(folder)
     # The class that every release has for a plain tokenizer.json.
     _edit_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"})
+
+
+def _template(embedder: "Embedder") -> Any:
+    """Return what adds the special tokens around a text that training added, and no others; None if it added none."""
+    from tokenizers import processors
+
+    added = embedder.added
+    if not added:
+        return None
+    before, after = ([embedder.tokenizer.id_to_token(each) for each in ids] for ids in (added.before, added.after))
+    ids = zip((*before, *after), (*added.before, *added.after), strict=True)
+    return processors.TemplateProcessing(single=[*before, "$A", *after], special_tokens=list(dict.fromkeys(ids)))
 
 
 def _edit_json(path: Path, values: dict[str, Any]) -> None:

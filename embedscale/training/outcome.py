@@ -35,6 +35,8 @@ FROM_PLAN = (
     "blocks",
     "width",
     "tokenizer_digest",
+    "tokens_before",
+    "tokens_after",
 )
 PACKAGES = ("torch", "lightning", "transformers", "peft", "numpy", "pyarrow", "omegaconf")
 

@@ -3,7 +3,7 @@
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -97,6 +97,10 @@ class PlanFile(Value):
     """What the budget buys."""
     tokenizer_digest: str | None = None
     """Digest of the tokenizer; null in files of early code."""
+    tokens_before: list[int] = field(default_factory=list)
+    """Ids of the special tokens before each text."""
+    tokens_after: list[int] = field(default_factory=list)
+    """Ids of the special tokens after each text."""
     chunk_tokens: Count | None = None
     """Most tokens in one forward pass; null where the whole batch fits."""
     body: str | None = None
@@ -155,6 +159,8 @@ def plan_run(config: RunConfig, shape: BackboneShape, store: PairStore) -> Train
             f"data.tokenizer: {config.data.store} was prepared with a tokenizer of {store.vocabulary} tokens, but "
             f"{shape.name} has {shape.vocabulary} embeddings; prepare another store with the backbone's tokenizer"
         )
+    if refused := special_tokens_differ(config, bool(store.added)):
+        raise UserError(refused)
     if store.negatives < config.loss.hard_negatives:
         raise UserError(
             f"loss.hard_negatives: {config.loss.hard_negatives}, but {config.data.store} holds {store.negatives} per "
@@ -223,6 +229,18 @@ def config_of(config: RunConfig, size: str, label: str) -> RunConfig:
         raise UserError(f"--sizes: {size!r} is neither a known size ({', '.join(SIZES)}) nor a folder with a model")
     backbone = replace(config.backbone, name=size, weights="random")
     return replace(config, backbone=backbone, method=method)
+
+
+def special_tokens_differ(config: RunConfig, stored: bool) -> str | None:
+    """Return why a store with special tokens around its texts, or without any, does not fit; None if it does.
+
+    With `auto`, the store decides: stores of earlier versions have none.
+    """
+    asked = config.data.special_tokens
+    if asked == "auto" or (asked == "template") == stored:
+        return None
+    there = "with the template's" if stored else "without any"
+    return f"data.special_tokens: {asked}, but {config.data.store} was prepared {there}; name another store"
 
 
 def _bought(config: RunConfig, cost: Cost, counts: np.ndarray, first: int, world: int) -> tuple[int, int]:

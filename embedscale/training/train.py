@@ -191,6 +191,8 @@ def _build(config: RunConfig, plan: TrainingPlan, store: PairStore) -> tuple[Con
         trainable=list(module.trainable),
         plan=plan,
         tokenizer_digest=store.tokenizer_digest,
+        tokens_before=list(store.added.before),
+        tokens_after=list(store.added.after),
         body=_body(module, plan.step_tokens),
     )
 

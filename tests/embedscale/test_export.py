@@ -42,7 +42,8 @@ def exported(tmp_path_factory, runs) -> dict[str, Path]:
 
 def held_out(run: Path) -> list[str]:
     config = load(RunDirectory(run).config)
-    return held_out_texts(config, PairStore.open(config.data.store).held_out_batch(0, 64))
+    store = PairStore.open(config.data.store)
+    return held_out_texts(config, store.held_out_batch(0, 64), store.added)
 
 
 SENTENCE_TRANSFORMERS = """

@@ -149,9 +149,7 @@ def test_packed_texts_embed_as_in_transformers(kind, attention):
 def test_a_model_that_attends_to_later_tokens_is_not_taken_for_a_causal_one():
     body = AutoModel.from_config(small("llama", is_causal=False))
     body.config.is_causal = False
-    with pytest.raises(
-        UserError, match="backbone.attention: causal, but the model's config.json"
-    ):
+    with pytest.raises(UserError, match="backbone.attention: causal, but the model's config.json"):
         Encoder(body)
     Encoder(body, attention="bidirectional")
 
