@@ -51,7 +51,8 @@ def test_the_files_of_a_run_match_the_schemas(tmp_path, tiny_run):
 def test_records_of_the_first_version_match_the_schema_and_load():
     checked("record", record())
     found = RunRecord.from_json(record())
-    assert found.to_json() == record(diverged_at_step=None, code={"digest": None}, family=None)
+    since = {"family": None, "tokens_before": [], "tokens_after": [], "hyperparameters": {"attention": "causal"}}
+    assert found.to_json() == record(diverged_at_step=None, code={"digest": None}, **since)
     early = {key: value for key, value in record().items() if key not in ("tokenizer_digest", "backbone_revision")}
     checked("record", early)
     assert RunRecord.from_json(early).tokenizer_digest is None

@@ -2,8 +2,8 @@
 
 transformers writes and reads the residual once for each norm and each sum, in float32, and makes bf16 copies. Here the
 sum of one block and the norms of the next are one kernel, and so is the whole attention (kernels.py). The result is
-that of transformers up to rounding. Checkpointed, compiled and sharded blocks, dropout, long texts and other decoders
-stay as they are.
+that of transformers up to rounding. Checkpointed, compiled and sharded blocks, dropout, long texts, attention to
+later tokens and other decoders stay as they are.
 """
 
 from types import SimpleNamespace
@@ -22,7 +22,7 @@ def fuse(body: Any) -> None:
     def forward(input_ids: Any = None, inputs_embeds: Any = None, position_ids: Any = None, **others: Any) -> Any:
         """Return an object with `last_hidden_state` [1, T, width], as transformers' `forward` does."""
         packing = others["packing"]
-        if packing.runs[-1].length > kernels.LONGEST:
+        if packing.runs[-1].length > kernels.LONGEST or others.get("later_tokens"):  # the kernel is causal
             return whole(input_ids=input_ids, inputs_embeds=inputs_embeds, position_ids=position_ids, **others)
         residual = (body.embed_in(input_ids) if inputs_embeds is None else inputs_embeds).squeeze(0)
         angles = tuple(x.squeeze(0) for x in body.rotary_emb(residual[None], position_ids))
