@@ -178,6 +178,7 @@ def page(
         figures=_figures(written),
         laws=laws.laws(found),
         runs=basis.runs(found, folder),
+        chosen=basis.chosen(found),
         reasons=basis.reasons(found),
         left_out=basis.left_out(found),
         missing=basis.missing(written),

@@ -18,6 +18,7 @@ from analysis.columns import COLUMNS, EXCLUDED, FIRST_VERSION
 from analysis.fits import Fits
 from analysis.fitting import grouping, joint, optima
 from analysis.runs import Runs
+from embedscale.adaptive.choices import Choices
 from embedscale.errors import UserError
 from embedscale.files import write_atomically, write_digested
 from embedscale.run.directory import RunDirectory
@@ -36,7 +37,7 @@ class Study:
     `n_parameters`, `budget_flop`, `spent_flop`, `train_loss`, `loss` (held out). `scores` has a row a run and task:
     `run`, `task`, `score`. Both are empty where the run directories are not there. `code` are the commits that the
     runs name, `directories` those of the runs, where they are there. `other` is a second sweep whose runs cannot be
-    compared with these but can be predicted (figure 23).
+    compared with these but can be predicted (figure 23). `choices` are those of an adaptive sweep.
     """
 
     fits: Fits
@@ -47,6 +48,7 @@ class Study:
     code: tuple[str, ...] = ()
     other: "Study | None" = None
     directories: Mapping[str, Path] = field(default_factory=dict)
+    choices: Choices | None = None
 
     @cached_property
     def methods(self) -> list[str]:
@@ -154,6 +156,7 @@ def load(folder: str | Path) -> Study:
         _scores(directories),
         _code(directories),
         directories={run: each.path for run, each in directories.items()} | left_out,
+        choices=Choices.of(folder),
     )
 
 

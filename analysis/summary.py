@@ -1,5 +1,6 @@
 """Print what `embedscale fit` found: optima, laws with their intervals, hold-outs, the frontier, and the notes."""
 
+import dataclasses
 import math
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
@@ -21,6 +22,9 @@ from embedscale.values import print_json
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from analysis.design.replay import Replay
+    from analysis.fitting.laws import StatedLaw
 
 WIDTH = 160  # columns where the output is no terminal: no column of a table is cut
 MOST_LINES = 20  # lines about damaged files
@@ -199,6 +203,8 @@ def simulation(args: Namespace, rows: "pd.DataFrame | None") -> int:
     if rows is None:
         rows = load_grid(args.runs, parse_assignments("columns", args.columns))
     noise = simulate.NOISE if args.noise is None else args.noise
+    if args.replay is not None:
+        return _tried(rows, laws, noise, args)
     result = simulate.simulate(rows, laws, noise, window=args.window, seed=args.seed)
     if args.json:
         print_json({name: found.to_json() for name, found in result.items()})
@@ -209,3 +215,91 @@ def simulation(args: Namespace, rows: "pd.DataFrame | None") -> int:
         write_json(Path(args.out) / "simulation.json", {name: found.to_json() for name, found in result.items()})
         print(f"\nwritten: {Path(args.out) / 'simulation.json'}")
     return 0
+
+
+def _tried(rows: "pd.DataFrame", laws: "Mapping[str, StatedLaw]", noise: float, args: Namespace) -> int:
+    """Print what an adaptive sweep over this grid would find, and what it would miss."""
+    import pandas as pd
+
+    from analysis import simulate
+    from analysis.design import replay
+    from embedscale.progress import Bar
+
+    if args.replay != "largest":
+        raise UserError(f"--replay: {args.replay!r} selects rows of a table; with --simulate, allowed: largest")
+    if not 0 < noise <= 1:
+        raise UserError(f"noise: {noise} is out of range; allowed: above 0, at most 1, the standard deviation of ln L")
+    drawn = simulate.draw(rows, laws, 0.0)
+    if "run" not in drawn:
+        drawn["run"] = [f"row {i + 1}" for i in drawn.index]
+    given = replay.replay_of(drawn)
+    settings = given.pool.settings
+    pool = dataclasses.replace(given.pool, candidates=replay.candidates_of(drawn.sort_values("run"), settings))
+    found = []
+    with Bar("sweeps", replay.REPEATS * (len(replay.SHARES) + 1)) as bar:
+        for row in replay.trial(pool, given.losses, noise):
+            found.append(row)
+            bar.advance()
+    if args.json:
+        print_json(found)
+    else:
+        show_replay(dataclasses.replace(given, pool=pool), pd.DataFrame(found), console(WIDTH))
+    return 0
+
+
+def replayed(args: Namespace) -> int:
+    """Run `embedscale fit TABLE --replay WHAT`: print what each way to spend finds; write a CSV and figures."""
+    import pandas as pd
+
+    from analysis import runs as loading
+    from analysis.design import replay
+    from analysis.figures.catalogue import save
+    from analysis.figures.replay import replayed as drawn
+    from analysis.figures.style import style
+    from embedscale.progress import Bar
+
+    columns, where = parse_assignments("columns", args.columns), parse_assignments("where", args.where)
+    ignore = tuple(name.strip() for word in args.ignore or () for name in word.split(","))
+    asked = None
+    if args.replay != "largest":
+        chosen = parse_assignments("replay", [args.replay])
+        asked = list(loading.load(args.runs, columns, where | chosen, ignore).table["run"])
+        ignore += tuple(chosen) if Path(args.runs).is_file() else ()
+    given = replay.replay_of(loading.load(args.runs, columns, where, ignore).table, asked)
+    out = Path(args.out or (args.runs if Path(args.runs).is_dir() else "."))
+    out.mkdir(parents=True, exist_ok=True)
+    rows = []
+    with Bar("replay", replay.steps()) as bar:
+        for row in replay.replay(given):
+            rows.append(row)
+            bar.advance()
+    found = pd.DataFrame(rows)
+    with style():
+        save(drawn(found), out / "replay")
+    if args.json:
+        print_json(rows)
+        return 0
+    output = console(WIDTH)
+    show_replay(given, found, output)
+    output.print(f"\nwritten: {out / 'replay.csv'}, replay.png and replay.pdf", soft_wrap=True)
+    return 0
+
+
+def show_replay(given: "Replay", found: "pd.DataFrame", console: Console) -> None:
+    """Print the means over repeats of `design.replay.replay`."""
+    pool = given.pool
+    budgets = sorted({each.budget_flop for each in pool.options})
+    asked = "losses" if pool.question == "forecast" else "best size"
+    console.print(
+        f"asked: the {asked} of {len(pool.options)} rows of {number(budgets[0])} to {number(budgets[-1])} FLOP; "
+        f"{len(pool.candidates)} rows of {number(pool.cost)} FLOP may be run"
+    )
+    names = {"r2": "R²", "error": "error of ln L", "regret": "loss above the best"}
+    shown = [name for name in names if name in found and not (name == "r2" and "regret" in found)]
+    table = _table("\nreplay", "spends by", "share", "runs", *(names[name] for name in shown), "worst")
+    for _, rows in found.groupby(["spender", "share"], sort=False):
+        spender, share = str(rows["spender"].iloc[0]), float(rows["share"].iloc[0])
+        means = [number(rows[name].mean()) if name == "r2" else f"{100 * rows[name].mean():.2f} %" for name in shown]
+        last = rows[shown[-1]].max() if shown[-1] != "r2" else rows["r2"].min()
+        table.add_row(spender, f"{100 * share:g} %", f"{rows['runs'].mean():.0f}", *means, f"{100 * last:.2f} %")
+    console.print(table)

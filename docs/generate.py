@@ -44,10 +44,10 @@ def api() -> str:
 
 
 ROOMS = (
-    *("embedscale", "embedscale/run", "embedscale/data"),
+    *("embedscale", "embedscale/adaptive", "embedscale/run", "embedscale/data"),
     *("embedscale/model", "embedscale/model/cpu", "embedscale/model/gpu"),
     *("embedscale/training", "embedscale/serving", "slurm", "slurm/scheduler"),
-    *("analysis", "analysis/fitting", "analysis/figures"),
+    *("analysis", "analysis/fitting", "analysis/design", "analysis/figures"),
 )
 
 

@@ -91,6 +91,14 @@ def complete() -> None:
     argcomplete.autocomplete(parser(), default_completer=words)
 
 
+def submit(args: argparse.Namespace) -> int:
+    if args.adaptive:
+        return load("embedscale.adaptive.sweep:command")(args)
+    if args.spend or args.budget:
+        raise UserError("--spend and --for: say what an adaptive sweep may choose; give --adaptive too")
+    return load("slurm.submit:command")(args)
+
+
 def config(args: argparse.Namespace) -> int:
     from embedscale.run.settings import commented, read
 
@@ -99,6 +107,8 @@ def config(args: argparse.Namespace) -> int:
 
 
 def fit(args: argparse.Namespace) -> int:
+    if args.replay is not None and args.simulate is None:
+        return load("analysis.summary:replayed")(args)
     if args.simulate is None:
         return load("analysis.summary:command")(args)
     grid = _grid(args.runs) if args.runs.endswith((".yaml", ".yml")) else None
@@ -153,7 +163,7 @@ VERBS: dict[str, Callable[[argparse.Namespace], int] | str] = {
     "encode": encode,
     "sweep plan": "slurm.plan:command",
     "sweep prefetch": "slurm.prefetch:command",
-    "sweep submit": "slurm.submit:command",
+    "sweep submit": submit,
     "sweep status": "slurm.status:command",
     "sweep watch": "slurm.status:watch",
     "sweep cancel": "slurm.cancel:command",

@@ -169,6 +169,12 @@ def _sweep_verbs(verbs: Any) -> None:
         metavar="WHERE",
         help="where to run: slurm, or here on this machine (default: slurm, or here without it)",
     )
+    text = "choose runs of the grid in rounds, each by what the finished ones say, until --spend is spent"
+    submit.add_argument("--adaptive", action="store_true", help=text)
+    text = "with --adaptive: budget to find the recipe for (default: the grid's largest)"
+    submit.add_argument("--for", dest="budget", metavar="BUDGET", help=text)
+    text = "with --adaptive: what to spend: 15%% of the grid, 1e18 or '24 device-hours'"
+    submit.add_argument("--spend", metavar="AMOUNT", help=text)
     text = "show the batch scripts and the runs that would go out; send and write nothing"
     submit.add_argument("--dry-run", action="store_true", help=text)
     submit.add_argument("--retry-failed", action="store_true", help="also start failed runs again")
@@ -232,6 +238,9 @@ def _fit_verb(verbs: Any) -> None:
         metavar="LAW",
         help="test a grid on a known law: E=…,A=…,B=…,alpha=…,beta=… or a fits.json",
     )
+    text = "spend as an adaptive sweep on this table, to find the best size at its largest budget (largest) or the "
+    text += "losses of the rows that have a value (COLUMN=VALUE); with --simulate (largest), on runs that the law draws"
+    verb.add_argument("--replay", metavar="WHAT", help=text)
     _json(verb, "what fits.json holds")
     verb.set_defaults(verb="fit", refuse=verb.error)
 

@@ -20,6 +20,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from embedscale.adaptive.choices import Choices
 from embedscale.errors import DONE, bounded
 from embedscale.files import now
 from embedscale.run.directory import RunDirectory
@@ -377,6 +378,8 @@ def command(args: Namespace) -> int:
     console(150).print(render(sweep, plan_sweep(sweep), statuses, jobs))
     for line in damage(sweep, statuses):
         print(line)
+    if choices := Choices.of(sweep.folder):
+        print("\n".join(choices.lines()))
     return DONE
 
 

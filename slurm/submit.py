@@ -255,18 +255,22 @@ def run_here(sweep: Sweep, chosen: Sequence[Estimate], scores: Sequence[str] = (
     return FAILED if counts["failed"] else DONE
 
 
+def destination(sweep: Sweep, to: str | None) -> str:
+    """Return where runs go: "here" or the cluster's scheduler. None stands for the scheduler, if there is one."""
+    if to is None:
+        limits = scheduler_of(sweep.cluster.scheduler, sweep.folder).limits()
+        to = "here" if limits is None or limits.foreground else sweep.cluster.scheduler
+    allowed("--to", to, list(dict.fromkeys([sweep.cluster.scheduler, "here"])))
+    return to
+
+
 def command(args: Namespace) -> int:
     """`embedscale sweep submit SWEEP.yaml [key=value …] [--to …] [--dry-run] [--retry-failed] [--evaluate TASK …]`."""
     wish = Wish(args.retry_failed, args.max_gpu_hours, tuple(checked(args.evaluate or [])), args.dry_run)
     sweep = grid.load(args.sweep, args.words)
     plan = plan_sweep(sweep)
     scheduler = scheduler_of(sweep.cluster.scheduler, sweep.folder)
-    to = args.to
-    if to is None:
-        limits = scheduler.limits()
-        to = "here" if limits is None or limits.foreground else sweep.cluster.scheduler
-    allowed("--to", to, list(dict.fromkeys([sweep.cluster.scheduler, "here"])))
-    if to != "here":
+    if destination(sweep, args.to) != "here":
         if submit(sweep, plan, scheduler, wish) and not wish.dry:
             print(f"embedscale sweep watch {shlex.join([args.sweep, *args.words])}")
         return DONE

@@ -32,7 +32,7 @@ ROOMS: dict[str, tuple[list[str], list[str]]] = {
         ],
         [],
     ),
-    "run": (["embedscale.run"], ["ground"]),
+    "run": (["embedscale.run", "embedscale.adaptive.choices"], ["ground"]),
     "data": (["embedscale.data"], ["ground", "run"]),
     "model": (["embedscale.model"], ["ground", "run"]),  # tokens come as arrays: no store and no tokenizer here
     "training": (["embedscale.training"], ["ground", "run", "data", "model"]),
@@ -47,12 +47,14 @@ ROOMS: dict[str, tuple[list[str], list[str]]] = {
         ["ground", "run"],
     ),
     "fitting": (["analysis.fitting"], ["ground", "run", "table"]),
+    "design": (["analysis.design"], ["ground", "run", "table", "fitting"]),
     "study": (["analysis.study", "analysis.advice"], ["ground", "run", "table", "fitting"]),
-    "figures": (["analysis.figures"], ["ground", "run", "table", "fitting", "study"]),
-    "analysis": (["analysis"], ["ground", "run", "table", "fitting", "study", "figures"]),
+    "figures": (["analysis.figures"], ["ground", "run", "table", "fitting", "design", "study"]),
+    "analysis": (["analysis"], ["ground", "run", "table", "fitting", "design", "study", "figures"]),
 }
-# Above all rooms: the command line, and the package itself, which imports a public name on its first use.
-TOP = ["embedscale.cli", "embedscale"]
+# Above all rooms: the command line, the adaptive sweep, which chooses by the analysis and runs by the sweep, and the
+# package itself, which imports a public name on its first use.
+TOP = ["embedscale.cli", "embedscale.adaptive", "embedscale.adaptive.sweep", "embedscale"]
 
 LONGEST_FILE = 450  # lines
 LARGEST_FOLDER = 12  # modules beside __init__.py

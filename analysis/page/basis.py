@@ -89,6 +89,19 @@ def left_out(found: Study) -> Table:
     return Table("", EXCLUDED, rows, f"and {more} more, in excluded.csv" if more > 0 else "")
 
 
+def chosen(found: Study) -> Table:
+    """Return the runs that an adaptive sweep chose, with the reason of each; no rows for another sweep."""
+    if found.choices is None:
+        return Table("", [], [])
+    rows = [
+        [number, run.run, run.why, f"{run.cost:.3g}"]
+        for number, each in enumerate(found.choices.rounds, 1)
+        for run in each.runs
+    ]
+    told = found.choices.end or "the sweep goes on"
+    return Table("", ["round", "run", "why", f"cost ({found.choices.unit})"], rows, told, sortable=True)
+
+
 def missing(written: Iterable["Written"]) -> Table:
     """Return the figures that are not drawn, a row a reason."""
     why: dict[str, list[str]] = {}

@@ -6,6 +6,7 @@ import math
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import get_args
@@ -18,6 +19,7 @@ from sweeps import fitted, miniature, paper_like
 
 from analysis import recipe, report, study
 from analysis.fits import State
+from embedscale.adaptive.choices import Choices, ChosenRun, Round
 from embedscale.cli import main
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -278,3 +280,15 @@ def test_a_browser_shows_it_whole_at_desk_and_phone_width(page, tmp_path, width,
     losses = list(map(float, seen["rising"]))
     assert losses == sorted(losses) and list(map(float, seen["falling"])) == losses[::-1]
     assert seen["texts"] == sorted(seen["texts"])
+
+
+def test_an_adaptive_sweep_says_why_each_run_was_chosen(folder, page):
+    assert "Why these runs" not in page
+    rounds = (
+        Round((ChosenRun("run-a", "lowers <the> variance", 1e12),), 0),
+        Round((ChosenRun("run-b", "b", 2e12),), 1),
+    )
+    found = replace(study.load(folder), choices=Choices(3e11, 1e13, "FLOP", 1, rounds, "the money is spent"))
+    text = report.page(found, [], recipe.read(folder)[1])
+    assert "Why these runs" in text and "lowers &lt;the&gt; variance" in text and "the money is spent" in text
+    assert text.index("run-a") < text.index("run-b")

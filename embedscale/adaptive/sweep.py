@@ -1,0 +1,286 @@
+"""An adaptive sweep: the runs of a grid are chosen in rounds, until the recipe is good enough or the money is spent.
+
+The grid of a sweep file is the pool. `analysis.design` chooses, `slurm` runs; only this module knows both. A round is
+written to choices.json before its runs go out, and the next round is chosen when all of them have ended. So stopping
+and starting anywhere gives the same choices. The price is that nodes wait for the longest run of a round.
+"""
+
+import time
+from argparse import Namespace
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from analysis.advice.evidence import parse_limit
+from analysis.design.choice import Answer, Candidate, Design, Pool
+from embedscale.adaptive.choices import FILE, Choices, ChosenRun, Round
+from embedscale.errors import DONE, FAILED, INTERRUPTED, UserError
+from embedscale.run.config import RunConfig
+from embedscale.run.cost import cost_of
+from embedscale.run.directory import RunDirectory
+from embedscale.run.families import family_of
+from embedscale.run.record import RunRecord
+from embedscale.texts import number
+from slurm import grid
+from slurm.cluster import shape_of
+from slurm.grid import Sweep
+from slurm.plan import Estimate, SweepPlan, plan_sweep
+from slurm.scheduler.choice import scheduler_of
+from slurm.scheduler.scheduler import Job
+from slurm.scheduler.submissions import Submissions
+from slurm.status import ENDED, RunState, survey
+from slurm.submit import Wish, choose, destination, run_here, submit
+
+SETTINGS = ("rank", "active fraction", "learning rate")
+WIDEST = 16  # runs of a round at most: a wider one is chosen from too little
+ENOUGH = 5e-4  # expected regret, as a share of the loss, at which the recipe is good enough
+ROUNDS = 3  # rounds in a row that have to say so
+POLL_SECONDS = 10.0
+
+Runner = Callable[[Sweep], int]
+"""Brings the runs of a part of the sweep to their ends. Returns an exit status, INTERRUPTED where some did not end."""
+
+
+# --- The question ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Money:
+    """What may be spent, in one of two units."""
+
+    amount: float
+    hours: bool
+
+    @property
+    def unit(self) -> Literal["FLOP", "device-hours"]:
+        return "device-hours" if self.hours else "FLOP"
+
+    def cost(self, estimate: Estimate) -> float:
+        """Return what a run costs by the plan."""
+        return estimate.gpu_hours if self.hours else float(estimate.spent_flop)
+
+    @staticmethod
+    def of(text: str, plan: SweepPlan) -> "Money":
+        """Return the money of a text such as 1e18, "24 device-hours" or "15 %" of the grid's FLOP.
+
+        Raises UserError for other texts.
+        """
+        share = text.strip().removesuffix("%")
+        if share != text.strip():
+            try:
+                value = float(share) / 100
+            except ValueError:
+                raise UserError(f"--spend: {text!r} is not a share; write it as 15%") from None
+            if not 0 < value <= 1:
+                raise UserError(f"--spend: {text} is out of range; allowed: above 0 %, at most 100 %")
+            return Money(value * plan.spent_flop, False)
+        try:
+            limit = parse_limit(text)
+        except UserError as error:
+            raise UserError(f"--spend: {str(error).removeprefix('budget: ')}, or a share of the grid: 15%") from None
+        return Money(limit.flop or limit.gpu_hours or 0.0, limit.flop is None)
+
+
+def pool_of(plan: SweepPlan, budget: float, money: Money) -> Pool:
+    """Return the runs of a plan as a pool that is asked for the best run at a budget (FLOP).
+
+    The options are the grid's runs at this budget or, if it has none, those of its largest budget moved there. Raises
+    UserError if runs differ in more than backbone, method, budget, learning rate and seed: their losses would too.
+    """
+    runnable = plan.runnable
+    if not runnable:
+        raise UserError(f"{plan.sweep.name}: no run of the grid can be run; `embedscale sweep plan` says why")
+    first = _rest(runnable[0].run)
+    for each in runnable:
+        if differing := [key for key, value in _rest(each.run).items() if value != first[key]]:
+            raise UserError(
+                f"--adaptive: runs differ in {differing[0]} too; allowed: backbone, method, budget, "
+                "training.learning_rate and training.seed, so that losses can be compared"
+            )
+    rates: dict[Any, set[float]] = {}
+    for each in runnable:  # a rate that follows from the size is no choice
+        rates.setdefault(_place(each), set()).add(each.learning_rate)
+    candidates = tuple(_candidate(each, money, len(rates[_place(each)]) > 1) for each in runnable)
+    options = tuple(each for each in candidates if abs(each.budget_flop / budget - 1) < 1e-6)
+    if not options:
+        largest = max(each.budget_flop for each in candidates)
+        scale = budget / largest
+        options = tuple(
+            replace(each, run=f"{each.run} at {number(budget)}", budget_flop=budget, tokens=each.tokens * scale)
+            for each in candidates
+            if each.budget_flop == largest
+        )
+    if len(options) < 2:
+        raise UserError(
+            "--adaptive: the grid has one method and size at its largest budget; there is nothing to choose"
+        )
+    return Pool(candidates, options, "recipe", SETTINGS)
+
+
+def _rest(run: RunConfig) -> dict[str, Any]:
+    """Return all settings of a run that no run of an adaptive sweep may change."""
+    training = {f"training.{key}": value for key, value in vars(run.training).items()}
+    found = {key: value for key, value in vars(run).items() if key not in ("backbone", "method", "budget", "training")}
+    for key in ("resources", "output", "training.learning_rate", "training.seed"):
+        (training if key in training else found).pop(key, None)
+    return found | training | {"backbone.family": family.name if (family := family_of(run.backbone.name)) else None}
+
+
+def _place(estimate: Estimate) -> tuple[object, ...]:
+    return estimate.run.backbone.name, repr(estimate.run.method), estimate.run.budget
+
+
+def _candidate(estimate: Estimate, money: Money, with_rate: bool) -> Candidate:
+    run = estimate.run
+    cost = cost_of(shape_of(run.backbone.name), run.method)
+    rank, share = run.method.rank, run.method.active_fraction
+    settings = (rank and float(rank), share, estimate.learning_rate if with_rate else None)
+    size, price = float(cost.n_parameters), money.cost(estimate)
+    return Candidate(estimate.run_id, run.method.name, size, float(estimate.tokens), run.budget, price, settings)
+
+
+# --- The rounds ------------------------------------------------------------------------------------------------------
+
+
+def go_on(sweep: Sweep, plan: SweepPlan, budget: float, money: Money, run: Runner, retry_failed: bool = False) -> int:
+    """Choose and run rounds until the recipe is good enough or the money is spent; print each choice.
+
+    All runs of the grid that have finished count, whoever made them; the money pays those that are chosen here. Returns
+    an exit status, that of `run` where it was interrupted. Raises UserError if the sweep's choices have another budget.
+    """
+    pool = pool_of(plan, budget, money)
+    design = Design(pool)
+    choices = Choices.of(sweep.folder) or Choices(
+        budget, money.amount, money.unit, min(sweep.cluster.max_gpus, WIDEST), ()
+    )  # fmt: skip
+    if (choices.budget_flop, choices.unit) != (budget, money.unit):
+        raise UserError(
+            f"{sweep.folder / FILE}: the runs were chosen for {number(choices.budget_flop)} FLOP and paid in "
+            f"{choices.unit}; give the same --for and unit of --spend, or another name to the sweep"
+        )
+    choices = replace(choices, money=money.amount, end=None)
+    retried: Collection[str] = ()
+    while True:
+        losses, states = _outcomes(sweep, plan)
+        again = {RunState.FAILED} if retry_failed else set()
+        left = [
+            each.run for each in choices.runs
+            if states[each.run] not in ENDED or (states[each.run] in again and each.run not in retried)
+        ]  # fmt: skip
+        if left:
+            retried = {*retried, *left}
+            code = run(replace(sweep, by_id={run_id: sweep.by_id[run_id] for run_id in left}))
+            if code == INTERRUPTED:
+                return code
+            ended = {run_id: state for run_id, state in _outcomes(sweep, plan)[1].items() if state in ENDED}
+            if set(left) - set(ended):
+                print("some chosen runs have not ended; the same command goes on with them")
+                return code or INTERRUPTED
+            if all(ended[run_id] in (RunState.FAILED, RunState.DAMAGED) for run_id in left):
+                print("every run of this round failed; `embedscale sweep status` says why")
+                return FAILED
+            continue
+        belief = design.belief(losses)
+        answer = design.answer(belief) if losses else None
+        lost = [run_id for run_id, state in states.items() if state in ENDED and run_id not in losses]
+        recent = [each.regret for each in choices.rounds[1 - ROUNDS :]] + [answer.regret if answer else None]
+        sure = len(recent) == ROUNDS and all(each is not None and each < ENOUGH for each in recent)
+        batch = [] if sure else design.next_batch(losses, choices.money - choices.spent, choices.width, lost)
+        if not batch:
+            end = "the recipe is good enough" if sure else "the money is spent"
+            replace(choices, end=end).write(sweep.folder / FILE)
+            print(_told(design, choices, end, answer, len(losses)))
+            return DONE
+        price = {each.run: each.cost for each in pool.candidates}
+        chosen = tuple(ChosenRun(each.run, each.why, price[each.run], each.is_check) for each in batch)
+        best, regret = (describe(answer.best), answer.regret) if answer else (None, None)
+        choices = replace(choices, rounds=(*choices.rounds, Round(chosen, len(losses), best, regret)))
+        sweep.folder.mkdir(parents=True, exist_ok=True)
+        choices.write(sweep.folder / FILE)
+        print("\n".join(choices.round_lines(-1 % len(choices.rounds))), flush=True)
+
+
+def _outcomes(sweep: Sweep, plan: SweepPlan) -> tuple[dict[str, float], dict[str, RunState]]:
+    """Return the losses of finished runs of the grid, and the state of every run that can be run."""
+    runnable = {each.run_id for each in plan.runnable}
+    states = {each.run_id: each.state for each in survey(sweep, None) if each.run_id in runnable}
+    losses = {}
+    for run_id, state in states.items():
+        if state == RunState.DONE:
+            record = RunDirectory(sweep.folder / run_id).read_record()
+            if isinstance(record, RunRecord) and record.loss is not None and 0 < record.loss < float("inf"):
+                losses[run_id] = record.loss
+    return losses, states
+
+
+def describe(option: Candidate) -> str:
+    """Return a method with its size and settings in words."""
+    known = [
+        f"{name} {number(value)}" for name, value in zip(SETTINGS, option.settings, strict=True) if value is not None
+    ]
+    return ", ".join([option.method, f"{number(option.n_parameters)} parameters", *known])
+
+
+def _told(design: Design, choices: Choices, end: str, answer: Answer | None, known: int) -> str:
+    """Return what was spent and what was found, in three lines."""
+    if answer is None:
+        return f"{end}: no run has finished, so there is no recipe"
+    checks = sum(each.cost for each in choices.runs if each.check)
+    chances = ", ".join(f"{name} {100 * share:.0f} %" for name, share in answer.chances.items() if share >= 0.005)
+    share, (low, high) = 100 * choices.spent / design.pool.cost, answer.interval
+    return (
+        f"{end}: {len(choices.runs)} runs were chosen for {number(choices.spent)} {choices.unit}, {share:.2g} % of the "
+        f"grid; {number(checks)} of it for checks of the law\n"
+        f"at {number(choices.budget_flop)} FLOP, by {known} runs: {describe(answer.best)}, loss "
+        f"{number(answer.loss, 4)} (95 %: {number(low, 4)} to {number(high, 4)})\n"
+        f"expected to lie {100 * answer.regret:.2g} % above the lowest loss; best method: {chances}"
+    )
+
+
+# --- The command -----------------------------------------------------------------------------------------------------
+
+
+def _here(plan: SweepPlan, wish: Wish) -> Runner:
+    def run(part: Sweep) -> int:
+        jobs = Submissions(part.folder).jobs_by_run(scheduler_of(part.cluster.scheduler, part.folder).jobs())
+        chosen = choose(part, plan, jobs, wish)
+        return run_here(part, chosen) if chosen else DONE
+
+    return run
+
+
+def _queued(plan: SweepPlan, wish: Wish) -> Runner:
+    """Return a runner that sends runs to the scheduler and waits for their ends."""
+
+    def run(part: Sweep) -> int:
+        scheduler, submissions = scheduler_of(part.cluster.scheduler, part.folder), Submissions(part.folder)
+        submit(part, plan, scheduler, wish)
+        while True:
+            jobs: Mapping[str, Job] | None = submissions.jobs_by_run(scheduler.jobs())
+            states = {each.state for each in survey(part, jobs)}
+            if jobs is not None and not states & {RunState.RUNNING, RunState.QUEUED, RunState.PREEMPTED}:
+                return DONE
+            time.sleep(POLL_SECONDS)
+
+    return run
+
+
+def command(args: Namespace) -> int:
+    """`embedscale sweep submit SWEEP.yaml --adaptive --spend MONEY [--for BUDGET]`."""
+    if args.evaluate:
+        raise UserError("--evaluate: scores finished runs; submit again with it, without --adaptive")
+    if args.dry_run:
+        raise UserError("--dry-run: an adaptive sweep does not know its runs before; leave out one of the two")
+    if args.spend is None:
+        raise UserError("--adaptive: what may be spent? Give --spend 15% (of the grid), 1e18 or '24 device-hours'")
+    sweep = grid.load(args.sweep, args.words)
+    plan = plan_sweep(sweep)
+    budget = max((each.run.budget for each in plan.runnable), default=0.0)
+    if args.budget is not None:
+        limit = parse_limit(args.budget)
+        if limit.flop is None:
+            raise UserError(f"--for: {args.budget} is no number of FLOP; write 1e18 or 100 PFLOP")
+        budget = limit.flop
+    wish = Wish(args.retry_failed, args.max_gpu_hours)
+    runner = _here(plan, wish) if destination(sweep, args.to) == "here" else _queued(plan, wish)
+    return go_on(sweep, plan, budget, Money.of(args.spend, plan), runner, args.retry_failed)
