@@ -326,6 +326,14 @@ def begin_worker(worker: int) -> None:
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     end_with_parent()
+    shown = sys.excepthook
+
+    def show(kind: type[BaseException], *more: Any) -> None:
+        """Print an error, but not that the training process was killed while it took a batch over."""
+        if not issubclass(kind, EOFError | ConnectionError):
+            shown(kind, *more)
+
+    sys.excepthook = show
 
 
 def _loggers(run: TrainingRun) -> list[Any]:

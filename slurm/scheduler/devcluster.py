@@ -172,10 +172,10 @@ class DevCluster:
         self._wait("munged", socket_path.exists)
         if self.accounting:
             self._start_accounting()
-        self._start("slurmctld", "-D", "-f", str(self.conf))
+        self.start("slurmctld")
         self._wait("slurmctld", lambda: "UP" in self.ask("scontrol", "ping"))
         for node in self.nodes:
-            self.start_node(node)
+            self.start(node)
         idle = f"{len(self.nodes)} idle"
         self._wait(self.nodes[0], lambda: idle in self.ask("sinfo", "--noheader", "--partition=low", "--format=%D %t"))
 
@@ -197,13 +197,19 @@ class DevCluster:
         words += ["--innodb-buffer-pool-size=64M", "--innodb-flush-log-at-trx-commit=0", "--innodb-flush-method=nosync"]
         self._start("mariadbd", *words, f"--init-file={self.folder}/database.sql")
         self._wait("mariadbd", lambda: _listens(self._port("database_port")))
-        self._start("slurmdbd", "-D")
+        self.start("slurmdbd")
         self._wait("slurmdbd", lambda: _listens(self._port("accounting_port")))
         self.ask("sacctmgr", "--immediate", "add", "cluster", "dev")
 
-    def start_node(self, node: str) -> None:
-        """Start the slurmd of a node, for the first time or after it was killed."""
-        self._start("slurmd", "-D", "-f", str(self.conf), "-N", node, name=node)
+    def start(self, name: str) -> None:
+        """Start slurmctld, slurmdbd or the slurmd of a node, for the first time or after it was killed."""
+        words = {"slurmctld": ["slurmctld", "-D", "-f", str(self.conf)], "slurmdbd": ["slurmdbd", "-D"]}
+        self._start(*words.get(name, ["slurmd", "-D", "-f", str(self.conf), "-N", name]), name=name)
+
+    def send(self, name: str, number: signal.Signals) -> None:
+        """Send a signal to a daemon; jobs are not touched."""
+        for pid in self._noted(name):
+            os.kill(pid, number)
 
     def kill_node(self, node: str) -> None:
         """Kill the slurmd of a node and its jobs with SIGKILL, as a power cut would."""

@@ -6,6 +6,7 @@ A process is suspended before it is hit. So its phase is read from files that ca
 import gc
 import multiprocessing.forkserver
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -133,5 +134,6 @@ def phase_of(directory: RunDirectory, pid: int, evaluated_after: list[int]) -> s
 
 
 def tracebacks(said: str) -> str | None:
-    """Return the end of an output that holds a traceback."""
-    return said[-600:] if "Traceback" in said else None
+    """Return the end of an output that holds a traceback; what Python says of half-made objects of torch is none."""
+    shown = re.sub(r"^Exception ignored in: .*\nTraceback .*\n(  .*\n)*.*$", "", said, flags=re.MULTILINE)
+    return said[-900:] if "Traceback" in shown else None

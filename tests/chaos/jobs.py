@@ -10,8 +10,10 @@ import signal
 import tempfile
 import time
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 from bench import Bench, phase_of, tracebacks
 from lab import Lab
 from tally import Hit, Tally
@@ -23,7 +25,7 @@ from embedscale.run.lease import lease_holder
 from slurm.scheduler.devcluster import DevCluster, missing
 
 METHODS = ["full", "bias", {"name": "freeze", "active_fraction": 0.5}, {"name": "lora", "rank": 4}]
-BUDGET = 2e10
+BUDGET = 1.5e10
 SIGNALS = ("TERM", "INT", "HUP", "USR1", "USR2", "KILL", "CONT")
 # How often each fault is chosen.
 FAULTS = {"preempt": 8, "requeue": 10, "requeuehold": 4, "hold": 4, "suspend": 10, "cancel": 8, "time limit": 4}
@@ -64,6 +66,18 @@ def _alone(lab: Lab) -> dict[str, object]:
     return {directory.path.name: comparable(directory) for directory in lab.directories("alone")}
 
 
+@dataclass(frozen=True)
+class Work:
+    """A run that has a process in a job."""
+
+    directory: RunDirectory
+    job: str
+    node: str
+    process: int
+    phase: str
+    """starting or at work."""
+
+
 class Script:
     """One sweep, disturbed until it is done."""
 
@@ -78,14 +92,15 @@ class Script:
             self.lab.hurry()
             self.release()
             if not self.lab.queued(self.name):
-                if all(directory.record.exists() for directory in self.runs()) and len(self.runs()) == len(self.whole):
+                if self.done() == len(self.whole):
                     break
                 self.command("submit", "submit", "--retry-failed")
             if self.tally.left > 0 and self.at_work():
                 self.strike(self.rng.choices(list(FAULTS), list(FAULTS.values()))[0])
-            self.command("status", "status")
+            if self.rng.random() < 0.3:
+                self.command("status", "status")
             time.sleep(self.rng.uniform(0, 2))
-            self.tally.show(f"{self.name}: {sum(d.record.exists() for d in self.runs())} of {len(self.whole)} done")
+            self.tally.show(f"{self.name}: {len(self.hits)} faults, {self.done()} of {len(self.whole)} done")
             if self.tally.left < -900:
                 self.note("all of these", "end", "", f"not done: {self.lab.queued()} {self.lab.log(self.name)[-3000:]}")
                 break
@@ -100,30 +115,30 @@ class Script:
         method = run.split("_")[1] if "_" in run else "sweep"
         self.hits.append(Hit("slurm", method, fault, phase, "went on", run, problem))
 
+    def done(self) -> int:
+        return sum(directory.record.exists() for directory in self.runs())
+
     def runs(self) -> list[RunDirectory]:
         return [directory for directory in self.lab.directories(self.name) if directory.begun()]
 
-    def at_work(self) -> list[tuple[RunDirectory, str, int, str]]:
-        """Return (run, job, process, phase) for each run whose process lives."""
-        found = []
+    def at_work(self) -> list[Work]:
+        """Return the runs that have a process."""
+        found, jobs = [], self.jobs()
         for directory in self.runs():
             holder = lease_holder(directory.lease)
-            if holder is not None and holder.job_id and not directory.record.exists():
+            if holder is not None and holder.job_id in jobs and not directory.record.exists():
                 phase = "starting" if phase_of(directory, holder.pid, []) == "start-up" else "at work"
-                found.append((directory, holder.job_id, holder.pid, phase))
+                found.append(Work(directory, *jobs[holder.job_id], holder.pid, phase))
         return found
 
-    def on_node(self, node: str) -> list[tuple[RunDirectory, str, int, str]]:
-        jobs = {line.split("|")[0] for line in self.jobs() if line.endswith(f"|{node}")}
-        return [each for each in self.at_work() if each[1] in jobs]
+    def jobs(self) -> dict[str, tuple[str, str]]:
+        """Return (name, node) of each running job of an array, by its own number.
 
-    def jobs(self) -> list[str]:
-        """Return job|node for each running job."""
-        lines = self.lab.slurm("squeue", "--noheader", "--array", "--states=RUNNING", "--format=%F_%K|%A|%N")
-        return [
-            f"{one if 'N/A' not in one else other}|{node}"
-            for one, other, node in (line.split("|") for line in lines.splitlines())
-        ]
+        The name has the array's number: the own number of an array's last job is that of the whole array.
+        """
+        lines = self.lab.slurm("squeue", "--noheader", "--array", "--states=RUNNING", "--format=%A|%F_%K|%N")
+        found = (line.split("|") for line in lines.splitlines())
+        return {own: (own if "N/A" in name else name, node) for own, name, node in found}
 
     def command(self, fault: str, action: str, *words: str) -> None:
         """Call a verb of `sweep`; it may say that the queue cannot be asked, but no traceback."""
@@ -142,19 +157,18 @@ class Script:
         """Release held jobs."""
         for line in self.lab.queued(states="PENDING"):
             job, _, reason = line.split("|")
-            if "Held" in reason:
+            if "held" in reason.lower():
                 self.lab.slurm("scontrol", "release", job)
 
     def strike(self, fault: str) -> None:
         """Do it to a run at work, or to all that it touches."""
-        working = [each for each in self.at_work() if each[3] == "at work"]
-        directory, job, pid, phase = self.rng.choice(working or self.at_work() or [(None, "", 0, "")])
-        if directory is None:
+        working = self.at_work()
+        if not working:
             return
-        hit, cluster, slurm = [(directory, job, pid, phase)], self.lab.cluster, self.lab.slurm
-        node = next((line.split("|")[1] for line in self.jobs() if line.split("|")[0] == job), "n1")
+        one = self.rng.choice([each for each in working if each.phase == "at work"] or working)
+        hit, cluster, slurm, job, node = [one], self.lab.cluster, self.lab.slurm, one.job, one.node
         if fault == "preempt":
-            hit = self.on_node(node)
+            hit = [each for each in working if each.node == node]
             words = ["--partition=high", f"--nodelist={node}", "--exclusive", "--time=1", "--output=/dev/null"]
             slurm("sbatch", *words, "--wrap=sleep 1")
         elif fault in ("requeue", "requeuehold"):
@@ -174,44 +188,37 @@ class Script:
             slurm("scancel", f"--signal={fault.split()[1]}", self.rng.choice(["--full", "--batch"]), job)
         elif fault == "run killed":
             with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+                os.kill(one.process, signal.SIGKILL)
         elif fault == "node lost":
-            hit = self.on_node(node)
+            hit = [each for each in working if each.node == node]
             cluster.kill_node(node)
             time.sleep(self.rng.uniform(0, 13))
-            cluster.start_node(node)
+            cluster.start(node)
         elif fault == "slurmctld stopped":
-            (controller,) = cluster._noted("slurmctld")
-            os.kill(controller, signal.SIGSTOP)
-            slurm("scancel", "--signal=USR2", job) if self.rng.random() < 0 else os.kill(pid, signal.SIGTERM)
+            cluster.send("slurmctld", signal.SIGSTOP)
+            with suppress(psutil.Error):  # the warning before the time limit, while the job cannot ask for its requeue
+                psutil.Process(one.process).parent().send_signal(signal.SIGUSR2)  # type: ignore[union-attr]
             time.sleep(self.rng.uniform(1, 35))
-            os.kill(controller, signal.SIGCONT)
+            cluster.send("slurmctld", signal.SIGCONT)
         elif fault in DAEMONS:
             names = [node if name == "n1" and len(DAEMONS[fault]) == 1 else name for name in DAEMONS[fault]]
-            hit = self.on_node(node) if names == [node] else self.at_work()
+            hit = [each for each in working if each.node == node] if names == [node] else working
             self.restart(names)
         elif fault == "two submits":
             both = [self.lab.start("submit", self.file, "--retry-failed") for _ in range(2)]
             for process in both:
                 self.judge(fault, *self.bench.end(process))
             self.refuse_twice()
-        for directory, _, _, phase in hit:
-            self.note(fault, phase, directory.path.name)
+        for each in hit:
+            self.note(fault, each.phase, each.directory.path.name)
 
     def restart(self, names: list[str]) -> None:
         """Kill daemons with SIGKILL, and start them again after some seconds."""
-        cluster = self.lab.cluster
         for name in names:
-            for pid in cluster._noted(name):
-                os.kill(pid, signal.SIGKILL)
+            self.lab.cluster.send(name, signal.SIGKILL)
         time.sleep(self.rng.uniform(0.5, 8))
         for name in names:
-            if name == "slurmctld":
-                cluster._start("slurmctld", "-D", "-f", str(cluster.conf))
-            elif name == "slurmdbd":
-                cluster._start("slurmdbd", "-D")
-            else:
-                cluster.start_node(name)
+            self.lab.cluster.start(name)
 
     def refuse_twice(self) -> None:
         """No run may be in two jobs that live."""

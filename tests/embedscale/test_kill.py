@@ -3,6 +3,7 @@
 import os
 import random
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -91,3 +92,20 @@ def test_no_loader_outlives_a_run_that_is_killed(server, tmp_path, tiny_run):
     process.kill()
     process.join()
     assert len(loaders) == 2 and not psutil.wait_procs(loaders, timeout=60)[1]
+
+
+def _error_of_a_loader(error, output):
+    os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT), 2)
+    from embedscale.training.train import begin_worker
+
+    begin_worker(0)
+    sys.excepthook(type(error), error, None)
+
+
+@pytest.mark.parametrize(("error", "printed"), [(EOFError(), 0), (ConnectionResetError(), 0), (ValueError("x"), 1)])
+def test_a_loader_prints_no_traceback_when_its_run_is_killed(server, tmp_path, error, printed):
+    """As the thread that passes batches on does, when the run ends in the middle of a batch."""
+    process = server.Process(target=_error_of_a_loader, args=(error, str(tmp_path / "output")))
+    process.start()
+    process.join()
+    assert len((tmp_path / "output").read_text().splitlines()) == printed

@@ -25,7 +25,7 @@ def test_a_power_cut_requeues_the_jobs_of_a_node_and_no_others(cluster, until):
     assert cluster.alive() == {**dict.fromkeys(cluster.alive(), True), "n2": False}
     assert not cluster.processes_on("n2")
     time.sleep(12)  # then SLURM counts the node's jobs as lost when it comes back
-    cluster.start_node("n2")
+    cluster.start("n2")
     until(lambda: "Restarts=1" in cluster.ask("scontrol", "show", "job", job))
     cluster.ask("scancel", job)
 

@@ -132,7 +132,7 @@ class Script:
         self.note_all(node, "node killed")
         self.lab.cluster.kill_node(node)
         time.sleep(12)  # then SLURM counts the node's jobs as lost when it comes back
-        self.lab.cluster.start_node(node)
+        self.lab.cluster.start(node)
 
     def cancel(self):
         job, _, run = self.find(lambda run, node, held: run not in self.limited)
