@@ -8,6 +8,7 @@ strikes depends on the machine too, so a second call does not repeat the first.
 """
 
 import argparse
+import multiprocessing
 import os
 import random
 import shutil
@@ -64,6 +65,8 @@ def main() -> int:
     except KeyboardInterrupt:
         tally.say("interrupted: the run at work is not counted")
     finally:
+        for process in multiprocessing.active_children():
+            process.kill()
         if not list(folder.glob("broken-*")):
             shutil.rmtree(folder, ignore_errors=True)
     return tally.report(args.parts)

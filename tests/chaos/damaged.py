@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -102,7 +103,7 @@ def _ways(subject: Subject, file: Path, rng: random.Random) -> Iterator[tuple[st
 def _try(bench: Bench, rng: random.Random, subject: Subject, file: Path, how: str, damage) -> Hit:
     """Damage a file, run the command, and judge what it did."""
     _restore(subject)
-    before = _bytes(file)
+    before = file.read_bytes()
     damage(file)
     kind = how.rstrip(" 0123456789")
     code, said = bench.call(*subject.words)
@@ -132,17 +133,8 @@ def _try(bench: Bench, rng: random.Random, subject: Subject, file: Path, how: st
             if again != subject.truth:
                 problem = f"with the file restored, the result is another one after: {said[-400:]}"
     relative = file.relative_to(subject.folder)
-    target = f"{subject.name}: {_kind_of(relative)}"
+    target = f"{subject.name}: {'checkpoint' if file.suffix == '.pt' else file.name}"
     return Hit("files", target, kind, subject.words[0], outcome, str(relative), problem and f"{how}: {problem}")
-
-
-def _kind_of(relative: Path) -> str:
-    """Return a file's name without what is particular to it."""
-    return "checkpoint" if relative.suffix == ".pt" else relative.name
-
-
-def _bytes(file: Path) -> bytes:
-    return file.read_bytes()
 
 
 def _put(file: Path, content: bytes) -> None:
@@ -197,7 +189,8 @@ def _encoded(bench: Bench) -> Subject:
 
     words = ["encode", str(run), str(texts), str(out)]
     assert bench.call(*words)[0] == DONE
-    return Subject("encoded", folder, _files(folder), words, result)
+    read = [path for path in _files(folder) if path.name not in ("attempt.json", "metrics.jsonl", "plan.json")]
+    return Subject("encoded", folder, read, words, result)
 
 
 def _swept(bench: Bench) -> Iterator[Subject]:
@@ -217,14 +210,17 @@ def _swept(bench: Bench) -> Iterator[Subject]:
 
     words = ["fit", str(folder), "--out", str(out), "--bootstrap", "100"]
 
-    def without(code: int | None, file: str) -> object:
-        """Fit what is left when the run of the file is away."""
-        run = next(path for path in folder.iterdir() if str(path) in file)
+    @cache
+    def left(run: str) -> object:
+        """Fit what is left when a run is away."""
         shutil.rmtree(run)
         return fits(*bench.call(*words))
 
+    def without(code: int | None, file: str) -> object:
+        return left(str(Path(file).parent))
+
     some = [folder / path.name / name for path in sorted(folder.iterdir())[:6] for name in ("record.json",)]
-    yield Subject("fit", folder.parent, some, words, fits, without)
+    yield Subject("fit", folder.parent, some, words, fits, without, weight=0.3)
     assert bench.call(*words)[0] == DONE
     yield Subject("recipe", out, [out / "fits.json"], ["recipe", str(out), "2e11"], _said, values=40, weight=4)
     yield Subject(

@@ -205,6 +205,7 @@ class Script:
             hit = [each for each in working if each.node == node] if names == [node] else working
             self.restart(names)
         elif fault == "two submits":
+            hit = [Work(one.directory, job, node, one.process, "in the queue")]
             both = [self.lab.start("submit", self.file, "--retry-failed") for _ in range(2)]
             for process in both:
                 self.judge(fault, *self.bench.end(process))

@@ -24,7 +24,7 @@ from embedscale.training.plan import PlanFile
 
 BUDGET = "budget=2e9"
 # How often each phase is looked for, and each fault is chosen.
-PHASES = {"start-up": 32, "imports": 4, "step": 10, "checkpoint": 30, "evaluation": 9, "record": 28}
+PHASES = {"start-up": 45, "imports": 3, "step": 12, "checkpoint": 25, "evaluation": 8, "record": 18}
 FAULTS = {"SIGKILL": 40, "SIGTERM": 12, "SIGINT": 12, "SIGHUP": 12, "SIGSTOP": 6, "a second process": 2}
 FAULTS |= {"few files": 3, "little memory": 3, "small files": 2, "clock jump": 2, "folder moved away": 2}
 ON_MOUNT = {"full disk": 8, "read-only": 8}  # chosen too where the run lies on a file system of its own
@@ -92,7 +92,7 @@ class Case:
     def disturb(self, whole, plan) -> None:
         """Hit the run until it is done, then compare it. Where the time is up, let it end first."""
         self.evaluated_after = plan.plan.evaluate_after
-        wanted = 8 + self.rng.randrange(8)
+        wanted = 10 + self.rng.randrange(12)
         code = None
         while code != DONE:
             code = self.attempt(fault=len(self.hits) < wanted and self.tally.left > 0)
