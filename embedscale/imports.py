@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import gc
+import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from importlib import import_module
+from types import ModuleType
 
 TYPE_CHECKING = False  # true for type checkers; importing `typing` would take a fifth of the time of `--help`
 if TYPE_CHECKING:
@@ -26,10 +28,31 @@ def importing() -> Iterator[None]:
         gc.enable()
 
 
+@contextmanager
+def without_signal_processing() -> Iterator[None]:
+    """Keep scipy.signal out of an import of Lightning: a tenth of the start of `train`.
+
+    Lightning imports torchmetrics, which imports scipy.signal only to give it back the old name `hamming`. Meanwhile, a
+    module stands in its place that has this name alone; whoever imports it later gets the real one.
+    """
+    name = "scipy.signal"
+    if name in sys.modules:
+        yield
+        return
+    sys.modules[name] = empty = ModuleType(name)
+    empty.hamming = None  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        if sys.modules.get(name) is empty:
+            del sys.modules[name]
+
+
 def load(place: str) -> Any:
     """Import a module and return one of its names; `place` is "package.module:name"."""
     module, name = place.split(":")
-    with importing():
+    quick = without_signal_processing() if module.startswith("embedscale.training.") else nullcontext()
+    with importing(), quick:
         return getattr(import_module(module), name)
 
 

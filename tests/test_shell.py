@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from command import in_fresh_process
 
 from embedscale.cli import main
 from embedscale.run.config import RunConfig
@@ -96,3 +97,10 @@ def test_a_shell_is_told_what_could_follow(tmp_path, line, words):
     asked |= {"COMP_LINE": line, "COMP_POINT": str(len(line)), "COMP_TYPE": "9"}
     subprocess.run([sys.executable, "-m", "embedscale.cli"], env=environment | asked, cwd=tmp_path, capture_output=True)
     assert [word.strip() for word in (tmp_path / "answer").read_text().split("\n")] == words
+
+
+def test_training_starts_without_scipys_signals_which_are_there_afterwards():
+    code = "import sys; from embedscale.imports import load; load('embedscale.training.train:train'); "
+    code += "assert 'scipy.signal' not in sys.modules; from scipy.signal import find_peaks; import scipy; "
+    code += "assert list(find_peaks([0, 1, 0])[0]) == [1] and scipy.signal.windows.hann(3)[1] == 1"
+    assert in_fresh_process(code) == ""

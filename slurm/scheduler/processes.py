@@ -26,7 +26,7 @@ from embedscale.process import job_number
 from embedscale.run.config import RunConfig
 from embedscale.run.directory import RunDirectory
 from embedscale.run.lease import STALE_SECONDS, lease_holder, leased, remove_what_is_left_over
-from embedscale.run.record import sound
+from embedscale.run.record import RunRecord, sound
 from embedscale.run.stop import StopRequest
 from slurm.scoring import score_all
 
@@ -82,6 +82,7 @@ def run_all(runs: Iterable[RunConfig], places: Sequence[Place], stop: StopReques
     waiting, free = deque(runs), list(places)
     running: list[_Running] = []
     outcomes: dict[str, str] = {}
+    total = len(waiting)
     while running or (waiting and not stop.requested):
         while waiting and free and not stop.requested:
             run = waiting.popleft()
@@ -102,7 +103,8 @@ def run_all(runs: Iterable[RunConfig], places: Sequence[Place], stop: StopReques
             free.append(each.place)
             try:
                 outcome = _outcome(each, stop)
-                _say(each.run, outcome or "was killed; it is tried again")
+                place = f" ({len(outcomes) + 1} of {total})"
+                _say(each.run, _with_loss(each.run, outcome) + place if outcome else "was killed; it is tried again")
             except (UserError, OSError) as error:
                 outcome = "failed"
                 _say(each.run, str(error))
@@ -111,6 +113,11 @@ def run_all(runs: Iterable[RunConfig], places: Sequence[Place], stop: StopReques
             else:
                 outcomes[each.run.run_id] = outcome
     return outcomes | {run.run_id: "interrupted" for run in waiting}
+
+
+def _with_loss(run: RunConfig, outcome: str) -> str:
+    record = RunDirectory(run.folder).read_record() if outcome == "done" else None
+    return f"done, held-out loss {record.loss:.4g}" if isinstance(record, RunRecord) and record.loss else outcome
 
 
 def _say(run: RunConfig, what: str) -> None:

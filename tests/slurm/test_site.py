@@ -1,6 +1,7 @@
 """What a site wants of its jobs: options, containers, mail, a command at the end; dry runs; paths of files."""
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import fields
@@ -120,7 +121,8 @@ def test_the_command_at_the_end_is_run_once_and_not_before(tmp_path, capfd):
 def test_a_sweep_here_tells_its_end(laptop):
     told = laptop.folder / "told"
     sweep = laptop.write("ends", cluster={"on_done": f"cat >> {told}"}, **RUN)
-    laptop.sweep("submit", sweep, "--to", "here")
+    said = laptop.sweep("submit", sweep, "--to", "here")
+    assert re.search(r"_bias_\S+: done, held-out loss \d\.\d+ \([12] of 2\)\n", said)
     assert told.read_text() == "ends: 2 done\n"
 
 
