@@ -7,7 +7,7 @@ text), loss (symmetric, over in-batch negatives), optimizer and precision. Each 
 they take turns. The median step counts; the first two steps of each turn do not. sentence-transformers tokenises
 during training; our module has its tokens, as from a prepared store. `--methods` also measures our freezing, bias-only
 training and LoRA. `--tuned` also measures sentence-transformers at its best: each batch is encoded in four parts of
-similar lengths, with four loader processes on a GPU.
+similar lengths, with four loader processes on a GPU, and with tcmalloc on a CPU, if the machine has it.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from rich.table import Table
 from torch import nn
 from torch.nn import functional
 from transformers import AutoModel
-from turns import Contestant
+from turns import Contestant, tcmalloc
 
 from embedscale.model.hardware import keep_freed_memory, matrix_product_peak
 from embedscale.model.packing import pack
@@ -269,7 +270,9 @@ def main() -> None:
         if args.cached:
             contestants["sentence-transformers, cached"] = Contestant(theirs, words, folder, True)
         if args.tuned:
-            contestants["sentence-transformers, tuned"] = Contestant(theirs, words, folder, False, True)
+            with nullcontext() if torch.cuda.is_available() else tcmalloc() as library:
+                name = f"sentence-transformers, tuned{f', {library}' if library else ''}"
+                contestants[name] = Contestant(theirs, words, folder, False, True)
         taken, losses, peak = {name: list[float]() for name in contestants}, dict[str, float](), 0.0
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         for _ in range(args.turns):

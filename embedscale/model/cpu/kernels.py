@@ -38,8 +38,11 @@ def plus_product(x: Tensor, a: Tensor, weight: Tensor, bias: Tensor | None = Non
 
 
 def over_tokens(above: Tensor, below: Tensor) -> Tensor:
-    """Return aboveᵀ below, [out, in] from [T, out] and [T, in]: the sum of outer products over tokens."""
-    if above.dtype == torch.float32 and _has_onednn(above.dtype):
+    """Return aboveᵀ below, [out, in] from [T, out] and [T, in]: the sum of outer products over tokens.
+
+    oneDNN is faster with AVX-512 alone: with AVX2 it takes 1.0 to 1.8 times as long as MKL.
+    """
+    if above.dtype == torch.float32 and _has_onednn(above.dtype) and _has_avx512():
         return product(above.T, below.T)
     return above.T @ below
 
@@ -51,6 +54,11 @@ def _has_onednn(dtype: torch.dtype) -> bool:
         return False
     known: bool = dtype == torch.float32 or _onednn._is_mkldnn_bf16_supported()
     return known
+
+
+@cache
+def _has_avx512() -> bool:
+    return torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 def gelu_in_place(x: Tensor) -> Tensor:
