@@ -1,7 +1,7 @@
 """The command line: which function each verb calls. What a verb takes is in `options`.
 
-This is the only module that may import from all three packages. A verb's function is imported when the verb is used, so
-that `--help` loads nothing. A `UserError` becomes one line and an exit status, never a traceback.
+Only this module and `adaptive.sweep` may import from all three packages. A verb's function is imported when the verb is
+used, so that `--help` loads nothing. A `UserError` becomes one line and an exit status, never a traceback.
 """
 
 from __future__ import annotations
