@@ -193,13 +193,13 @@ class Surface:
 
         def at(theta: Array) -> tuple[Array, Array, Array]:
             """Return the height [b], its gradient [b, θ] and its curvature [b, θ, θ]."""
-            with np.errstate(over="ignore", invalid="ignore"):
+            with np.errstate(over="ignore", invalid="ignore"):  # a step too far, which is not taken
                 law, slopes = self._law(theta, rows)
-            miss, away = (log_loss - law)[..., None], (theta - start)[..., None]
-            pulled = slopes.transpose(0, 2, 1) @ inverse
-            value = miss.transpose(0, 2, 1) @ inverse @ miss + away.transpose(0, 2, 1) @ self._precision @ away
-            gradient = pulled @ miss - self._precision @ away
-            return 0.5 * value[:, 0, 0], gradient[..., 0], pulled @ slopes + self._precision
+                miss, away = (log_loss - law)[..., None], (theta - start)[..., None]
+                pulled = slopes.transpose(0, 2, 1) @ inverse
+                value = miss.transpose(0, 2, 1) @ inverse @ miss + away.transpose(0, 2, 1) @ self._precision @ away
+                gradient = pulled @ miss - self._precision @ away
+                return 0.5 * value[:, 0, 0], gradient[..., 0], pulled @ slopes + self._precision
 
         theta, damping = np.tile(start, (len(priors), 1)), np.full(len(priors), 1e-3)
         value, gradient, hessian = at(theta)
