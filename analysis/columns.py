@@ -127,20 +127,21 @@ EXCLUDED = ("run", "reason", "detail", "method", "n_parameters", "budget_flop") 
 
 # --- Amounts ---------------------------------------------------------------------------------------------------------
 
-LETTERS = "kmgtpezy"  # 10^3, 10^6, … before FLOP
-UNITS = {
-    f"{letter}{word}": 10.0 ** (3 * power) * seconds
-    for power, letter in enumerate(("", *LETTERS))
-    for word, seconds in (("flop", 1.0), ("flops", 1.0), ("flop-day", 86400.0), ("flop-days", 86400.0))
-}
+_LETTERS = "kmgtpezy"  # 10^3, 10^6, … before FLOP
 _SCALES = {"": 1.0, "k": 1e3, "thousand": 1e3, "m": 1e6, "million": 1e6, "b": 1e9, "bn": 1e9, "g": 1e9}
 _SCALES |= {"billion": 1e9, "t": 1e12, "trillion": 1e12}
-_NOUNS = ("", "flop", "flops", "token", "tokens", "param", "params", "parameters")
-UNITS |= {scale + noun: value for scale, value in _SCALES.items() for noun in _NOUNS}
+FLOP = {
+    f"{letter}{word}": 10.0 ** (3 * power) * seconds
+    for power, letter in enumerate(("", *_LETTERS))
+    for word, seconds in (("flop", 1.0), ("flops", 1.0), ("flop-day", 86400.0), ("flop-days", 86400.0))
+} | {f"{scale}flop{plural}": value for scale, value in _SCALES.items() for plural in ("", "s")}
+TOKENS = {scale + noun: value for scale, value in _SCALES.items() for noun in ("", "token", "tokens")}
+_PARAMETERS = {scale + noun: value for scale, value in _SCALES.items() for noun in ("param", "params", "parameters")}
+UNITS = FLOP | TOKENS | _PARAMETERS
 
 
-def amount(text: str) -> float:
-    """Return a number such as 1e17, 1,500,000, 1.3B, 6×10^18 FLOP or 2 PFLOP-days.
+def amount(text: str, units: Mapping[str, float] = UNITS) -> float:
+    """Return a number such as 1e17, 1,500,000, 1.3B, 6×10^18 FLOP or 2 PFLOP-days, with a unit of `units` or none.
 
     Raises ValueError, which says what to write, for other texts and for a comma that does not separate thousands.
     """
@@ -152,7 +153,7 @@ def amount(text: str) -> float:
     plain = re.sub(r"(?<=\d)[\s\u00a0\u202f](?=\d{3}(?!\d))", "", plain)  # a space may separate thousands too
     found = re.fullmatch(r"([-+]?[\d.,_]+(?:e[-+]?\d+)?)\s*([a-z][a-z -]*)?", plain)
     unit = (found[2] or "").replace(" ", "") if found else ""
-    if not found or unit not in UNITS:
+    if not found or (unit and unit not in units):
         raise ValueError("write a number such as 1.5e17, 1,500,000, 1.3B or 100 PFLOP")
     digits = found[1]
     if "," in digits:
@@ -160,7 +161,7 @@ def amount(text: str) -> float:
             raise ValueError("the comma does not separate thousands: write 1.5 or 1,500,000")
         digits = digits.replace(",", "")
     try:
-        return float(digits) * UNITS[unit]
+        return float(digits) * (units[unit] if unit else 1.0)
     except ValueError:
         raise ValueError("write a number such as 1.5e17, 1,500,000, 1.3B or 100 PFLOP") from None
 
@@ -285,7 +286,7 @@ def _named(ours: str, theirs: str, names: Collection[str]) -> Source:
                 f"columns: {theirs!r} has the unit {unit!r}; allowed: a factor or a unit: {name}:1e9, {name}:B"
             )
         return Source(name, factor)
-    raise UserError(f"column {theirs!r} ({ours}) is missing; the table has {listed(names)}")
+    raise UserError(f"column {theirs!r} ({ours}) is missing; the table has {short_list(names)}")
 
 
 def missing(names: Iterable[object], wanted: Collection[str]) -> str:
@@ -294,10 +295,10 @@ def missing(names: Iterable[object], wanted: Collection[str]) -> str:
     ends = {OURS.get(_plain(re.split(r"[./]", name)[-1])[1]): name for name in reversed(texts)}
     guessed = [f"{ours}={ends[ours]}" for ours in wanted if ours in ends]
     words = ",".join(guessed or [f"{ours}=NAME" for ours in wanted])
-    return f"name it by --columns {words}; the table has {listed(texts)}"
+    return f"name it by --columns {words}; the table has {short_list(texts)}"
 
 
-def listed(values: Iterable[object], most: int = 30) -> str:
+def short_list(values: Iterable[object], most: int = 30) -> str:
     """Return values with commas between them; of very many, the first ones."""
     texts = [str(value) for value in values]
     return ", ".join(texts[:most]) + (f", … ({len(texts)} in all)" if len(texts) > most else "")

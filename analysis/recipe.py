@@ -22,6 +22,7 @@ from analysis import fits as fits_file
 from analysis.advice import forecast
 from analysis.advice.choice import PAPER_BATCH, PAPER_PAIR_TOKENS, Choice, Other, compare, configure
 from analysis.advice.evidence import Basis, Evidence, Limit, gather, log_distance, parse_limit, same_budget
+from analysis.advice.trends import REACH
 from analysis.columns import BACKBONE, FIRST_VERSION, HYPERPARAMETERS
 from analysis.fits import Fits, Interval
 from analysis.fitting.laws import Array
@@ -37,6 +38,9 @@ if TYPE_CHECKING:
 
 TOLD = ("alpha", "dropout", "targets", "embedding", "blocks", "active_blocks")  # settings printed beside the label
 LEAST_SHARE = 0.005  # of a forecast, below which a law is not named
+LEAST_CHANCE = 0.01  # of the lowest loss, below which methods are named together
+NO_OPTIMUM = f"its laws have no optimum within {REACH:,.0f} times the sizes that were run"
+ANOTHER = 1.01  # ratio of sizes from which on two are told apart
 Row = Mapping[str, str]  # of runs.csv
 
 
@@ -99,7 +103,7 @@ def recipe(
     if not every:
         raise UserError(f"budget: a recipe needs runs; {fits.source} holds none")
     if not chosen and limit.flop and not limit.tokens:
-        missing = "; ".join(f"{name}: {each.outlook.missing}" for name, each in every.items())
+        missing = "; ".join(f"{name}: {each.outlook.missing or NO_OPTIMUM}" for name, each in every.items())
         raise UserError(f"budget: nothing is known about {limit.text}; {missing}")
     if not chosen:
         need = "a joint law" if limit.tokens else "runs that say how many device-hours they took, and a law"
@@ -199,11 +203,11 @@ def _other_sizes(
     confidence: float,
 ) -> list[Other]:
     available = evidence.available(limit, best.basis)
-    place = [size for _, size in available].index(best.n_parameters)
+    smaller = [each for each in available if each[1] < best.n_parameters / ANOTHER]
+    larger = [each for each in available if each[1] > best.n_parameters * ANOTHER]
     found = []
-    for at, word in ((place - 1, "smaller"), (place + 1, "larger")):
-        if 0 <= at < len(available):
-            backbone, size = available[at]
+    for word, next_one in (("smaller", smaller[-1:]), ("larger", larger[:1])):
+        for backbone, size in next_one:
             choice, other = configure(evidence, backbone, size, limit, best.basis, comparable, confidence)
             found.append(compare(f"the next {word}: {choice.backbone}", choice, other, best, drawn, confidence))
     return found
@@ -355,8 +359,7 @@ def lines(found: Recipe, confidence: float) -> list[tuple[str, str]]:
         ("extrapolates", "; ".join(found.extrapolates) or "no"),
     ]
     if len(found.chances) > 1:
-        chances = ", ".join(f"{name} {100 * share:.0f} %" for name, share in found.chances.items())
-        told.insert(1, ("lowest loss", chances + ("" if found.decided else "; not decided")))
+        told.insert(1, ("lowest loss", _chances(found.chances) + ("" if found.decided else "; not decided")))
     alike = []
     for other in found.others:
         ends, choice = other.interval, other.choice
@@ -371,6 +374,15 @@ def lines(found: Recipe, confidence: float) -> list[tuple[str, str]]:
     if alike:
         told.append(("instead", "not distinguishable: " + "; ".join(alike)))
     return told + [("note", note) for note in found.notes]
+
+
+def _chances(chances: Mapping[str, float]) -> str:
+    """Return the probabilities of the methods; those below 1 % are one phrase."""
+    told = [f"{name} {100 * share:.0f} %" for name, share in chances.items() if share >= LEAST_CHANCE]
+    rest = [name for name, share in chances.items() if share < LEAST_CHANCE]
+    if len(rest) > 1:
+        return ", ".join([*told, f"{len(rest)} others below 1 % each"])
+    return ", ".join([*told, *(f"{name} below 1 %" for name in rest)])
 
 
 def _rests_on(found: Recipe) -> str:

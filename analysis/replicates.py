@@ -23,7 +23,7 @@ import numpy as np
 import pandas as pd
 
 from analysis import tables
-from analysis.columns import BACKBONE, FOUND, HYPERPARAMETERS, SET, listed, prefix_of
+from analysis.columns import BACKBONE, FOUND, HYPERPARAMETERS, SET, prefix_of, short_list
 from embedscale.errors import UserError
 
 OWN = 0.9  # share of rows with a value of their own from which on a column names rows or measures
@@ -52,7 +52,7 @@ def repeated(origin: str, table: pd.DataFrame) -> pd.Series:
     for rows, names in ((table, fixed), (table[final], ["loss"])):
         for run, same in rows[rows["run"].duplicated(keep=False)].groupby("run"):
             if found := [name for name in names if same[name].nunique(dropna=False) > 1]:
-                values = listed(same[found[0]].unique(), SHOWN)
+                values = short_list(same[found[0]].unique(), SHOWN)
                 raise UserError(
                     f"{origin}: run: the rows of {run!r} differ in {found[0]} ({values}), so it names several runs; "
                     "name another column by --columns run=NAME, or leave this one out by --ignore run"

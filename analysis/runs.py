@@ -28,8 +28,8 @@ from analysis.columns import (
     Source,
     amount,
     canonical,
-    listed,
     missing,
+    short_list,
     sources,
 )
 from embedscale.errors import UserError
@@ -39,6 +39,7 @@ from embedscale.run.families import family_name
 from embedscale.run.method import METHODS
 from embedscale.run.record import Damaged, RunRecord
 
+LEAST, MOST = 1e-100, 1e100  # of sizes, tokens, FLOP and losses: their squares are numbers too
 MANY = 500  # run directories from which on a progress bar is drawn
 Row = dict[str, Any]
 
@@ -172,7 +173,7 @@ def _from_directories(folder: Path) -> tuple[pd.DataFrame, list[Row]]:
         for directory, row in zip(directories, found, strict=True):
             row = {"run": directory.path.name} | row | {"path": str(directory.path)}
             loss = row.get("loss")
-            if row["status"] == "done" and not (isinstance(loss, int | float) and np.isfinite(loss) and loss > 0):
+            if row["status"] == "done" and not (isinstance(loss, int | float) and LEAST < loss < MOST):
                 row |= {"status": "diverged", "detail": f"loss is {loss}"}
             if row["status"] == "done":
                 rows.append(row)
@@ -237,7 +238,7 @@ def _from_table(
         ours = canonical(name)
         if name not in raw and ours not in table:
             if ours not in ("n_parameters", "tokens", "budget_flop"):
-                raise UserError(f"where: {origin} has no column {name!r}; allowed: {listed(raw)}")
+                raise UserError(f"where: {origin} has no column {name!r}; allowed: {short_list(raw)}")
             late[ours] = value
             continue
         cells = raw.loc[table.index, name] if name in raw else table[ours]
@@ -269,7 +270,7 @@ def _chosen(origin: str, raw: pd.DataFrame, columns: Mapping[str, str], ignore: 
     """Return where each of our columns comes from."""
     for name in ignore:
         if name not in raw:
-            raise UserError(f"ignore: {origin} has no column {name!r}; allowed: {listed(raw)}")
+            raise UserError(f"ignore: {origin} has no column {name!r}; allowed: {short_list(raw)}")
     try:
         found = sources([str(name) for name in raw if name not in ignore], columns)
     except UserError as error:
@@ -352,14 +353,15 @@ def _completed(origin: str, table: pd.DataFrame, found: Mapping[str, Source]) ->
         table["status"] = "done"
     for name in ("n_parameters", "tokens", "budget_flop", "loss"):
         unknown = table[name].isna() if name == "loss" else False
-        for row in table.index[~(np.isfinite(table[name]) & (table[name] > 0) | unknown)][:1]:
+        for row in table.index[~(table[name].between(LEAST, MOST) | unknown)][:1]:
             place = _place(origin, name, found[name].name if name in found else name, row)
             if np.isnan(table[name][row]):
                 raise UserError(
                     f"{place} has none, and it does not follow from the other columns; "
                     f"name the column by --columns {name}=NAME, or leave the row out by --where"
                 )
-            raise UserError(f"{place} has {table[name][row]}; allowed: finite and above 0")
+            ends = "finite and above 0" if not 0 < table[name][row] < np.inf else f"{LEAST:g} to {MOST:g}"
+            raise UserError(f"{place} has {table[name][row]}; allowed: {ends}")
     return table, excluded
 
 
@@ -422,7 +424,7 @@ def _selected(table: pd.DataFrame, excluded: list[Row], where: Mapping[str, str]
     """Keep the runs whose columns, which are ours, have the values."""
     for name, value in where.items():
         if name not in table:
-            raise UserError(f"where: no run has {name!r}; allowed: {listed(table)}")
+            raise UserError(f"where: no run has {name!r}; allowed: {short_list(table)}")
         table, excluded = _kept(table, excluded, _equal(name, table[name], value), name, table[name])
     return table, excluded
 

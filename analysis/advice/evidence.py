@@ -14,18 +14,14 @@ import numpy as np
 from analysis.advice import trends
 from analysis.advice.forecast import DRAWS, SAME, Outlook, summary
 from analysis.advice.trends import REACH, nearest_points
+from analysis.columns import FLOP, TOKENS, amount
 from analysis.fits import Fits, Interval, MethodFit, Point
 from analysis.fitting.laws import Array, interval, size_law
 from embedscale.errors import UserError
 from embedscale.run.families import family_with
 from embedscale.texts import number
 
-UNITS = {"flop": 1.0, "flops": 1.0, "": 1.0} | {
-    f"{letter}{word}": 10.0 ** (3 * power) * seconds
-    for power, letter in enumerate("kmgtpezy", 1)
-    for word, seconds in (("flop", 1.0), ("flops", 1.0), ("flop-day", 86400.0), ("flop-days", 86400.0))
-}
-HOURS = ("device-hour", "device-hours", "gpu-hour", "gpu-hours", "gpuh", "gpu-h")
+HOURS = r"(device|gpu)[ -]?h(ours?)?"  # the unit of device-hours
 MOST = 1e30  # FLOP; the largest budget of a run
 Basis = Literal["forecast", "joint law", "best run", ""]
 
@@ -46,22 +42,18 @@ class Limit:
 
 
 def parse_limit(budget: str | None, tokens: str | None = None) -> Limit:
-    """Return the limit of `1e17`, `100 PFLOP`, `2 PFLOP-days` or `24 device-hours`, and of tokens such as `2e9`.
+    """Return the limit of `1e17`, `100 PFLOP`, `2 PFLOP-days` or `24 device-hours`, and of tokens such as `2B`.
 
     Raises UserError for a text that is not an amount.
     """
     limit: dict[str, float] = {}
     if budget is not None:
-        found = re.fullmatch(r"\s*([-+]?[\d.,_]+(?:e[-+]?\d+)?)\s*([a-z-]*)\s*", budget.lower())
-        unit = found[2] if found else ""
-        if not found or (unit not in UNITS and unit not in HOURS):
-            raise UserError(
-                f"budget: {budget!r} is not an amount with a known unit; allowed: 1e17, "
-                "100 PFLOP, 2 PFLOP-days, 24 device-hours"
-            )
-        limit["gpu_hours" if unit in HOURS else "flop"] = _amount("budget", found[1]) * UNITS.get(unit, 1.0)
+        hours = re.fullmatch(rf"(.*?)\s*{HOURS}\s*", budget, re.IGNORECASE)
+        limit["gpu_hours" if hours else "flop"] = (
+            _amount("budget", hours[1], {}) if hours else _amount("budget", budget, FLOP)
+        )
     if tokens is not None:
-        limit["tokens"] = _amount("--tokens", tokens)
+        limit["tokens"] = _amount("--tokens", tokens, TOKENS)
     if limit.get("flop", 0) > MOST:
         raise UserError(f"budget: {budget} is out of range; allowed: at most {number(MOST)} FLOP")
     if not limit:
@@ -69,14 +61,14 @@ def parse_limit(budget: str | None, tokens: str | None = None) -> Limit:
     return Limit(**limit)
 
 
-def _amount(name: str, text: str) -> float:
-    # A comma between other groups of digits would be a decimal comma.
-    if "," in text and not re.fullmatch(r"[-+]?\d{1,3}(,\d{3})+(\.\d*)?(e[-+]?\d+)?", text.lower()):
-        raise UserError(f"{name}: {text!r} has a comma that does not separate thousands; write 1.5e17 or 1,500,000")
+def _amount(name: str, text: str, units: Mapping[str, float]) -> float:
     try:
-        value = float(text.replace(",", ""))
-    except ValueError:
-        raise UserError(f"{name}: {text!r} is not a number; write 1.5e17 or 1,500,000") from None
+        value = amount(text, units)
+    except ValueError as error:
+        if "comma" in str(error):
+            raise UserError(f"{name}: {text!r} was found; {error}") from None
+        allowed = "1e17, 100 PFLOP, 2 PFLOP-days, 24 device-hours" if name == "budget" else "2e9, 2B, 2 billion tokens"
+        raise UserError(f"{name}: {text!r} is not an amount with a known unit; allowed: {allowed}") from None
     if not (math.isfinite(value) and value > 0):
         raise UserError(f"{name}: {text} is out of range; allowed: above 0")
     return value
@@ -143,9 +135,10 @@ class Evidence:
         near = same_budget(limit.flop, budget) or 1 < limit.flop / budget <= reach
         if near and not interior and self._beats_smaller(budget):
             return "best run"
-        if self.curvature and self.outlook.covers(limit.flop):
+        covered = self.outlook.covers(limit.flop)
+        if self.curvature and covered:
             return "forecast"
-        return law or ("best run" if near else "")
+        return law if law and covered else "best run" if near else ""
 
     def _beats_smaller(self, budget: float) -> bool:
         """Return whether the best run at a budget is no worse than every run with less."""

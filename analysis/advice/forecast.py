@@ -271,7 +271,9 @@ class Outlook:
 
     def covers(self, budget_flop: float) -> bool:
         """Return whether there is a forecast for a budget."""
-        return self.reach[0] <= budget_flop <= self.reach[1]
+        inside = self.reach[0] <= budget_flop <= self.reach[1]
+        # A joint law has no optimum where the best size would be far beyond all sizes that were run.
+        return inside and bool(np.isfinite(self.log_size(np.array([math.log(budget_flop)]))).any())
 
     def at(self, budget_flop: float) -> Forecast:
         """Return the forecast for a budget that `covers` allows."""

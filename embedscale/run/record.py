@@ -4,6 +4,7 @@ Each class reads and checks one kind of file (`from_json`), writes it (`to_json`
 the first version load: what they lack has a default, and rows of metrics in the old spelling are translated.
 """
 
+import math
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from typing import Any, Literal, Self
@@ -291,3 +292,12 @@ class RunRecord(Value):
     """The code that ran."""
     diverged_at_step: Count | None = None
     """First step whose loss was not finite; null if none."""
+
+    @classmethod
+    def from_json(cls, data: object) -> Self:
+        """Return the record of a parsed JSON object; a run with a loss that is not finite has diverged."""
+        if isinstance(data, dict):
+            losses = {name: data.get(name) for name in ("loss", "train_loss")}
+            lost = [name for name, loss in losses.items() if isinstance(loss, float) and not math.isfinite(loss)]
+            data = data | dict.fromkeys(lost) | ({"status": "diverged"} if lost else {})
+        return super().from_json(data)

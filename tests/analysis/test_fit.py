@@ -221,6 +221,8 @@ def test_the_same_seed_gives_the_same_fits():
         (sweep(), {"delta": -1.0}, "delta: -1.0 is out of range"),
         (sweep(), {"delta": float("inf")}, "delta: inf is out of range"),
         (sweep(), {"seed": -1}, "seed: -1 is out of range"),
+        (sweep(), {"bins": 0.0}, "bins: 0.0 is out of range; allowed: above 0, the bins of a decade of compute"),
+        (sweep(), {"bins": float("inf")}, "bins: inf is out of range"),
     ],
 )
 def test_bad_input_is_refused_in_one_line(table, settings, message):

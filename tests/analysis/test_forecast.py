@@ -1,5 +1,7 @@
 """Forecasts against the laws that drew the runs: what is known, what is not, and what the table forbids to say."""
 
+import re
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -59,6 +61,31 @@ def test_the_spread_grows_with_the_distance_and_hold_outs_choose_the_law():
     assert found.laws["power law"] < 0.05
     few = outlook(table(BUDGETS[:3]))
     assert few.laws["power law"] > found.laws["power law"]
+
+
+def test_the_interval_of_a_noise_free_table_holds_its_optimum_and_its_law():
+    """A power law through these optima is 5.780 where the first optimum is 5.892, and 2.861 where the law is 3.275."""
+    floor, exponent, beyond = 2.73718481, 0.20457165, 5694.66
+    term = (5.892 - floor) / 2 * (BUDGETS[0] / 6) ** exponent
+    fits = fit(runs.load(table(law=np.array([floor, term, term, 2 * exponent, 2 * exponent]))), bootstrap=100)
+    for budget, by_line, true in ((BUDGETS[0], 5.78, 5.892), (beyond * BUDGETS[0], 2.861, 3.275)):
+        assert fits.methods["full"].power_laws.loss.at(budget) == pytest.approx(by_line, rel=1e-3)
+        printed = dict(recipe.lines(recipe.recipe(fits, Limit(flop=budget)), 0.95))["at the best size"]
+        value, *ends = map(float, re.findall(r"\d\.\d+", printed))
+        assert value == pytest.approx(true, rel=2e-3)
+        assert not ends or ends[0] <= true <= ends[1]
+        assert ends or budget == BUDGETS[0]
+
+
+def test_a_budget_at_which_the_laws_have_no_optimum_is_refused():
+    """All sizes are below the best one, so that the joint law alone speaks; at 1e30 FLOP its N* is far beyond them."""
+    best = optimum(BUDGETS[0])[0]
+    frame = table(BUDGETS[:3], sizes=9)
+    fits = fit(runs.load(frame[frame["n_parameters"] < best / 2]), noise=0.003, bootstrap=100)
+    assert not fits.methods["full"].interior and fits.methods["full"].joint_laws
+    assert recipe.recipe(fits, Limit(flop=1e20)).best.basis == "joint law"
+    with pytest.raises(UserError, match="about 1e30 FLOP; full: its laws have no optimum within 10,000 times"):
+        recipe.recipe(fits, Limit(flop=1e30))
 
 
 def test_a_forecast_at_a_budget_that_was_run_is_its_optimum():

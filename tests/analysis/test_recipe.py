@@ -273,6 +273,8 @@ def test_budgets_are_read_with_their_units():
     assert parse_limit("24 GPU-hours") == Limit(gpu_hours=24.0)
     assert parse_limit("1,500,000 GFLOP", "2,000.5E6") == Limit(flop=pytest.approx(1.5e15), tokens=2000.5e6)
     assert parse_limit(None, "2e9") == Limit(tokens=2e9)
+    assert parse_limit("6×10^18 FLOP", "2 billion tokens") == Limit(flop=6e18, tokens=2e9)
+    assert parse_limit("1 500 device hours") == Limit(gpu_hours=1500.0)
 
 
 @pytest.mark.parametrize(
@@ -280,13 +282,15 @@ def test_budgets_are_read_with_their_units():
     [
         (["0"], "budget: 0 is out of range; allowed: above 0"),
         (["-1e17"], "budget: -1e17 is out of range; allowed: above 0"),
-        (["nan"], "budget: 'nan' is not an amount with a known unit; allowed: 1e17, 100 PFLOP"),
+        (["nan"], "budget: nan is out of range; allowed: above 0"),
+        (["2e9", "tokens"], "budget: '2e9 tokens' is not an amount with a known unit; allowed: 1e17, 100 PFLOP"),
+        (["--tokens", "2 PFLOP"], "--tokens: '2 PFLOP' is not an amount with a known unit; allowed: 2e9, 2B"),
         (["5", "bananas"], "budget: '5 bananas' is not an amount with a known unit"),
         (["1e999"], "budget: 1e999 is out of range"),
         ([], "budget: nothing is given; allowed: a budget such as 1e17, --tokens, or both"),
         (["--tokens", "-3"], "--tokens: -3 is out of range; allowed: above 0"),
-        (["1,5e17"], "budget: '1,5e17' has a comma that does not separate thousands; write 1.5e17 or 1,500,000"),
-        (["--tokens", "1,50"], "--tokens: '1,50' has a comma that does not separate thousands"),
+        (["1,5e17"], "budget: '1,5e17' was found; the comma does not separate thousands: write 1.5 or 1,500,000"),
+        (["--tokens", "1,50"], "--tokens: '1,50' was found; the comma does not separate thousands"),
     ],
 )
 def test_a_wrong_budget_is_refused_in_one_line(paper_folder, words, message, capsys):
@@ -357,6 +361,24 @@ def test_a_size_without_a_name_is_printed_once(tmp_path):
     fits, read = recipe.read(fitted(paper_like().query("method == 'full'").drop(columns="backbone"), tmp_path))
     told = dict(recipe.lines(recipe.recipe(fits, Limit(flop=BUDGETS[2]), read), 0.95))
     assert told["model"].count("parameters") == 1 and "," in told["model"]
+
+
+def test_the_next_sizes_are_other_sizes(tmp_path):
+    """Each size ran twice, with a few parameters more the second time."""
+    table = paper_like().query("method == 'full'").drop(columns="backbone")
+    near = table.assign(n_parameters=table["n_parameters"] * 1.0004, loss=table["loss"] * 1.0001)
+    found = recipe.recipe(recipe.read(fitted(pd.concat([table, near]), tmp_path))[0], Limit(flop=BUDGETS[2]))
+    sizes = [each.choice.n_parameters for each in found.others if "the next" in each.what]
+    assert len(sizes) == 2
+    assert sizes[0] < found.best.n_parameters / 1.5 and sizes[1] > found.best.n_parameters * 1.5
+
+
+def test_methods_that_cannot_be_the_best_are_named_together(tmp_path):
+    """Of fifteen methods, the first is 20 % better than all others."""
+    table = paper_like().query("method == 'full'")
+    every = [table] + [table.assign(method=f"other-{i}", loss=table["loss"] * 1.2) for i in range(14)]
+    told = recipe.lines(recipe.recipe(recipe.read(fitted(pd.concat(every), tmp_path))[0], Limit(flop=BUDGETS[2])), 0.95)
+    assert dict(told)["lowest loss"] == "full 100 %, 14 others below 1 % each"
 
 
 @pytest.mark.parametrize(("share", "told"), [(1.0, "freeze, all blocks active"), (0.5, "freeze, 0.5 of the blocks")])

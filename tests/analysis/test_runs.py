@@ -79,7 +79,7 @@ def test_each_excluded_run_has_a_reason(tmp_path):
     assert reasons == {
         "unfinished": "unfinished",
         "diverged": "diverged",
-        "nan": "unreadable",
+        "nan": "diverged",
         "nothing": "diverged",
         "torn": "unreadable",
         "empty": "unreadable",
@@ -205,6 +205,7 @@ def test_the_status_column_of_a_table_leaves_runs_out(tmp_path):
     [
         ({"loss": [3.0, 0.0, 1.5]}, r"loss: row 2 has 0.0; allowed: finite and above 0"),
         ({"loss": [3.0, 2.0, -1.5]}, r"loss: row 3 has -1.5"),
+        ({"loss": [3.0, 1e200, 1.5]}, r"loss: row 2 has 1e\+200; allowed: 1e-100 to 1e\+100"),
         ({"loss": ["3.0", "two", "1.5"]}, r"runs.csv: loss: row 2 has 'two'; write a number such as 1.5e17"),
         ({"loss": ["3.0", "1,5", "1.5"]}, r"loss: row 2 has '1,5'; the comma does not separate thousands: write 1.5"),
         ({"n_parameters": ["1M", "4 apples", "16M"]}, r"n_parameters: row 2 has '4 apples'"),
