@@ -124,7 +124,7 @@ WRONG = [
     ("recipe full 1e15", "full/fits.json: does not exist; write it by embedscale fit RUNS"),
     ("recipe full", "budget: nothing is given; allowed: a budget such as 1e17, --tokens, or both"),
     ("recipe full -1e15", "budget: -1e15 is out of range; allowed: above 0"),
-    ("recipe full 1e15 --tokens few", "--tokens: 'few' is not a number"),
+    ("recipe full 1e15 --tokens few", "--tokens: 'few' is not an amount with a known unit; allowed: 2e9,"),
     ("report nope", "nope: does not exist; write it by embedscale fit RUNS"),
     ("report full --budget lots", "budget: 'lots' is not an amount with a known unit; allowed: 1e17,"),
     ("doctor --cluster cluster.yaml", "cluster.yaml: max_gpu: unknown setting; did you mean 'max_gpus'?"),
