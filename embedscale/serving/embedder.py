@@ -71,7 +71,11 @@ class Embedder:
         config = load(directory.config)
         _check_settings(directory, config, record)
         body = load_body(config.backbone, config.training.seed)
-        _check(directory, "backbone_digest", record.backbone_digest, digest_of(dict(body.named_parameters())))
+        if (found := digest_of(dict(body.named_parameters()))) != record.backbone_digest:
+            raise UserError(
+                f"{config.backbone.name}: has other weights than the backbone of {directory.record} (digest {found}, "
+                f"there {record.backbone_digest}); restore them"
+            )
         torch.manual_seed(config.training.seed)
         apply_method(body, config.method)
         _load_weights(body, directory, record)
@@ -140,8 +144,3 @@ def _load_weights(body: nn.Module, directory: RunDirectory, record: RunRecord) -
     with torch.no_grad():
         for name, parameter in trainable.items():
             parameter.copy_(weights[name])
-
-
-def _check(directory: RunDirectory, field: str, recorded: str, found: str) -> None:
-    if recorded != found:
-        raise UserError(f"{directory.record}: {field} is {recorded}, but the weights found here give {found}")

@@ -48,12 +48,16 @@ MODULES = {
 
 def main() -> int:
     top = argparse.ArgumentParser(prog="python tests/chaos", description=__doc__.splitlines()[0])
-    top.add_argument("--minutes", type=float, default=10, help="time of all parts together (default: 10)")
+    top.add_argument(
+        "--minutes", type=float, default=10, help="time of all parts together; 0: print the tables (default: 10)"
+    )
     top.add_argument("--seed", type=int, default=0, help="what is done, and in which order (default: 0)")
     top.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what to disturb (default: all)")
     top.add_argument("--results", type=Path, default=Path("build/chaos.jsonl"), help="file to add the hits to")
     args = top.parse_args()
     tally = Tally(args.results, args.minutes)
+    if not args.minutes:
+        return tally.report(args.parts)
     signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))
     folder = Path(tempfile.mkdtemp(prefix="chaos-"))
     try:

@@ -61,14 +61,13 @@ def disturb(bench: Bench, tally: Tally, rng: random.Random) -> None:
     while tally.left > 0:
         subject, file = rng.choices(plan, weights)[0]
         if subject.truth is None:
-            if not _kept(subject).exists():
-                _restore(subject, keep=True)
+            _restore(subject, keep=not _kept(subject).exists())
             code, said = bench.call(*subject.words)
             subject.truth = subject.result(code, said)
             assert subject.truth is not None, (subject.name, said)
         _restore(subject)
         ways = [*_ways(subject, file, rng)]
-        for how, damage in rng.sample(ways, min(6, len(ways))):
+        for how, damage in rng.sample(ways, min(8, len(ways))):
             if tally.left > 0:
                 tally.show(f"{subject.name}: {file.name}, {how}")
                 tally.add([_try(bench, rng, subject, file, how, damage)])
@@ -220,7 +219,7 @@ def _swept(bench: Bench) -> Iterator[Subject]:
         return left(str(Path(file).parent))
 
     some = [folder / path.name / name for path in sorted(folder.iterdir())[:6] for name in ("record.json",)]
-    yield Subject("fit", folder.parent, some, words, fits, without, weight=0.3)
+    yield Subject("fit", folder.parent, some, words, fits, without, weight=0.1)
     assert bench.call(*words)[0] == DONE
     yield Subject("recipe", out, [out / "fits.json"], ["recipe", str(out), "2e11"], _said, values=40, weight=4)
     yield Subject(

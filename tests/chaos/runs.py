@@ -113,6 +113,7 @@ class Case:
             kept = self.bench.folder / f"broken-{self.folder.name}"
             shutil.copytree(self.folder, kept, dirs_exist_ok=True)
             self.tally.say(f"kept in {kept}")
+            self.hits = [hit for hit in self.hits if hit.problem]  # the others were not compared
         self.tally.add(self.hits)
 
     def note(self, fault: str, phase: str, outcome: str, problem: str | None = None) -> None:

@@ -122,6 +122,18 @@ def test_damaged_weights_are_never_used(runs, tmp_path, record_property):
     record_property("shown", f"weights, flipped: {noticed} of 30 noticed, the others changed no embedding")
 
 
+def test_a_backbone_that_has_changed_since_the_training_is_named(runs, tmp_path, backbone_folder):
+    shutil.copytree(runs["bias"], tmp_path / "run")
+    backbone = shutil.copytree(backbone_folder, tmp_path / "backbone")
+    directory = RunDirectory(tmp_path / "run")
+    directory.config.write_text(directory.config.read_text().replace(str(backbone_folder), str(backbone)))
+    weights = bytearray((backbone / "model.safetensors").read_bytes())
+    weights[-1000] ^= 4
+    (backbone / "model.safetensors").write_bytes(weights)
+    with pytest.raises(UserError, match=f"^{backbone}: has other weights than the backbone of .*; restore them$"):
+        Embedder.load(directory.path)
+
+
 def test_a_damaged_record_is_never_used(stopped, record_property):
     _, _, whole = stopped
     content, rng, before, noticed = whole.record.read_bytes(), random.Random(13), whole.read_record(), 0
