@@ -55,6 +55,9 @@ LONG = [
     "figures",
     "figures_tell",
     "calibrate",
+    "layouts",
+    "special_tokens",
+    "families",
 ]
 
 
