@@ -105,7 +105,7 @@ class Sweep:
 
     def resource_class(self, run: RunConfig) -> ResourceClass:
         """Return the class that gives a run its memory, time, partition and constraint."""
-        return self.cluster.class_of(_parameters(run.backbone.name))
+        return self.cluster.class_of(_parameters(run.backbone.name, run.backbone.revision))
 
 
 def load(path: str | Path, words: Sequence[str] = ()) -> Sweep:
