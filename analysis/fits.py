@@ -399,8 +399,8 @@ class Fits(Value):
     frontier: Frontier
     excluded: tuple[Exclusion, ...] = ()
     notes: tuple[str, ...] = ()
-    table_digest: str | None = None
-    """Digest of the runs.csv beside the file; missing in version 0.2."""
+    table_digest: str | None = field(default=None, compare=False)
+    """Digest of the runs.csv beside the file; missing in version 0.2. Fits that say the same are equal."""
 
     @classmethod
     def from_json(cls, data: object) -> Self:
