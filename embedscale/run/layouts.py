@@ -230,7 +230,7 @@ def layout_of(config: Mapping[str, Any]) -> Layout:
         )
     if found:
         return found
-    if not isinstance(kind, str):
+    if not isinstance(kind, str) and not config.get("auto_map"):
         raise UserError(f"model_type is {kind!r}; expected the name of a decoder, such as llama")
     if config.get("auto_map"):
         why = "it needs code of its own (auto_map), which is never run"
@@ -238,7 +238,7 @@ def layout_of(config: Mapping[str, Any]) -> Layout:
         why = "it is a mixture of experts, whose cost depends on the text"
     else:
         why = "its layers, and so its cost, are not known; docs/guides/backbone.md lists what is supported"
-    raise UserError(f"model_type {kind!r} is not supported: {REFUSED.get(kind, why)}")
+    raise UserError(f"model_type {kind!r} is not supported: {REFUSED.get(str(kind), why)}")
 
 
 def context_of(config: Mapping[str, Any]) -> int:
