@@ -99,6 +99,7 @@ def test_a_shell_is_told_what_could_follow(tmp_path, line, words):
     assert [word.strip() for word in (tmp_path / "answer").read_text().split("\n")] == words
 
 
+@pytest.mark.slow
 def test_training_starts_without_scipys_signals_which_are_there_afterwards():
     code = "import sys; from embedscale.imports import load; load('embedscale.training.train:train'); "
     code += "assert 'scipy.signal' not in sys.modules; from scipy.signal import find_peaks; import scipy; "

@@ -171,6 +171,7 @@ def test_the_command_writes_a_figure_and_a_csv(tmp_path, capsys):
     assert main([*command, "--replay", "part"]) == 2
 
 
+@pytest.mark.slow
 def test_a_simulated_sweep_says_what_an_adaptive_one_would_miss(tmp_path, capsys):
     rows = pd.DataFrame([("full", n, c) for n in SIZES for c in BUDGETS], columns=["method", "N", "C"])
     rows.to_csv(tmp_path / "grid.csv", index=False)

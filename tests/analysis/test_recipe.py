@@ -373,6 +373,7 @@ def test_the_next_sizes_are_other_sizes(tmp_path):
     assert sizes[0] < found.best.n_parameters / 1.5 and sizes[1] > found.best.n_parameters * 1.5
 
 
+@pytest.mark.slow
 def test_methods_that_cannot_be_the_best_are_named_together(tmp_path):
     """Of fifteen methods, the first is 20 % better than all others."""
     table = paper_like().query("method == 'full'")

@@ -118,6 +118,7 @@ def test_the_command_at_the_end_is_run_once_and_not_before(tmp_path, capfd):
     assert capfd.readouterr().err == "on_done: exit 3: exit status 3\n"
 
 
+@pytest.mark.slow
 def test_a_sweep_here_tells_its_end(laptop):
     told = laptop.folder / "told"
     sweep = laptop.write("ends", cluster={"on_done": f"cat >> {told}"}, **RUN)
