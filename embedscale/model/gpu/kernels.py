@@ -101,16 +101,24 @@ def _probabilities(query, key, token, length, scaling, TILE: tl.constexpr):
     return found / tl.sum(found, 1)[:, None]
 
 
-@triton.jit(do_not_specialize=["begin"])
-def _attend(states, cos, sin, ends, out, begin, heads, scaling,
-            SIZE: tl.constexpr, TURNS: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
-    sequence, head = tl.program_id(0) + begin, tl.program_id(1)
+@triton.jit
+def _tile(cos, sin, ends, begin, SIZE: tl.constexpr, TURNS: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr):
+    """Return the first token and the length of this program's sequence, and what `_turned` takes for its tile."""
+    sequence = tl.program_id(0) + begin
     start = tl.load(ends + sequence)
     length = tl.load(ends + sequence + 1) - start
     token = tl.arange(0, TILE)[:, None]
     column, partner, sign = _columns(TURNS, WIDTH)
     inside = (token < length) & (column < SIZE)
     c, s = _angles(cos, sin, start, token, inside, column, sign, TURNS)
+    return start, length, token, column, partner, inside, c, s
+
+
+@triton.jit(do_not_specialize=["begin"])
+def _attend(states, cos, sin, ends, out, begin, heads, scaling,
+            SIZE: tl.constexpr, TURNS: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
+    head = tl.program_id(1)
+    start, length, token, column, partner, inside, c, s = _tile(cos, sin, ends, begin, SIZE, TURNS, TILE, WIDTH)
     kind = states.dtype.element_ty
     states += (start.to(tl.int64) * heads + head) * (3 * SIZE)
     row = token * (heads * 3 * SIZE)
@@ -126,13 +134,8 @@ def _attend(states, cos, sin, ends, out, begin, heads, scaling,
 @triton.jit(do_not_specialize=["begin"])
 def _attend_backward(states, cos, sin, ends, gradient, found, begin, heads, scaling,
                      SIZE: tl.constexpr, TURNS: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
-    sequence, head = tl.program_id(0) + begin, tl.program_id(1)
-    start = tl.load(ends + sequence)
-    length = tl.load(ends + sequence + 1) - start
-    token = tl.arange(0, TILE)[:, None]
-    column, partner, sign = _columns(TURNS, WIDTH)
-    inside = (token < length) & (column < SIZE)
-    c, s = _angles(cos, sin, start, token, inside, column, sign, TURNS)
+    head = tl.program_id(1)
+    start, length, token, column, partner, inside, c, s = _tile(cos, sin, ends, begin, SIZE, TURNS, TILE, WIDTH)
     kind = states.dtype.element_ty
     at = (start.to(tl.int64) * heads + head) * (3 * SIZE)
     states, found = states + at, found + at
