@@ -4,6 +4,7 @@ import numpy as np
 import torch
 
 from embedscale.model.backbone import load_body, shape_of
+from embedscale.model.body import PlainBody
 from embedscale.model.encoder import Encoder
 from embedscale.model.methods import apply_method
 from embedscale.model.packing import pack
@@ -55,6 +56,24 @@ def batch_of(pairs=16, negatives=0, chunk_tokens=None, seed=0, part=slice(None))
     chunks = pack(tokens, lengths[kept], chunk_tokens)
     texts = torch.from_numpy(np.asarray(kept))
     return Batch(0, len(first), chunks, texts, int(lengths.sum()), int((lengths**2).sum()))
+
+
+def chunk_step(folder, method, *changes, chunk=None, **settings):
+    """Return embeddings and gradients of one chunk by the plain body, after `changes` to the decoder.
+
+    The embeddings have the same bits with and without a graph.
+    """
+    module = module_for(folder, method, **settings)
+    for change in changes:
+        change(module.encoder.body)
+    body, chunk = PlainBody(module.encoder), chunk or batch_of().chunks[0]
+    torch.manual_seed(3)
+    without = body.encode(chunk, graph=False)
+    torch.manual_seed(3)
+    embeddings = body.encode(chunk, graph=True)
+    assert torch.equal(without, embeddings)
+    body.backward(chunk, torch.linspace(-1, 1, embeddings.numel()).view_as(embeddings))
+    return embeddings, gradients(module)
 
 
 def gradients(module):

@@ -35,13 +35,7 @@ class Encoder(nn.Module):
     def checkpoint_activations(self) -> None:
         """Keep only each block's input for the backward pass, which computes the block's activations again."""
         self.plain_blocks = False
-        # transformers before 5.20 has only the second name.
-        enable: Any = getattr(self.body, "activation_checkpointing_enable", None)
-        enable = enable or self.body.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
-        # transformers also makes the embedding's output require a gradient, which would run the backward pass
-        # through every frozen block.
-        self.body.disable_input_require_grads()  # type: ignore[operator]
+        checkpoint_blocks(self.body)
 
     def shard(self, device_type: str) -> None:
         """Leave a part of each weight in each process, on its device.
@@ -88,6 +82,17 @@ class Encoder(nn.Module):
         vectors = pool(hidden.float(), packed, self.pooling)
         lengths = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True).clamp_min(1e-12)
         return vectors / lengths.masked_fill(vectors.detach().abs().amax(-1, keepdim=True) == 0, torch.inf)
+
+
+def checkpoint_blocks(body: Any) -> None:
+    """Let transformers keep only each block's input for the backward pass."""
+    # transformers before 5.20 has only the second name.
+    enable: Any = getattr(body, "activation_checkpointing_enable", None)
+    enable = enable or body.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+    # transformers also makes the embedding's output require a gradient, which would run the backward pass
+    # through every frozen block.
+    body.disable_input_require_grads()
 
 
 def pool(hidden: Tensor, packed: Packed, pooling: str) -> Tensor:

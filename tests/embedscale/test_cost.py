@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModel, GPTNeoXConfig, GPTNeoXModel
 
 from embedscale.errors import UserError
 from embedscale.model.backbone import shape_of
+from embedscale.model.encoder import checkpoint_blocks
 from embedscale.model.methods import apply_method
 from embedscale.run.cost import cost_of
 from embedscale.run.families import FAMILIES, PYTHIA, hub_name, known
@@ -46,10 +47,7 @@ def counted(method, checkpointing, parallel, sequences=3, length=16):
     body = GPTNeoXModel(config)
     apply_method(body, method)
     if checkpointing:
-        # Before 5.20, transformers had another name for it.
-        enable = getattr(body, "activation_checkpointing_enable", None) or body.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
-        body.disable_input_require_grads()
+        checkpoint_blocks(body)
     body.train()
     ids = torch.randint(0, 256, (sequences, length))
     with FlopCounterMode(display=False) as forward:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from steps import METHODS, assert_same_gradients, gradients, module_for
+from steps import METHODS, assert_same_gradients, chunk_step, module_for
 
 from embedscale.model.body import PlainBody
 from embedscale.model.packing import pack
@@ -38,19 +38,14 @@ def fuse(monkeypatch):
     return checked
 
 
-def step(folder, method, change=None, lengths=LENGTHS, **settings):
-    """Return embeddings and gradients of one chunk."""
-    module = module_for(folder, method, **settings)
-    tokens = np.random.default_rng(0).integers(0, 256, sum(lengths)).astype(np.int32)
-    (chunk,) = pack(tokens, np.array(lengths))
-    if change is not None:
-        change(module.encoder.body)
-    body = PlainBody(module.encoder)
-    without = body.encode(chunk, graph=False)
-    embeddings = body.encode(chunk, graph=True)
-    assert torch.equal(without, embeddings)
-    body.backward(chunk, torch.linspace(-1, 1, embeddings.numel()).view_as(embeddings))
-    return embeddings, gradients(module)
+def chunk_of(lengths):
+    """Return texts of these lengths in one chunk."""
+    (chunk,) = pack(np.random.default_rng(0).integers(0, 256, sum(lengths)).astype(np.int32), np.array(lengths))
+    return chunk
+
+
+def step(folder, method, *changes, lengths=LENGTHS, **settings):
+    return chunk_step(folder, method, *changes, chunk=chunk_of(lengths), **settings)
 
 
 @pytest.mark.parametrize("method", [METHODS["full"], METHODS["freeze"], METHODS["bias"], Method("lora", rank=4)])

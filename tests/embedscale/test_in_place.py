@@ -2,29 +2,13 @@
 
 import pytest
 import torch
-from steps import METHODS, assert_same_gradients, batch_of, gradients, module_for
+from steps import METHODS, assert_same_gradients, chunk_step
 
-from embedscale.model.body import PlainBody
 from embedscale.model.gpu.adapters import add_in_place
 from embedscale.model.gpu.rotation import turn_in_place
 from embedscale.run.method import Method
 
 LORA = Method("lora", rank=4, alpha=8)
-
-
-def step(folder, method, *changes, **settings):
-    """Return embeddings and gradients of one chunk."""
-    module = module_for(folder, method, **settings)
-    for change in changes:
-        change(module.encoder.body)
-    body, (chunk,) = PlainBody(module.encoder), batch_of().chunks
-    torch.manual_seed(3)
-    without = body.encode(chunk, graph=False)
-    torch.manual_seed(3)
-    embeddings = body.encode(chunk, graph=True)
-    assert torch.equal(without, embeddings)
-    body.backward(chunk, torch.linspace(-1, 1, embeddings.numel()).view_as(embeddings))
-    return embeddings, gradients(module)
 
 
 @pytest.mark.parametrize("changes", [(add_in_place,), (turn_in_place,), (add_in_place, turn_in_place)])
@@ -33,17 +17,17 @@ def step(folder, method, *changes, **settings):
 )
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_embeddings_and_gradients_are_those_of_the_libraries(backbone_folder, method, changes, checkpointing):
-    embeddings, expected = step(backbone_folder, method)
-    found, own = step(backbone_folder, method, *changes, checkpointing=checkpointing)
+    embeddings, expected = chunk_step(backbone_folder, method)
+    found, own = chunk_step(backbone_folder, method, *changes, checkpointing=checkpointing)
     torch.testing.assert_close(found, embeddings, atol=1e-6, rtol=0)
     assert_same_gradients(own, expected)
 
 
 @pytest.mark.parametrize("method", [LORA, Method("full")])
 def test_in_bf16_they_are_as_near_to_float32(backbone_folder, method):
-    truth, expected = step(backbone_folder, method)
-    theirs, _ = step(backbone_folder, method, precision="bf16")
-    ours, found = step(backbone_folder, method, add_in_place, turn_in_place, precision="bf16")
+    truth, expected = chunk_step(backbone_folder, method)
+    theirs, _ = chunk_step(backbone_folder, method, precision="bf16")
+    ours, found = chunk_step(backbone_folder, method, add_in_place, turn_in_place, precision="bf16")
     assert (ours - truth).norm() <= 1.1 * (theirs - truth).norm()
     whole = torch.cat([gradient.flatten() for gradient in expected.values()]).norm()
     for key, gradient in expected.items():
@@ -51,6 +35,6 @@ def test_in_bf16_they_are_as_near_to_float32(backbone_folder, method):
 
 
 def test_adapters_with_dropout_stay(backbone_folder):
-    _, expected = step(backbone_folder, METHODS["lora"])
-    _, found = step(backbone_folder, METHODS["lora"], add_in_place)
+    _, expected = chunk_step(backbone_folder, METHODS["lora"])
+    _, found = chunk_step(backbone_folder, METHODS["lora"], add_in_place)
     assert all(torch.equal(gradient, found[key]) for key, gradient in expected.items())

@@ -15,7 +15,7 @@ from embedscale.errors import UserError
 from embedscale.model.backbone import shape_of, shape_without_weights
 from embedscale.model.body import Inference, PlainBody
 from embedscale.model.cpu.body import training_body
-from embedscale.model.encoder import Encoder
+from embedscale.model.encoder import Encoder, checkpoint_blocks
 from embedscale.model.methods import apply_method
 from embedscale.model.packing import pack
 from embedscale.run.config import Backbone
@@ -94,9 +94,7 @@ def counted(config, method, checkpointing, sequences=3, length=8):
     body = AutoModel.from_config(config, dtype=torch.float32)
     apply_method(body, method)
     if checkpointing:
-        enable = getattr(body, "activation_checkpointing_enable", None) or body.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
-        body.disable_input_require_grads()
+        checkpoint_blocks(body)
     body.train()
     ids = torch.zeros(sequences, length, dtype=torch.long)
     with FlopCounterMode(display=False) as counter:
