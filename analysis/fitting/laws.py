@@ -18,12 +18,14 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from analysis.fits import JointLaw
+from analysis.fitting.starts import EXPONENTS, TURNED, basins
 
 Array = NDArray[np.float64]
 TINY = 1e-300  # replaces an E of 0, whose logarithm does not exist
 VALID = 0.5  # smallest share of finite draws for which an interval is given
 POSITIVE = (0.0, np.inf)
 POWERS = (-6.0, 4.0)  # range of ln b_s of the law of S
+SHAPES = np.array([0.01, 0.2, 0.5, 1.0, 2.0, 5.0, 15.0])  # b_s of the law of S, where starts are looked for
 BOTH = [0, 1, 2, 3, 3]  # the coordinates of `Tied` as those of `Chinchilla`
 
 
@@ -175,7 +177,8 @@ class Law(ABC):
     ) -> Array:
         """Return the loss (nats) [..., points] of coefficients [..., p]."""
         floor, size, data = self.parts(values, n_parameters, tokens, trainable_fraction)
-        return floor + size + data
+        with np.errstate(over="ignore", invalid="ignore"):
+            return floor + size + data
 
     def size_exponent(self, values: ArrayLike) -> Array | None:
         """Return the exponent of N* ∝ C^exponent where a token's cost is proportional to N; None without such a form.
@@ -200,19 +203,6 @@ class Law(ABC):
             log_loss = np.log(np.atleast_2d(loss))
         vertex, lowest = lowest_point(log_n, log_loss)
         return vertex, np.log(budget_flop) - np.interp(vertex, log_n, log_cost), lowest
-
-
-def projected(design: Array, loss: Array) -> tuple[Array, Array]:
-    """Return the linear coefficients [m, k] and the squared residuals [m] of designs [m, points, k].
-
-    For given exponents a law is linear in its other coefficients. Least squares of the relative residuals then gives
-    a starting point for each pair of exponents (variable projection).
-    """
-    scaled = design / loss[:, None]
-    gram = scaled.transpose(0, 2, 1) @ scaled
-    ridge = 1e-12 * np.trace(gram, axis1=1, axis2=2)[:, None, None] * np.eye(design.shape[2])
-    solution = np.linalg.solve(gram + ridge, scaled.sum(1)[..., None])[..., 0]
-    return solution, np.square((scaled @ solution[..., None])[..., 0] - 1).sum(1)
 
 
 # --- The laws --------------------------------------------------------------------------------------------------------
@@ -259,14 +249,13 @@ class Chinchilla(Law):
         return total
 
     def starts(self, loss: Array, data: Data) -> Array:
-        grid = np.geomspace(0.03, 1.5, 14)
-        alpha, beta = (axis.ravel() for axis in np.meshgrid(grid, grid))
-        by_n, by_d = np.exp(-np.outer(alpha, data.log_n)), np.exp(-np.outer(beta, data.log_d))
-        linear, squares = projected(np.stack([np.ones_like(by_n), by_n, by_d], 2), loss)
-        # The coefficients are positive: one that least squares drives below zero starts small instead.
-        linear = np.maximum(linear, 0.02 * loss.min())
-        best = np.argsort(squares)
-        return np.column_stack([np.log(linear[best]), alpha[best], beta[best]])
+        def terms(*exponents: Array) -> Array:
+            by_n, by_d = np.exp(-np.outer(exponents[0], data.log_n)), np.exp(-np.outer(exponents[-1], data.log_d))
+            return np.stack([np.ones_like(by_n), by_n, by_d], 2)
+
+        exponents, linear = basins(terms, [EXPONENTS] * len(self.exponents), loss, positive=(0, 1, 2))
+        # A coefficient that least squares drives to zero starts small instead.
+        return np.column_stack([np.log(np.maximum(linear, 0.02 * loss.min())), *exponents])
 
     def published(self, theta: Array, data: Data) -> Array:
         e, a, b, alpha, beta = theta.T
@@ -294,10 +283,6 @@ class Tied(Chinchilla):
     def gradient(self, theta: Array, data: Data) -> tuple[Array, Array]:
         loss, slopes = super().gradient(theta[:, BOTH], data)
         return loss, np.concatenate([slopes[:, :3], slopes[:, 3:].sum(1, keepdims=True)], 1)
-
-    def starts(self, loss: Array, data: Data) -> Array:
-        found = super().starts(loss, data)
-        return np.column_stack([found[:, :3], found[:, 3:].mean(1)])
 
     def published(self, theta: Array, data: Data) -> Array:
         return super().published(theta[:, BOTH], data)[:, :4]
@@ -366,17 +351,17 @@ class TrainableFraction(Law):
         return total
 
     def starts(self, loss: Array, data: Data) -> Array:
-        grid = np.geomspace(0.04, 1.2, 9)
-        alpha, beta, power = (axis.ravel() for axis in np.meshgrid(grid, grid, [0.5, 1.0, 2.0, 4.0]))
         frozen = np.clip(1 - data.s, 0, 1)
-        by_n, by_d = np.exp(-np.outer(alpha, data.log_n)), np.exp(-np.outer(beta, data.log_d))
-        share = np.where(frozen > 0, frozen ** power[:, None], 0.0)
-        design = np.stack([np.ones_like(by_n), data.log_d * by_n, by_n, share * by_d, by_d], 2)
-        linear, squares = projected(design, loss)
-        best = np.argsort(squares)
-        e, slope, level, gain, rest = linear[best].T
+
+        def terms(alpha: Array, beta: Array, power: Array) -> Array:
+            by_n, by_d = np.exp(-np.outer(alpha, data.log_n)), np.exp(-np.outer(beta, data.log_d))
+            share = np.where(frozen > 0, frozen ** power[:, None], 0.0)
+            return np.stack([np.ones_like(by_n), data.log_d * by_n, by_n, share * by_d, by_d], 2)
+
+        (alpha, beta, power), linear = basins(terms, (TURNED, TURNED, SHAPES), loss, positive=(0,))
+        e, slope, level, gain, rest = linear.T
         e = np.log(np.maximum(e, 0.02 * loss.min()))
-        return np.stack([e, slope, level, gain, np.log(power[best]), rest, alpha[best], beta[best]], 1)
+        return np.stack([e, slope, level, gain, np.log(power), rest, alpha, beta], 1)
 
     def published(self, theta: Array, data: Data) -> Array:
         e, slope, level, gain, log_power, rest, alpha, beta = theta.T

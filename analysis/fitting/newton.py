@@ -20,9 +20,12 @@ TOLERANCE = 1e-7  # largest scaled gradient of a fit
 LIMIT = 1e-7  # of the largest scale: a coordinate below it has run to its limit, where its term is nothing
 EXACT = 1e-7  # rms residual below which a fit is as good as exact, so that rounding decides its gradient
 ITERATIONS = 500  # of the last stage; a flat valley between kinks of Huber's ρ takes many
-RADIUS = 0.3  # of the first step, in internal coordinates; renewed every 40 steps
+ROUND = 40  # steps after which the radius is renewed, and hopeless rows are given up
+RADIUS = 0.3  # of the first step, in internal coordinates
+HOPE = 3.0  # times the fall of its last round: how fast a row may fall to the lowest minimum, else it is hopeless
 SHAKEN = 24  # starts of a fit at least squares with random weights
-SHAKEN_REFIT = 2  # of a refit
+SHAKEN_REFIT = 8  # of a refit
+AROUND, AROUND_REFIT = 96, 4  # starts around the lowest end, of a fit and of a refit
 SAME = 1e-4  # relative difference of objectives up to which two least squares are the same
 BLOCK = 128  # rows that are solved together, at least
 NUMBERS = 30_000  # points of all rows that are solved together, so that their arrays fit into the cache
@@ -149,6 +152,8 @@ def _step(values: Array, gradient: Array, radius: Array) -> Array:
                 step = g / (v + shift_[:, None])
                 length = np.linalg.norm(step, axis=1)
                 a, b = np.where(length > limit, shift_, a), np.where(length > limit, b, shift_)
+                if (np.abs(length / limit - 0.95) < 0.05).all():  # long enough, as in MINPACK
+                    break
                 slope = (step * step / (v + shift_[:, None])).sum(1) / length
                 better = shift_ + (length / limit - 1) * length / slope
                 shift_ = np.where((better > a) & (better < b), better, 0.5 * (a + b))
@@ -156,23 +161,39 @@ def _step(values: Array, gradient: Array, radius: Array) -> Array:
         return -gradient / (values + shift[:, None])
 
 
-def _newton(task: _Task, start: Solution, target: Array, weights: Array, iterations: int, tolerance: float) -> Solution:
+def _newton(
+    task: _Task,
+    start: Solution,
+    target: Array,
+    weights: Array,
+    iterations: int,
+    tolerance: float,
+    owner: NDArray[np.int_] | None = None,
+) -> Solution:
     """Return where a trust-region Newton method ends from every row of `start`.
 
-    Rows that have ended make room for rows that wait, so that a few slow ones do not hold up a nearly empty block.
+    Rows that have ended make room for rows that wait, so that a few slow ones do not hold up a nearly empty block. Rows
+    with one `owner` [b] look for one minimum: a row ends where, as fast as it falls, it does not reach the lowest of
+    them that has converged.
     """
     batch, block = len(start.theta), max(BLOCK, NUMBERS // target.shape[1])
+    owner = np.arange(batch) if owner is None else owner
+    reached, before = np.full(int(owner.max(initial=0)) + 1, np.inf), np.full(batch, np.inf)
     end = Solution(start.theta.copy(), np.full(batch, np.inf), np.full(batch, np.inf), start.iterations.copy())
     rows, made, radius, entered = np.empty(0, int), np.empty(0, int), np.empty(0), 0
+    hopeless = np.empty(0, bool)
     here = _evaluate(task, start.theta[:0], target[:0], weights[:0])
-    while True:
+    while entered < batch or len(rows):
         if entered < batch and len(rows) <= block // 2:
             new = np.arange(entered, min(entered + block - len(rows), batch))
             here = here.join(_evaluate(task, start.theta[new], target[new], weights[new]))
             rows, entered = np.append(rows, new), entered + len(new)
             made = np.append(made, np.zeros(len(new), int))
             radius = np.append(radius, np.full(len(new), RADIUS))
-        done = (here.slope <= tolerance) | (radius < 1e-13) | ~np.isfinite(here.value) | (made == iterations)
+            hopeless = np.append(hopeless, np.zeros(len(new), bool))
+        converged = here.slope <= tolerance
+        np.minimum.at(reached, owner[rows[converged]], here.value[converged])
+        done = converged | hopeless | (radius < 1e-13) | ~np.isfinite(here.value) | (made == iterations)
         if done.any():
             left = rows[done]
             end.theta[left], end.objective[left], end.gradient[left] = (
@@ -182,10 +203,9 @@ def _newton(task: _Task, start: Solution, target: Array, weights: Array, iterati
             )
             end.iterations[left] += made[done]
             rows, made, radius, here = rows[~done], made[~done], radius[~done], here.take(~done)
-            if len(rows) or entered < batch:
-                continue
-            return end
-        radius = np.where(made % 40 == 39, np.maximum(radius, RADIUS), radius)
+            hopeless = hopeless[~done]
+            continue
+        radius = np.where(made % ROUND == ROUND - 1, np.maximum(radius, RADIUS), radius)
         made += 1
         values, vectors = np.linalg.eigh(here.hessian)
         gradient = (here.gradient[:, None] @ vectors)[:, 0]
@@ -203,6 +223,14 @@ def _newton(task: _Task, start: Solution, target: Array, weights: Array, iterati
         wider = np.where((ratio > 0.7) & (length > 0.9 * radius), 2.5 * radius, radius)
         radius = np.minimum(np.where(ratio < 0.25, 0.3 * length, wider), 3.0)
         here.put((gain > 0) | level, there)
+        ends = made % ROUND == 0  # of a round
+        if ends.any():
+            again, value = rows[ends], here.value[ends]
+            with np.errstate(invalid="ignore"):
+                still = HOPE * (before[again] - value) * (iterations - made[ends]) / ROUND
+                hopeless[ends] = value - still > reached[owner[again]]
+            before[again] = value
+    return end
 
 
 class Problem:
@@ -221,7 +249,8 @@ class Problem:
 
     def directly(self, found: Solution, rows: NDArray[np.int_]) -> Solution:
         """Minimise from every row of `found`, without a homotopy; row i has the losses and weights `rows[i]`."""
-        return self._run(self.last, found, rows, ITERATIONS, TOLERANCE)
+        task = replace(self.task, delta=self.last)
+        return _newton(task, found, self.target[rows], self.weights[rows], ITERATIONS, TOLERANCE, rows)
 
     def squares(self, found: Solution, rows: NDArray[np.int_]) -> Solution:
         """Minimise the squares: far from the minimum, nearly all points lie on the straight part of Huber's ρ."""
@@ -232,6 +261,14 @@ class Problem:
         shares = np.random.default_rng(0).exponential(size=(len(rows), self.target.shape[1]))
         task, weights = replace(self.task, delta=None), self.weights[rows] * shares
         return began(_newton(task, began(theta), self.target[rows], weights, 60, 1e-4).theta)
+
+    def around(self, theta: Array, rows: NDArray[np.int_]) -> Solution:
+        """Minimise from a random point near each theta [b, p]: kinks of Huber's ρ make basins beside each other."""
+        law, rng = self.task.law, np.random.default_rng(1)
+        spread = np.where(
+            np.isin(law.coefficients, law.exponents), 0.1, np.where(np.arange(theta.shape[1]) > 0, 0.4, 1)
+        )
+        return self.directly(began(theta + spread * rng.standard_normal(theta.shape)), rows)
 
     def staged(self, found: Solution, rows: NDArray[np.int_]) -> Solution:
         """Minimise from the least squares of each row."""
@@ -258,9 +295,10 @@ def minimise(
 ) -> tuple[Solution, NDArray[np.int_]]:
     """Minimise the objective of the residuals at `loss` [points] from the rows of `theta` [b, p].
 
-    Rows with the same least squares go on as one, and only the `most` lowest of these. Huber's ρ has more basins than
-    the squares, so `SHAKEN` further rows begin at least squares with random weights. Return where all of these end, and
-    how many rows each of them stands for.
+    Rows with the same least squares go on as one, and only the `most` lowest of these. Not every basin begins at one of
+    them, and Huber's ρ has more basins than the squares, so `SHAKEN` further rows begin at least squares with random
+    weights. Return where all of these end, and how many rows each of them stands for: none, if it began near another's
+    end.
     """
     problem, rows = Problem(law, data, loss[None], weights[None], residual, delta), np.zeros(len(theta), int)
     found = problem.squares(began(theta), rows)
@@ -269,10 +307,14 @@ def minimise(
     first = np.flatnonzero(np.append(True, ~(value[1:] <= value[:-1] * (1 + SAME))))
     count = np.diff(np.append(first, len(order)))
     found, count = found.take(order[first[:most]]), count[:most]
+    found = found.join(problem.shaken(np.tile(found.theta[0], (SHAKEN, 1)), np.zeros(SHAKEN, int)))
+    count = np.append(count, np.ones(SHAKEN, int))
+    found = problem.staged(found, np.zeros(len(count), int))
     if problem.last is not None:
-        found = found.join(problem.shaken(np.tile(found.theta[0], (SHAKEN, 1)), rows[:SHAKEN]))
-        count = np.append(count, np.ones(SHAKEN, int))
-    return problem.staged(found, np.zeros(len(count), int)), count
+        lowest = found.theta[np.argmin(found.objective)]
+        found = found.join(problem.around(np.tile(lowest, (AROUND, 1)), np.zeros(AROUND, int)))
+        count = np.append(count, np.zeros(AROUND, int))
+    return found, count
 
 
 def lowest_of_many(problem: Problem, theta: Array, rows: NDArray[np.int_]) -> Solution:
@@ -297,5 +339,13 @@ def lowest_of_many(problem: Problem, theta: Array, rows: NDArray[np.int_]) -> So
     if problem.last is not None:
         found = found.join(problem.directly(began(np.tile(theta[0], (count, 1))), rows))
         owner = np.append(owner, np.arange(count))
+        near = np.repeat(np.arange(count), AROUND_REFIT)
+        found = found.join(problem.around(_lowest(found, owner).theta[near], rows[near]))
+        owner = np.append(owner, near)
+    return _lowest(found, owner)
+
+
+def _lowest(found: Solution, owner: NDArray[np.int_]) -> Solution:
+    """Return the lowest end of each owner."""
     order = np.lexsort((found.objective, owner))
     return found.take(order[np.unique(owner[order], return_index=True)[1]])

@@ -16,7 +16,6 @@ from embedscale.errors import UserError
 
 RESIDUALS = ("huber", "lad", "log", "raw")
 MANY = 100  # points from which a refit has one basin, so that it starts at the last δ
-OTHERS = slice(0, 24, 6)  # starts of a refit besides the fit, below so many points
 
 
 class NoFit(UserError):
@@ -88,7 +87,7 @@ class JointFit:
             found = problem.directly(found, rows)
         left = rows[~found.converged]
         if len(left):
-            starts = np.vstack([self.theta, self.law.starts(self.loss, self.data)[OTHERS]])
+            starts = np.vstack([self.theta, self.law.starts(self.loss, self.data)])
             again = lowest_of_many(problem, starts, left)
             found.theta[left], found.gradient[left] = again.theta, again.gradient
         return np.where(found.converged[:, None], self.law.published(found.theta, self.data), np.nan)

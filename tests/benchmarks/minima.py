@@ -3,9 +3,11 @@
     python tests/benchmarks/minima.py DATA [subsets] [refits]
 
 DATA holds the public tables (`olmo_ladder`, `chinchilla_epoch`, `farseer`, `porian_isoflop`). Each subset is 12 to 40
-random rows of a random table, fitted by both laws and three residuals. scipy runs BFGS from the law's own starts and
-from points near our minimum, and Nelder–Mead from our minimum. A fit that is refused, because it
-did not converge or because a coefficient has a sign that the law does not allow, is counted separately.
+random rows of a random table, fitted by every law and three residuals. The refits are of resampled rows, twenty of each
+further subset. scipy runs BFGS from the law's own starts and from points near our minimum, and Nelder–Mead from our
+minimum. A fit that is refused, because it did not converge or because a coefficient has a sign that the law does not
+allow, is counted separately. Each subset has a random seed of its own, so `subsets` and `refits` may be a number or a
+range: `137-140` repeats the subsets 137, 138 and 139.
 """
 
 import sys
@@ -25,6 +27,7 @@ Table = tuple[np.ndarray, np.ndarray, np.ndarray]  # N, D, loss
 KINDS = ("huber", "log", "raw")
 MORE = 1e-6  # relative excess of the objective above which a fit has missed the minimum
 DELTA = 1e-3
+RESAMPLES = 20  # refits of each subset
 
 
 def tables(data: Path) -> dict[str, Table]:
@@ -64,15 +67,15 @@ def objective(law: Law, data: Data, loss: np.ndarray, weights: np.ndarray, kind:
     return at
 
 
-def lowest(at, starts: list[np.ndarray], near: np.ndarray | None, rng: np.random.Generator) -> float:
-    """Return the lowest objective that scipy reaches."""
-    if near is not None:
-        spread = np.array([1, *[0.4] * (len(near) - 3), 0.1, 0.1])
-        starts = [*starts, *(near + spread * rng.standard_normal((3, len(near))))]
+def lowest(at, starts: np.ndarray, near: np.ndarray, rng: np.random.Generator) -> float:
+    """Return the lowest objective that scipy reaches from four starts, three points near `near`, and `near` itself."""
+    spread = np.array([1, *[0.4] * (len(near) - 3), 0.1, 0.1])
+    drawn = spread * rng.standard_normal((7, len(near)))
+    starts = [*starts[:4], *(starts[0] + 2 * drawn[: max(0, 4 - len(starts))]), *(near + drawn[4:])]
     ends = [minimize(at, start, jac=True, method="BFGS", options={"gtol": 1e-9, "maxiter": 300}) for start in starts]
     best = min(ends, key=lambda end: end.fun)
     options = {"maxiter": 1500, "xatol": 1e-9, "fatol": 1e-12}
-    for start in [best.x] if near is None else [best.x, near]:
+    for start in (best.x, near):
         end = minimize(lambda theta: at(theta)[0], start, method="Nelder-Mead", options=options)
         best = min(best, end, key=lambda end: end.fun)
     return best.fun / 1e4
@@ -87,12 +90,12 @@ def subset(found: dict[str, Table], rng: np.random.Generator) -> tuple[str, Tabl
     return name, (n, d, loss), rng.choice([0.25, 0.5, 0.75, 1.0], len(rows))
 
 
-def fits(found: dict[str, Table], count: int) -> None:
-    rng = np.random.default_rng(0)
+def fits(found: dict[str, Table], indices: range) -> None:
     excess: dict[tuple[str, str], list[float]] = defaultdict(list)
     refused: dict[tuple[str, str], int] = defaultdict(int)
-    ours, began = 0.0, time.perf_counter()
-    for _ in range(count):
+    ours, began = 0.0, time.process_time()
+    for index in indices:
+        rng = np.random.default_rng([0, index])
         name, (n, d, loss), fraction = subset(found, rng)
         if len(np.unique(n)) < 3:
             continue
@@ -100,38 +103,39 @@ def fits(found: dict[str, Table], count: int) -> None:
             s = fraction if law.needs_fraction else np.ones_like(n)
             tried = loss * (1 + 0.1 * (1 - s) ** 1.5)
             for kind in KINDS:
+                what = f"  {index}: {name}, {len(n)} rows, {law.name}, {kind}"
+                turn = time.process_time()
                 try:
-                    turn = time.perf_counter()
                     fit = fit_joint(law, n, d, tried, s, residual=kind, delta=DELTA)
                 except NoFit as error:
                     refused[law.name, kind] += 1
-                    print(f"  {name}, {len(n)} rows, {law.name}, {kind}: {error}", flush=True)
+                    print(f"{what}: {error}", flush=True)
                     continue
                 finally:
-                    ours += time.perf_counter() - turn
+                    ours += time.process_time() - turn
                 at = objective(law, fit.data, tried, fit.weights, kind)
-                low = lowest(at, list(law.starts(tried, fit.data)[:4]), fit.theta, rng)
+                low = lowest(at, law.starts(tried, fit.data), fit.theta, rng)
                 excess[law.name, kind].append(fit.objective / low - 1)
                 if fit.objective > low * (1 + MORE):
-                    print(f"  {name}, {len(n)} rows, {law.name}, {kind}: {fit.objective:.6e}, scipy {low:.6e}")
-    print(f"{count} subsets in {time.perf_counter() - began:.0f} s, of which our fits took {ours:.1f} s")
+                    print(f"{what}: MISSED, {fit.objective:.6e}, scipy {low:.6e}", flush=True)
+        if index % 10 == 9:
+            print(f"  {index + 1} subsets: {time.process_time() - began:.0f} s", file=sys.stderr, flush=True)
+    spent = time.process_time() - began
+    print(f"{len(indices)} subsets in {spent:.0f} s of processor time, of which our fits took {ours:.1f} s")
     print("law, residual: fits, refused, above scipy by more than 1e-6, largest excess")
     for (law, kind), values in excess.items():
         missed = int((np.array(values) > MORE).sum())
         print(f"{law}, {kind}: {len(values)}, {refused[law, kind]}, {missed}, {max(values):.1e}")
 
 
-def refits(found: dict[str, Table], count: int) -> None:
-    """Compare the refits of resampled rows, twenty a table, with scipy's multi-start on the same resamples."""
-    rng = np.random.default_rng(1)
+def refits(found: dict[str, Table], indices: range) -> None:
+    """Compare refits of resampled rows with scipy's multi-start on the same resamples."""
     missed, lost, total, worst = 0, 0, 0, 0.0
-    while total < count:
-        name, (n, d, loss), _ = subset(found, rng)
-        try:
-            fit = fit_joint(CHINCHILLA, n, d, loss, delta=DELTA)
-        except NoFit:
-            continue
-        weights = rng.multinomial(len(n), np.full(len(n), 1 / len(n)), 20).astype(float)
+    for index in indices:
+        rng = np.random.default_rng([1, index])
+        name, fit = _fitted(found, rng)
+        count = len(fit.loss)
+        weights = rng.multinomial(count, np.full(count, 1 / count), RESAMPLES).astype(float)
         for w, values in zip(weights, fit.refit(weights=weights), strict=True):
             total += 1
             if not np.isfinite(values).all():
@@ -141,25 +145,43 @@ def refits(found: dict[str, Table], count: int) -> None:
             worst = max(worst, excess)
             if excess > MORE:
                 missed += 1
-                print(f"  {name}, {len(n)} rows: a refit is {excess:.1e} above scipy", flush=True)
+                print(f"  {index * RESAMPLES}: {name}, {count} rows: a refit is {excess:.1e} above scipy", flush=True)
+        if index % 5 == 4:
+            print(f"  {(index + 1) * RESAMPLES} refits", file=sys.stderr, flush=True)
     print(f"{total} refits: {lost} did not converge, {missed} above scipy by more than 1e-6, largest {worst:.1e}")
+
+
+def _fitted(found: dict[str, Table], rng: np.random.Generator) -> tuple[str, JointFit]:
+    """Return the first random subset that the law fits."""
+    while True:
+        name, (n, d, loss), _ = subset(found, rng)
+        try:
+            return name, fit_joint(CHINCHILLA, n, d, loss, delta=DELTA)
+        except NoFit:
+            continue
 
 
 def _excess(fit: JointFit, weights: np.ndarray, values: np.ndarray, rng: np.random.Generator) -> float:
     at = objective(fit.law, fit.data, fit.loss, weights, "huber")
     theta = fit.law.internal(values[None], fit.data)[0]
-    low = lowest(at, list(fit.law.starts(fit.loss, fit.data)[:4]), theta, rng)
+    low = lowest(at, fit.law.starts(fit.loss, fit.data), theta, rng)
     return at(theta)[0] / 1e4 / low - 1
 
 
-def main(data: str, subsets: int = 500, resamples: int = 2000) -> None:
+def span(word: str, step: int = 1) -> range:
+    """Return the numbers of a word such as `500` or `137-140`, in steps."""
+    first, _, last = word.rpartition("-")
+    return range(int(first or 0) // step, -(-int(last) // step))
+
+
+def main(data: str, subsets: str = "500", resamples: str = "2000") -> None:
     found = tables(Path(data))
     print(f"{len(found)} tables, scipy beside {solver.__name__}")
-    fits(found, subsets)
-    refits(found, resamples)
+    fits(found, span(subsets))
+    refits(found, span(resamples, RESAMPLES))
 
 
 if __name__ == "__main__":
     if not 2 <= len(sys.argv) <= 4:
         sys.exit(__doc__)
-    main(sys.argv[1], *map(int, sys.argv[2:]))
+    main(*sys.argv[1:])
