@@ -260,7 +260,8 @@ class Chinchilla(Law):
     def published(self, theta: Array, data: Data) -> Array:
         e, a, b, alpha, beta = theta.T
         n, d = data.centre
-        return np.stack([np.exp(e), np.exp(a + alpha * n), np.exp(b + beta * d), alpha, beta], 1)
+        with np.errstate(over="ignore"):  # a bootstrap resample that cannot hold the law
+            return np.stack([np.exp(e), np.exp(a + alpha * n), np.exp(b + beta * d), alpha, beta], 1)
 
     def internal(self, values: Array, data: Data) -> Array:
         e, a, b, alpha, beta = values.T
@@ -366,9 +367,9 @@ class TrainableFraction(Law):
     def published(self, theta: Array, data: Data) -> Array:
         e, slope, level, gain, log_power, rest, alpha, beta = theta.T
         n, d = data.centre
-        by_n, by_d = np.exp(alpha * n), np.exp(beta * d)
         power = _power(log_power)
-        with np.errstate(over="ignore"):  # a bootstrap resample that cannot hold the law
+        with np.errstate(over="ignore", invalid="ignore"):  # a bootstrap resample that cannot hold the law
+            by_n, by_d = np.exp(alpha * n), np.exp(beta * d)
             columns = [np.exp(e), slope * by_n, (level - slope * d) * by_n, gain * by_d, power, rest * by_d]
         return np.stack([*columns, alpha, beta], 1)
 
