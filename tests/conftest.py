@@ -17,48 +17,15 @@ from saved import save_backbone, write_pairs
 
 gc.disable()  # imports are faster without garbage collection; it is enabled after them
 
-# Files that take minutes. They start first, so that none runs alone at the end; those that mostly wait lead.
-# `make test-quick` leaves them out.
+# Files that take minutes. They start first, so that none runs alone at the end. `survival`, `node` and `away` mostly
+# wait, so they do not start together. `make test-quick` leaves all of these out.
 LONG = [
-    "survival",
-    "node",
-    "export",
-    "encode",
-    "train",
-    "resume",
-    "together",
-    "kill",
-    "local",
-    "submit",
-    "devcluster",
-    "scoring",
-    "status",
-    "prefetch",
-    "prepare_interrupted",
-    "end_of_run",
-    "damage",
-    "report",
-    "docs",
-    "gradcache",
-    "parallel",
-    "gpu",
-    "gpu_blocks",
-    "without_cpu",
-    "away",
-    "snapshot",
-    "uncertainty",
-    "store_damage",
-    "damaged",
-    "damaged_fits",
-    "forecast_tables",
-    "budgets",
-    "figures",
-    "figures_tell",
-    "calibrate",
-    "layouts",
-    "special_tokens",
-    "families",
-]
+    "survival", "docs", "export", "encode", "train", "together", "node", "resume", "kill", "local", "devcluster",
+    "prefetch", "report", "end_of_run", "damage", "away", "gradcache", "uncertainty", "parallel", "gpu",
+    "gpu_blocks", "without_cpu", "submit", "scoring", "status", "prepare_interrupted", "snapshot", "store_damage",
+    "damaged", "damaged_fits", "forecast_tables", "budgets", "figures", "figures_tell", "calibrate", "layouts",
+    "special_tokens", "families",
+]  # fmt: skip
 
 
 def pytest_collection_modifyitems(items):
