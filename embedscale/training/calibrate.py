@@ -156,12 +156,14 @@ def measure(config: RunConfig, device: torch.device, seconds: float, peak: float
     }
 
 
-def build(size: str, vocabulary: int | None = None) -> nn.Module:
-    """Return a body of a known size with random float32 weights; its configuration is in the table of its family."""
+def build(size: str, **changes: Any) -> nn.Module:
+    """Return a body of a known size with random float32 weights; its configuration is in the table of its family.
+
+    `changes` replace values of its `config.json`; another `model_type` makes blocks of another kind in the same size.
+    """
     from transformers import AutoConfig, AutoModel
 
-    values = dict(SIZES[size].config) | ({"vocab_size": vocabulary} if vocabulary else {})
-    config = AutoConfig.for_model(**values)
+    config = AutoConfig.for_model(**(dict(SIZES[size].config) | changes))
     body: nn.Module = AutoModel.from_config(config, dtype=torch.float32)
     return body
 

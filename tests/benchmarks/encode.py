@@ -63,7 +63,7 @@ def save_tokenizer(folder: Path, texts: list[str]) -> None:
 
 def embedder_of(size: str, tokenizer: Path, context: int, precision: str) -> Embedder:
     torch.manual_seed(0)
-    body = build(size, vocabulary=8192).eval()
+    body = build(size, vocab_size=8192).eval()
     words = [f"data.context={context}", f"data.tokenizer={tokenizer}", f"training.precision={precision}"]
     record = SimpleNamespace(width=PYTHIA.sizes[size].shape.width, tokenizer_digest=None)
     return Embedder(body, load(None, words), record, "cpu")

@@ -1,13 +1,14 @@
 """Compare training steps of our module, of sentence-transformers' trainer and of a padded module, in one run.
 
-    python tests/benchmarks/train.py [--size pythia-14m] [--batch 256] [--bf16] [--cached] [--tuned] [--methods]
+    python tests/benchmarks/train.py [--size pythia-14m] [--batch 256] [--llama] [--bf16] [--tuned] [--methods]
 
 All have the same random weights, pairs (lengths as in the paper, cut at 75 tokens; tokens as frequent as words of a
 text), loss (symmetric, over in-batch negatives), optimizer and precision. Each contestant has its own process, and
 they take turns. The median step counts; the first two steps of each turn do not. sentence-transformers tokenises
 during training; our module has its tokens, as from a prepared store. `--methods` also measures our freezing, bias-only
 training and LoRA. `--tuned` also measures sentence-transformers at its best: each batch is encoded in four parts of
-similar lengths, with four loader processes on a GPU, and with tcmalloc on a CPU, if the machine has it.
+similar lengths, with four loader processes on a GPU, and with tcmalloc on a CPU, if the machine has it. `--llama`
+builds Llama's blocks with the width, number of blocks, heads, MLP width and vocabulary of the size.
 """
 
 import argparse
@@ -32,13 +33,13 @@ from turns import Contestant, tcmalloc
 from embedscale.model.hardware import keep_freed_memory, matrix_product_peak
 from embedscale.model.packing import pack
 from embedscale.run.cost import cost_of
-from embedscale.run.families import PYTHIA
-from embedscale.run.method import Method
+from embedscale.run.families import shape_by_name
+from embedscale.run.method import Method, method_of_label
 from embedscale.run.settings import load
 from embedscale.training.batches import Batch
 from embedscale.training.calibrate import build, module_of, paper_lengths, paper_tokens
 from embedscale.training.loss import info_nce
-from embedscale.training.plan import config_of
+from embedscale.training.plan import SIZES, config_of
 
 METHODS = ["full", "freeze-0.5", "bias", "lora-r32"]
 LEARNING_RATE = 1e-5
@@ -55,14 +56,19 @@ def pairs_of(config: Any, vocabulary: int, number: int) -> list[tuple[np.ndarray
     return [(2 + paper_tokens(int(each.sum()), vocabulary - 2, seed), each) for seed, each in found]
 
 
-def save_model(body: nn.Module, folder: Path, vocabulary: int) -> None:
-    """Save a sentence-transformers model whose tokenizer gives the word `w7` the token 7."""
+def save_model(size: str, llama: bool, folder: Path) -> None:
+    """Save a sentence-transformers model with random weights, whose tokenizer gives the word `w7` the token 7.
+
+    The body and its tokenizer are in `folder / "backbone"`.
+    """
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    words = {"[UNK]": 0, "[PAD]": 1} | {f"w{i}": i for i in range(2, vocabulary)}
+    torch.manual_seed(0)
+    body = build(size, **({"model_type": "llama"} if llama else {}))
+    words = {"[UNK]": 0, "[PAD]": 1} | {f"w{i}": i for i in range(2, body.config.vocab_size)}  # type: ignore[union-attr]
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     fast = PreTrainedTokenizerFast(
@@ -75,18 +81,18 @@ def save_model(body: nn.Module, folder: Path, vocabulary: int) -> None:
     SentenceTransformer(modules=[transformer, Pooling(transformer.get_embedding_dimension(), "mean")]).save(str(folder))
 
 
-def setting(words: list[str], size: str, label: str, folder: Path) -> tuple[Any, nn.Module, list, torch.device]:
+def setting(words: list[str], label: str, folder: Path) -> tuple[Any, nn.Module, list, torch.device]:
     """Return the configuration, body, batches and device of our contestants."""
-    config = config_of(load(None, words), size, label)
-    body = AutoModel.from_pretrained(folder / "backbone", dtype=torch.float32)
+    config = config_of(load(None, words), str(folder / "backbone"), label)
+    body = AutoModel.from_pretrained(config.backbone.name, dtype=torch.float32)
     keep_freed_memory()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return config, body, pairs_of(config, body.get_input_embeddings().num_embeddings, BATCHES), device
 
 
-def ours(words: list[str], size: str, label: str, folder: Path) -> Callable[[int], Turn]:
+def ours(words: list[str], label: str, folder: Path) -> Callable[[int], Turn]:
     """Make steps of the real module, without the Trainer's loop."""
-    config, body, batches, device = setting(words, size, label, folder)
+    config, body, batches, device = setting(words, label, folder)
     module = module_of(body, config).to(device)
     module.encoder.train()
     optimizer = module.configure_optimizers()
@@ -103,9 +109,9 @@ def ours(words: list[str], size: str, label: str, folder: Path) -> Callable[[int
     return timed(step)
 
 
-def padded(words: list[str], size: str, folder: Path) -> Callable[[int], Turn]:
+def padded(words: list[str], folder: Path) -> Callable[[int], Turn]:
     """Make steps of the usual way: queries and positives padded to the longest, a mask, mean pooling."""
-    config, body, batches, device = setting(words, size, "full", folder)
+    config, body, batches, device = setting(words, "full", folder)
     body = body.to(device).train()
     optimizer = torch.optim.AdamW(body.parameters(), lr=LEARNING_RATE, weight_decay=0.1, fused=True)
 
@@ -246,11 +252,12 @@ def in_sorted_parts(model: Any) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", default="pythia-14m")
+    parser.add_argument("--size", default="pythia-14m", choices=SIZES, metavar="SIZE")
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--steps", type=int, default=6, help="a turn")
     parser.add_argument("--turns", type=int, default=2)
     parser.add_argument("--chunk-tokens", type=int)
+    parser.add_argument("--llama", action="store_true", help="Llama's blocks in this size")
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--cached", action="store_true", help="their cached loss too")
     parser.add_argument("--tuned", action="store_true", help="theirs with sorted parts and loader processes too")
@@ -261,11 +268,10 @@ def main() -> None:
     words += [f"resources.chunk_tokens={args.chunk_tokens}"] if args.chunk_tokens else []
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "model"
-        torch.manual_seed(0)
-        save_model(build(args.size), folder, PYTHIA.sizes[args.size].shape.vocabulary)
+        save_model(args.size, args.llama, folder)
         labels = METHODS if args.methods else METHODS[:1]
-        contestants = {f"ours, {label}": Contestant(ours, words, args.size, label, folder) for label in labels}
-        contestants["ours, padded"] = Contestant(padded, words, args.size, folder)
+        contestants = {f"ours, {label}": Contestant(ours, words, label, folder) for label in labels}
+        contestants["ours, padded"] = Contestant(padded, words, folder)
         contestants["sentence-transformers"] = Contestant(theirs, words, folder)
         if args.cached:
             contestants["sentence-transformers, cached"] = Contestant(theirs, words, folder, True)
@@ -282,21 +288,24 @@ def main() -> None:
                 seconds, loss = contestant.turn(args.steps)
                 taken[name] += seconds
                 losses.setdefault(name, loss)
-    show(args, load(None, words), {n: float(np.median(s)) for n, s in taken.items()}, losses, peak)
+        show(args, load(None, words), folder, {n: float(np.median(s)) for n, s in taken.items()}, losses, peak)
 
 
-def show(args: Any, config: Any, typical: dict[str, float], losses: dict[str, float], peak: float) -> None:
-    batches = [lengths for _, lengths in pairs_of(config, PYTHIA.sizes[args.size].shape.vocabulary, BATCHES)]
+def show(
+    args: Any, config: Any, folder: Path, typical: dict[str, float], losses: dict[str, float], peak: float
+) -> None:
+    shape = shape_by_name(str(folder / "backbone"))
+    assert shape is not None
+    batches = [lengths for _, lengths in pairs_of(config, shape.vocabulary, BATCHES)]
     tokens, squares = np.mean([each.sum() for each in batches]), np.mean([(each**2).sum() for each in batches])
     title = (
-        f"{args.size}, batches of {args.batch} pairs, {tokens:,.0f} tokens, {config.training.precision}, "
-        f"{torch.get_num_threads()} threads; a large product reaches {peak:.4g} FLOP/s"
+        f"{args.size}{' as Llama' * args.llama}, batches of {args.batch} pairs, {tokens:,.0f} tokens, "
+        f"{config.training.precision}, {torch.get_num_threads()} threads; a large product reaches {peak:.4g} FLOP/s"
     )
     table = Table("", "pairs/s", "ours is faster by", "FLOP/s", "of the product", "first loss", title=title)
     for name, seconds in typical.items():
         label = name.removeprefix("ours, ")
-        known = label in METHODS
-        cost = cost_of(PYTHIA.sizes[args.size].shape, config_of(config, args.size, label).method if known else Method())
+        cost = cost_of(shape, method_of_label(label) if label in METHODS else Method())
         speed = cost.exact(int(tokens), int(squares)) / seconds
         table.add_row(
             name,

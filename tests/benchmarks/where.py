@@ -1,6 +1,6 @@
 """Show how a training step's time on a CPU divides into operations: with padding, and in our module.
 
-    python tests/benchmarks/where.py [--bf16] [--sizes SIZE …] [--figure FILE]   # about nine minutes
+    python tests/benchmarks/where.py [--bf16] [--llama] [--sizes SIZE …] [--figure FILE]   # about nine minutes
 
 The method is full fine-tuning on the pairs of train.py, with one thread: each core of a training step has one thread,
 and the profiler sees all of its work.
@@ -19,15 +19,13 @@ from torch.profiler import ProfilerActivity, profile
 from train import LEARNING_RATE, WARM, ours, padded, save_model
 
 from analysis.figures.style import TWO, style
-from embedscale.run.families import PYTHIA
-from embedscale.training.calibrate import build
 
 PAIRS = {"pythia-14m": 256, "pythia-70m": 64, "pythia-160m": 32, "pythia-410m": 8}
 PARTS = {  # part → beginnings of the names of its operations
     "products of dense layers": ("aten::mm", "aten::addmm", "mkldnn::_linear_pointwise"),
     "attention": ("aten::_scaled_dot_product", "aten::bmm", "aten::baddbmm", "aten::_softmax"),
-    "GELU": ("aten::gelu",),
-    "norms": ("aten::native_layer_norm",),
+    "GELU": ("aten::gelu", "aten::silu"),
+    "norms": ("aten::native_layer_norm", "aten::pow", "aten::mean", "aten::rsqrt"),
     "rotation, residuals, biases": ("aten::mul", "aten::add", "aten::neg", "aten::sum", "aten::sub"),
     "copies and fills": ("aten::copy_", "aten::cat", "aten::fill_", "aten::zero_", "aten::index", "aten::embedding"),
     "AdamW": ("aten::_fused_adamw",),
@@ -52,6 +50,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", default=["pythia-14m", "pythia-160m", "pythia-410m"], choices=PAIRS)
     parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--llama", action="store_true", help="Llama's blocks in these sizes")
     parser.add_argument("--figure", metavar="FILE", help="the shares as bars")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -61,11 +60,11 @@ def main() -> None:
         words += ["training.precision=bf16"] if args.bf16 else []
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)
-            save_model(build(size), folder, PYTHIA.sizes[size].shape.vocabulary)
-            before, after = parts_of(padded(words, size, folder)), parts_of(ours(words, size, "full", folder))
+            save_model(size, args.llama, folder)
+            before, after = parts_of(padded(words, folder)), parts_of(ours(words, "full", folder))
         found[size] = before, after
-        title = f"{size}, {PAIRS[size]} pairs, {'bf16' if args.bf16 else 'float32'}: seconds of a step on one thread"
-        table = Table("", "padded", "", "ours", "", title=title)
+        kind = f"{size}{' as Llama' * args.llama}, {PAIRS[size]} pairs, {'bf16' if args.bf16 else 'float32'}"
+        table = Table("", "padded", "", "ours", "", title=f"{kind}: seconds of a step on one thread")
         for column in table.columns[1:]:
             column.justify = "right"
         for part in before:

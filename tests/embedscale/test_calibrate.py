@@ -96,7 +96,7 @@ def _peak(longest, out):
     torch.set_num_threads(2)
     keep_freed_memory()
     config = config_of(load(None, [f"resources.memory_gb={LIMIT / 1e9}"]), "pythia-14m", "full")
-    module = module_of(build("pythia-14m", vocabulary=8192), config)
+    module = module_of(build("pythia-14m", vocab_size=8192), config)
     chunk = fitting_chunk(module)
     pairs, context = config.training.batch_size, config.data.context
     lengths = np.full(2 * pairs, context) if longest else paper_lengths(config, 0)
