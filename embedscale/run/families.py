@@ -5,11 +5,12 @@ configurations say; tests compare every row with the built model. A new family i
 new needs a row in `embedscale.run.layouts` too. A folder of any model with a known layout needs no table.
 
 Peak learning rates of pre-training, and where they are published:
-Pythia: Biderman et al. 2023 (arXiv 2304.01373), table 6. Llama 3.1: Dubey et al. 2024 (arXiv 2407.21783), table 3; the
-3.2 models were pruned and distilled, no peak is published. SmolLM2 and SmolLM3: the training configurations in
-github.com/huggingface/smollm, text/pretraining. OLMo 2: configs/official-1124 and official-0425 in
-github.com/allenai/OLMo; for 13B they and the paper (arXiv 2501.00656) say different numbers, so the table has none.
-Qwen and Google published none.
+Pythia: Biderman et al. 2023 (arXiv 2304.01373), table 6; models/ in github.com/EleutherAI/pythia says the same, but
+2.5e-4 for 1b. Llama 3.1: Dubey et al. 2024 (arXiv 2407.21783), table 3; the 3.2 models were pruned and distilled, no
+peak is published. SmolLM2 and SmolLM3: text/pretraining in github.com/huggingface/smollm. OLMo 2: in
+github.com/allenai/OLMo, configs/official-0425 (1B) and official-1124 (7B); in github.com/allenai/OLMo-core,
+src/scripts/official/OLMo2 (32B); for 13B they and the paper (arXiv 2501.00656) say different numbers, so the table has
+none. The reports on Qwen 2.5 (arXiv 2412.15115), Qwen 3 (arXiv 2505.09388) and Gemma 3 (arXiv 2503.19786) name none.
 """
 
 import json
@@ -200,7 +201,7 @@ OLMO2 = _family(
         ("allenai/OLMo-2-0425-1B", 16, 2048, 8192, 16, 16, 4e-4, 1_073_874_944),
         ("allenai/OLMo-2-1124-7B", 32, 4096, 11008, 32, 32, 3e-4, 6_476_533_760),
         ("allenai/OLMo-2-1124-13B", 40, 5120, 13824, 40, 40, None, 12_688_593_920),
-        ("allenai/OLMo-2-0325-32B", 64, 5120, 27648, 40, 8, None, 31_206_675_456),
+        ("allenai/OLMo-2-0325-32B", 64, 5120, 27648, 40, 8, 6e-4, 31_206_675_456),
     ),
     variants=("-Instruct",),
 )

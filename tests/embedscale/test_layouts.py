@@ -20,6 +20,7 @@ from embedscale.model.methods import apply_method
 from embedscale.model.packing import pack
 from embedscale.run.config import Backbone
 from embedscale.run.cost import cost_of
+from embedscale.run.families import FAMILIES
 from embedscale.run.layouts import LAYOUTS, shape_from
 from embedscale.run.method import Method
 
@@ -121,12 +122,26 @@ def test_the_exact_cost_equals_torchs_count(kind):
             assert counted(config, method, checkpointing) == expected, (name, checkpointing)
 
 
+def shrunk(family):
+    """Return a family's configuration with narrow blocks: six, so that each kind of block is among them."""
+    given = next(iter(family.sizes.values())).config
+    narrow = {key: value for key, value in SMALL.items() if key in given}
+    config = CONFIG_MAPPING[given["model_type"]](**{**given, **narrow, "num_hidden_layers": 6, "pad_token_id": 0})
+    config._attn_implementation = "eager"
+    return config
+
+
+CONFIGS = {kind: (small, kind, VARIANTS["with biases"]) for kind in LAYOUTS}
+CONFIGS |= {family.name: (shrunk, family, {}) for family in FAMILIES}
+
+
 @pytest.mark.parametrize("attention", ["causal", "bidirectional"])
-@pytest.mark.parametrize("kind", LAYOUTS)
-def test_packed_texts_embed_as_in_transformers(kind, attention):
+@pytest.mark.parametrize("name", CONFIGS)
+def test_packed_texts_embed_as_in_transformers(name, attention):
     """One text at a time, with transformers' own eager attention, is the truth."""
     torch.manual_seed(0)
-    config = small(kind, **VARIANTS["with biases"])
+    make, what, more = CONFIGS[name]
+    config = make(what, **more)
     reference = AutoModel.from_config(config, dtype=torch.float32).eval()
     for parameter in reference.parameters():  # zeros and ones would hide a bias or a scale
         parameter.data += 0.05 * torch.randn_like(parameter)
