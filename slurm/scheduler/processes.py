@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -170,11 +171,11 @@ def stalled(directory: RunDirectory) -> bool:
     return begun is None or (directory.newest_step or 0) <= begun
 
 
-def note_failure(directory: RunDirectory, reason: str) -> None:
+def note_failure(directory: RunDirectory, reason: str, traceback: str | None = None) -> None:
     """Write an attempt that failed for a reason that no training process could write down."""
     with leased(directory) as lease:
         directory.clear_up(lease.left_behind)
-        directory.begin_attempt().end("failed", reason=reason)
+        directory.begin_attempt().end("failed", traceback, reason=reason)
 
 
 def _start(run: RunConfig, place: Place) -> _Running:
@@ -200,7 +201,7 @@ def next_attempt(directory: RunDirectory, rank: int) -> int:
 
 
 def _child(run: RunConfig, environment: dict[str, str], place: Place, log: Path) -> None:
-    """Train a run in this child process. A user error fails this run and no other."""
+    """Train a run in this child process. An error fails this run and no other."""
     stop = StopRequest()
     stop.on_signals()
     os.environ.update(environment)
@@ -222,10 +223,14 @@ def _child(run: RunConfig, environment: dict[str, str], place: Place, log: Path)
         print(f"embedscale: {error}", file=sys.stderr)
         if lease_holder(directory.lease) is not None:
             sys.exit(ELSEWHERE)
-        if int(os.environ.get("RANK", 0)) == 0:
-            with suppress(UserError):  # a damaged file of the run, which `status` names
-                note_failure(directory, str(error))
-        sys.exit(FAILED)
+        reason, text = str(error), None
+    except Exception as error:  # before the run's own attempt, which would have written it down
+        reason, text = f"{type(error).__name__}: {error}", traceback.format_exc()
+        print(text, file=sys.stderr)
+    if int(os.environ.get("RANK", 0)) == 0:
+        with suppress(UserError):  # a damaged file of the run, which `status` names
+            note_failure(directory, reason, text)
+    sys.exit(FAILED)
 
 
 def _over(each: _Running, stop: StopRequest) -> bool:

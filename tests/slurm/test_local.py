@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import time
 
@@ -123,6 +124,21 @@ def test_ten_attempts_without_a_new_checkpoint_are_a_failure(tmp_path, monkeypat
     assert stalled(directory)
     attempt(directory, "failed")
     assert not stalled(directory), "a retry counts anew"
+
+
+def test_a_run_that_crashes_before_its_attempt_has_failed_and_not_never_begun(laptop, backbone_folder):
+    """No process of the run could write down what transformers raised; the sweep's next submit must not repeat it."""
+    model = laptop.folder / "wrong"
+    shutil.copytree(backbone_folder, model)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"hidden_act": "unheard"}))
+    sweep = laptop.write("crash", base={"backbone.name": str(model)}, axes={"budget": [1e9]}, methods=["full"])
+    assert "1 failed" in laptop.sweep("submit", sweep, "--to", "here", code=1)
+    (directory,) = laptop.directories("crash")
+    (only,) = directory.read_attempts()
+    assert only.ended == "failed" and "unheard" in only.reason
+    assert "unheard" in directory.attempt(1).traceback.read_text()
+    assert "1 failed; 0 to submit" in laptop.sweep("submit", sweep, "--to", "here")
 
 
 def test_a_run_that_stalls_or_cannot_begin_fails_with_a_reason(laptop):
