@@ -108,3 +108,13 @@ def test_unsupported_bodies_are_not_folded(backbone_folder):
     assert fold(body, "float32") is None
     body.config.attention_dropout, body.config.use_parallel_residual = 0.0, False
     assert fold(body, "float32") is None
+
+
+def test_heads_too_narrow_to_turn_by_pairs_embed_as_in_transformers(tmp_path, save_decoder):
+    """A quarter of a head of four dimensions turns: one dimension, which transformers pairs with itself."""
+    body = load_body(Backbone(name=str(save_decoder(tmp_path / "narrow", width=8, blocks=2))), 0).requires_grad_(False)
+    tokens, lengths = sequences(12)
+    expected = one_by_one(body, tokens, lengths, "mean")
+    (chunk,) = pack(tokens, lengths)
+    (found,) = Inference(Encoder(body)).embed([chunk])
+    torch.testing.assert_close(found[chunk.order.argsort()], expected, atol=1e-6, rtol=0)

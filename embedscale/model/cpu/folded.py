@@ -42,8 +42,10 @@ def fold(body: nn.Module, precision: str) -> "FoldedPythia | None":
         return None
     config = body.config
     known = config.use_parallel_residual and config.hidden_act == "gelu" and config.attention_bias
+    layer: Any = body.layers[0]
+    by_pairs = layer.attention.rotary_ndims % 2 == 0  # of dimensions, as `rotate` turns them
     variants = any(getattr(module, "lora_variant", None) for module in body.modules())  # such as DoRA
-    if not known or variants or drops(body):
+    if not known or not by_pairs or variants or drops(body):
         return None
     return FoldedPythia(body, torch.bfloat16 if precision == "bf16" else torch.float32)
 
