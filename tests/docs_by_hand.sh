@@ -30,6 +30,10 @@ sbatch --partition=high --nodes=2 --exclusive --wrap "sleep 20"
 timeout 60 embedscale sweep watch configs/sweep/quickstart.yaml --every 30 || true
 embedscale sweep submit configs/sweep/quickstart.yaml --evaluate held-out
 echo y | embedscale sweep cancel configs/sweep/quickstart.yaml
+sacctmgr -i add account my-project
+sacctmgr -i add qos urgent
+sacctmgr -i add user root account=my-project qos=normal,urgent
+scontrol create reservation ReservationName=school StartTime=now Duration=60 Users=root Nodes=ALL
 python -m slurm.scheduler.devcluster down /tmp/dev
 
 # Needs what this machine lacks: modules, conda, a GPU, an account. Listed, not run.

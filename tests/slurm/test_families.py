@@ -1,13 +1,14 @@
-"""One sweep over decoders of several families: planned by shape alone, run here, and compared within each family."""
+"""One sweep over decoders of several families: planned by shape alone, run here or by SLURM, fitted within a family."""
+
+import json
 
 import pytest
 import torch
+from command import Command
 from saved import save_backbone, save_byte_tokenizer
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModel
 
-from analysis import runs
-from embedscale.errors import UserError
 from embedscale.run.cost import cost_of
 from embedscale.run.families import shape_by_name
 from embedscale.run.method import Method
@@ -26,13 +27,14 @@ KINDS = {"llama": {}, "qwen3": {}, "gemma3_text": {"sliding_window": 64}}
 
 
 def folders(tmp_path):
-    """Save a small decoder of each kind, over bytes; return their folders by `model_type`."""
-    found = {"gpt_neox": save_backbone(tmp_path / "models" / "gpt_neox-tiny", width=16, blocks=2)}
-    for kind, more in KINDS.items():
+    """Save a small decoder of each kind, over bytes, and three wider Llamas; return the first of each `model_type`."""
+    found = {"gpt_neox": save_backbone(tmp_path / "models" / "gpt_neox-16", width=16, blocks=2)}
+    for kind, width in [*((kind, 16) for kind in KINDS), ("llama", 8), ("llama", 24), ("llama", 32)]:
         torch.manual_seed(0)
-        folder = tmp_path / "models" / f"{kind}-tiny"
-        AutoModel.from_config(AutoConfig.for_model(kind, **SMALL, **more)).save_pretrained(folder)
-        found[kind] = save_byte_tokenizer(folder)
+        folder = tmp_path / "models" / f"{kind}-{width}"
+        config = AutoConfig.for_model(kind, **{**SMALL, "hidden_size": width}, **KINDS[kind])
+        AutoModel.from_config(config).save_pretrained(folder)
+        found.setdefault(kind, save_byte_tokenizer(folder))
     return found
 
 
@@ -47,25 +49,57 @@ def counted(folder, texts):
     return counter.get_total_flops() - angles
 
 
-def test_one_sweep_runs_three_families_beside_a_pythia_shaped_one(laptop):
-    kinds = folders(laptop.folder)
-    backbones = [f"models/{folder.name}" for folder in kinds.values()]  # relative to where the command runs
-    file = laptop.write(
-        "families", axes={"budget": [2e8]}, backbones=backbones, methods=["full"], base={"training.learning_rate": 1e-3}
+@pytest.fixture(params=["here", pytest.param("slurm", marks=pytest.mark.slurm)])
+def place(request):
+    """A folder to run sweeps in, and the words by which `submit` runs them there."""
+    if request.param == "here":
+        return request.getfixturevalue("laptop"), ["--to", "here"]
+    return request.getfixturevalue("lab"), []
+
+
+def test_one_sweep_of_three_families_beside_a_pythia_shaped_one_from_plan_to_recipe(place, until):
+    lab, words = place
+    kinds = folders(lab.folder)
+    backbones = [f"models/{folder.name}" for folder in sorted((lab.folder / "models").iterdir())]  # relative
+    grid = {"axes": {"budget": [4e8, 1.2e9]}, "backbones": backbones, "methods": ["full"]}
+    file = lab.write(
+        "families", base={"training.learning_rate": 1e-3}, cluster={"bundle_minutes": 1, "max_gpus": 2}, **grid
     )
-    plan = laptop.sweep("plan", file, "--each")
-    assert "4 runs" in plan and "cannot be run" not in plan, plan
-    assert "4 done" in laptop.sweep("submit", file, "--to", "here")
-    records = {each.read_record().family: each.read_record() for each in laptop.directories("families")}
-    assert records.keys() == kinds.keys()
+    plan = lab.sweep("plan", file, "--each")
+    assert "14 runs" in plan and "cannot be run" not in plan, plan
+    lab.sweep("submit", file, *words)
+    until(lambda: len(records(lab)) == 14, 600, lambda: lab.log("families"))
+
+    found = {}
+    for record in records(lab):
+        found.setdefault(record.family, {})[record.backbone.rsplit("/")[-1]] = record
+    assert found.keys() == kinds.keys() and len(found["llama"]) == 4
     for kind, folder in kinds.items():
-        texts = 8
+        texts, record = 8, found[kind][folder.name]
         assert counted(folder, texts) == cost_of(shape_by_name(str(folder)), Method()).exact(texts**2, texts**3)
         body = AutoModel.from_config(AutoConfig.from_pretrained(folder))
         embedding = body.get_input_embeddings().weight.numel()
-        assert records[kind].n_parameters == sum(p.numel() for p in body.parameters()) - embedding
-        assert records[kind].flop_per_token == 6 * records[kind].n_parameters
-    with pytest.raises(UserError, match="runs differ in family .*the tokens of one tokenizer.*--where family="):
-        runs.load(laptop.folder / "runs" / "families")
-    table = runs.load(laptop.folder / "runs" / "families", where={"family": "qwen3"}).table
-    assert list(table["backbone"]) == ["qwen3-tiny"]
+        assert record.n_parameters == sum(p.numel() for p in body.parameters()) - embedding
+        assert record.flop_per_token == 6 * record.n_parameters
+
+    runs = lab.folder / "runs" / "families"
+    mixed = verb(lab, "fit", runs, code=2)
+    assert "runs differ in family" in mixed and "the tokens of one tokenizer" in mixed and "--where family=" in mixed
+    verb(lab, "fit", runs, "--where", "family=llama", "--law", "tied", "--bootstrap", 100, "--out", "llama")
+    verb(lab, "report", "llama", "--budget", 2e9)
+    page = (lab.folder / "llama" / "report.html").read_text()
+    assert "llama-24" in page and page.count("left out, another family: qwen3") == 2
+    best = json.loads(verb(lab, "recipe", "llama", 2e9, "--json"))["best"]
+    assert best["flop_per_token"] == found["llama"][best["backbone"]].flop_per_token
+
+
+def records(lab):
+    return [record for each in lab.directories("families") if (record := each.read_record())]
+
+
+def verb(lab, *words, code=0):
+    """Return what `embedscale WORDS` prints in the lab's folder."""
+    process = Command(lab.server, [str(word) for word in words], lab.environment, lab.folder)
+    output = process.communicate(timeout=300)[0]
+    assert process.returncode == code, output
+    return output
