@@ -65,7 +65,8 @@ def embedder_of(size: str, tokenizer: Path, context: int, precision: str) -> Emb
     torch.manual_seed(0)
     body = build(size, vocab_size=8192).eval()
     words = [f"data.context={context}", f"data.tokenizer={tokenizer}", f"training.precision={precision}"]
-    record = SimpleNamespace(width=PYTHIA.sizes[size].shape.width, tokenizer_digest=None)
+    width = PYTHIA.sizes[size].shape.width
+    record = SimpleNamespace(width=width, tokenizer_digest=None, tokens_before=[], tokens_after=[])
     return Embedder(body, load(None, words), record, "cpu")
 
 

@@ -4,7 +4,9 @@
 
 All have the same random weights, pairs (lengths as in the paper, cut at 75 tokens; tokens as frequent as words of a
 text), loss (symmetric, over in-batch negatives), optimizer and precision. Each contestant has its own process, and
-they take turns. The median step counts; the first two steps of each turn do not. sentence-transformers tokenises
+they take turns. The median step counts; the first two steps of each turn do not. *Core-s* is processor time: with one
+thread it tells the ratio on a busy machine too; more threads that wait for each other count as busy.
+sentence-transformers tokenises
 during training; our module has its tokens, as from a prepared store. `--methods` also measures our freezing, bias-only
 training and LoRA. `--tuned` also measures sentence-transformers at its best: each batch is encoded in four parts of
 similar lengths, with four loader processes on a GPU, and with tcmalloc on a CPU, if the machine has it. `--llama`
@@ -46,7 +48,7 @@ LEARNING_RATE = 1e-5
 PARTS = 4  # of a batch of sentence-transformers, tuned
 BATCHES = 16  # different batches, so that few steps profit from an earlier step with the same lengths
 WARM = 2  # steps at the beginning of a turn that do not count
-Turn = tuple[list[float], float]  # the seconds of each step, and the first loss
+Turn = tuple[np.ndarray, float]  # seconds and processor seconds of each step, [steps, 2], and the first loss
 
 
 def pairs_of(config: Any, vocabulary: int, number: int) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -139,16 +141,19 @@ def timed(step: Callable[[int], float]) -> Callable[[int], Turn]:
     numbers = itertools.count()
 
     def turn(steps: int) -> Turn:
-        seconds, losses = [], []
+        ends, losses = [now()], []
         for _ in range(WARM + steps):
-            begun = time.perf_counter()
             losses.append(step(next(numbers)))  # `step` returns a number, so the step is finished
-            seconds.append(time.perf_counter() - begun)
+            ends.append(now())
         if torch.cuda.is_available():
             torch.cuda.empty_cache()  # for the other contestants
-        return seconds[WARM:], losses[0]
+        return np.diff(ends, axis=0)[WARM:], losses[0]
 
     return turn
+
+
+def now() -> tuple[float, float]:
+    return time.perf_counter(), time.process_time()
 
 
 def theirs(words: list[str], folder: Path, cached: bool = False, tuned: bool = False) -> Callable[[int], Turn]:
@@ -192,12 +197,12 @@ def theirs(words: list[str], folder: Path, cached: bool = False, tuned: bool = F
 
     class Clock(TrainerCallback):
         def __init__(self) -> None:
-            self.ends: list[float] = []
+            self.ends: list[tuple[float, float]] = []
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
-            self.ends.append(time.perf_counter())
+            self.ends.append(now())
 
     def turn(steps: int) -> Turn:
         clock = Clock()
@@ -223,7 +228,7 @@ def theirs(words: list[str], folder: Path, cached: bool = False, tuned: bool = F
         ).train()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        return list(np.diff(clock.ends))[WARM - 1 :], first
+        return np.diff(clock.ends, axis=0)[WARM - 1 :], first
 
     return turn
 
@@ -279,20 +284,21 @@ def main() -> None:
             with nullcontext() if torch.cuda.is_available() else tcmalloc() as library:
                 name = f"sentence-transformers, tuned{f', {library}' if library else ''}"
                 contestants[name] = Contestant(theirs, words, folder, False, True)
-        taken, losses, peak = {name: list[float]() for name in contestants}, dict[str, float](), 0.0
+        taken, losses, peak = {name: list[np.ndarray]() for name in contestants}, dict[str, float](), 0.0
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         for _ in range(args.turns):
             for name, contestant in contestants.items():
                 product = 8192 if device.type == "cuda" else 2048
                 peak = max(peak, matrix_product_peak(device, "bf16" if args.bf16 else "float32", product))
                 seconds, loss = contestant.turn(args.steps)
-                taken[name] += seconds
+                taken[name].append(seconds)
                 losses.setdefault(name, loss)
-        show(args, load(None, words), folder, {n: float(np.median(s)) for n, s in taken.items()}, losses, peak)
+        typical = {name: np.median(np.concatenate(turns), axis=0) for name, turns in taken.items()}
+        show(args, load(None, words), folder, typical, losses, peak)
 
 
 def show(
-    args: Any, config: Any, folder: Path, typical: dict[str, float], losses: dict[str, float], peak: float
+    args: Any, config: Any, folder: Path, typical: dict[str, np.ndarray], losses: dict[str, float], peak: float
 ) -> None:
     shape = shape_by_name(str(folder / "backbone"))
     assert shape is not None
@@ -302,20 +308,23 @@ def show(
         f"{args.size}{' as Llama' * args.llama}, batches of {args.batch} pairs, {tokens:,.0f} tokens, "
         f"{config.training.precision}, {torch.get_num_threads()} threads; a large product reaches {peak:.4g} FLOP/s"
     )
-    table = Table("", "pairs/s", "ours is faster by", "FLOP/s", "of the product", "first loss", title=title)
-    for name, seconds in typical.items():
+    columns = ("pairs/s", "ours/it", "pairs/core-s", "ours/it", "FLOP/s", "of the product", "first loss")
+    table = Table("", *columns, title=title)
+    for name, (seconds, busy) in typical.items():
         label = name.removeprefix("ours, ")
         cost = cost_of(shape, method_of_label(label) if label in METHODS else Method())
         speed = cost.exact(int(tokens), int(squares)) / seconds
         table.add_row(
             name,
             f"{args.batch / seconds:,.1f}",
-            f"{seconds / typical['ours, full']:.2f}",
+            f"{seconds / typical['ours, full'][0]:.2f}",
+            f"{args.batch / busy:,.1f}",
+            f"{busy / typical['ours, full'][1]:.2f}",
             f"{speed:.4g}",
             f"{speed / peak:.0%}",
             f"{losses[name]:.5f}",
         )
-    Console(width=130).print(table)
+    Console(width=140).print(table)
 
 
 if __name__ == "__main__":

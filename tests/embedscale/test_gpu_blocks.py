@@ -28,7 +28,9 @@ def fuse(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     if TRITON.is_dir():
         monkeypatch.syspath_prepend(str(TRITON))
-    pytest.importorskip("triton", reason="`make test` installs triton")
+    triton = pytest.importorskip("triton", reason="`make test` installs triton")
+    if isinstance(triton.language.sum, triton.JITFunction):
+        pytest.skip("torch's builds for GPUs import Triton by themselves: set TRITON_INTERPRET=1 before pytest")
     from embedscale.model.gpu.neox import fits, fuse
 
     def checked(body):
