@@ -7,19 +7,20 @@ its own, which are added up in a fixed order, so that the result does not depend
 Distinct tokens: the gradient of the token embedding is collected for the distinct tokens of each part. Otherwise each
 part would fill a gradient as large as the vocabulary.
 
-Merged layers: folded.py, for Pythia.
+Merged layers: folded.py, for Pythia. Other decoders keep their blocks, with the products of dense.py.
 """
 
 import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from embedscale.model.cpu.dense import by_onednn
 from embedscale.model.cpu.folded import FoldedPythia, fold
 from embedscale.model.cpu.kernels import embedding_backward
 from embedscale.model.encoder import Encoder
@@ -136,7 +137,7 @@ def _folded(encoder: Encoder) -> FoldedPythia | None:
 def training_body(encoder: Encoder) -> Iterator[CpuBody]:
     """Give a body for one step, and complete the parameters' gradients at the end of the block."""
     folded = _folded(encoder)
-    with on_each_core() as each:
+    with on_each_core() as each, by_onednn(encoder) if folded is None else nullcontext():
         yield CpuBody(encoder, folded, each)
         if folded is not None:
             folded.backward()
