@@ -201,7 +201,8 @@ def test_a_scaled_embedding_makes_one_gradient_as_large_as_the_vocabulary():
                 assert sizes.count(512) <= 1, sizes
         gradients.append({name: parameter.grad for name, parameter in encoder.body.named_parameters()})
     for name, expected in gradients[1].items():
-        torch.testing.assert_close(gradients[0][name], expected, atol=1e-4, rtol=1e-4, msg=name)
+        rounding = max(1e-4, 1e-6 * float(expected.norm()))  # of sums over 12,000 tokens
+        torch.testing.assert_close(gradients[0][name], expected, atol=rounding, rtol=1e-4, msg=name)
 
 
 def test_rotary_angles_that_grow_with_the_longest_text_limit_the_context(tmp_path):
