@@ -121,12 +121,13 @@ def recipe(
     others += _other_sizes(evidence, limit, best, drawn, fits.comparable, confidence)
     others += _other_choices(best, runs or [])
     chances = forecast.chances({name: draws for name, (_, draws) in chosen.items()})
-    notes = []
+    absent: dict[str, list[str]] = {}
     for name in fits.methods:
         if name not in chosen:
             missing = every[name].outlook.missing if name in every else ""
-            said = f"{name}: neither a law nor a run at this budget, so not considered"
-            notes.append(f"{said}; {missing}" if missing else said)
+            said = "neither a law nor a run at this budget, so not considered"
+            absent.setdefault(f"{said}; {missing}" if missing else said, []).append(name)
+    notes = [f"{', '.join(names)}: {said}" for said, names in absent.items()]
     notes += _notes(fits, limit, best, evidence)
     return Recipe(
         limit,

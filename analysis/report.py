@@ -6,6 +6,7 @@ escapes every text. The price of one file is its size: about 100 kB a figure.
 """
 
 import base64
+import shlex
 from argparse import Namespace
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -16,16 +17,13 @@ import numpy as np
 
 from analysis import recipe, study
 from analysis.advice import evidence
-from analysis.advice.evidence import Limit
-from analysis.fits import Fits
-from analysis.page import basis, laws
-from analysis.page.table import Table, Terms
+from analysis.page import answers, basis, laws
+from analysis.page.table import Terms
 from analysis.recipe import Recipe, Row
 from analysis.study import Study
-from embedscale.errors import UserError
 from embedscale.files import write_atomically
 from embedscale.progress import Bar
-from embedscale.texts import measured, number
+from embedscale.texts import number
 
 if TYPE_CHECKING:
     from analysis.figures.catalogue import Written
@@ -33,11 +31,7 @@ if TYPE_CHECKING:
 FILE = "report.html"
 FOLDER = "figures"
 RECALLS = {"recall_at_1": "recall@1", "recall_at_10": "recall@10"}
-MANY_BUDGETS = 8  # above which recipes are given for SOME_BUDGETS between the smallest and the largest
-SOME_BUDGETS = 6
-FARTHER = 4  # the last recipe's budget / the largest budget that was run
 TWO_COLUMNS = 4.0  # inches of a figure above which it is two columns wide
-SHOWN_DPI = 125  # pixels of the page for an inch of the print
 CONTENTS = (
     ("figures", "Figures"),
     ("laws", "Laws"),
@@ -60,60 +54,22 @@ class Shown:
     caption: str
     image: str  # PNG, base64
     width: float  # inches
+    replaced: bool  # by one that the browser draws, where it can
 
     @property
     def two_columns(self) -> bool:
         return self.width > TWO_COLUMNS
 
     @property
-    def shown_width(self) -> int:
-        return round(self.width * SHOWN_DPI)
-
-    @property
     def files(self) -> list[str]:
-        return [f"{FOLDER}/{self.name}.{ending}" for ending in ("csv", "pdf", "png")]
+        return _files(self.name)
 
 
-# --- Recipes and figures ---------------------------------------------------------------------------------------------
+def _files(name: str) -> list[str]:
+    return [f"{FOLDER}/{name}.{ending}" for ending in ("csv", "pdf", "png")]
 
 
-def _recipes(fits: Fits, runs: Sequence[Row], budgets: Sequence[str]) -> tuple[Recipe | None, Table]:
-    """Return the recipe that is shown in full, the first of `budgets` or the largest that was run, and all recipes."""
-    every = list(fits.runs.budgets)
-    if len(every) > MANY_BUDGETS:
-        every = np.geomspace(every[0], every[-1], SOME_BUDGETS).tolist()
-    asked = [evidence.parse_limit(budget) for budget in budgets]
-    limits = asked + [Limit(flop=budget) for budget in [*every, FARTHER * every[-1]]]
-    full = asked[0] if asked else limits[-2]
-    columns = ["budget (FLOP)", "method", "model", "best size", "tokens", "pairs", "steps", "peak rate"]
-    columns += [f"expected loss ({fits.settings.percent})", "next best loses", "extrapolates"]
-    rows, first, known = [], None, evidence.gather(fits)
-    for limit in limits:
-        try:
-            found = recipe.recipe(fits, limit, runs, known)
-        except UserError as error:
-            rows.append([limit.text, str(error), *[""] * (len(columns) - 2)])
-            continue
-        if limit is full:
-            first = found
-        best = found.best
-        rival = min((each for each in found.others if each.lost > 0), key=lambda each: each.lost, default=None)
-        rows.append(
-            [
-                limit.text.removesuffix(" FLOP"),
-                best.label,
-                best.backbone,
-                number(found.n_opt),
-                number(best.tokens),
-                f"{best.pairs:,.0f}",
-                f"{best.steps:,}",
-                number(best.learning_rate, 2),
-                "{} ({})".format(*measured(best.loss, best.loss_interval)),
-                f"{rival.what}: +{100 * rival.lost:.1f} %" if rival else "–",
-                "; ".join(found.extrapolates) or "no",
-            ]
-        )
-    return first, Table("Every budget", columns, rows)
+# --- What stands beside a recipe, and figures ------------------------------------------------------------------------
 
 
 def _rests_on(found: Study, asked: Recipe, folder: Path | None) -> Terms:
@@ -136,13 +92,15 @@ def _rests_on(found: Study, asked: Recipe, folder: Path | None) -> Terms:
     return rows
 
 
-def _figures(written: Iterable["Written"]) -> list[Shown]:
+def _figures(written: Iterable["Written"], replaced: Sequence[str]) -> list[Shown]:
+    """Return the figures for print, first the `replaced` ones, which the browser draws, in their order."""
     found = []
     for each in written:
         if each.png is not None:
             image = base64.b64encode(each.png.read_bytes()).decode()
-            found.append(Shown(each.name, each.title, each.caption, image, each.width))
-    return found
+            found.append(Shown(each.name, each.title, each.caption, image, each.width, each.name in replaced))
+    places = {name: place for place, name in enumerate(replaced)}
+    return sorted(found, key=lambda each: places.get(each.name, len(places)))
 
 
 # --- The page and the verb -------------------------------------------------------------------------------------------
@@ -154,28 +112,42 @@ def page(
     runs: Sequence[Row],
     budgets: Sequence[str] = (),
     folder: Path | None = None,
+    given: str = "FITS",
 ) -> str:
     """Return the page as HTML. `written` are the figures, `runs` the rows of runs.csv, `budgets` asked for first.
 
     Runs are linked to their directories from `folder`, where the page will lie; without one they are not linked.
+    `given` is how the user names the fits, for the commands that the page suggests.
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
+    from markupsafe import Markup
+
+    from analysis.page import live  # imports matplotlib
 
     templates = Environment(
         loader=PackageLoader("analysis"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
     )  # fmt: skip
     fits = found.fits
-    asked, recipes = _recipes(fits, runs, budgets)
+    drawn = live.figures(written)
+    known = answers.answers(fits, runs, budgets)
+
+    def rests_on(found_recipe: Recipe) -> Terms:
+        return _rests_on(found, found_recipe, folder)
+
     return templates.get_template("report.html").render(
         name=Path(fits.source).name,
         fits=fits,
-        asked=asked,
-        asked_lines=recipe.lines(asked, fits.settings.confidence) if asked else [],
-        rests_on=_rests_on(found, asked, folder) if asked else [],
-        recipes=recipes,
+        asked=known.first.limit.text,
+        answer=answers.terms(known.first, fits.settings.confidence, rests_on),
+        recipes=answers.overview(known),
+        may_be_asked=answers.told(known),
+        answers=answers.as_data(known, f"embedscale recipe {shlex.quote(given)}", rests_on),
         contents=CONTENTS,
-        figures=_figures(written),
+        figures=_figures(written, [name for _, names in drawn for name in names]),
+        live=[(each, [(name, _files(name)) for name in names]) for each, names in drawn],
+        live_data=live.as_data(found) if drawn else {},
+        library=Markup(live.library()) if drawn else "",
         laws=laws.laws(found),
         runs=basis.runs(found, folder),
         chosen=basis.chosen(found),
@@ -201,13 +173,11 @@ def command(args: Namespace) -> int:
     folder = Path(args.out) if args.out else Path(args.fits) if Path(args.fits).is_dir() else Path(args.fits).parent
     with Bar("figures") as bar:
         written = catalogue.write(found, folder / FOLDER, bar.say)
-    text = page(found, written, runs, args.budget or [], folder)
+    text = page(found, written, runs, args.budget or [], folder, args.fits)
     write_atomically(folder / FILE, lambda file: file.write(text.encode()))
     missing = sum(each.png is None for each in written)
     print(f"{len(written) - missing} figures as PNG, PDF and CSV: {folder / FOLDER}")
     if missing:
         print(f"not drawn, because the runs do not have what they show: {missing} figures; {FILE} says what each needs")
-    if found.fits.miniature:
-        print(f"note: {found.fits.miniature}")
-    print(f"written: {folder / FILE}")
+    print(f"written: {folder / FILE}; open it in a browser and type a budget")
     return 0

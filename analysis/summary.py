@@ -83,7 +83,7 @@ def _show_optima(name: str, method: MethodFit, percent: str, console: Console) -
         others = [number(each.n_opt if each else None) for each in (row.akima, row.law)]
         own = *measured(row.n_opt, row.n_opt_interval, 3), number(row.d_opt)
         table.add_row(number(row.budget_flop), row.state, *own, *measured(row.loss, row.loss_interval), *others)
-    if any(row.n_opt or row.akima or row.law for row in method.optima):  # else the notes say all that there is
+    if any(row.n_opt or row.law for row in method.optima):  # else the notes say all that there is
         _show(table, console)
 
 

@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -110,6 +111,7 @@ class Evidence:
         curves = [row.curve.curvature for row in fit.interior if row.curve]
         self.curvature = float(np.median(curves)) if curves else 0.0
         self.sizes = np.unique([point.n_parameters for point in self.points])
+        self._optima: dict[tuple[Limit, Basis, float], tuple[float, Interval | None]] = {}  # a recipe asks three times
 
     @property
     def not_fixed(self) -> tuple[str, ...]:
@@ -127,7 +129,7 @@ class Evidence:
             return law
         if limit.gpu_hours:
             lines: Basis = "forecast" if self.curvature and not self.outlook.missing else ""
-            return (law or lines) if self._rates() else ""
+            return (law or lines) if self._rates else ""
         known = [(row.budget_flop, row.interior) for row in self.fit.optima if row.best]
         if not limit.flop or not known:
             return law
@@ -159,6 +161,7 @@ class Evidence:
         nearest = self.nearest_budget(budget)
         return [each for each in nearest_points(self.points, nearest) if same_budget(each.budget_flop, nearest)]
 
+    @cached_property
     def _rates(self) -> list[tuple[float, float]]:
         """Return (size, FLOP a device-hour) of each size whose runs carry timings, by its longest run."""
         rates = []
@@ -171,10 +174,9 @@ class Evidence:
 
     def rate(self, sizes: Array) -> Array | None:
         """Return FLOP a device-hour of sizes [k], or None where no run carries timings."""
-        rates = self._rates()
-        if not rates:
+        if not self._rates:
             return None
-        known, values = np.log(np.array(rates)).T
+        known, values = np.log(np.array(self._rates)).T
         return np.exp(np.interp(np.log(sizes), known, values))
 
     def budget_of(self, sizes: Array, limit: Limit) -> Array:
@@ -226,6 +228,12 @@ class Evidence:
 
     def optimum(self, limit: Limit, basis: Basis, confidence: float) -> tuple[float, Interval | None]:
         """Return the best size, not rounded to a backbone, with its interval; for the best run, its size."""
+        asked = (limit, basis, confidence)
+        if asked not in self._optima:
+            self._optima[asked] = self._optimum(*asked)
+        return self._optima[asked]
+
+    def _optimum(self, limit: Limit, basis: Basis, confidence: float) -> tuple[float, Interval | None]:
         if basis != "best run" and limit.flop and not limit.tokens:
             return self.outlook.at(limit.flop).n_opt(confidence)
         if basis == "best run":
@@ -234,7 +242,7 @@ class Evidence:
         low, high = math.log(self.sizes[0] / reach), math.log(self.sizes[-1] * reach)
         grid = np.exp(np.linspace(low, high, max(401, round(50 * (high - low)))))
         drawn = self.log_loss(grid, self.budget_of(grid, limit), basis)
-        best = int(np.nanmedian(drawn, 0).argmin())
+        best = int(_medians(drawn).argmin())
         if not 0 < best < len(grid) - 1:
             return float(grid[best]), None
         return float(grid[best]), interval(grid[np.nan_to_num(drawn, nan=np.inf).argmin(1)], confidence)
@@ -258,3 +266,12 @@ class Evidence:
             return [(row.name, float(row.parameters)) for row in family.sizes.values()]
         sizes = [point.n_parameters for point in self.measured(limit.flop)] if basis == "best run" else self.sizes
         return [(self.names.get(float(size), f"{number(size, 4)} parameters"), float(size)) for size in sizes]
+
+
+def _medians(drawn: Array) -> Array:
+    """Return the medians of draws [draws, k], as `np.nanmedian` does, which is five times as slow without any NaN."""
+    found = np.median(drawn, 0)
+    lacking = np.isnan(found)
+    if lacking.any():
+        found[lacking] = np.nanmedian(drawn[:, lacking], 0)
+    return found

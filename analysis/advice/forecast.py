@@ -172,15 +172,16 @@ def _bridge(x: Array, ends: tuple[float, float], at: Array) -> tuple[Array, Arra
     matrix = np.zeros((len(x), len(at)))
     gap = np.maximum(np.maximum(ends[0] - at, at - ends[1]), 0.0)
     step = float(np.diff(x).mean()) if len(x) > 1 else 1.0
-    for k, here in enumerate(at):
-        right = int(np.searchsorted(x, here))
-        if 0 < right < len(x):
-            share = (here - x[right - 1]) / (x[right] - x[right - 1])
-            matrix[right - 1, k], matrix[right, k] = 1 - share, share
-            gap[k] = share * (1 - share) * (x[right] - x[right - 1])
-        elif len(x):
-            end = min(right, len(x) - 1)
-            matrix[end, k] = math.exp(-abs(here - x[end]) / (FADE * step))
+    right = np.searchsorted(x, at)
+    inside = (right > 0) & (right < len(x))
+    k, i = np.flatnonzero(inside), right[inside]
+    share, width = (at[k] - x[i - 1]) / (x[i] - x[i - 1]), x[i] - x[i - 1]
+    matrix[i - 1, k], matrix[i, k] = 1 - share, share
+    gap[k] = share * (1 - share) * width
+    if len(x):
+        k = np.flatnonzero(~inside)
+        end = np.minimum(right[k], len(x) - 1)
+        matrix[end, k] = [math.exp(-away / (FADE * step)) for away in np.abs(at[k] - x[end])]
     return matrix, gap
 
 

@@ -74,10 +74,23 @@ def line_band(law: PowerLaw, budgets: Array, confidence: float) -> tuple[Array, 
     return value, np.exp(np.percentile(drawn[:, :1] + drawn[:, 1:] * np.log(budgets), [tail, 100 - tail], axis=0))
 
 
+def line_budgets(law: PowerLaw, study: Study, inside: Sequence[float]) -> Array:
+    """Return the budgets over which a power law is drawn: all or, through fewer than three optima, their own."""
+    ends = (0.8 * min(study.budgets), 1.25 * max(study.budgets)) if law.points >= EXACT else (min(inside), max(inside))
+    return np.geomspace(*ends, 60)
+
+
+def bowl(study: Study, points: pd.DataFrame, optimum: Optimum) -> tuple[Array, Array]:
+    """Return sizes and losses of the parabola of a budget with an interior optimum, over the points of its fit."""
+    assert optimum.curve and optimum.parabola
+    size = points["n_parameters"].to_numpy(float)[study.window(points)]
+    grid = np.geomspace(size.min(), size.max(), 80)
+    return grid, optimum.parabola.loss * np.exp(optimum.curve.curvature * (np.log(grid) - optimum.curve.log_n) ** 2)
+
+
 def _draw_line(axes: Axes, law: PowerLaw, study: Study, inside: Sequence[float], look: dict[str, Any]) -> None:
     """Draw the law over its optima and, where it has at least three, thinner over all budgets, with its interval."""
-    ends = (0.8 * min(study.budgets), 1.25 * max(study.budgets)) if law.points >= EXACT else (min(inside), max(inside))
-    budgets = np.geomspace(*ends, 60)
+    budgets = line_budgets(law, study, inside)
     value, band = line_band(law, budgets, study.fits.settings.confidence)
     own = (budgets >= min(inside) * 0.999) & (budgets <= max(inside) * 1.001)
     axes.plot(budgets, value, color=look["color"], linestyle=look["linestyle"], linewidth=0.6)
@@ -201,15 +214,12 @@ def _profile(axes: Axes, study: Study, method: str, optimum: Optimum) -> _Profil
         )
         if choice:
             labels.append((row["n_parameters"], row["loss"], choice))
-    curve = optimum.curve
-    if not (optimum.interior and curve and optimum.parabola and optimum.n_opt and optimum.loss):
+    if not (optimum.interior and optimum.curve and optimum.parabola and optimum.n_opt and optimum.loss):
         axes.plot(size, loss, color=look["color"], linewidth=0.8, linestyle=":")
         axes.plot(size[best], loss[best], markersize=8, zorder=4, **style.hollow(look))
         return _Profile(rows, labels, 0)
     near = study.window(points)
-    grid = np.geomspace(size[near].min(), size[near].max(), 80)
-    bowl = optimum.parabola.loss * np.exp(curve.curvature * (np.log(grid) - curve.log_n) ** 2)
-    axes.plot(grid, bowl, color=look["color"], linestyle="--" if near.sum() == EXACT else "-")
+    axes.plot(*bowl(study, points, optimum), color=look["color"], linestyle="--" if near.sum() == EXACT else "-")
     if not near.all():  # the parabola does not show which of the other points belong together
         axes.plot(size, loss, color=look["color"], linewidth=0.4)
     axes.errorbar(

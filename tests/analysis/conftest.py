@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from sweeps import BUDGETS, by_fraction, fitted, paper_like
+from sweeps import BUDGETS, by_fraction, fitted, miniature, paper_like
 
 from analysis.figures import catalogue, style
 from analysis.study import Study, load
+from embedscale.cli import main
 
 
 @pytest.fixture(scope="session")
@@ -22,6 +23,19 @@ def paper_folder(tmp_path_factory) -> Path:
     ] = "diverged"
     edge = (table["method"] == "bias") & (table["budget_flop"] == BUDGETS[-1]) & (table["n_parameters"] > 18_915_328)
     return fitted(table[~edge], tmp_path_factory.mktemp("paper"))
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory) -> Path:
+    return miniature(tmp_path_factory.mktemp("quickstart") / "runs")
+
+
+@pytest.fixture(scope="session")
+def page(folder) -> str:
+    """Write the report of a quickstart: run directories, fit, report."""
+    assert main(["fit", str(folder), "--bootstrap", "100"]) == 0
+    assert main(["report", str(folder), "--budget", "3e11"]) == 0
+    return (folder / "report.html").read_text()
 
 
 @pytest.fixture(scope="session")
