@@ -210,7 +210,7 @@ def exported(run: Path, folder: Path) -> None:
     ours = embedscale.Embedder.load(run).encode(TEXTS)
     cosine = torch.nn.functional.cosine_similarity(torch.as_tensor(theirs), torch.as_tensor(ours)).min().item()
     print(f"sentence-transformers: cosine with the run's embeddings at least {cosine:.6f}")
-    assert cosine > 0.999
+    assert cosine > 0.99  # the run computes in bf16, the export in float32; `export` itself compares exactly
 
 
 if __name__ == "__main__":  # needed: `prepare` starts processes that import this file
