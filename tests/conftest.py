@@ -21,7 +21,7 @@ gc.disable()  # imports are faster without garbage collection; it is enabled aft
 # wait, so they do not start together. `make test-quick` leaves all of these out.
 LONG = [
     "survival", "docs", "export", "encode", "train", "together", "node", "resume", "kill", "local", "devcluster",
-    "prefetch", "report", "end_of_run", "damage", "away", "gradcache", "uncertainty", "parallel", "gpu",
+    "prefetch", "report", "live", "page", "end_of_run", "damage", "away", "gradcache", "uncertainty", "parallel", "gpu",
     "gpu_blocks", "without_cpu", "submit", "scoring", "status", "prepare_interrupted", "snapshot", "store_damage",
     "damaged", "damaged_fits", "forecast_tables", "budgets", "figures", "figures_tell", "calibrate", "layouts",
     "special_tokens", "families",

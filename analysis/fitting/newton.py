@@ -26,6 +26,7 @@ HOPE = 3.0  # times the fall of its last round: how fast a row may fall to the l
 SHAKEN = 24  # starts of a fit at least squares with random weights
 SHAKEN_REFIT = 8  # of a refit
 AROUND, AROUND_REFIT = 96, 4  # starts around the lowest end, of a fit and of a refit
+LOWER = 1e-7  # relative fall of the lowest end for which a fit looks around once more
 SAME = 1e-4  # relative difference of objectives up to which two least squares are the same
 BLOCK = 128  # rows that are solved together, at least
 NUMBERS = 30_000  # points of all rows that are solved together, so that their arrays fit into the cache
@@ -307,14 +308,18 @@ def minimise(
     first = np.flatnonzero(np.append(True, ~(value[1:] <= value[:-1] * (1 + SAME))))
     count = np.diff(np.append(first, len(order)))
     found, count = found.take(order[first[:most]]), count[:most]
-    found = found.join(problem.shaken(np.tile(found.theta[0], (SHAKEN, 1)), np.zeros(SHAKEN, int)))
+    shaken = problem.shaken(np.tile(found.theta[0], (SHAKEN, 1)), np.zeros(SHAKEN, int))
     count = np.append(count, np.ones(SHAKEN, int))
-    found = problem.staged(found, np.zeros(len(count), int))
-    if problem.last is not None:
-        lowest = found.theta[np.argmin(found.objective)]
-        found = found.join(problem.around(np.tile(lowest, (AROUND, 1)), np.zeros(AROUND, int)))
-        count = np.append(count, np.zeros(AROUND, int))
-    return found, count
+    found = problem.staged(found.join(shaken), np.zeros(len(count), int))
+    if problem.last is not None:  # a homotopy would leave some of Huber's basins
+        found = found.join(problem.directly(shaken, np.zeros(SHAKEN, int)))
+    while problem.last is not None:
+        place = np.argmin(found.objective)
+        near = problem.around(np.tile(found.theta[place], (AROUND, 1)), np.zeros(AROUND, int))
+        found, best = found.join(near), found.objective[place]
+        if not near.objective.min() < best * (1 - LOWER):
+            break
+    return found, np.append(count, np.zeros(len(found.theta) - len(count), int))
 
 
 def lowest_of_many(problem: Problem, theta: Array, rows: NDArray[np.int_]) -> Solution:
@@ -333,10 +338,11 @@ def lowest_of_many(problem: Problem, theta: Array, rows: NDArray[np.int_]) -> So
     found, owner = found.take(~same), owner[~same]
     if problem.last is not None:
         more = np.repeat(np.arange(count), SHAKEN_REFIT)
-        found = found.join(problem.shaken(np.tile(theta[0], (len(more), 1)), rows[more]))
-        owner = np.append(owner, more)
+        shaken = problem.shaken(np.tile(theta[0], (len(more), 1)), rows[more])
+        found, owner = found.join(shaken), np.append(owner, more)
     found = problem.staged(found, rows[owner])
     if problem.last is not None:
+        found, owner = found.join(problem.directly(shaken, rows[more])), np.append(owner, more)
         found = found.join(problem.directly(began(np.tile(theta[0], (count, 1))), rows))
         owner = np.append(owner, np.arange(count))
         near = np.repeat(np.arange(count), AROUND_REFIT)
