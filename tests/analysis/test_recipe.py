@@ -405,10 +405,11 @@ def test_fit_report_and_recipe_start_without_slow_imports(paper_folder):
 
 
 def test_a_joint_law_without_a_finite_loss_is_no_law(tmp_path):
-    """Losses fall with the size alone: no exponent of the data fits, or its draws leave a float's range."""
+    """Losses hardly fall with the data, so the draws of the joint law's data term leave a float's range."""
     budgets, sizes = 1e15 * 4.0 ** np.arange(3), 1e6 * 3.0 ** np.arange(3)
-    rows = [(n, c / 6 / n, c, 1 + 1 / n) for c in budgets for n in sizes]
+    rows = [(n, c / 6 / n, c, 1 + 1 / n - 1e-12 * np.log(c / 6 / n)) for c in budgets for n in sizes]
     table = pd.DataFrame(rows, columns=["n_parameters", "tokens", "budget_flop", "loss"])
     fits = recipe.read(fitted(table, tmp_path))[0]
+    assert fits.methods["full"].joint_laws
     with pytest.raises(UserError, match="nothing is known about 1e18 FLOP; full: no optimum and no joint law"):
         recipe.recipe(fits, Limit(flop=1e18))
