@@ -5,6 +5,7 @@ import os
 import shutil
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -202,9 +203,17 @@ def test_backbones_load_without_a_network_and_a_missing_one_is_named(backbone_fo
     assert "not on this disk: EleutherAI/pythia-14m; run `embedscale sweep prefetch`" in found["backbones"].text
 
 
-def test_the_file_system_check_leaves_no_files(tmp_path):
+@pytest.mark.parametrize(
+    ("free", "text"),
+    [
+        (25e9, "writes, links and renames; 25 GB free"),
+        (9e9, "writes, links and renames; 9 GB free: free some space; `embedscale sweep plan` says how much is needed"),
+    ],
+)
+def test_the_file_system_check_counts_the_space_and_leaves_no_files(tmp_path, monkeypatch, free, text):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
     (finding,) = doctor.file_system(tmp_path / "runs" / "not" / "yet")
-    assert finding.fine and "writes, links and renames" in finding.text
+    assert (finding.fine, finding.text) == (free > 1e10, text)
     assert list(tmp_path.iterdir()) == []
 
 
