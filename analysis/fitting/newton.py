@@ -20,13 +20,14 @@ TOLERANCE = 1e-7  # largest scaled gradient of a fit
 LIMIT = 1e-7  # of the largest scale: a coordinate below it has run to its limit, where its term is nothing
 EXACT = 1e-7  # rms residual below which a fit is as good as exact, so that rounding decides its gradient
 ITERATIONS = 500  # of the last stage; a flat valley between kinks of Huber's ρ takes many
-ROUND = 40  # steps after which the radius is renewed, and hopeless rows are given up
+ROUND = 40  # steps after which the radius is renewed
+CHECK = 10  # steps after which hopeless rows are given up
 RADIUS = 0.3  # of the first step, in internal coordinates
-HOPE = 3.0  # times the fall of its last round: how fast a row may fall to the lowest minimum, else it is hopeless
+HOPE = 3.0  # times its last fall: how fast a row may fall to the lowest minimum, else it is hopeless
 SHAKEN = 24  # starts of a fit at least squares with random weights
 SHAKEN_REFIT = 8  # of a refit
 AROUND, AROUND_REFIT = 96, 4  # starts around the lowest end, of a fit and of a refit
-LOWER = 1e-7  # relative fall of the lowest end for which a fit looks around once more
+LOWER = 1e-6  # relative fall of the lowest end for which a fit looks around once more
 SAME = 1e-4  # relative difference of objectives up to which two least squares are the same
 BLOCK = 128  # rows that are solved together, at least
 NUMBERS = 30_000  # points of all rows that are solved together, so that their arrays fit into the cache
@@ -137,28 +138,20 @@ def _scaled(law: Law, value: Array, gradient: Array, scale: Array, weights: Arra
 def _step(values: Array, gradient: Array, radius: Array) -> Array:
     """Return the step [b, p] that minimises the quadratic model within a radius [b] (Moré and Sorensen 1983).
 
-    `values` are the eigenvalues of the Hessian in ascending order, and all is in the basis of its eigenvectors.
+    `values` are the eigenvalues of the Hessian in ascending order, and all is in the basis of its eigenvectors. A step
+    that is cut to the radius may be a tenth longer, as in MINPACK.
     """
-    low = np.maximum(0, -values[:, 0]) + 1e-14 * np.abs(values).max(1)
     with np.errstate(all="ignore"):
-        long = ~(np.linalg.norm(gradient / (values + low[:, None]), axis=1) <= radius)
-        shift = low
-        if long.any():
-            # The shift at which the step is as long as the radius, by Newton on 1 / length between two bounds.
-            g, v, limit = gradient[long], values[long], radius[long]
-            a = low[long]
-            b = a + np.linalg.norm(g, axis=1) / limit
-            shift_ = np.where(a > 0, np.sqrt(np.maximum(a, 1e-3 * b) * b), 0.5 * b)
-            for _ in range(12):
-                step = g / (v + shift_[:, None])
-                length = np.linalg.norm(step, axis=1)
-                a, b = np.where(length > limit, shift_, a), np.where(length > limit, b, shift_)
-                if (np.abs(length / limit - 0.95) < 0.05).all():  # long enough, as in MINPACK
-                    break
-                slope = (step * step / (v + shift_[:, None])).sum(1) / length
-                better = shift_ + (length / limit - 1) * length / slope
-                shift_ = np.where((better > a) & (better < b), better, 0.5 * (a + b))
-            shift[long] = b
+        # The step's length falls with the shift. The longest of its components is as long as the radius at `shift`, so
+        # the whole step is longer: from there Newton on 1 / length rises to the shift that is wanted.
+        least = np.maximum(0, -values[:, 0]) + 1e-14 * np.abs(values).max(1)
+        shift = np.maximum(least, (np.abs(gradient) / radius[:, None] - values).max(1))
+        for _ in range(4):
+            shifted = values + shift[:, None]
+            square = np.square(gradient / shifted)
+            length = square.sum(1)
+            more = (np.sqrt(length) / radius - 1) * length / (square / shifted).sum(1)
+            shift += np.where(more > 0, more, 0)
         return -gradient / (values + shift[:, None])
 
 
@@ -212,7 +205,7 @@ def _newton(
         gradient = (here.gradient[:, None] @ vectors)[:, 0]
         step = _step(values, gradient, radius)
         expected = -(gradient * step + 0.5 * values * step * step).sum(1)
-        length = np.linalg.norm(step, axis=1)
+        length = np.sqrt(np.square(step).sum(1))
         theta = here.theta + (vectors @ step[..., None])[..., 0]
         there = _evaluate(task, theta, here.target, here.weights)
         with np.errstate(invalid="ignore", divide="ignore"):
@@ -224,11 +217,11 @@ def _newton(
         wider = np.where((ratio > 0.7) & (length > 0.9 * radius), 2.5 * radius, radius)
         radius = np.minimum(np.where(ratio < 0.25, 0.3 * length, wider), 3.0)
         here.put((gain > 0) | level, there)
-        ends = made % ROUND == 0  # of a round
+        ends = made % CHECK == 0
         if ends.any():
             again, value = rows[ends], here.value[ends]
             with np.errstate(invalid="ignore"):
-                still = HOPE * (before[again] - value) * (iterations - made[ends]) / ROUND
+                still = HOPE * (before[again] - value) * (iterations - made[ends]) / CHECK
                 hopeless[ends] = value - still > reached[owner[again]]
             before[again] = value
     return end
@@ -240,28 +233,27 @@ class Problem:
     def __init__(self, law: Law, data: Data, loss: Array, weights: Array, residual: str, delta: float):
         self.target, self.weights = np.broadcast_arrays(np.log(loss), np.asarray(weights, float))
         self.last = {"huber": delta, "lad": LAD_DELTA}.get(residual)
+        self.stages = [each for each in STAGES if self.last and each > 1.5 * self.last]  # no stages for squares
         self.task = _Task(law, data, residual == "raw", None)
 
-    def _run(
-        self, delta: float | None, found: Solution, rows: NDArray[np.int_], iterations: int, tolerance: float
-    ) -> Solution:
-        task = replace(self.task, delta=delta)
-        return _newton(task, found, self.target[rows], self.weights[rows], iterations, tolerance)
-
     def directly(self, found: Solution, rows: NDArray[np.int_]) -> Solution:
-        """Minimise from every row of `found`, without a homotopy; row i has the losses and weights `rows[i]`."""
+        """Minimise from every start of `found`, without a homotopy; start i is of the losses and weights `rows[i]`."""
         task = replace(self.task, delta=self.last)
         return _newton(task, found, self.target[rows], self.weights[rows], ITERATIONS, TOLERANCE, rows)
 
     def squares(self, found: Solution, rows: NDArray[np.int_]) -> Solution:
         """Minimise the squares: far from the minimum, nearly all points lie on the straight part of Huber's ρ."""
-        return self._run(None, found, rows, 60, 1e-4)
+        return _newton(self.task, found, self.target[rows], self.weights[rows], 60, 1e-4)
+
+    def staged(self, delta: float, found: Solution, rows: NDArray[np.int_]) -> Solution:
+        """Minimise one of the `stages` of the homotopy from where the last one ended."""
+        return _newton(replace(self.task, delta=delta), found, self.target[rows], self.weights[rows], 60, 1e-3)
 
     def shaken(self, theta: Array, rows: NDArray[np.int_]) -> Solution:
         """Return the least squares of each row with random weights: starts in other basins of Huber's ρ."""
         shares = np.random.default_rng(0).exponential(size=(len(rows), self.target.shape[1]))
-        task, weights = replace(self.task, delta=None), self.weights[rows] * shares
-        return began(_newton(task, began(theta), self.target[rows], weights, 60, 1e-4).theta)
+        weights = self.weights[rows] * shares
+        return began(_newton(self.task, began(theta), self.target[rows], weights, 60, 1e-4).theta)
 
     def around(self, theta: Array, rows: NDArray[np.int_]) -> Solution:
         """Minimise from a random point near each theta [b, p]: kinks of Huber's ρ make basins beside each other."""
@@ -270,12 +262,6 @@ class Problem:
             np.isin(law.coefficients, law.exponents), 0.1, np.where(np.arange(theta.shape[1]) > 0, 0.4, 1)
         )
         return self.directly(began(theta + spread * rng.standard_normal(theta.shape)), rows)
-
-    def staged(self, found: Solution, rows: NDArray[np.int_]) -> Solution:
-        """Minimise from the least squares of each row."""
-        for delta in (each for each in STAGES if self.last and each > 1.5 * self.last):
-            found = self._run(delta, found, rows, 60, 1e-3)
-        return self.directly(found, rows)
 
 
 def began(theta: Array) -> Solution:
@@ -309,8 +295,10 @@ def minimise(
     count = np.diff(np.append(first, len(order)))
     found, count = found.take(order[first[:most]]), count[:most]
     shaken = problem.shaken(np.tile(found.theta[0], (SHAKEN, 1)), np.zeros(SHAKEN, int))
-    count = np.append(count, np.ones(SHAKEN, int))
-    found = problem.staged(found.join(shaken), np.zeros(len(count), int))
+    found, count = found.join(shaken), np.append(count, np.ones(SHAKEN, int))
+    for width in problem.stages:
+        found = problem.staged(width, found, np.zeros(len(count), int))
+    found = problem.directly(found, np.zeros(len(count), int))
     if problem.last is not None:  # a homotopy would leave some of Huber's basins
         found = found.join(problem.directly(shaken, np.zeros(SHAKEN, int)))
     while problem.last is not None:
@@ -323,35 +311,37 @@ def minimise(
 
 
 def lowest_of_many(problem: Problem, theta: Array, rows: NDArray[np.int_]) -> Solution:
-    """Return the lowest end for each of `rows` of a problem, from every start `theta` [starts, p].
+    """Return the lowest end for each of `rows` of a problem, in ascending order, from every start `theta` [starts, p].
 
     The first start is the fit of the same points with other weights or losses: with Huber's ρ it is also a start
-    without a homotopy, and the place from which weights are shaken.
+    without a homotopy, and the place from which weights are shaken. Starts that reach one objective go on as one.
     """
-    count, starts = len(rows), len(theta)
-    owner = np.repeat(np.arange(count), starts)
-    found = problem.squares(began(np.tile(theta, (count, 1))), rows[owner])
-    # Starts that reached the same least squares go on as one.
-    order = np.lexsort((found.objective, owner))
-    found, value = found.take(order), found.objective[order]
-    same = np.append(False, (owner[1:] == owner[:-1]) & (value[1:] <= value[:-1] * (1 + SAME)))
-    found, owner = found.take(~same), owner[~same]
-    if problem.last is not None:
-        more = np.repeat(np.arange(count), SHAKEN_REFIT)
-        shaken = problem.shaken(np.tile(theta[0], (len(more), 1)), rows[more])
-        found, owner = found.join(shaken), np.append(owner, more)
-    found = problem.staged(found, rows[owner])
-    if problem.last is not None:
-        found, owner = found.join(problem.directly(shaken, rows[more])), np.append(owner, more)
-        found = found.join(problem.directly(began(np.tile(theta[0], (count, 1))), rows))
-        owner = np.append(owner, np.arange(count))
-        near = np.repeat(np.arange(count), AROUND_REFIT)
-        found = found.join(problem.around(_lowest(found, owner).theta[near], rows[near]))
-        owner = np.append(owner, near)
-    return _lowest(found, owner)
+    many = np.repeat(rows, len(theta))
+    found, many = _distinct(problem.squares(began(np.tile(theta, (len(rows), 1))), many), many)
+    if problem.last is None:
+        return _lowest(problem.directly(found, many), many)
+    more = np.repeat(rows, SHAKEN_REFIT)
+    shaken = problem.shaken(np.tile(theta[0], (len(more), 1)), more)
+    found, many = found.join(shaken), np.append(many, more)
+    for delta in problem.stages:
+        found, many = _distinct(problem.staged(delta, found, many), many)
+    found = found.join(began(np.tile(theta[0], (len(rows), 1)))).join(shaken)
+    many = np.concatenate([many, rows, more])
+    found = problem.directly(found, many)
+    near = np.repeat(rows, AROUND_REFIT)
+    beside = problem.around(np.repeat(_lowest(found, many).theta, AROUND_REFIT, axis=0), near)
+    return _lowest(found.join(beside), np.append(many, near))
 
 
-def _lowest(found: Solution, owner: NDArray[np.int_]) -> Solution:
-    """Return the lowest end of each owner."""
-    order = np.lexsort((found.objective, owner))
-    return found.take(order[np.unique(owner[order], return_index=True)[1]])
+def _distinct(found: Solution, rows: NDArray[np.int_]) -> tuple[Solution, NDArray[np.int_]]:
+    """Return one end for each objective that a row reached, and the row of each."""
+    order = np.lexsort((found.objective, rows))
+    found, rows, value = found.take(order), rows[order], found.objective[order]
+    same = np.append(False, (rows[1:] == rows[:-1]) & (value[1:] <= value[:-1] * (1 + SAME)))
+    return found.take(~same), rows[~same]
+
+
+def _lowest(found: Solution, rows: NDArray[np.int_]) -> Solution:
+    """Return the lowest end of each row."""
+    order = np.lexsort((found.objective, rows))
+    return found.take(order[np.unique(rows[order], return_index=True)[1]])
