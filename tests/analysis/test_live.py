@@ -4,7 +4,7 @@ import json
 
 import pytest
 from browser import browse, needed
-from sweeps import fitted, paper_like
+from sweeps import BUDGETS, fitted, paper_like
 
 from embedscale.cli import main
 
@@ -105,7 +105,7 @@ HOSTILE = {
 
 
 def test_any_name_is_text(tmp_path):
-    table = paper_like()
+    table = paper_like().query(f"budget_flop < {BUDGETS[3]}")
     table = table.assign(method=table["method"].map(HOSTILE), run=[f"{HOSTILE['lora']} {i}" for i in range(len(table))])
     folder = fitted(table, tmp_path / "runs")
     assert main(["report", str(folder)]) == 0
