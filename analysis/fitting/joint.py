@@ -1,7 +1,8 @@
 """The joint laws of each method: the points they are fitted to, the fits, what is reported of them, and hold-outs.
 
 A law of N and D is fitted to the best point of each budget and size. A law that also depends on S is fitted to the
-best point of each budget, size and trainable fraction, if a method has at least three fractions.
+best point of each budget, size and trainable fraction, if a method has at least three fractions, and two at one size:
+else S follows from N, as for bias-only training, and no law can tell the two apart.
 """
 
 from collections.abc import Mapping, Sequence
@@ -44,14 +45,19 @@ def fit_laws(
     """Return the fit of the `chosen` law of N and D and of each law of S, or why there is none."""
     found: Fitted = {}
     fractions = cells["trainable_fraction"].nunique()
+    follows = cells.groupby("n_parameters")["trainable_fraction"].nunique().max() < 2  # S from N
     for name, law in LAWS.items():
         if name == chosen:
             found[name] = try_law(law, points, residual, delta)
         elif not law.needs_fraction:
             continue
-        elif fractions >= FRACTIONS:
+        elif fractions >= FRACTIONS and not follows:
             found[name] = try_law(law, points_for(law, cells, points), residual, delta)
-        elif fractions > 1 or (method in METHODS and METHODS[method].choice):  # a rank sets the fraction too
+        elif method in METHODS and not METHODS[method].choice:
+            continue
+        elif fractions >= FRACTIONS:
+            found[name] = f"the {name} law needs two trainable fractions at one size at least; each size has one"
+        elif fractions > 1 or method in METHODS:  # a rank sets the fraction too
             found[name] = f"the {name} law needs at least {FRACTIONS} trainable fractions; found {fractions}"
     return found
 

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from law_sweep import BUDGETS, FULL, SIZES, sweep
-from sweeps import write_run
+from sweeps import paper_like, write_run
 
 from analysis import fits, runs, study, summary
 from analysis.fitting.fit import fit
@@ -391,3 +391,15 @@ def test_sizes_in_millions_are_not_called_a_miniature(tmp_path, capsys, unit, no
     assert main(words) == 0
     printed = capsys.readouterr().out
     assert note in printed and "a miniature" not in printed and ("sizes of" in printed) == bool(note)
+
+
+def test_a_law_of_s_needs_two_fractions_at_one_size():
+    """Else S follows from N: bias-only training trains a share that the size sets, and so does LoRA of one rank."""
+    table = paper_like()
+    table = table[(table["method"] == "bias") | (table["rank"] == 8)]
+    assert table.groupby("method")["trainable_fraction"].nunique().min() >= 3
+    found = fit(runs.load(table), noise=0.004, bootstrap=100).methods
+    assert "trainable_fraction" not in {**found["bias"].joint_laws, **found["bias"].refused}
+    assert "trainable_fraction" not in found["lora"].joint_laws
+    told = found["lora"].refused["trainable_fraction"]
+    assert told == "the trainable_fraction law needs two trainable fractions at one size at least; each size has one"
