@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 Array = NDArray[np.float64]
 # Exponents of a grid. Those above 1.5 and below 0 fit a wild run or two: such a minimum may be the lowest one, and then
 # it is found. A law whose exponent is below 0 is refused.
-EXPONENTS = np.array([-12, -5, -2, -0.5, *np.geomspace(0.03, 1.5, 12), 3, 6, 12])
-TURNED = np.sort(np.append(EXPONENTS, [-0.2, -0.08, -0.02]))  # of a law whose terms may have either sign
+EXPONENTS = np.array([-12, -5, -3, -2, -1, -0.5, *np.geomspace(0.03, 1.5, 12), 3, 6, 12])
+TURNED = np.sort(np.append(EXPONENTS, [-0.3, -0.2, -0.08, -0.02]))  # of a law whose terms may have either sign
 USUAL = 0.3  # exponent of most laws
 SAME = 1e-6  # relative difference of squares up to which two points of the grid are one start: a plateau
 
