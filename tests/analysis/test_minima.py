@@ -1,11 +1,15 @@
 """Every fit and refit equals the minimum that scipy finds from many starts, or says that it did not converge."""
 
+import sys
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 from scipy.optimize import minimize
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+from minima import subset, tables
 
 from analysis import runs
 from analysis.fitting.fit import fit
@@ -56,6 +60,15 @@ def test_a_flat_valley_of_sixteen_runs_is_followed_to_its_end():
         predicted = float(found.predict(np.array([size]), np.array([tokens]))[0])
         print(f"N = {size:.4g}, D = {tokens:.4g}: {predicted:.4f} predicted, {true:.4f} measured")
     assert float(found.predict(at_n[-1:], at_d[-1:])[0]) == pytest.approx(2.3444, abs=1e-4)
+
+
+@needs_tables
+def test_a_floor_that_has_run_to_nothing_returns():
+    """The 448th subset of the benchmark: scipy's BFGS finds 8.62133858e-4, E at 1.87, where E at 0 has 8.6293e-4."""
+    name, (n, d, loss), s = subset(tables(SHARED), np.random.default_rng([0, 448]))
+    assert name == "porian rw__base__short__chinchilla__attention__train"
+    found = fit_joint(LAWS["trainable_fraction"], n, d, loss * (1 + 0.1 * (1 - s) ** 1.5), s, delta=DELTA)
+    assert found.objective < 8.62133858e-4 and found.coefficients["E"] > 1
 
 
 @needs_tables
