@@ -44,22 +44,27 @@ def fit_laws(
 ) -> Fitted:
     """Return the fit of the `chosen` law of N and D and of each law of S, or why there is none."""
     found: Fitted = {}
-    fractions = cells["trainable_fraction"].nunique()
-    follows = cells.groupby("n_parameters")["trainable_fraction"].nunique().max() < 2  # S from N
+    missing = _fractions_missing(method, cells)
     for name, law in LAWS.items():
-        if name == chosen:
-            found[name] = try_law(law, points, residual, delta)
-        elif not law.needs_fraction:
-            continue
-        elif fractions >= FRACTIONS and not follows:
+        if name == chosen or (law.needs_fraction and missing is None):
             found[name] = try_law(law, points_for(law, cells, points), residual, delta)
-        elif method in METHODS and not METHODS[method].choice:
-            continue
-        elif fractions >= FRACTIONS:
-            found[name] = f"the {name} law needs two trainable fractions at one size at least; each size has one"
-        elif fractions > 1 or method in METHODS:  # a rank sets the fraction too
-            found[name] = f"the {name} law needs at least {FRACTIONS} trainable fractions; found {fractions}"
+        elif law.needs_fraction and missing:
+            found[name] = f"the {name} law needs {missing}"
     return found
+
+
+def _fractions_missing(method: str, cells: pd.DataFrame) -> str | None:
+    """Return what a law of S misses in the cells of a method: None for nothing, "" where nobody expects such a law."""
+    fractions, at_a_size = cells["trainable_fraction"].nunique(), cells.groupby("n_parameters")["trainable_fraction"]
+    if fractions >= FRACTIONS and at_a_size.nunique().max() > 1:
+        return None
+    if method in METHODS and not METHODS[method].choice:
+        return ""
+    if fractions >= FRACTIONS:  # S follows from N
+        return "two trainable fractions at one size at least; each size has one"
+    if fractions > 1 or method in METHODS:  # a rank sets the fraction too
+        return f"at least {FRACTIONS} trainable fractions; found {fractions}"
+    return ""
 
 
 def try_law(law: Law, points: pd.DataFrame, residual: str, delta: float, starts: int = 24) -> JointFit | str:

@@ -26,7 +26,7 @@ RADIUS = 0.3  # of the first step, in internal coordinates
 HOPE = 3.0  # times its last fall: how fast a row may fall to the lowest minimum, else it is hopeless
 SHAKEN = 24  # starts of a fit at least squares with random weights
 SHAKEN_REFIT = 8  # of a refit
-AROUND, AROUND_REFIT = 96, 4  # starts around the lowest end, of a fit and of a refit
+AROUND, AROUND_REFIT = 96, 6  # starts around the lowest end, of a fit and of a refit
 SHARES = (0.02, 0.9)  # of the lowest loss, for a term that is nothing
 LOWER = 1e-6  # relative fall of the lowest end for which a fit looks around once more
 SAME = 1e-4  # relative difference of objectives up to which two least squares are the same
@@ -333,8 +333,8 @@ def lowest_of_many(problem: Problem, theta: Array, rows: NDArray[np.int_]) -> So
     found, many = found.join(shaken), np.append(many, more)
     for delta in problem.stages:
         found, many = _distinct(problem.staged(delta, found, many), many)
-    found = found.join(began(np.tile(theta[0], (len(rows), 1)))).join(shaken)
-    many = np.concatenate([many, rows, more])
+    found = found.join(began(np.tile(theta, (len(rows), 1)))).join(shaken)
+    many = np.concatenate([many, np.repeat(rows, len(theta)), more])
     found = problem.directly(found, many)
     near = np.repeat(rows, AROUND_REFIT)
     beside = problem.around(np.repeat(_lowest(found, many).theta, AROUND_REFIT, axis=0), near)

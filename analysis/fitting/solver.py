@@ -15,6 +15,7 @@ from analysis.fitting.newton import TOLERANCE, Problem, began, lowest_of_many, m
 from embedscale.errors import UserError
 
 RESIDUALS = ("huber", "lad", "log", "raw")
+STEEPEST = 20.0  # a larger exponent runs to infinity: its term is a step at one size, and there is no minimum
 MANY = 100  # points from which a refit has one basin, so that it starts at the last δ
 
 
@@ -75,6 +76,7 @@ class JointFit:
     def refit(self, weights: Array | None = None, loss: Array | None = None) -> Array:
         """Return coefficients [b, p] for other weights or losses [b, points]; NaN where a fit did not converge.
 
+        A fit whose exponent runs to infinity has no minimum, so it is NaN too.
         Each fit starts at this one for a smooth residual or many points. Else, or where that fails, it goes through the
         homotopy from this one and from other starts: a resample of few points can have a second basin in Huber's ρ.
         """
@@ -90,7 +92,9 @@ class JointFit:
             starts = np.vstack([self.theta, self.law.starts(self.loss, self.data)])
             again = lowest_of_many(problem, starts, left)
             found.theta[left], found.gradient[left] = again.theta, again.gradient
-        return np.where(found.converged[:, None], self.law.published(found.theta, self.data), np.nan)
+        exponents = found.theta[:, np.isin(self.law.coefficients, self.law.exponents)]
+        held = found.converged & (np.abs(exponents) < STEEPEST).all(1)
+        return np.where(held[:, None], self.law.published(found.theta, self.data), np.nan)
 
 
 def fit_joint(
@@ -143,6 +147,9 @@ def fit_joint(
                 f"the {law.name} law does not fit: its {name} would be {values[name]:.3g}, where it has to be between "
                 f"{low:g} and {high:g}"
             )
+    steep = [name for name in law.exponents if values[name] > STEEPEST]
+    if steep:
+        raise DidNotConverge(f"the {law.name} law has no minimum: its {steep[0]} runs to infinity")
     condition, not_fixed, spread = _identifiability(law, theta, data, loss, weights)
     return JointFit(
         law,

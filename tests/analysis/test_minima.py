@@ -119,6 +119,18 @@ def test_a_law_with_zero_irreducible_loss_is_a_minimum():
     assert found.values[0] < 1e-6
 
 
+def test_an_exponent_that_runs_to_infinity_is_no_minimum():
+    n, d = np.repeat([1e6, 1.1e6, 1.3e6, 2e6], 4), np.tile([1e8, 1e9, 1e10, 1e11], 4)
+    noise = np.exp(0.003 * np.random.default_rng(0).standard_normal(16))
+    loss = CHINCHILLA.predict(np.array([0.4, 300.0, 900.0, 0.34, 0.37]), n, d) * noise
+    # Only the smallest size is worse than the others, and the largest is not better: a step, which no power law holds.
+    step = (2 + 5 / d**0.1) * np.where(n < 1.05e6, 1.05, (n / 1e6) ** 0.005) * noise
+    with pytest.raises(DidNotConverge, match="the chinchilla law has no minimum: its alpha runs to infinity"):
+        fit_joint(CHINCHILLA, n, d, step)
+    refits = fit_joint(CHINCHILLA, n, d, loss).refit(loss=np.stack([step, loss]))
+    assert np.isnan(refits[0]).all() and np.isfinite(refits[1]).all()
+
+
 class Endless(Chinchilla):
     """A law whose slopes have the wrong sign, so that no step decreases the objective."""
 
