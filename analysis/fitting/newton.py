@@ -169,7 +169,7 @@ def _newton(
 
     Rows that have ended make room for rows that wait, so that a few slow ones do not hold up a nearly empty block. Rows
     with one `owner` [b] look for one minimum: a row ends where, as fast as it falls, it does not reach the lowest of
-    them that has converged.
+    them.
     """
     batch, block = len(start.theta), max(BLOCK, NUMBERS // target.shape[1])
     owner = np.arange(batch) if owner is None else owner
@@ -221,6 +221,7 @@ def _newton(
         ends = made % CHECK == 0
         if ends.any():
             again, value = rows[ends], here.value[ends]
+            np.minimum.at(reached, owner[again], value)
             with np.errstate(invalid="ignore"):
                 still = HOPE * (before[again] - value) * (iterations - made[ends]) / CHECK
                 hopeless[ends] = value - still > reached[owner[again]]
@@ -321,15 +322,15 @@ def minimise(
 def lowest_of_many(problem: Problem, theta: Array, rows: NDArray[np.int_]) -> Solution:
     """Return the lowest end for each of `rows` of a problem, in ascending order, from every start `theta` [starts, p].
 
-    The first start is the fit of the same points with other weights or losses: with Huber's ρ it is also a start
-    without a homotopy, and the place from which weights are shaken. Starts that reach one objective go on as one.
+    The first start is the fit of the same points with other weights or losses. With Huber's ρ each is also a start
+    without a homotopy, and weights are shaken from each in turn. Starts that reach one objective go on as one.
     """
     many = np.repeat(rows, len(theta))
     found, many = _distinct(problem.squares(began(np.tile(theta, (len(rows), 1))), many), many)
     if problem.last is None:
         return _lowest(problem.directly(found, many), many)
     more = np.repeat(rows, SHAKEN_REFIT)
-    shaken = problem.shaken(np.tile(theta[0], (len(more), 1)), more)
+    shaken = problem.shaken(np.tile(np.resize(theta, (SHAKEN_REFIT, theta.shape[1])), (len(rows), 1)), more)
     found, many = found.join(shaken), np.append(many, more)
     for delta in problem.stages:
         found, many = _distinct(problem.staged(delta, found, many), many)

@@ -67,8 +67,12 @@ def objective(law: Law, data: Data, loss: np.ndarray, weights: np.ndarray, kind:
     return at
 
 
-def lowest(at, starts: np.ndarray, near: np.ndarray, rng: np.random.Generator) -> float:
-    """Return the lowest objective that scipy reaches from four starts, three points near `near`, and `near` itself."""
+def lowest(law: Law, at, starts: np.ndarray, near: np.ndarray, rng: np.random.Generator) -> float:
+    """Return the lowest minimum that scipy reaches from four starts, three points near `near`, and `near` itself.
+
+    An end whose exponent has run to infinity is no minimum. The result is infinite where scipy finds no other.
+    """
+    exponents = np.isin(law.coefficients, law.exponents)
     spread = np.array([1, *[0.4] * (len(near) - 3), 0.1, 0.1])
     drawn = spread * rng.standard_normal((7, len(near)))
     starts = [*starts[:4], *(starts[0] + 2 * drawn[: max(0, 4 - len(starts))]), *(near + drawn[4:])]
@@ -77,8 +81,9 @@ def lowest(at, starts: np.ndarray, near: np.ndarray, rng: np.random.Generator) -
     options = {"maxiter": 1500, "xatol": 1e-9, "fatol": 1e-12}
     for start in (best.x, near):
         end = minimize(lambda theta: at(theta)[0], start, method="Nelder-Mead", options=options)
-        best = min(best, end, key=lambda end: end.fun)
-    return best.fun / 1e4
+        ends.append(end)
+    minima = [end.fun for end in ends if (np.abs(end.x[exponents]) < solver.STEEPEST).all()]
+    return min(minima, default=np.inf) / 1e4
 
 
 def subset(found: dict[str, Table], rng: np.random.Generator) -> tuple[str, Table, np.ndarray]:
@@ -114,7 +119,7 @@ def fits(found: dict[str, Table], indices: range) -> None:
                 finally:
                     ours += time.process_time() - turn
                 at = objective(law, fit.data, tried, fit.weights, kind)
-                low = lowest(at, law.starts(tried, fit.data), fit.theta, rng)
+                low = lowest(law, at, law.starts(tried, fit.data), fit.theta, rng)
                 excess[law.name, kind].append(fit.objective / low - 1)
                 if fit.objective > low * (1 + MORE):
                     print(f"{what}: MISSED, {fit.objective:.6e}, scipy {low:.6e}", flush=True)
@@ -164,7 +169,7 @@ def _fitted(found: dict[str, Table], rng: np.random.Generator) -> tuple[str, Joi
 def _excess(fit: JointFit, weights: np.ndarray, values: np.ndarray, rng: np.random.Generator) -> float:
     at = objective(fit.law, fit.data, fit.loss, weights, "huber")
     theta = fit.law.internal(values[None], fit.data)[0]
-    low = lowest(at, fit.law.starts(fit.loss, fit.data), theta, rng)
+    low = lowest(fit.law, at, fit.law.starts(fit.loss, fit.data), theta, rng)
     return at(theta)[0] / 1e4 / low - 1
 
 
