@@ -1,17 +1,18 @@
 """What a reader should know before using the fits, a line each: missing optima, doubtful laws, luck and noise."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import chain
 from statistics import NormalDist
 
 import numpy as np
 
 from analysis.fits import FitSettings, Frontier, MethodFit, Noise
 from analysis.fitting.laws import LAWS, power_law
-from embedscale.texts import number
+from embedscale.texts import listed, number
 
 FEW_DRAWS = 0.9  # share of draws with an optimum below which a note says so
 FEW_STARTS = 0.25  # share of starts that agree below which a note says so
-MANY_ALIKE = 12  # pairs of methods that noise does not separate, above which they are counted instead of named
+MANY_ALIKE = 12  # groups of methods that noise does not separate, above which pairs are counted instead of named
 # The weights of notes: a number that is missing, biased or doubtful, and a limit of the data.
 MISSING, BIAS, DOUBT, LIMIT = range(4)
 
@@ -72,15 +73,31 @@ def _law(settings: FitSettings, name: str, method: MethodFit, law: str) -> list[
 
 def _alike(line: Frontier) -> list[str]:
     """Return one sentence on the methods that noise does not separate; none where it separates all."""
-    pairs: dict[tuple[str, str], list[str]] = {}
-    for each in line.comparisons:
-        if each.distinguishable is False:
-            pairs.setdefault((each.a, each.b), []).append(number(each.budget_flop))
-    count = sum(map(len, pairs.values()))
-    told = "; ".join(f"{a} and {b} at {', '.join(budgets)} FLOP" for (a, b), budgets in pairs.items())
-    if count > MANY_ALIKE:
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for budget in dict.fromkeys(each.budget_flop for each in line.comparisons):
+        alike = [(e.a, e.b) for e in line.comparisons if e.budget_flop == budget and e.distinguishable is False]
+        for group in _cliques(alike):
+            groups.setdefault(group, []).append(number(budget))
+    told = "; ".join(f"{listed(group)} at {', '.join(budgets)} FLOP" for group, budgets in groups.items())
+    if sum(map(len, groups.values())) > MANY_ALIKE:
+        count = sum(each.distinguishable is False for each in line.comparisons)
         told = f"{count} of {len(line.comparisons)} pairs of methods at one budget"
-    return [f"not distinguishable within the noise: {told}"] if pairs else []
+    return [f"not distinguishable within the noise: {told}"] if groups else []
+
+
+def _cliques(pairs: Sequence[tuple[str, str]]) -> list[tuple[str, ...]]:
+    """Return groups of names in which each two are one of the pairs, so that each pair is in one of the groups."""
+    names, alike = dict.fromkeys(chain(*pairs)), set(map(frozenset, pairs))
+    groups: list[tuple[str, ...]] = []
+    for pair in pairs:
+        if any(set(pair) <= set(group) for group in groups):
+            continue
+        group = [*pair]
+        for name in names:
+            if all(frozenset((name, each)) in alike for each in group):
+                group.append(name)
+        groups.append(tuple(group))
+    return groups
 
 
 def _notes_of_optima(name: str, method: MethodFit) -> list[tuple[int, str]]:

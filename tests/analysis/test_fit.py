@@ -130,6 +130,15 @@ def test_methods_within_the_noise_are_not_distinguishable():
     assert any("not distinguishable within the noise: full and other" in note for note in found.notes)
 
 
+def test_methods_that_are_all_alike_are_named_once():
+    alike = [sweep(seed=seed, methods=("full",)).assign(method=name) for seed, name in enumerate(("full", "a", "b"))]
+    worse = sweep(seed=9, methods=("full",)).assign(method="worse")
+    worse["loss"] *= 1.5
+    notes = fit(runs.load(pd.concat([*alike, worse])), noise=0.01, bootstrap=200).notes
+    (note,) = (note for note in notes if "not distinguishable" in note)
+    assert note.count("full") == 1 and "full, a and b at" in note and "worse" not in note
+
+
 @pytest.mark.parametrize(
     ("given", "seeds", "source"), [(None, 3, "pooled"), (None, 1, "residuals"), (0.01, 3, "given")]
 )
