@@ -1,0 +1,89 @@
+"""Print what the study says about each finding of the paper.
+
+    python configs/study/findings.py docs/study/runs.csv
+
+Losses are held-out losses in nats, the mean over seeds. Percentages are differences of the loss.
+"""
+
+import argparse
+from pathlib import Path
+
+import pandas as pd
+
+from analysis import runs
+from analysis.fits import Fits
+from analysis.fitting.fit import fit
+from embedscale.texts import number, spread
+
+
+def title(words: str) -> None:
+    print(f"\n{words}")
+
+
+def sizes(fits: Fits) -> None:
+    title("Best sizes grow with the budget: N* of each budget with an optimum, and the exponent of N* in C")
+    for name, method in fits.methods.items():
+        found = ", ".join(f"{number(row.n_opt)} at {number(row.budget_flop)}" for row in method.interior)
+        line = method.power_laws.n_opt
+        told = f"{line.exponent:.2f} ({spread(line.exponent_interval)})" if line else "no exponent"
+        print(f"{name}: {told}; {found or 'no optimum'}")
+
+
+def profiles(fits: Fits) -> None:
+    title("Profiles flatten at both ends: ln L about a parabola, curvature in (ln N)²")
+    for name, method in fits.methods.items():
+        found = [f"{row.curve.curvature:.3f} at {number(row.budget_flop)}" for row in method.optima if row.curve]
+        print(f"{name}: {', '.join(found) or 'no parabola'}")
+
+
+def methods(settings: pd.DataFrame) -> None:
+    title("Full fine-tuning is best at low budgets, LoRA at high ones, freezing close to the best, bias-only worst")
+    lowest = settings.loc[settings.groupby(["budget_flop", "method"])["loss"].idxmin()]
+    for budget, rows in lowest.sort_values("loss").groupby("budget_flop"):
+        told = (f"{row.method} {row.loss:.3f} ({row.setting}, {row.backbone})" for row in rows.itertuples())
+        print(f"{number(budget)}: {'; '.join(told)}")
+
+
+def choices(settings: pd.DataFrame, method: str, words: str) -> None:
+    title(words)
+    rows = settings[settings["method"] == method]
+    wide = rows.pivot_table(index=["budget_flop", "backbone"], columns="setting", values="loss")
+    above = 100 * (wide.div(wide.min(axis=1), axis=0) - 1)
+    for budget, part in above.groupby("budget_flop"):
+        print(f"{number(budget)}: " + ", ".join(f"{name} +{part[name].mean():.1f} %" for name in part.dropna(axis=1)))
+
+
+def scores(table: pd.DataFrame) -> None:
+    title("Loss and retrieval go together: Spearman's correlation of the loss and recall among 4,096 texts")
+    for name in ("recall_at_1", "recall_at_10"):
+        print(f"{name}: {table['loss'].corr(table[name], method='spearman'):.3f} over {len(table)} runs")
+
+
+def predictions(fits: Fits) -> None:
+    title("The largest budget and size are predicted: fits without them")
+    for name, method in fits.methods.items():
+        for row in method.hold_out:
+            found = f"{number(row.predicted, 4)} predicted, {number(row.found, 4)} found, {100 * row.error:.1f} %"
+            print(f"{name}, without the {row.left_out}, {row.law}: {found}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("table", type=Path, help="the table of the runs")
+    data = runs.load(parser.parse_args().table)
+    table = data.table.copy()
+    rank, fraction = table["rank"].map("rank {:.0f}".format), table["active_fraction"].map("{:.2f} active".format)
+    table["setting"] = rank.where(table["method"] == "lora", fraction.where(table["method"] == "freeze", "–"))
+    settings = table.groupby(["budget_flop", "method", "setting", "backbone"], as_index=False)["loss"].mean()
+    fits = fit(data)
+    sizes(fits)
+    profiles(fits)
+    methods(settings)
+    choices(settings, "lora", "Middle ranks are best, the highest worst: mean excess over a size's best rank")
+    choices(settings, "freeze", "Active blocks: mean excess over a size's best fraction")
+    scores(table)
+    predictions(fits)
+
+
+if __name__ == "__main__":
+    main()
