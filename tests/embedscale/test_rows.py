@@ -173,20 +173,20 @@ def test_a_store_made_before_a_setting_existed_is_the_store_of_its_default(tmp_p
 TEXTS = ["one", "", "1900 é", "NA"]
 
 
-@pytest.mark.parametrize(
-    ("name", "content"),
-    {
-        "texts.txt": "\n".join(TEXTS).encode() + b"\n",
-        "texts.txt.gz": gzip.compress("\n".join(TEXTS).encode() + b"\n"),
-        "texts.jsonl": "".join(json.dumps({"text": text or None}) + "\n\n" for text in TEXTS).encode(),
-        "texts.json": json.dumps([{"text": text} for text in TEXTS]).encode(),
-        "texts.csv": ("id,text\n" + "".join(f"{i},{text}\n" for i, text in enumerate(TEXTS))).encode(),
-        "texts.tsv.bz2": bz2.compress(("id\ttext\n" + "".join(f"{i}\t{t}\n" for i, t in enumerate(TEXTS))).encode()),
-        "texts.jsonl.zst": zstd("".join(json.dumps({"text": text}) + "\n" for text in TEXTS).encode()),
-    }.items(),
-)
-def test_texts_of_every_form_are_the_same_texts(tmp_path, name, content):
-    (tmp_path / name).write_bytes(content)
+FORMS = {
+    "texts.txt": "\n".join(TEXTS).encode() + b"\n",
+    "texts.txt.gz": gzip.compress("\n".join(TEXTS).encode() + b"\n"),
+    "texts.jsonl": "".join(json.dumps({"text": text or None}) + "\n\n" for text in TEXTS).encode(),
+    "texts.json": json.dumps([{"text": text} for text in TEXTS]).encode(),
+    "texts.csv": ("id,text\n" + "".join(f"{i},{text}\n" for i, text in enumerate(TEXTS))).encode(),
+    "texts.tsv.bz2": bz2.compress(("id\ttext\n" + "".join(f"{i}\t{t}\n" for i, t in enumerate(TEXTS))).encode()),
+    "texts.jsonl.zst": zstd("".join(json.dumps({"text": text}) + "\n" for text in TEXTS).encode()),
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_texts_of_every_form_are_the_same_texts(tmp_path, name):
+    (tmp_path / name).write_bytes(FORMS[name])
     assert list(texts_of(tmp_path / name)) == TEXTS
 
 
