@@ -224,7 +224,12 @@ class Evidence:
         if basis != "best run" and limit.flop and not limit.tokens:
             return self.outlook.at(limit.flop).loss(confidence)
         size = np.array([self.optimum(limit, basis, confidence)[0]])
-        return summary(self.log_loss(size, self.budget_of(size, limit), basis)[:, 0], confidence)
+        drawn = self.log_loss(size, self.budget_of(size, limit), basis)[:, 0]
+        if basis != "best run":
+            allowed = self.budget_of(np.array([point.n_parameters for point in self.points]), limit)
+            within = [point for point, most in zip(self.points, allowed, strict=True) if point.budget_flop <= most]
+            self.outlook.bind(drawn, within, math.inf)
+        return summary(drawn, confidence)
 
     def optimum(self, limit: Limit, basis: Basis, confidence: float) -> tuple[float, Interval | None]:
         """Return the best size, not rounded to a backbone, with its interval; for the best run, its size."""
