@@ -171,9 +171,7 @@ def test_a_store_made_before_a_setting_existed_is_the_store_of_its_default(tmp_p
 # --- Texts to encode ---
 
 TEXTS = ["one", "", "1900 é", "NA"]
-
-
-FORMS = {
+FORMS_OF_TEXTS = {
     "texts.txt": "\n".join(TEXTS).encode() + b"\n",
     "texts.txt.gz": gzip.compress("\n".join(TEXTS).encode() + b"\n"),
     "texts.jsonl": "".join(json.dumps({"text": text or None}) + "\n\n" for text in TEXTS).encode(),
@@ -184,9 +182,9 @@ FORMS = {
 }
 
 
-@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("name", FORMS_OF_TEXTS)
 def test_texts_of_every_form_are_the_same_texts(tmp_path, name):
-    (tmp_path / name).write_bytes(FORMS[name])
+    (tmp_path / name).write_bytes(FORMS_OF_TEXTS[name])
     assert list(texts_of(tmp_path / name)) == TEXTS
 
 
