@@ -150,6 +150,20 @@ def test_fixed_data_take_the_largest_model_unless_a_budget_stops_it(study):
     assert truth[bound.best.backbone] < 1.01 * min(truth.values())
 
 
+def test_with_fixed_data_no_loss_is_forecast_above_runs_with_less(tmp_path):
+    """Nine runs of the quickstart. A law that they do not fix gave an interval of the lowest loss up to 2.6e5."""
+    sizes, budgets = (6592, 25472, 84912), (1e11, 2.5e11, 3.5e11)
+    losses = (4.0003, 4.1431, 4.3464, 3.6716, 3.4685, 3.7521, 3.5803, 3.2111, 3.4478)
+    grid = [(n, c) for c in budgets for n in sizes]
+    table = pd.DataFrame(grid, columns=["n_parameters", "budget_flop"]).assign(method="full", loss=losses)
+    table["tokens"] = table["budget_flop"] / (6 * table["n_parameters"])
+    fits = recipe.read(fitted(table, tmp_path))[0]
+    for tokens in (1e6, 3e6):
+        best = table.loc[table["tokens"] <= tokens, "loss"].min()
+        found = recipe.recipe(fits, Limit(tokens=tokens))
+        assert found.lowest_loss_interval[1] < best * math.exp(5 * fits.noise.log_loss)
+
+
 def test_without_a_law_the_recipe_names_the_best_run(tmp_path):
     table = paper_like()
     table = table[(table["method"] == "full") & (table["budget_flop"] <= BUDGETS[1])]
