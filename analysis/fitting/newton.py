@@ -325,8 +325,8 @@ def lowest_of_many(problem: Problem, theta: Array, rows: NDArray[np.int_]) -> So
     The first start is the fit of the same points with other weights or losses. With Huber's ρ each is also a start
     without a homotopy, and weights are shaken from each in turn. Starts that reach one objective go on as one.
     """
-    many = np.repeat(rows, len(theta))
-    found, many = _distinct(problem.squares(began(np.tile(theta, (len(rows), 1))), many), many)
+    starts, owners = began(np.tile(theta, (len(rows), 1))), np.repeat(rows, len(theta))
+    found, many = _distinct(problem.squares(starts, owners), owners)
     if problem.last is None:
         return _lowest(problem.directly(found, many), many)
     more = np.repeat(rows, SHAKEN_REFIT)
@@ -334,9 +334,8 @@ def lowest_of_many(problem: Problem, theta: Array, rows: NDArray[np.int_]) -> So
     found, many = found.join(shaken), np.append(many, more)
     for delta in problem.stages:
         found, many = _distinct(problem.staged(delta, found, many), many)
-    found = found.join(began(np.tile(theta, (len(rows), 1)))).join(shaken)
-    many = np.concatenate([many, np.repeat(rows, len(theta)), more])
-    found = problem.directly(found, many)
+    many = np.concatenate([many, owners, more])
+    found = problem.directly(found.join(starts).join(shaken), many)
     near = np.repeat(rows, AROUND_REFIT)
     beside = problem.around(np.repeat(_lowest(found, many).theta, AROUND_REFIT, axis=0), near)
     return _lowest(found.join(beside), np.append(many, near))
