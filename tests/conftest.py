@@ -17,7 +17,8 @@ from saved import save_backbone, write_pairs
 
 gc.disable()  # imports are faster without garbage collection; it is enabled after them
 
-# Files that take minutes. They start first, so that none runs alone at the end. `make test-quick` leaves them out.
+# Files that take minutes. They start first, so that none runs alone at the end. `survival`, `node` and `away` mostly
+# wait, so they do not start together. `make test-quick` leaves all of these out.
 LONG = [
     "survival", "docs", "export", "encode", "train", "together", "node", "resume", "kill", "local", "devcluster",
     "prefetch", "report", "live", "page", "end_of_run", "damage", "away", "gradcache", "uncertainty", "parallel", "gpu",
@@ -27,23 +28,11 @@ LONG = [
 ]  # fmt: skip
 
 
-CLUSTERS = {"cluster", "bare_cluster", "wide_cluster"}  # fixtures of tests that start a SLURM of their own
-
-
-@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in the same hook
 def pytest_collection_modifyitems(items):
-    """Sort long files to the front and mark them slow; give each file to one process, and all of SLURM to one.
-
-    Tests on a SLURM mostly wait. In two processes at a time they would leave the cores to one.
-    """
-    for item in items:
-        if CLUSTERS & set(getattr(item, "fixturenames", ())):
-            item.add_marker("slurm")
-    slurm = {item.path for item in items if item.get_closest_marker("slurm")}
+    """Sort long files to the front and mark them slow. `--dist loadfile --no-loadscope-reorder` keeps the order."""
     place = {f"test_{name}": number for number, name in enumerate(LONG)}
     items.sort(key=lambda item: place.get(item.path.stem, len(LONG)))
     for item in items:
-        item.add_marker(pytest.mark.xdist_group("slurm" if item.path in slurm else item.path.stem))
         if item.path.stem in place:
             item.add_marker("slow")
 

@@ -18,6 +18,13 @@ from slurm.scheduler.choice import SCHEDULERS
 from slurm.scheduler.devcluster import INSTALL, DevCluster, missing
 
 
+def pytest_collection_modifyitems(items):
+    """Mark the tests that start a SLURM of their own; `-m "not slurm"` leaves them out."""
+    for item in items:
+        if {"cluster", "bare_cluster", "wide_cluster"} & set(getattr(item, "fixturenames", ())):
+            item.add_marker("slurm")
+
+
 def _cluster(**settings):
     if missing():
         pytest.skip(f"no SLURM here; on Debian: {INSTALL}")
