@@ -9,6 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self
 
+import numpy as np
+from numpy.typing import NDArray
+
 from analysis import first_version
 from embedscale.errors import UserError
 from embedscale.files import digest_file, read_json
@@ -108,6 +111,15 @@ class Noise(Value):
         if self.source == "residuals" and self.replicates is not None:
             found += f"; replicates alone {self.replicates:.2g}, {self.replicates_freedom} degrees of freedom"
         return found
+
+    def draws(self, count: int, rng: np.random.Generator) -> NDArray[np.float64] | None:
+        """Return `count` draws of the noise, which its degrees of freedom leave open (scaled inverse χ²), or None."""
+        if not self.log_loss:
+            return None
+        freedom = self.degrees_of_freedom
+        if not freedom:  # given
+            return np.full(count, self.log_loss)
+        return self.log_loss * np.sqrt(freedom / rng.chisquare(freedom, count))
 
 
 # --- Optima ----------------------------------------------------------------------------------------------------------

@@ -91,7 +91,7 @@ def gather(fits: Fits) -> dict[str, "Evidence"]:
     named = {size: name for size, name in names.items() if name}
     settings = fits.settings
     return {
-        name: Evidence(name, fit, named, Outlook(fit, fits.noise.log_loss, settings.confidence, (settings.seed, i)))
+        name: Evidence(name, fit, named, Outlook(fit, fits.noise, settings.confidence, (settings.seed, i)))
         for i, (name, fit) in enumerate(fits.methods.items())
         if fit.points
     }

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from analysis.advice.trends import Coefficients, Optima, Trends, cost, line, trends_of
-from analysis.fits import Interval, MethodFit, Optimum, Point
+from analysis.fits import Interval, MethodFit, Noise, Optimum, Point
 from analysis.fitting.laws import LAWS, TINY, Array, Law, StatedLaw, interval
 from analysis.fitting.solver import NoFit, fit_joint
 from embedscale.texts import number
@@ -227,11 +227,15 @@ class Outlook:
     """
 
     def __init__(
-        self, fit: MethodFit, noise: float | None = None, confidence: float = 0.95, seed: Sequence[int] = (0,)
+        self, fit: MethodFit, noise: Noise | None = None, confidence: float = 0.95, seed: Sequence[int] = (0,)
     ):
-        """`noise` is the standard deviation of ln L of one run; `confidence` is that of the intervals in `fit`."""
+        """`noise` is that of one run; `confidence` is that of the intervals in `fit`.
+
+        Methods with the same first number of `seed` have the same draws of the noise, because it is one noise.
+        """
         rng = np.random.default_rng(seed)
-        self.fit, self._noise, self._seed = fit, noise or 0.0, tuple(seed)
+        drawn = noise.draws(DRAWS, np.random.default_rng(seed[0])) if noise else None
+        self.fit, self._noise, self._seed = fit, np.zeros(DRAWS) if drawn is None else drawn, tuple(seed)
         self._luck = _centred(rng)[:, 0]
         interior = fit.interior
         x = np.log([row.budget_flop for row in interior])

@@ -110,7 +110,7 @@ def fit(
     known = uncertainty.noise_of(noise, list(moved.values()), by_law, window)
 
     rng = np.random.default_rng(seed)
-    spread = uncertainty.noise_draws(known, bootstrap, rng)
+    spread = known.draws(bootstrap, rng)
     methods: dict[str, MethodFit] = {}
     draws: dict[str, dict[float, OptimumDraws]] = {}
     for method in runs.methods:

@@ -128,16 +128,6 @@ def _pooled(found: Sequence[tuple[Array, int]]) -> tuple[float, int]:
     return float(squares @ freedom), int(freedom.sum())
 
 
-def noise_draws(noise: Noise, count: int, rng: np.random.Generator) -> Array | None:
-    """Return `count` draws of the noise, whose degrees of freedom leave it open (scaled inverse χ²), or None."""
-    if not noise.log_loss:
-        return None
-    freedom = noise.degrees_of_freedom
-    if not freedom:  # given
-        return np.full(count, noise.log_loss)
-    return noise.log_loss * np.sqrt(freedom / rng.chisquare(freedom, count))
-
-
 # --- Optima and what follows from them -------------------------------------------------------------------------------
 
 

@@ -9,6 +9,7 @@ import pytest
 from analysis import recipe, runs
 from analysis.advice.evidence import Limit
 from analysis.advice.forecast import Outlook
+from analysis.fits import Noise
 from analysis.fitting.fit import fit
 from analysis.fitting.laws import CHINCHILLA
 from embedscale.errors import UserError
@@ -37,7 +38,7 @@ def optimum(budget: float, law=LAW) -> tuple[float, float]:
 
 def outlook(frame: pd.DataFrame, **settings) -> Outlook:
     fits = fit(runs.load(frame), **{"bootstrap": 100} | settings)
-    return Outlook(fits.methods["full"], fits.noise.log_loss)
+    return Outlook(fits.methods["full"], fits.noise)
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.003])
@@ -108,7 +109,7 @@ def test_a_line_through_two_optima_extrapolates_nothing():
     frame = pd.concat([frame.iloc[:3], more]).iloc[:6]
     fits = fit(runs.load(frame[frame["n_parameters"] > 0]), noise=0.003, bootstrap=100)
     fits.methods["full"].joint_laws.clear()
-    found = Outlook(fits.methods["full"], 0.003)
+    found = Outlook(fits.methods["full"], Noise(0.003, "given", 0))
     assert not found.covers(4 * BUDGETS[1]) and found.covers(2 * BUDGETS[0])
     assert "two optima and no joint law say nothing about other budgets; add runs" in found.missing
     assert f"{number(4 * BUDGETS[1])} FLOP" in found.missing

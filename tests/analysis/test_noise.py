@@ -10,7 +10,6 @@ from law_sweep import sweep
 
 from analysis import runs, summary
 from analysis.fits import Noise
-from analysis.fitting import uncertainty
 from analysis.fitting.fit import fit
 from analysis.fitting.laws import power_law
 
@@ -40,10 +39,10 @@ def test_replicates_and_residuals_that_agree_are_pooled():
 def test_few_degrees_of_freedom_widen_the_intervals_as_in_students_t():
     rng = np.random.default_rng(0)
     for freedom, quantile in ((2, 4.303), (5, 2.571), (30, 2.042)):
-        spread = uncertainty.noise_draws(Noise(0.01, "residuals", freedom), 200_000, rng)
+        spread = Noise(0.01, "residuals", freedom).draws(200_000, rng)
         drawn = spread * rng.standard_normal(len(spread))
         assert np.percentile(drawn, 97.5) == pytest.approx(0.01 * quantile, rel=0.04)
-    assert set(uncertainty.noise_draws(Noise(0.01, "given", 0), 10, rng)) == {0.01}
+    assert set(Noise(0.01, "given", 0).draws(10, rng)) == {0.01}
 
 
 def test_power_laws_of_nothing_are_silent():
