@@ -26,7 +26,7 @@ Interval = tuple[float, float]
 """Low and high end of a percentile interval; `settings.confidence` says which."""
 Draws = tuple[tuple[float | None, ...], ...]
 """One row for each bootstrap draw that is kept."""
-State = Literal["interior", "edge", "too few", "diverged", "too narrow", "below all runs"]
+State = Literal["interior", "edge", "too few", "diverged", "too narrow", "below all runs", "two valleys"]
 """Whether a budget has an optimum, and why not (`fitting.optima` states the rules)."""
 Estimator = Literal["parabola", "akima", "law", "best-run"]
 

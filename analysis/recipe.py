@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any
 from analysis import fits as fits_file
 from analysis.advice import forecast
 from analysis.advice.choice import PAPER_BATCH, PAPER_PAIR_TOKENS, Choice, Other, compare, configure
-from analysis.advice.evidence import Basis, Evidence, Limit, gather, log_distance, parse_limit, same_budget
+from analysis.advice.evidence import Basis, Evidence, Limit, gather, log_distance, parse_limit
+from analysis.advice.forecast import same_budget
 from analysis.advice.trends import REACH
 from analysis.columns import BACKBONE, FIRST_VERSION, HYPERPARAMETERS
 from analysis.fits import Fits, Interval
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
 TOLD = ("alpha", "dropout", "targets", "embedding", "blocks", "active_blocks")  # settings printed beside the label
 LEAST_SHARE = 0.005  # of a forecast, below which a law is not named
 LEAST_CHANCE = 0.01  # of the lowest loss, below which methods are named together
-NO_OPTIMUM = f"its laws have no optimum within {REACH:,.0f} times the sizes that were run"
+NO_OPTIMUM = f"no law has an optimum within {REACH:,.0f} times the sizes that were run"
 ANOTHER = 1.01  # ratio of sizes from which on two are told apart
 Row = Mapping[str, str]  # of runs.csv
 
@@ -49,7 +50,8 @@ class Recipe:
     """The best choice, the best size before it is rounded to a backbone, other choices, and how far it extrapolates.
 
     `lowest_loss` is the loss at the best size. `chances` are the probabilities that each method has the lowest loss,
-    and `decided` says whether one of them reaches the confidence of the fits. `laws` are the shares of the laws in the
+    empty where the noise of a run is not known, and `decided` says whether one of them reaches the confidence of the
+    fits. `laws` are the shares of the laws in the
     forecast; empty where the recipe rests on something else.
     """
 
@@ -103,16 +105,21 @@ def recipe(
     if not every:
         raise UserError(f"budget: a recipe needs runs; {fits.source} holds none")
     if not chosen and limit.flop and not limit.tokens:
-        missing = "; ".join(f"{name}: {each.outlook.missing or NO_OPTIMUM}" for name, each in every.items())
-        raise UserError(f"budget: nothing is known about {limit.text}; {missing}")
+        reasons: dict[str, list[str]] = {}
+        for name, each in every.items():
+            reasons.setdefault(each.outlook.missing or NO_OPTIMUM, []).append(name)
+        told = "; ".join(f"{', '.join(names)}: {reason}" for reason, names in reasons.items())
+        raise UserError(f"budget: nothing is known about {limit.text}; {told}")
     if not chosen:
         need = "a joint law" if limit.tokens else "runs that say how many device-hours they took, and a law"
         raise UserError(f"budget: for {limit.text} a recipe needs {need}, which no method of these fits has")
     best, drawn = min(chosen.values(), key=lambda each: each[0].loss)
     if best.pairs < 1:
+        by_tokens = limit.tokens and best.tokens >= limit.tokens * 0.999
+        least, unit = (best.tokens, "tokens") if by_tokens else (best.budget_flop, "FLOP")
         raise UserError(
-            f"budget: {limit.text} is less than one pair costs; allowed: at least "
-            f"{number(best.budget_flop / best.pairs)} FLOP"
+            f"{'--tokens' if by_tokens else 'budget'}: {limit.text} is less than one pair costs; allowed: at least "
+            f"{number(least / best.pairs)} {unit}"
         )
     evidence = every[best.method]
     n_opt, n_ends = evidence.optimum(limit, best.basis, confidence)
@@ -120,7 +127,9 @@ def recipe(
     others = [compare(name, *each, best, drawn, confidence) for name, each in chosen.items() if name != best.method]
     others += _other_sizes(evidence, limit, best, drawn, fits.comparable, confidence)
     others += _other_choices(best, runs or [])
-    chances = forecast.chances({name: draws for name, (_, draws) in chosen.items()})
+    # Without the noise of a run, draws of measured losses are all alike, and say nothing of the next run.
+    known = fits.noise.log_loss is not None or len(chosen) == 1
+    chances = forecast.chances({name: draws for name, (_, draws) in chosen.items()}) if known else {}
     absent: dict[str, list[str]] = {}
     for name in fits.methods:
         if name not in chosen:
@@ -136,7 +145,7 @@ def recipe(
         n_ends,
         *evidence.lowest(limit, best.basis, confidence),
         chances,
-        max(chances.values()) >= confidence,
+        max(chances.values(), default=0.0) >= confidence,
         dict(evidence.outlook.laws) if best.basis == "forecast" else {},
         others,
         _extrapolates(evidence, best, n_opt),
@@ -253,21 +262,23 @@ def _other_choices(best: Choice, runs: Sequence[Row]) -> list[Other]:
 
 def _extrapolates(evidence: Evidence, best: Choice, n_opt: float) -> list[str]:
     """Return how far budget, sizes and tokens lie outside what the law was fitted to, a line each."""
-    rows = evidence.fit.interior if best.basis == "forecast" else evidence.fit.optima
+    budgets = [point.budget_flop for point in evidence.points]
+    optima = [row.budget_flop for row in evidence.fit.interior] if best.basis == "forecast" else budgets
     spans = {
-        "budget": ([row.budget_flop for row in rows], best.budget_flop, "FLOP"),
+        "budget": (budgets, best.budget_flop, "FLOP"),
+        "budget with an optimum": (optima, best.budget_flop, "FLOP"),
         "best size": (list(evidence.sizes), n_opt, "parameters"),
         "size": (list(evidence.sizes), best.n_parameters, "parameters"),
         "data": ([point.tokens for point in evidence.points], best.tokens, "tokens"),
     }
-    told = []
+    told: dict[str, str] = {}  # what is said → of what; said once
     for name, (values, value, unit) in spans.items():
         low, high = min(values), max(values)
         if value > high * 1.001:
-            told.append(f"{name}: {number(value / high)} times the largest ({number(high)} {unit})")
+            told.setdefault(f"{number(value / high)} times the largest ({number(high)} {unit})", name)
         elif value < low / 1.001:
-            told.append(f"{name}: {number(low / value)} times below the smallest ({number(low)} {unit})")
-    return told
+            told.setdefault(f"{number(low / value)} times below the smallest ({number(low)} {unit})", name)
+    return [f"{name}: {said}" for said, name in told.items()]
 
 
 # --- Files and the verb ----------------------------------------------------------------------------------------------
@@ -359,15 +370,17 @@ def lines(found: Recipe, confidence: float) -> list[tuple[str, str]]:
         ("at the best size", within(found.lowest_loss, found.lowest_loss_interval, percent)),
         ("extrapolates", "; ".join(found.extrapolates) or "no"),
     ]
+    if not found.chances:
+        told.insert(1, ("lowest loss", "not decided: the noise of a run is not known; give it to fit by --noise"))
     if len(found.chances) > 1:
         told.insert(1, ("lowest loss", _chances(found.chances) + ("" if found.decided else "; not decided")))
     alike = []
     for other in found.others:
         ends, choice = other.interval, other.choice
-        spread = f" ({100 * ends[0]:+.1f} … {100 * ends[1]:+.1f} %)" if ends else ""
+        spread = f" ({_percent(ends[0])} … {_percent(ends[1])} %)" if ends else ""
         on = f", {choice.backbone}" if choice and choice.backbone not in other.what else ""
         name = choice.label if choice and other.what == choice.method else other.what
-        text = f"{name}{on}: {100 * other.lost:+.1f} % loss{spread}"
+        text = f"{name}{on}: {_percent(other.lost)} % loss{spread}"
         if other.distinguishable is False:
             alike.append(text)
         else:
@@ -375,6 +388,11 @@ def lines(found: Recipe, confidence: float) -> list[tuple[str, str]]:
     if alike:
         told.append(("instead", "not distinguishable: " + "; ".join(alike)))
     return told + [("note", note) for note in found.notes]
+
+
+def _percent(share: float) -> str:
+    """Return a share in percent with its sign; what rounds to zero has none of its own."""
+    return f"{round(100 * share, 1) + 0.0:+.1f}"
 
 
 def _chances(chances: Mapping[str, float]) -> str:

@@ -6,6 +6,7 @@ the column, never averaged; so are rows that differ in a column that nobody mapp
 mixed folder or table needs `where`, which selects runs by a column's value, or `ignore`.
 """
 
+import math
 import os
 import shlex
 from collections.abc import Collection, Iterator, Mapping
@@ -38,8 +39,10 @@ from embedscale.run.directory import RunDirectory
 from embedscale.run.families import family_name
 from embedscale.run.method import METHODS
 from embedscale.run.record import Damaged, RunRecord
+from embedscale.texts import number
 
 LEAST, MOST = 1e-100, 1e100  # of sizes, tokens, FLOP and losses: their squares are numbers too
+SLIP, USUAL = 100.0, 30.0  # factors between C / (N D) of two rows, and of a table, from which on a unit is doubted
 MANY = 500  # run directories from which on a progress bar is drawn
 Row = dict[str, Any]
 
@@ -244,6 +247,7 @@ def _from_table(
         cells = raw.loc[table.index, name] if name in raw else table[ours]
         table, excluded = _kept(table, excluded, _equal(name, cells, value), name, cells)
     _check_cells(origin, found, raw, {name: cells[cells.index.isin(table.index)] for name, cells in wrong.items()})
+    table = _named(origin, table, found)
     table, more = _completed(origin, table, found)
     table, excluded = _selected(table, excluded + more, late)
     if not table.empty:
@@ -304,13 +308,28 @@ def _ours(raw: pd.DataFrame, found: Mapping[str, Source]) -> tuple[pd.DataFrame,
             values, wrong[ours] = tables.numbers(raw[source.name])
             table[ours] = values * source.factor
         else:
-            table[ours] = tables.texts(raw[source.name])
+            table[ours] = tables.names(raw[source.name]) if ours == "method" else tables.texts(raw[source.name])
     if "run" not in table:
         table["run"] = [f"row {i + 1}" for i in table.index]
     table["run"] = table["run"].fillna(pd.Series([f"row {i + 1}" for i in table.index], table.index))
-    methods = table["method"].fillna("full") if "method" in table else pd.Series("full", table.index)
-    table["method"] = methods.where(~methods.str.lower().isin(METHODS), methods.str.lower())  # LoRA is lora
     return table, wrong
+
+
+def _named(origin: str, table: pd.DataFrame, found: Mapping[str, Source]) -> pd.DataFrame:
+    """Return the table with a method in each row: full fine-tuning where no row names one.
+
+    Raises UserError where some rows name a method and others do not: they are not full fine-tuning by themselves.
+    """
+    methods = table["method"] if "method" in table else pd.Series(None, table.index, object)
+    if methods.isna().all():
+        return table.assign(method="full")
+    if methods.isna().any():
+        row = methods.index[methods.isna()][0]
+        raise UserError(
+            f"{_place(origin, 'method', found['method'].name, row)} is empty, and other rows name a method; write one, "
+            "such as full, or leave the row out by --where"
+        )
+    return table.assign(method=methods.where(~methods.str.lower().isin(METHODS), methods.str.lower()))  # LoRA is lora
 
 
 def _check_cells(origin: str, found: Mapping[str, Source], raw: pd.DataFrame, wrong: Wrong) -> None:
@@ -380,17 +399,29 @@ def _complete(table: pd.DataFrame) -> None:
 
 
 def _notes_of_units(origin: str, table: pd.DataFrame) -> list[str]:
-    """Return a note where sizes or tokens look as if they were in millions or billions.
+    """Return a note where sizes or tokens look as if they were in millions or billions, or C is far from 6 N D.
 
-    Raises UserError where N, D and C cannot be in one unit: C is 2 to 12 N D for every method of the paper.
+    Raises UserError where N, D and C cannot be in one unit: C is 2 to 12 N D for every method of the paper, and more
+    where an embedding that N does not count costs most of a small model.
     """
-    ratio = float((table["budget_flop"] / table["n_parameters"] / table["tokens"]).median())
+    ratios = table["budget_flop"] / table["n_parameters"] / table["tokens"]
+    ratio = float(ratios.median())
     if not 1e-2 < ratio < 1e4:
         raise UserError(
             f"{origin}: budget_flop is {ratio:.2g} × n_parameters × tokens, and 6 is usual: one of the three is in "
             "another unit; name it, such as --columns tokens=D:1e9, or leave the column out by --ignore NAME"
         )
-    return [
+    far = ratios.index[np.abs(np.log(ratios / ratio)) > math.log(SLIP)]
+    if len(far):
+        raise UserError(
+            f"{origin}: row {far[0] + 1}: budget_flop is {ratios[far[0]]:.2g} × n_parameters × tokens, and in most "
+            f"rows {ratio:.2g} ×: one of the three is in another unit there; mend the row, or leave it out by --where"
+        )
+    notes = []
+    if not 1 < ratio < USUAL:
+        told = f"budget_flop is {number(ratio)} × n_parameters × tokens (median), and 6 is usual"
+        notes.append(f"{told}: check their units, and what each of them counts")
+    return notes + [
         f"{name}: the median is {table[name].median():.4g}, which is very few; name the unit if it is not 1, such as "
         f"--columns {name}=NAME:1e9"
         for name in ("n_parameters", "tokens")

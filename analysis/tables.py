@@ -237,6 +237,12 @@ def _plain_number(cell: Any) -> float:
         raise ValueError("write a number") from None
 
 
+def names(column: pd.Series) -> pd.Series:
+    """Return a column as texts without spaces around them, None for empty cells: "none" is a name like any other."""
+    texts = ["" if not isinstance(cell, str) and blank(cell) else str(cell).strip() for cell in column]
+    return pd.Series([text or None for text in texts], column.index)
+
+
 def texts(column: pd.Series) -> pd.Series:
     """Return a column as texts without spaces around them, None for blank cells."""
     return pd.Series([None if blank(cell) else str(cell).strip() for cell in column], column.index)

@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 
 from analysis.advice import trends
-from analysis.advice.forecast import DRAWS, SAME, Outlook, summary
+from analysis.advice.forecast import DRAWS, SAME, Outlook, same_budget, summary
 from analysis.advice.trends import REACH, nearest_points
 from analysis.columns import FLOP, TOKENS, amount
 from analysis.fits import Fits, Interval, MethodFit, Point
@@ -23,7 +23,7 @@ from embedscale.run.families import family_with
 from embedscale.texts import number
 
 HOURS = r"(device|gpu)[ -]?h(ours?)?"  # the unit of device-hours
-MOST = 1e30  # FLOP; the largest budget of a run
+MOST = 1e30  # FLOP or tokens; the most of a run
 Basis = Literal["forecast", "joint law", "best run", ""]
 
 
@@ -57,6 +57,8 @@ def parse_limit(budget: str | None, tokens: str | None = None) -> Limit:
         limit["tokens"] = _amount("--tokens", tokens, TOKENS)
     if limit.get("flop", 0) > MOST:
         raise UserError(f"budget: {budget} is out of range; allowed: at most {number(MOST)} FLOP")
+    if limit.get("tokens", 0) > MOST:
+        raise UserError(f"--tokens: {tokens} is out of range; allowed: at most {number(MOST)} tokens")
     if not limit:
         raise UserError("budget: nothing is given; allowed: a budget such as 1e17, --tokens, or both")
     return Limit(**limit)
@@ -73,11 +75,6 @@ def _amount(name: str, text: str, units: Mapping[str, float]) -> float:
     if not (math.isfinite(value) and value > 0):
         raise UserError(f"{name}: {text} is out of range; allowed: above 0")
     return value
-
-
-def same_budget(a: float, b: float) -> bool:
-    """Return whether runs of these budgets can be compared: within 10 %, as in `grouping.group_budgets`."""
-    return math.isclose(a, b, rel_tol=0.1)
 
 
 def log_distance(a: float, b: float) -> float:
@@ -196,7 +193,7 @@ class Evidence:
         """Return draws of ln L of each size at its budget [draws, k]."""
         if basis == "forecast":
             at = np.log(budget)
-            return self.outlook.log_loss(at) + self.curvature * (np.log(sizes) - self.outlook.log_size(at)) ** 2
+            return self.outlook.log_loss(at) + self._rise(np.log(sizes), budget, self.outlook.log_size(at))
         if basis == "joint law":
             assert self.law is not None
             with np.errstate(invalid="ignore"):
@@ -205,17 +202,46 @@ class Evidence:
         losses = {point.n_parameters: point for point in self.measured(float(budget[0]))}
         return np.stack([self.outlook.measured(losses[size]) for size in sizes], 1)
 
+    @cached_property
+    def _valley(self) -> tuple[trends.Trend, trends.Trend]:
+        """ln L* and ln N* of the joint law itself, without draws."""
+        assert self.law is not None
+        return trends.joint_optimum(self.law.law, self.law.values[None], self.points)
+
+    def _rise(self, log_n: Array, budget: Array, best: Array) -> Array:
+        """Return how far ln L of each size at its budget lies above ln L* [draws, k], if ln N* is `best` [draws, k].
+
+        The valley is that of the joint law, moved to `best`. A parabola, which stands where there is no law, rises
+        without end; the loss does not, because one term of a law ends where the other begins.
+        """
+        away = log_n - best
+        parabola = self.curvature * away**2
+        if self.law is None:
+            return parabola
+        lowest, own = (trend(np.log(budget)) for trend in self._valley)  # [1, k]
+        moved = np.exp(away + own)
+        tokens = budget / np.stack([self.cost(moved[:, k], spent) for k, spent in enumerate(budget)], 1)
+        with np.errstate(over="ignore", invalid="ignore"):
+            risen = np.log(self.law.law.predict(self.law.values, moved, tokens)) - lowest
+        return np.where(np.isfinite(risen), np.maximum(risen, 0.0), parabola)
+
     def expected(self, size: float, budget: float, basis: Basis) -> Array:
         """Return draws [draws] of ln L of one size at a budget.
 
-        A run of this size at this budget stands before a law. Runs of this size with less bind the law from above.
+        A run of this size at this budget stands before a law. Runs of this size with less bind the law from above, as
+        they would if they went on.
         """
         own = [point for point in self.points if math.isclose(point.n_parameters, size, rel_tol=1e-6)]
         here = [point for point in own if math.isclose(point.budget_flop, budget, rel_tol=SAME)]
         if here:
             return self.outlook.measured(here[0])
-        drawn = self.log_loss(np.array([size]), np.array([budget]), basis)[:, 0]
-        if basis != "best run":
+        measured = basis == "best run" or (basis == "forecast" and self.outlook.has_optimum(budget))
+        spent = np.array([budget])
+        if not measured and self.law is None:  # its parabola may rise with the budget
+            first = min(point.budget_flop for point in self.points)
+            spent = budget / 2.0 ** np.arange(1 + max(0, math.floor(math.log2(budget / first))))
+        drawn = self.log_loss(np.full(len(spent), size), spent, basis).min(1)
+        if not measured:
             self.outlook.bind(drawn, own, math.log(budget))
         return drawn
 

@@ -20,11 +20,12 @@ from numpy.typing import NDArray
 
 from analysis.advice.trends import Coefficients, Optima, Trends, cost, line, trends_of
 from analysis.fits import Interval, MethodFit, Noise, Optimum, Point
-from analysis.fitting.laws import LAWS, TINY, Array, Law, StatedLaw, interval
+from analysis.fitting.laws import LAWS, TINY, VALID, Array, Law, StatedLaw, interval
 from analysis.fitting.solver import NoFit, fit_joint
 from embedscale.texts import number
 
 DRAWS = 1000
+NEARLY = 0.1  # runs whose budgets differ by less can be compared, as in `grouping.group_budgets`
 ORIGINS = 4  # hold-outs: the largest one, two, … budgets are left out, at most so many
 GROUPS = 8  # of budgets, where there are no optima to hold out
 RATES = np.geomspace(0.01, 0.3, 20)  # rates at which a law may go wrong, as shares of the slope
@@ -33,6 +34,12 @@ FADE = 1.0  # steps between budgets in which the difference from the last optimu
 MOST_DEVIATION = 1.0  # of ln L* and ln N* of an optimum
 SAME = 1e-3  # budgets that differ by less are one
 UNBOUND = 5  # of so many draws, one is not bound by runs at a budget that has an optimum of its own
+
+
+def same_budget(a: float, b: float) -> bool:
+    """Return whether runs of these budgets can be compared."""
+    return math.isclose(a, b, rel_tol=NEARLY)
+
 
 # --- Hold-outs -------------------------------------------------------------------------------------------------------
 
@@ -144,7 +151,8 @@ class _Mixture:
         table = np.exp(score - score.max())
         weights = table.sum(1) / table.sum()
         chosen = rng.permutation(_spread_over(weights))
-        drawn = [rates[rng.permutation(_spread_over(row / row.sum()))] for row in table]
+        rows = np.exp(score - score.max(1, keepdims=True))  # `table` holds zeros only for a law that hold-outs rule out
+        drawn = [rates[rng.permutation(_spread_over(row / row.sum()))] for row in rows]
         wrong = np.array(drawn) * rng.standard_normal(DRAWS)
         return _Mixture(x, y, ends, trends, dict(zip(trends, weights.tolist(), strict=True)), chosen, wrong)
 
@@ -278,7 +286,16 @@ class Outlook:
         """Return whether there is a forecast for a budget."""
         inside = self.reach[0] <= budget_flop <= self.reach[1]
         # A joint law has no optimum where the best size would be far beyond all sizes that were run.
-        return inside and bool(np.isfinite(self.log_size(np.array([math.log(budget_flop)]))).any())
+        at = np.array([math.log(budget_flop)])
+        return inside and all(np.isfinite(each.at(at)).mean() >= VALID for each in (self._loss, self._size))
+
+    def has_optimum(self, budget_flop: float) -> bool:
+        """Return whether the runs of this very budget show an optimum; then runs with less say nothing more about it.
+
+        So a lucky run, or losses that rise with the budget, contradict no optimum that was measured.
+        """
+        x = self._loss.x
+        return len(x) > 0 and float(np.abs(x - math.log(budget_flop)).min()) < SAME
 
     def at(self, budget_flop: float) -> Forecast:
         """Return the forecast for a budget that `covers` allows."""
@@ -295,14 +312,15 @@ class Outlook:
         """Return draws of ln L* [draws, k] at ln C [k]."""
         found = self._loss.at(at)
         for k, here in enumerate(at):
-            own = bool(len(self._loss.x)) and float(np.abs(self._loss.x - here).min()) < SAME
-            self.bind(found[:, k], self.fit.points, here, own)
+            own = self.has_optimum(math.exp(here))
+            points = [p for p in self.fit.points if not own or same_budget(p.budget_flop, math.exp(here))]
+            self.bind(found[:, k], points, here, own)
         return found
 
     def _what_is_missing(self) -> str:
         """Return which runs would let the optima extrapolate."""
         count = {0: "no optimum", 1: "one optimum", 2: "two optima"}[len(self.fit.interior)]
-        said = f"{count} and no joint law say nothing about other budgets"
+        said = f"{count} and no joint law, from which nothing follows for other budgets"
         open_ = [row for row in self.fit.optima if row.add_size]
         if open_:
             size, budget = number(open_[-1].add_size), number(open_[-1].budget_flop)

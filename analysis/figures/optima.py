@@ -24,7 +24,7 @@ from embedscale.texts import listed, measured, number, short_name
 
 EXACT = 3  # points that a parabola goes through exactly, and optima below which a power law leaves no residual
 LONG = 32  # characters above which two names stand on two lines of a legend
-NO_OPTIMUM = "no optimum between sizes"
+NO_OPTIMUM = "best run, no optimum"
 MOST_CURVES = 10  # budgets of a panel of profiles; of more, an even selection is drawn
 MANY = 12  # budgets above which those with fewer than three sizes are not drawn
 

@@ -202,7 +202,7 @@ def _fit_method(
     return MethodFit(
         points=tuple(map(_point, points.to_dict("records"))),
         optima=tuple(rows),
-        power_laws=_power_laws(rows, draws, profiles, settings.confidence),
+        power_laws=_power_laws(rows, draws, profiles, settings.confidence, rng),
         joint_laws=laws,
         refused={name: each for name, each in joint.items() if isinstance(each, str)},
         hold_out=joint_laws.hold_out(cells, points, joint, rows, settings.residual, settings.delta),
@@ -294,6 +294,7 @@ def _power_laws(
     draws: Mapping[float, OptimumDraws],
     profiles: Sequence[Profile],
     confidence: float,
+    rng: np.random.Generator,
 ) -> PowerLaws:
     """Return the power laws through the interior optima; no law below two of them, or out of a float's range."""
     interior = [row for row in rows if row.interior]
@@ -310,13 +311,13 @@ def _power_laws(
         weighted, kept = None, []
         if len(spreads) == len(interior):
             drawn = np.array([getattr(spread, values) for spread in spreads])  # [budgets, draws]
-            unweighted = uncertainty.power_law_draws(budgets, drawn)
             least = floors if name != "loss" else np.full(len(floors), 1e-9)
             weights = uncertainty.floored_spread(drawn, least) ** -2
+            drawn = uncertainty.with_misfit(budgets, np.log(y), drawn, rng)
+            unweighted = uncertainty.power_law_draws(budgets, drawn)
             line = _line(*power_law(budgets, y), unweighted, confidence)
-            weighted = _line(
-                *power_law(budgets, y, weights), uncertainty.power_law_draws(budgets, drawn, weights), confidence
-            )
+            with_weights = uncertainty.power_law_draws(budgets, drawn, weights)
+            weighted = _line(*power_law(budgets, y, weights), with_weights, confidence)
             kept = unweighted[:KEPT_DRAWS].tolist()
         exists = line.coefficient > 0 and math.isfinite(line.coefficient) and math.isfinite(line.exponent)
         laws[name] = (

@@ -49,7 +49,7 @@ def frontier(
             continue
         drawn = np.array([])
         if laws[a].draws and laws[b].draws:
-            drawn = uncertainty.crossing(_all_draws(methods, draws, a), _all_draws(methods, draws, b))
+            drawn = uncertainty.crossing(*(_all_draws(methods, draws, name, rng) for name in (a, b)))
             # Lines that hardly differ can meet anywhere.
             near = (drawn > math.log(budgets[0]) - REACH) & (drawn < math.log(budgets[-1]) + REACH)
             drawn = np.where(near, drawn, np.nan)
@@ -100,10 +100,12 @@ def _envelope(lines: Mapping[str, Array], low: float, high: float) -> list[Segme
     return segments
 
 
-def _all_draws(methods: Mapping[str, MethodFit], draws: Draws, method: str) -> Array:
-    budgets = [row.budget_flop for row in methods[method].interior]
-    drawn = np.array([draws[method][budget].log_loss for budget in budgets])
-    return uncertainty.power_law_draws(np.array(budgets), drawn)
+def _all_draws(methods: Mapping[str, MethodFit], draws: Draws, method: str, rng: np.random.Generator) -> Array:
+    found = {row.budget_flop: row.loss for row in methods[method].interior}
+    budgets, losses = (np.array(list(each), float) for each in (found, found.values()))
+    drawn = np.array([draws[method][budget].log_loss for budget in found])
+    drawn = uncertainty.with_misfit(budgets, np.log(losses), drawn, rng)
+    return uncertainty.power_law_draws(budgets, drawn)
 
 
 def _comparisons(

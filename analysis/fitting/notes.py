@@ -1,5 +1,6 @@
 """What a reader should know before using the fits, a line each: missing optima, doubtful laws, luck and noise."""
 
+import math
 from collections.abc import Mapping, Sequence
 from itertools import chain
 from statistics import NormalDist
@@ -8,6 +9,7 @@ import numpy as np
 
 from analysis.fits import FitSettings, Frontier, MethodFit, Noise
 from analysis.fitting.laws import LAWS, power_law
+from analysis.fitting.optima import SIGMAS
 from embedscale.texts import listed, number
 
 FEW_DRAWS = 0.9  # share of draws with an optimum below which a note says so
@@ -33,6 +35,7 @@ def notes_of(settings: FitSettings, noise: Noise, methods: Mapping[str, MethodFi
             (DOUBT, told) for law in LAWS if law in method.joint_laws for told in _law(settings, name, method, law)
         ]
         notes += [(BIAS, told) for told in _disagreement(name, method)]
+        notes += [(BIAS, told) for told in _worse_with_more(name, method, noise)]
     if noise.source == "none":
         told = "noise: it follows neither from replicates nor from residuals, so optima have no intervals; "
         notes.append((MISSING, told + "give it by --noise"))
@@ -44,10 +47,8 @@ def notes_of(settings: FitSettings, noise: Noise, methods: Mapping[str, MethodFi
         )
         notes.append((BIAS, told))
     elif settings.optimum == "best-run":
-        told = (
-            "best-run: the lowest of several runs is low by its noise too, so losses are too low, and best sizes are "
-        )
-        notes.append((BIAS, told + "are as coarse as the grid"))
+        told = "best-run: the lowest of several runs is low by its noise too, so losses are too low; "
+        notes.append((BIAS, told + "best sizes are as coarse as the grid"))
     for why in dict.fromkeys(gap.why for gap in line.gaps):
         budgets = [number(gap.budget_flop) for gap in line.gaps if gap.why == why]
         told = ", ".join(budgets[:6]) + (f" and {len(budgets) - 6} more" if len(budgets) > 6 else "")
@@ -136,6 +137,27 @@ def _selection(noise: Noise, methods: Mapping[str, MethodFit]) -> list[str]:
         f"methods are the best of {', '.join(f'{count} ({name})' for name, count in tried.items())} settings a size: "
         f"of {most} equal ones the best run lies {100 * luck:.2g} % low by its noise alone; no interval and no "
         '"distinguishable" allows for this'
+    ]
+
+
+def _worse_with_more(name: str, method: MethodFit, noise: Noise) -> list[str]:
+    """Return a note where the best run of a budget is worse than one with less, and no missing size explains it."""
+    rows = [row for row in method.optima if row.best and row.state not in ("edge", "too few", "diverged")]
+    worse = []
+    for place, row in enumerate(rows[1:], 1):
+        before = min(rows[:place], key=lambda each: each.best.loss if each.best else math.inf)
+        assert row.best and before.best
+        apart = SIGMAS * (noise.log_loss or 0.0) * math.sqrt(1 / row.best.seeds + 1 / before.best.seeds)
+        if math.log(row.best.loss / before.best.loss) > apart:
+            worse.append((before, row))
+    if not worse:
+        return []
+    before, row = worse[-1]
+    assert row.best and before.best
+    return [
+        f"{name}: the best run at {number(row.budget_flop)} FLOP, {number(row.best.loss, 4)}, is worse than that at "
+        f"{number(before.budget_flop)} FLOP, {number(before.best.loss, 4)}; {len(worse)} of {len(rows)} budgets are "
+        "worse than one with less: look at these runs before using any law of theirs"
     ]
 
 

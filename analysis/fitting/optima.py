@@ -6,6 +6,8 @@ best run. A parabola is biased, even without noise, where the grid is wide or of
 
 Every budget has a state, and only interior optima enter a law. An optimum is "interior" if
 - the best size lies between two others ("edge" otherwise, "diverged" if the runs beyond it diverged),
+- the losses near it rise outward on both sides, but for `SIGMAS` standard deviations of the noise ("two valleys"
+  otherwise: one run was worse than its neighbours on both sides, or the sizes are of two kinds),
 - the sizes of the curve span a factor of at least `NARROW`, and the parabola bends upward by at least `BENT` standard
   errors ("too narrow" otherwise),
 - its loss lies below the best run by at most `SIGMAS` standard deviations of the noise and what the curve explains,
@@ -16,6 +18,7 @@ Everything is batched: losses have the shape [draws, sizes], and a thousand draw
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import cast, get_args
 
 import numpy as np
@@ -159,7 +162,7 @@ class Profile:
             if between:  # the minimum may lie among the sizes that diverged
                 told = f"the best size is beside {number(between[0], 4)}, whose runs diverged"
                 return "diverged", f"{told}: run them with {STABLER}", None
-            return self._narrow(best, noise, window)
+            return self._two_valleys(best, noise, window) or self._narrow(best, noise, window)
         below = best == 0
         beyond = [size for size in self.diverged if (size < sizes[0] if below else size > sizes[-1])]
         if beyond:
@@ -169,6 +172,18 @@ class Profile:
         added = next_size(sizes, below)
         word, end = ("below", "smallest") if below else ("above", "largest")
         return "edge", f"the best size is the {end}: add one {word} it, such as {number(added, 4)} parameters", added
+
+    def _two_valleys(self, best: int, noise: float | None, window: float) -> tuple[State, str, float | None] | None:
+        """Return the state "two valleys" where a size near the best is worse than one farther out; else None."""
+        near, y, seeds = near_best(self.log_n, best, window), self.log_loss, self.points["seeds"].to_numpy(float)
+        for outward in (range(best - 1, -1, -1), range(best + 1, len(y))):
+            for i, j in pairwise(outward):
+                apart = SIGMAS * (noise or 0.0) * np.sqrt(1 / seeds[i] + 1 / seeds[j])
+                if near[i] and y[i] - y[j] > apart + 1e-9:
+                    size, above = number(float(np.exp(self.log_n[i])), 4), number(100 * float(np.expm1(y[i] - y[j])))
+                    told = f"the run of {size} parameters is {above} % worse than the next one farther out"
+                    return "two valleys", f"{told}, more than noise explains: run it again, or leave it out", None
+        return None
 
     def _narrow(self, best: int, noise: float | None, window: float) -> tuple[State, str, float | None]:
         """Return "interior", or "too narrow" where the sizes near the best do not fix a curve."""
@@ -186,11 +201,9 @@ class Profile:
         error = (noise or 0.0) * float(np.sqrt(np.linalg.pinv(design.T @ design)[0, 0]))
         if bend <= BENT * error:
             told = f"the curve bends upward by {bend:.2g} ± {error:.2g}, within {BENT:g} standard errors of a line"
-            return (
-                "too narrow",
-                f"{told}: add sizes farther out, such as {number(added, 4)} parameters, or seeds",
-                added,
-            )
+            told = told if bend > 0 else "the curve bends downward"
+            advice = f"add sizes farther out, such as {number(added, 4)} parameters, or seeds"
+            return "too narrow", f"{told}: {advice}", added
         return "interior", "", None
 
     def too_deep(self, log_loss: float, noise: float | None, window: float = 4.0) -> bool:

@@ -188,6 +188,25 @@ def power_law_draws(budgets: Array, draws: Array, weights: Array | None = None) 
         return np.stack(power_law(budgets, np.exp(draws.T), weights), 1)
 
 
+def with_misfit(budgets: Array, log_y: Array, draws: Array, rng: np.random.Generator) -> Array:
+    """Return draws of ln y [budgets, draws] that spread also by what the optima [budgets] miss their power law by.
+
+    The optima of a law with a floor E lie on a curve, and a line through them is wrong by more than their noise. What
+    their residuals exceed that noise by is added. Below three optima nothing is left over.
+    """
+    if len(budgets) < 3:
+        return draws
+    line = np.stack([np.ones(len(budgets)), np.log(budgets)], 1)
+    rest = np.eye(len(budgets)) - line @ np.linalg.pinv(line)
+    valid = draws[:, np.isfinite(draws).all(0)]
+    by_noise = (rest @ valid).var(1).sum() if valid.shape[1] else 0.0
+    excess = (float(np.square(rest @ log_y).sum()) - by_noise) / (len(budgets) - 2)
+    if not excess > 0:
+        return draws
+    own = rng.spawn(1)[0]  # so that what is drawn after stays the same
+    return draws + math.sqrt(excess) * own.standard_normal(draws.shape)
+
+
 def crossing(a: Array, b: Array) -> Array:
     """Return ln C at which two power laws (ln coefficient, exponent), each [..., 2], meet; NaN if they are parallel."""
     with np.errstate(divide="ignore", invalid="ignore"):

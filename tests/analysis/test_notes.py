@@ -11,7 +11,7 @@ from law_sweep import BUDGETS, FULL, SIZES, sweep
 from analysis import fits, runs
 from analysis.fitting import uncertainty
 from analysis.fitting.fit import fit
-from analysis.fitting.laws import CHINCHILLA
+from analysis.fitting.laws import CHINCHILLA, power_law
 from analysis.fitting.optima import Profile
 from embedscale.run.cost import cost_of
 from embedscale.run.families import PYTHIA
@@ -55,6 +55,19 @@ def test_the_interval_allows_for_the_bias_of_parabolas_on_a_wide_grid():
     law, notes = bias_notes("full", lambda n: 6 * n, np.geomspace(1e6, 1e9, 5), 1e16 * 8.0 ** np.arange(3), 5e-4)
     assert law.n_exponent == pytest.approx(0.267 / 0.717, rel=1e-3)
     assert notes == []
+
+
+def test_the_interval_of_a_power_law_holds_what_its_optima_miss_it_by():
+    """A law with a floor has no exponent of its loss: each end of the table has its own. The optima have no noise."""
+    table = runs.load(sweep(noise=0.0, methods=("full",)))
+    law = fit(table, noise=1e-6, bootstrap=200).methods["full"].power_laws.loss
+    rows = fit(table, noise=1e-6, bootstrap=200).methods["full"].interior
+    found = np.array([(row.budget_flop, row.loss) for row in rows])
+    assert len(found) >= 4
+    for kept in (found[1:], found[:-1]):
+        exponent = float(power_law(*kept.T)[1])
+        assert law.exponent_interval[0] < exponent < law.exponent_interval[1]
+        assert abs(exponent - law.exponent) > 1e-3
 
 
 def test_a_joint_law_that_misses_the_optima_is_noted():

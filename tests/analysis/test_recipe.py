@@ -129,10 +129,38 @@ def test_just_above_a_budget_without_an_optimum_its_best_run_still_counts(tmp_pa
     assert recipe.recipe(fits, Limit(flop=1.2 * BUDGETS[3])).best.basis == "forecast"
 
 
-@pytest.mark.parametrize("budget, said", [("1e31", "at most 1e30 FLOP"), ("1", "1 FLOP is less than one pair costs")])
+@pytest.mark.parametrize(
+    "budget, said", [("1e31", "at most 1e30 FLOP"), ("1e8", "1e8 FLOP is less than one pair costs")]
+)
 def test_an_absurd_budget_is_refused(study, budget, said):
     with pytest.raises(UserError, match=f"budget: .*{said}"):
         recipe.recipe(*study[:1], parse_limit(budget), study[1])
+
+
+def test_without_the_noise_of_a_run_no_method_is_decided(tmp_path):
+    """One run a method and budget: by its draws, all of them equal, one method was the best with 100 %."""
+    table = paper_like().query("method == 'full'").drop(columns=["backbone", "gpu_hours"])
+    sizes = np.sort(table["n_parameters"].unique())[1:4]
+    table = table[table["n_parameters"].isin(sizes) & (table["rank"].isna())]
+    table["method"] = table["n_parameters"].map(dict(zip(sizes, "abc", strict=True)))
+    fits = recipe.read(fitted(table, tmp_path))[0]
+    assert fits.noise.source == "none"
+    found = recipe.recipe(fits, Limit(flop=BUDGETS[1]))
+    assert not found.decided and not found.chances
+    told = dict(recipe.lines(found, 0.95))["lowest loss"]
+    assert told == "not decided: the noise of a run is not known; give it to fit by --noise"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--tokens", "1e60"], "--tokens: 1e60 is out of range; allowed: at most 1e30 tokens"),
+        (["--tokens", "1"], "--tokens: 1 tokens is less than one pair costs; allowed: at least 78 tokens"),
+    ],
+)
+def test_absurd_tokens_are_refused_as_tokens(paper_folder, words, said, capsys):
+    assert main(["recipe", str(paper_folder), *words]) == 2
+    assert capsys.readouterr().err == f"embedscale: {said}\n"
 
 
 def test_fixed_data_take_the_largest_model_unless_a_budget_stops_it(study):
@@ -226,7 +254,10 @@ def test_a_method_without_a_law_is_compared_only_at_its_budget(tmp_path):
         assert found.best.method == "full"
         assert found.best.loss == pytest.approx(min(loss_at(budget, row) for row in PYTHIA.sizes.values()), rel=0.02)
         (note,) = [note for note in found.notes if note.startswith("other: neither a law nor a run at this budget")]
-        assert "one optimum and no joint law say nothing about other budgets; add runs of at least three sizes" in note
+        assert (
+            "one optimum and no joint law, from which nothing follows for other budgets; add runs of at least three sizes"
+            in note
+        )
 
 
 def test_without_laws_only_methods_with_equal_budgets_are_compared(tmp_path):

@@ -50,6 +50,27 @@ def test_an_optimum_that_no_run_shows_is_none_and_says_what_to_add(case, state, 
     assert state in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("wild", [1.2, 2.6, 100.0])
+def test_one_run_worse_than_its_neighbours_makes_no_optimum_beyond_it(wild):
+    """The parabola from the wild run to the size beyond the best dips far below every run: 1.71 beside 3.0."""
+    loss = np.array([0.53, 0.505, 0.5 * wild, 0.506, 0.532])
+    found = among_others(5e7 * 2.1 ** np.arange(-2, 3), loss)
+    row = found.methods["full"].optima[-1]
+    assert (row.state, row.n_opt) == ("two valleys", None)
+    assert "the run of 5e7 parameters is" in row.why and "worse than the next one farther out" in row.why
+    log_n, log_loss = np.log(5e7 * 2.1 ** np.arange(-2, 3)), np.log(loss)
+    lowest = np.exp(optima.parabola(log_n, log_loss[None])[1][0])
+    assert lowest < 0.995 * loss.min()
+    assert found.methods["full"].power_laws.n_opt.points == len(found.methods["full"].interior)
+
+
+def test_a_curve_that_bends_downward_is_said_to():
+    columns = {"n_parameters": 1e7 * 2.0 ** np.arange(5), "loss": np.exp([0.01, 0.025, 0.0, 0.025, 0.01])}
+    points = pd.DataFrame(columns | {"flop_per_token": 6 * columns["n_parameters"], "seeds": 1})
+    state, why, _ = optima.Profile(1e17, points).state(noise=0.02)
+    assert state == "too narrow" and why.startswith("the curve bends downward: add sizes farther out")
+
+
 def test_what_was_taken_for_an_optimum():
     """The parabolas themselves: 1e-10 beside a best run of 0.50, and 28 deviations of the noise below it."""
     log_n, log_loss = (np.log(np.asarray(CLUSTER[name])) for name in ("sizes", "loss"))

@@ -129,6 +129,19 @@ def test_units_that_do_not_fit_are_refused():
     assert any("median" in note for note in runs.load(table.assign(D=table["D"] / 1e9), ignore=["C"]).notes)
 
 
+@pytest.mark.parametrize(("name", "factor"), [("D", 1e-9), ("C", 1e3), ("N", 1e-6)])
+def test_a_row_in_another_unit_is_refused(name, factor):
+    table = sweep()
+    table.loc[4, name] *= factor
+    with pytest.raises(UserError, match=r"row 5: budget_flop is .* and in most rows 6 ×: one of the three is in"):
+        runs.load(table)
+
+
+def test_amounts_far_from_six_flop_a_parameter_and_token_are_noted():
+    assert any("is 42 × n_parameters × tokens" in note for note in runs.load(sweep().assign(C=7 * sweep()["C"])).notes)
+    assert not any("6 is usual" in note for note in runs.load(sweep().assign(C=2 * sweep()["C"])).notes)
+
+
 def test_an_export_of_wandb_is_read():
     """As the web page exports it, and as its documentation's script does: dictionaries in the cells of a CSV."""
     table = sweep()
@@ -199,6 +212,25 @@ def test_methods_are_known_in_capitals_too():
     """The cost of a method that is known needs no column."""
     table = sweep(method=["LoRA", "Bias", "Full"] * 4, trainable_fraction=0.1).drop(columns="C")
     assert runs.load(table).methods == ["full", "bias", "lora"]
+
+
+@pytest.mark.parametrize("name", ["none", "nan", "null", "n/a", "-"])
+def test_a_method_may_have_any_name(tmp_path, name):
+    """These are blank cells of other columns; as methods they became full fine-tuning."""
+    path = tmp_path / "runs.csv"
+    sweep(method=[name, "full", "lora"] * 4).to_csv(path, index=False)
+    assert set(runs.load(path).methods) == {"full", "lora", name}
+
+
+@pytest.mark.parametrize("cell", ["", " ", None])
+def test_a_row_without_a_method_among_others_is_refused(tmp_path, cell):
+    table = sweep(method=["full", "lora", cell] * 4)
+    table.to_csv(tmp_path / "runs.csv", index=False)
+    for source in (table, tmp_path / "runs.csv"):
+        with pytest.raises(UserError, match="method: row 3 is empty, and other rows name a method; write one, such as"):
+            runs.load(source)
+        assert runs.load(source, where={"method": "full"}).methods == ["full"]
+    assert runs.load(sweep(method=[cell] * 12)).methods == ["full"]
 
 
 def test_two_columns_that_could_be_one_field_are_refused():
