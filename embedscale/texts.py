@@ -81,6 +81,11 @@ def short_name(name: str) -> str:
     return name if len(name) <= LONGEST_NAME else f"{name[:half]}…{name[-half:]}"
 
 
+def counted(count: int, noun: str) -> str:
+    """Return "1 job", "2 jobs" or "2,500 jobs"."""
+    return f"{count:,} {noun}{'s' * (count != 1)}"
+
+
 def listed(words: Sequence[str]) -> str:
     """Return words as "a", "a and b" or "a, b and c"."""
     return " and ".join(filter(None, (", ".join(words[:-1]), *words[-1:])))

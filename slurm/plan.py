@@ -28,6 +28,7 @@ from embedscale.run.directory import RunDirectory
 from embedscale.run.families import short_name
 from embedscale.run.shape import BackboneShape
 from embedscale.terminal import console
+from embedscale.texts import counted
 from embedscale.training.plan import learning_rate_of, special_tokens_differ
 from embedscale.values import print_json
 from slurm import grid
@@ -207,6 +208,9 @@ def _measured_speeds(path: str | None) -> dict[tuple[str, str], float]:
     return speeds
 
 
+MORE = "add sources, lower the budget, or set data.repeat=true"
+
+
 class _Estimator:
     """Estimates the runs of one sweep; shapes, stores and costs that runs share are looked up once."""
 
@@ -240,7 +244,7 @@ class _Estimator:
                 raise UserError(f"the budget is below one batch of {batch} pairs")
             if data.pairs is not None and pairs > data.pairs and not run.data.repeat:
                 what = "holds" if data.counted else "is expected to hold"
-                raise UserError(f"the data are too small: {run.data.store} {what} {data.pairs:,} pairs")
+                raise UserError(f"the data are too small: {run.data.store} {what} {data.pairs:,} pairs; {MORE}")
         except UserError as error:
             return Estimate(run, run_id, resource_class, str(error))
         steps = math.ceil(pairs / batch)
@@ -396,5 +400,7 @@ def command(args: Namespace) -> int:
         print_json(as_table(plan))
     else:
         print_plan(plan, each=args.each)
+    if not plan.runnable:
+        raise UserError(f"{args.sweep}: none of its {counted(len(plan.blocked), 'run')} can be run, as said above")
     refuse_above(plan, args.max_gpu_hours)
     return DONE

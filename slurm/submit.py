@@ -17,6 +17,7 @@ from embedscale.errors import DONE, FAILED, INTERRUPTED, UserError, allowed
 from embedscale.run.directory import RunDirectory
 from embedscale.run.lease import Lease
 from embedscale.run.record import Damaged
+from embedscale.texts import counted
 from slurm import grid
 from slurm.arrange import arrange, throttles
 from slurm.grid import Sweep
@@ -165,7 +166,7 @@ def submit(sweep: Sweep, plan: SweepPlan, scheduler: Scheduler, wish: Wish) -> i
                 done = ", ".join(sent.values()) or "none"
                 raise UserError(f"{error}; submitted before: {done}; submit again for the rest") from None
         count = sum(len(array.tasks) for array in arrays)
-        what = f"{len(chosen):,} runs as {count:,} jobs in {len(arrays):,} arrays"
+        what = f"{counted(len(chosen), 'run')} as {counted(count, 'job')} in {counted(len(arrays), 'array')}"
         print(f"\nwould submit {what}" if wish.dry else f"submitted {what}: {', '.join(sent.values())}")
         return len(chosen)
 
@@ -173,7 +174,7 @@ def submit(sweep: Sweep, plan: SweepPlan, scheduler: Scheduler, wish: Wish) -> i
 def _described(array: Array, parallel: int) -> str:
     """Return a heading for what an array would do: its runs, job by job, as comments."""
     jobs = "\n".join(f"#   {number}: {', '.join(task)}" for number, task in enumerate(array.tasks))
-    return f"# --- {len(array.tasks):,} jobs, at most {parallel:,} at the same time\n{jobs}"
+    return f"# --- {counted(len(array.tasks), 'job')}, at most {parallel:,} at the same time\n{jobs}"
 
 
 @contextmanager

@@ -252,7 +252,7 @@ class Evidence:
         size = np.array([self.optimum(limit, basis, confidence)[0]])
         drawn = self.log_loss(size, self.budget_of(size, limit), basis)[:, 0]
         if basis != "best run":
-            allowed = self.budget_of(np.array([point.n_parameters for point in self.points]), limit)
+            allowed = self.budget_of(np.array([point.n_parameters for point in self.points]), limit) * (1 + SAME)
             within = [point for point, most in zip(self.points, allowed, strict=True) if point.budget_flop <= most]
             self.outlook.bind(drawn, within, math.inf)
         return summary(drawn, confidence)

@@ -44,20 +44,24 @@ def fit_laws(
 ) -> Fitted:
     """Return the fit of the `chosen` law of N and D and of each law of S, or why there is none."""
     found: Fitted = {}
-    missing = _fractions_missing(method, cells)
+    by_fraction = _fractions_suffice(cells)
     for name, law in LAWS.items():
-        if name == chosen or (law.needs_fraction and missing is None):
+        if name == chosen or (law.needs_fraction and by_fraction):
             found[name] = try_law(law, points_for(law, cells, points), residual, delta)
-        elif law.needs_fraction and missing:
+        elif law.needs_fraction and (missing := _fractions_missing(method, cells)):
             found[name] = f"the {name} law needs {missing}"
     return found
 
 
-def _fractions_missing(method: str, cells: pd.DataFrame) -> str | None:
-    """Return what a law of S misses in the cells of a method: None for nothing, "" where nobody expects such a law."""
-    fractions, at_a_size = cells["trainable_fraction"].nunique(), cells.groupby("n_parameters")["trainable_fraction"]
-    if fractions >= FRACTIONS and at_a_size.nunique().max() > 1:
-        return None
+def _fractions_suffice(cells: pd.DataFrame) -> bool:
+    """Return whether a law of S can be fitted to the cells of a method: S must not follow from N."""
+    at_a_size = cells.groupby("n_parameters")["trainable_fraction"].nunique()
+    return bool(cells["trainable_fraction"].nunique() >= FRACTIONS and at_a_size.max() > 1)
+
+
+def _fractions_missing(method: str, cells: pd.DataFrame) -> str:
+    """Return what a law of S misses in the cells of a method; empty where nobody expects such a law."""
+    fractions = cells["trainable_fraction"].nunique()
     if method in METHODS and not METHODS[method].choice:
         return ""
     if fractions >= FRACTIONS:  # S follows from N

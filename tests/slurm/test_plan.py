@@ -11,7 +11,7 @@ import pytest
 
 from embedscale.errors import UserError
 from slurm import grid
-from slurm.plan import plan_sweep, print_plan, refuse_above
+from slurm.plan import MORE, plan_sweep, print_plan, refuse_above
 from slurm.tables import duration, size
 
 ROOT = Path(__file__).parents[2]
@@ -159,7 +159,7 @@ def test_an_existing_store_is_counted(tmp_path, tiny_run, save_decoder):
     exact = plan_run(config, shape_of(config.backbone.name), store)
     assert small.pairs == pytest.approx(exact.pairs, rel=0.02)
     assert abs(small.steps - exact.steps) <= 1 + 0.02 * exact.steps
-    assert large.obstacle == f"the data are too small: {config.data.store} holds {store.pairs:,} pairs"
+    assert large.obstacle == f"the data are too small: {config.data.store} holds {store.pairs:,} pairs; {MORE}"
     assert tiny.obstacle == "the budget is below one batch of 16 pairs"
     few = save_decoder(tmp_path / "few", vocab_size=100)
     assert "256 tokens, but few has 100 embeddings" in (
@@ -269,6 +269,15 @@ def test_max_gpu_hours_on_the_command_line_exits_2(capsys):
 
     assert main(["sweep", "plan", "configs/sweep/paper.yaml", "--max-gpu-hours", "10"]) == 2
     assert "allowed: 10" in capsys.readouterr().err
+
+
+def test_a_sweep_of_which_no_run_can_be_run_exits_2(capsys):
+    from embedscale.cli import main
+
+    assert main(["sweep", "plan", "configs/sweep/paper.yaml", "axes.budget=[1e30]"]) == 2
+    printed = capsys.readouterr()
+    assert "data.repeat=true" in printed.out
+    assert "embedscale: configs/sweep/paper.yaml: none of its " in printed.err and printed.err.count("\n") == 1
 
 
 @pytest.mark.parametrize(

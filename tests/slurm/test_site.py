@@ -67,7 +67,7 @@ def test_a_dry_run_prints_the_script_and_writes_nothing(laptop, programs, capsys
     assert ("#SBATCH --gpus-per-node=h100:2" in lines) != bool(options)
     (command,) = (line for line in lines if line.startswith("srun "))
     assert ' container exec --bind "$HOME" image.sif /opt/python -u -c ' in command
-    assert lines[-1] == "would submit 2 runs as 2 jobs in 1 arrays"
+    assert lines[-1] == "would submit 2 runs as 2 jobs in 1 array"
     assert sum(run.run_id in line for line in lines for run in grid.load(sweep).runs) == 2
     assert not (laptop.folder / "runs").exists()
     assert main(["sweep", "submit", str(sweep), "--to", "here", "--dry-run"]) == 0

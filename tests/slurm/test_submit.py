@@ -82,7 +82,7 @@ def test_to_names_the_scheduler_or_this_machine(queued_sweep, tmp_path, capsys):
     assert main(["sweep", "submit", str(tmp_path / "small.yaml"), "--to", "slurm"]) == 2
     assert "--to: 'slurm' is unknown; allowed: file, here" in capsys.readouterr().err
     assert main(["sweep", "submit", str(tmp_path / "small.yaml"), "--to", "file"]) == 0
-    assert "submitted 1 runs as 1 jobs in 1 arrays: 100" in capsys.readouterr().out
+    assert "submitted 1 run as 1 job in 1 array: 100" in capsys.readouterr().out
     queued_sweep("axes: {budget: 1e15}", scheduler="sge")
     assert main(["sweep", "submit", str(tmp_path / "small.yaml")]) == 2
     assert "scheduler: 'sge' is unknown; allowed: slurm, here, file" in capsys.readouterr().err
