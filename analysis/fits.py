@@ -5,6 +5,7 @@ convention. Sizes are non-embedding parameters. None stands where the data do no
 the layout changes; a file of format 1 (version 0.1) is translated when it is read (`first_version`).
 """
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -426,6 +427,15 @@ class Fits(Value):
         if isinstance(data, dict) and layout.format == 1:
             data = first_version.translated(data) | {"format": FORMAT}
         return super().from_json(data)
+
+    @property
+    def chance(self) -> str:
+        """The loss of a model that guesses, as a text; empty where the number of candidates is unknown."""
+        negatives = self.comparable.get("evaluation.negatives")
+        if negatives is None:
+            return ""
+        count = int(negatives) + 1  # texts among which a held-out query has to find its positive
+        return f"{math.log(count):.4g} nats: the ln of {count} candidates"
 
     @property
     def miniature(self) -> str:

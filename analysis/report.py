@@ -80,8 +80,8 @@ def _rests_on(found: Study, asked: Recipe, folder: Path | None) -> Terms:
     count = len(method.interior)
     of = f"{count} {'optimum' if count == 1 else 'optima'} between sizes, at {len(method.optima)} budgets"
     rows: Terms = [("rests on", f"{of}; {told if len(seeds) == 1 else f'{seeds[0]} to {told}'} a setting")]
-    if basis.chance(found.fits):
-        rows.append(("chance level", basis.chance(found.fits)))
+    if found.fits.chance:
+        rows.append(("chance level", found.fits.chance))
     near = found.table[found.table["run"] == best.run].to_dict("records")
     for run in near[:1]:
         recalls = [

@@ -22,7 +22,7 @@ from analysis.advice.trends import Coefficients, Optima, Trends, cost, line, tre
 from analysis.fits import Interval, MethodFit, Noise, Optimum, Point
 from analysis.fitting.laws import LAWS, TINY, VALID, Array, Law, StatedLaw, interval
 from analysis.fitting.solver import NoFit, fit_joint
-from embedscale.texts import number
+from embedscale.texts import listed, number
 
 DRAWS = 1000
 NEARLY = 0.1  # runs whose budgets differ by less can be compared, as in `grouping.group_budgets`
@@ -321,15 +321,14 @@ class Outlook:
         """Return which runs would let the optima extrapolate."""
         count = {0: "no optimum", 1: "one optimum", 2: "two optima"}[len(self.fit.interior)]
         said = f"{count} and no joint law, from which nothing follows for other budgets"
-        open_ = [row for row in self.fit.optima if row.add_size]
-        if open_:
-            size, budget = number(open_[-1].add_size), number(open_[-1].budget_flop)
-            return f"{said}; add a run of {size} parameters at {budget} FLOP"
+        lacking = FEWEST - len(self.fit.interior)
+        open_ = [row for row in self.fit.optima if row.add_size][-lacking:]
+        wishes = [f"{number(row.add_size)} parameters at {number(row.budget_flop)} FLOP" for row in open_]
         budgets = [row.budget_flop for row in self.fit.optima]
         step = budgets[-1] / budgets[-2] if len(budgets) > 1 else 4.0
-        lacking = range(1, FEWEST + 1 - len(self.fit.interior))
-        told = " and ".join(number(budgets[-1] * step**k) for k in lacking)
-        return f"{said}; add runs of at least three sizes at {told} FLOP"
+        more = [number(budgets[-1] * step**k) for k in range(1, lacking - len(open_) + 1)]
+        wishes += [f"at least three sizes at {listed(more)} FLOP"] if more else []
+        return f"{said}; add runs of {', and of '.join(wishes)}"
 
     def drift(self, law: Law, at: Array) -> Array:
         """Return draws [draws, k] of how far a joint law goes wrong at ln C [k]: its lack of fit, more beyond the data.

@@ -14,6 +14,7 @@ from embedscale.texts import listed, number
 
 FEW_DRAWS = 0.9  # share of draws with an optimum below which a note says so
 FEW_STARTS = 0.25  # share of starts that agree below which a note says so
+MISSED = 0.01  # share of refits without a minimum above which a note says so
 MANY_ALIKE = 12  # groups of methods that noise does not separate, above which pairs are counted instead of named
 # The weights of notes: a number that is missing, biased or doubtful, and a limit of the data.
 MISSING, BIAS, DOUBT, LIMIT = range(4)
@@ -49,7 +50,8 @@ def notes_of(settings: FitSettings, noise: Noise, methods: Mapping[str, MethodFi
     elif settings.optimum == "best-run":
         told = "best-run: the lowest of several runs is low by its noise too, so losses are too low; "
         notes.append((BIAS, told + "best sizes are as coarse as the grid"))
-    for why in dict.fromkeys(gap.why for gap in line.gaps):
+    lined = any(method.power_laws.loss for method in methods.values())  # else it is said above
+    for why in dict.fromkeys(gap.why for gap in line.gaps if lined):
         budgets = [number(gap.budget_flop) for gap in line.gaps if gap.why == why]
         told = ", ".join(budgets[:6]) + (f" and {len(budgets) - 6} more" if len(budgets) > 6 else "")
         notes.append((MISSING, f"no frontier at {told} FLOP: {why}"))
@@ -67,7 +69,7 @@ def _law(settings: FitSettings, name: str, method: MethodFit, law: str) -> list[
         notes.append(f"{where}: the data do not fix {', '.join(fitted.not_fixed)}")
     if agreeing < FEW_STARTS * starts:
         notes.append(f"{where}: only {agreeing} of {starts} starts agree on the minimum")
-    if missed:
+    if missed > MISSED * settings.bootstrap:
         notes.append(f"{where}: {missed} of {settings.bootstrap} refits did not converge and are left out")
     return notes
 

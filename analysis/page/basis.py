@@ -1,6 +1,5 @@
 """The tables of the page about what the results rest on: every run, what was left out, settings, costs, checklist."""
 
-import math
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,7 +9,6 @@ from urllib.parse import quote
 import pandas as pd
 
 from analysis.columns import EXCLUDED, HYPERPARAMETERS
-from analysis.fits import Fits
 from analysis.fitting.laws import LAWS
 from analysis.page.table import Link, Table, Terms
 from analysis.study import Study
@@ -33,18 +31,6 @@ OF_A_RUN = {
     "seed": ("seed", 6),
     "gpu_hours": ("device-hours", 3),
 }
-
-
-def candidates(fits: Fits) -> int | None:
-    """Return the number of texts among which a held-out query has to find its positive; None where it is unknown."""
-    negatives = fits.comparable.get("evaluation.negatives")
-    return None if negatives is None else int(negatives) + 1
-
-
-def chance(fits: Fits) -> str:
-    """Return the loss of a model that guesses, as a text; empty where the number of candidates is unknown."""
-    count = candidates(fits)
-    return f"{math.log(count):.4g} nats: the ln of {count} candidates" if count else ""
 
 
 def runs(found: Study, folder: Path | None) -> Table:
@@ -168,7 +154,7 @@ def checklist(found: Study) -> Table:
         ("D", "tokens of queries and positives that were processed, without padding"),
         ("C", "2 (N_F + N_B + N_U) D, the paper's convention; budgets group the runs"),
         ("Loss", "contrastive, held out, in nats; " + ", ".join(evaluation) if evaluation else ""),
-        ("Chance level", chance(fits)),
+        ("Chance level", fits.chance),
         ("Data", _distinct(table, "data_digest") or _distinct(table, "data")),
         ("Batch size and context", ", ".join(f"{same[name]:g}" for name in ("batch_size", "context") if name in same)),
         ("Which checkpoints", "the end of a finished schedule only; unfinished runs are left out"),
