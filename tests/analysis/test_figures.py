@@ -191,7 +191,9 @@ def test_run_directories_give_curves_and_scores(tmp_path, capsys):
 
 
 def test_hours_shows_the_best_run_of_each_budget_and_says_why_it_is_missing(study, tmp_path):
-    timed = study.table.assign(gpu_hours=study.table["budget_flop"] / 1e15)
+    budget = study.table["budget_flop"]
+    slow = np.where(budget == budget.min(), 1e3, 1.0)  # runs that were on a slow device
+    timed = study.table.assign(gpu_hours=slow * budget / 1e15)
     found = figures.draw(replace(study, table=timed), "loss_hours")
     best = timed.groupby(["method", "budget_flop"])["loss"].min()
     assert found.rows.set_index(["method", "budget_flop"])["loss"].to_dict() == best.to_dict()
@@ -200,6 +202,7 @@ def test_hours_shows_the_best_run_of_each_budget_and_says_why_it_is_missing(stud
     for method in study.methods:
         rows = found.rows[found.rows["method"] == method]
         assert lines[style.label(method)].get_xydata().tolist() == rows[["gpu_hours", "loss"]].to_numpy().tolist()
+        assert rows["gpu_hours"].is_monotonic_increasing and not rows["budget_flop"].is_monotonic_increasing
     for table in (timed.assign(gpu_hours=np.nan), timed.drop(columns="gpu_hours")):
         with pytest.raises(style.NotDrawn, match="device-hours"):
             figures.draw(replace(study, table=table), "loss_hours")
