@@ -50,7 +50,9 @@ def choices(settings: pd.DataFrame, method: str, words: str) -> None:
     wide = rows.pivot_table(index=["budget_flop", "backbone"], columns="setting", values="loss")
     above = 100 * (wide.div(wide.min(axis=1), axis=0) - 1)
     for budget, part in above.groupby("budget_flop"):
-        print(f"{number(budget)}: " + ", ".join(f"{name} +{part[name].mean():.1f} %" for name in part.dropna(axis=1)))
+        known = part.dropna(axis=1, how="all")
+        told = (f"{name} +{known[name].mean():.1f} % ({known[name].count()} sizes)" for name in known)
+        print(f"{number(budget)}: {', '.join(told)}")
 
 
 def scores(table: pd.DataFrame) -> None:
