@@ -27,12 +27,17 @@ Interval = tuple[float, float]
 """Low and high end of a percentile interval; `settings.confidence` says which."""
 Draws = tuple[tuple[float | None, ...], ...]
 """One row for each bootstrap draw that is kept."""
-State = Literal["interior", "edge", "too few", "diverged", "too narrow", "below all runs", "two valleys"]
+State = Literal["interior", "edge", "too few", "diverged", "too narrow", "below all runs", "uneven"]
 """Whether a budget has an optimum, and why not (`fitting.optima` states the rules)."""
 Estimator = Literal["parabola", "akima", "law", "best-run"]
 
 
 # --- What was run ----------------------------------------------------------------------------------------------------
+
+
+def same_budget(a: float, b: float) -> bool:
+    """Return whether runs of these budgets can be compared: within 10 %, as in `grouping.group_budgets`."""
+    return math.isclose(a, b, rel_tol=0.1)
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,8 @@ class Point(Value):
     gpu_hours: Amount | None = None
     train_loss: float | None = None
     run: str | None = None
+    off: float | None = None
+    """ln L less that of the joint law, for a run that lies far off the law of the others (`joint.far_off`)."""
 
     def setting(self, name: str) -> Any:
         """Return the value of a hyper-parameter, or None where the runs do not state it."""
@@ -297,6 +304,8 @@ class MethodFit(Value):
     refused: dict[str, str]
     """Joint laws that could not be fitted, with the reason."""
     hold_out: tuple[HoldOut, ...] = ()
+    noise: Noise | None = None
+    """The noise of this method's runs, where methods differ in it; else that of all runs counts."""
 
     @property
     def interior(self) -> tuple[Optimum, ...]:
@@ -308,7 +317,7 @@ class MethodFit(Value):
 
 @dataclass(frozen=True)
 class Segment(Value):
-    """The method with the lowest loss between two budgets, by the power laws of the loss."""
+    """The method with the lowest loss between two budgets, or at one between gaps, by the power laws of the loss."""
 
     method: str
     from_flop: float
@@ -427,6 +436,10 @@ class Fits(Value):
         if isinstance(data, dict) and layout.format == 1:
             data = first_version.translated(data) | {"format": FORMAT}
         return super().from_json(data)
+
+    def noise_of(self, method: str) -> Noise:
+        """Return the noise of a run of a method."""
+        return self.methods[method].noise or self.noise
 
     @property
     def chance(self) -> str:

@@ -22,10 +22,9 @@ from analysis import fits as fits_file
 from analysis.advice import forecast
 from analysis.advice.choice import PAPER_BATCH, PAPER_PAIR_TOKENS, Choice, Other, compare, configure
 from analysis.advice.evidence import Basis, Evidence, Limit, gather, log_distance, parse_limit
-from analysis.advice.forecast import same_budget
 from analysis.advice.trends import REACH
 from analysis.columns import BACKBONE, FIRST_VERSION, HYPERPARAMETERS
-from analysis.fits import Fits, Interval
+from analysis.fits import Fits, Interval, same_budget
 from analysis.fitting.laws import Array
 from embedscale.errors import UserError
 from embedscale.run.families import hub_name
@@ -84,11 +83,7 @@ def recipe(
     confidence = fits.settings.confidence
     every = gather(fits) if every is None else every
     chosen: dict[str, tuple[Choice, Array]] = {}
-    bases = {name: evidence.basis(limit, reach=2.0) for name, evidence in every.items()}
-    if set(bases.values()) - {""} != {
-        "best run"
-    }:  # a law predicts exactly this budget; a run at another one cannot compare
-        bases = {name: evidence.basis(limit) for name, evidence in every.items()}
+    bases = {name: evidence.basis(limit) for name, evidence in every.items()}
     # Best runs are compared at one budget: the one asked for or, without any law, the nearest that was run.
     spent = limit.flop or 0.0
     if set(bases.values()) - {""} == {"best run"}:
@@ -115,7 +110,7 @@ def recipe(
         raise UserError(f"budget: for {limit.text} a recipe needs {need}, which no method of these fits has")
     best, drawn = min(chosen.values(), key=lambda each: each[0].loss)
     if best.pairs < 1:
-        by_tokens = limit.tokens and best.tokens >= limit.tokens * 0.999
+        by_tokens = _tokens_bind(limit, best)
         least, unit = (best.tokens, "tokens") if by_tokens else (best.budget_flop, "FLOP")
         raise UserError(
             f"{'--tokens' if by_tokens else 'budget'}: {limit.text} is less than one pair costs; allowed: at least "
@@ -123,7 +118,7 @@ def recipe(
         )
     evidence = every[best.method]
     n_opt, n_ends = evidence.optimum(limit, best.basis, confidence)
-    n_ends = None if limit.tokens else n_ends  # then the data end the size, whatever the law
+    n_ends = None if _tokens_bind(limit, best) else n_ends  # then the data end the size, whatever the law
     others = [compare(name, *each, best, drawn, confidence) for name, each in chosen.items() if name != best.method]
     others += _other_sizes(evidence, limit, best, drawn, fits.comparable, confidence)
     others += _other_choices(best, runs or [])
@@ -166,6 +161,11 @@ def advise(
     return recipe(fits, limit, list(rows))
 
 
+def _tokens_bind(limit: Limit, best: Choice) -> bool:
+    """Return whether the number of tokens, and not the FLOP or the hours, ends a choice."""
+    return limit.tokens is not None and best.tokens >= limit.tokens * 0.999
+
+
 def _notes(fits: Fits, limit: Limit, best: Choice, evidence: Evidence) -> list[str]:
     """Return what a reader should know of the best choice, a line each."""
     notes = []
@@ -177,7 +177,7 @@ def _notes(fits: Fits, limit: Limit, best: Choice, evidence: Evidence) -> list[s
         )
     if best.basis == "joint law" and evidence.not_fixed:
         notes.append(f"the runs do not fix {', '.join(evidence.not_fixed)} of the joint law")
-    if limit.tokens and not limit.flop:
+    if limit.tokens and not limit.flop and not limit.gpu_hours:
         notes.append("with the data fixed every larger model is better (appendix D): the largest that was run is taken")
     if not any(point.pairs for point in evidence.points):
         notes.append(
@@ -186,6 +186,14 @@ def _notes(fits: Fits, limit: Limit, best: Choice, evidence: Evidence) -> list[s
     if not fits.comparable.get("batch_size"):
         notes.append(f"the runs do not say their batch size: {PAPER_BATCH:,} pairs a step are assumed, as in the paper")
     near = evidence.nearest(best.n_parameters, best.budget_flop)
+    if near.off is not None and same_budget(near.budget_flop, best.budget_flop):
+        told = f"{number(100 * abs(math.expm1(near.off)))} % {'above' if near.off > 0 else 'below'} the joint law"
+        notes.append(f"the run of this size at this budget lies {told} of the others: look at it first")
+    lucky = [point for point in evidence.points if (point.off or 0) < 0 and point.loss < best.loss]
+    if lucky := [point for point in lucky if point.budget_flop < best.budget_flop and point != near]:
+        point = min(lucky, key=lambda each: each.loss)
+        told = f"a run at {number(point.budget_flop)} FLOP reached {number(point.loss, 4)}"
+        notes.append(f"{told}, far below the joint law of the others, and is not counted: look at it")
     notes += [
         f"the best {name} there, {number(near.setting(name), 4)}, was at the end of its grid"
         for name in near.at_grid_end
@@ -357,6 +365,7 @@ def lines(found: Recipe, confidence: float) -> list[tuple[str, str]]:
     best, percent = found.best, f"{100 * confidence:.0f} %"
     size = f"{best.n_parameters:,.0f} parameters"
     rate = "not known: neither from the runs nor from the paper's rule"
+    by_law = f", {rests_on(found)}" if best.measured and best.basis != "best run" else ""
     hours = f", {number(best.gpu_hours)} device-hours" if best.gpu_hours else ""
     told = [
         ("method", ", ".join([best.label, *(f"{key} {best.settings[key]}" for key in TOLD if key in best.settings)])),
@@ -366,8 +375,8 @@ def lines(found: Recipe, confidence: float) -> list[tuple[str, str]]:
         ("data", f"{number(best.tokens)} tokens, about {best.pairs:,.0f} pairs"),
         ("steps", f"{best.steps:,} of {best.batch_size:,} pairs"),
         ("peak learning rate", rate if best.learning_rate is None else number(best.learning_rate)),
-        ("expected loss", f"{within(best.loss, best.loss_interval, percent)}, {_rests_on(found)}"),
-        ("at the best size", within(found.lowest_loss, found.lowest_loss_interval, percent)),
+        ("expected loss", f"{within(best.loss, best.loss_interval, percent)}, {rests_on(found, best.measured)}"),
+        ("at the best size", within(found.lowest_loss, found.lowest_loss_interval, percent) + by_law),
         ("extrapolates", "; ".join(found.extrapolates) or "no"),
     ]
     if not found.chances:
@@ -404,8 +413,10 @@ def _chances(chances: Mapping[str, float]) -> str:
     return ", ".join([*told, *(f"{name} below 1 %" for name in rest)])
 
 
-def _rests_on(found: Recipe) -> str:
-    """Return in words what the expected loss rests on."""
+def rests_on(found: Recipe, measured: bool = False) -> str:
+    """Return in words what a loss rests on."""
+    if measured and found.best.basis != "best run":
+        return "as measured"
     if not found.laws:
         return f"by the {found.best.basis}"
     shares = [each for each in sorted(found.laws.items(), key=lambda each: -each[1]) if each[1] >= LEAST_SHARE]

@@ -411,11 +411,13 @@ def _notes_of_units(origin: str, table: pd.DataFrame) -> list[str]:
             f"{origin}: budget_flop is {ratio:.2g} × n_parameters × tokens, and 6 is usual: one of the three is in "
             "another unit; name it, such as --columns tokens=D:1e9, or leave the column out by --ignore NAME"
         )
-    far = ratios.index[np.abs(np.log(ratios / ratio)) > math.log(SLIP)]
+    impossible = (ratios < 1) & (ratio >= 2)  # a token costs at least 2 FLOP a parameter
+    far = ratios.index[(np.abs(np.log(ratios / ratio)) > math.log(SLIP)) | impossible]
     if len(far):
+        told = f"budget_flop is {ratios[far[0]]:.2g} × n_parameters × tokens, and in most rows {ratio:.2g} ×"
         raise UserError(
-            f"{origin}: row {far[0] + 1}: budget_flop is {ratios[far[0]]:.2g} × n_parameters × tokens, and in most "
-            f"rows {ratio:.2g} ×: one of the three is in another unit there; mend the row, or leave it out by --where"
+            f"{origin}: row {far[0] + 1}: {told}: one of the three is wrong or in another unit there; mend the row, or "
+            "leave it out by --where"
         )
     notes = []
     if not 1 < ratio < USUAL:

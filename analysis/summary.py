@@ -53,6 +53,9 @@ def show_fits(fits: Fits, console: Console) -> None:
     for line in shortened(damaged, MOST_LINES):
         console.print(f"  damaged: {line}", soft_wrap=True)
     console.print(f"noise of ln L: {number(fits.noise.log_loss)} ({fits.noise.told})")
+    for name, method in fits.methods.items():
+        if method.noise:
+            console.print(f"  {name}: {number(method.noise.log_loss)} ({method.noise.told})")
     if fits.chance:
         console.print(f"chance level: {fits.chance}")
     for name, method in fits.methods.items():

@@ -45,6 +45,7 @@ class Choice:
     loss_interval: Interval | None
     gpu_hours: float | None
     basis: Basis
+    measured: bool  # whether a run of this size at this budget stands before the law
 
     @property
     def label(self) -> str:
@@ -125,6 +126,7 @@ def configure(
         loss_interval=ends,
         gpu_hours=budget / float(speed[0]) if speed is not None else None,
         basis=basis,
+        measured=evidence.run_of(size, budget) is not None,
     )
     return choice, drawn
 

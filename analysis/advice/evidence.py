@@ -13,10 +13,10 @@ from typing import Literal
 import numpy as np
 
 from analysis.advice import trends
-from analysis.advice.forecast import DRAWS, SAME, Outlook, same_budget, summary
+from analysis.advice.forecast import DRAWS, SAME, Outlook, summary
 from analysis.advice.trends import REACH, nearest_points
 from analysis.columns import FLOP, TOKENS, amount
-from analysis.fits import Fits, Interval, MethodFit, Point
+from analysis.fits import Fits, Interval, MethodFit, Point, same_budget
 from analysis.fitting.laws import Array, interval, size_law
 from embedscale.errors import UserError
 from embedscale.run.families import family_with
@@ -88,7 +88,7 @@ def gather(fits: Fits) -> dict[str, "Evidence"]:
     named = {size: name for size, name in names.items() if name}
     settings = fits.settings
     return {
-        name: Evidence(name, fit, named, Outlook(fit, fits.noise, settings.confidence, (settings.seed, i)))
+        name: Evidence(name, fit, named, Outlook(fit, fits.noise_of(name), settings.confidence, (settings.seed, i)))
         for i, (name, fit) in enumerate(fits.methods.items())
         if fit.points
     }
@@ -115,11 +115,11 @@ class Evidence:
         """Coefficients of the joint law that the data do not fix."""
         return self.fit.joint_laws[self.law.law.name].not_fixed if self.law else ()
 
-    def basis(self, limit: Limit, reach: float = 1.1) -> Basis:
+    def basis(self, limit: Limit) -> Basis:
         """Return what a prediction for this limit rests on: a law, the best run, or nothing.
 
-        The best run is preferred to a law where the nearest budget that was run, at most `reach` times smaller, has no
-        optimum inside the grid: what was measured there is known better than what a law extends to it.
+        The best run is preferred to a law where this budget was run and has no optimum inside the grid: what was
+        measured there is known better than what a law extends to it.
         """
         law: Basis = "joint law" if self.law else ""
         if limit.tokens:  # a parabola says nothing far from its vertex
@@ -131,7 +131,7 @@ class Evidence:
         if not limit.flop or not known:
             return law
         budget, interior = min(known, key=lambda each: log_distance(each[0], limit.flop or 0.0))
-        near = same_budget(limit.flop, budget) or 1 < limit.flop / budget <= reach
+        near = same_budget(limit.flop, budget)
         if near and not interior and self._beats_smaller(budget):
             return "best run"
         covered = self.outlook.covers(limit.flop)
@@ -142,7 +142,8 @@ class Evidence:
     def _beats_smaller(self, budget: float) -> bool:
         """Return whether the best run at a budget is no worse than every run with less."""
         here = min(point.loss for point in self.measured(budget))
-        return here <= min(point.loss for point in self.points if point.budget_flop <= budget * (1 + SAME))
+        less = [point for point in self.points if point.budget_flop <= budget * (1 + SAME) and point.off is None]
+        return here <= min((point.loss for point in less), default=here)
 
     def cost(self, sizes: Array, budget: float | None = None) -> Array:
         """Return FLOP a token of sizes [k] (`trends.cost`)."""
@@ -225,16 +226,24 @@ class Evidence:
             risen = np.log(self.law.law.predict(self.law.values, moved, tokens)) - lowest
         return np.where(np.isfinite(risen), np.maximum(risen, 0.0), parabola)
 
+    def run_of(self, size: float, budget: float) -> Point | None:
+        """Return the run of a size at a budget, or None."""
+        for point in self.points:
+            if math.isclose(point.n_parameters, size, rel_tol=1e-6) and math.isclose(
+                point.budget_flop, budget, rel_tol=SAME
+            ):
+                return point
+        return None
+
     def expected(self, size: float, budget: float, basis: Basis) -> Array:
         """Return draws [draws] of ln L of one size at a budget.
 
         A run of this size at this budget stands before a law. Runs of this size with less bind the law from above, as
         they would if they went on.
         """
-        own = [point for point in self.points if math.isclose(point.n_parameters, size, rel_tol=1e-6)]
-        here = [point for point in own if math.isclose(point.budget_flop, budget, rel_tol=SAME)]
+        here = self.run_of(size, budget)
         if here:
-            return self.outlook.measured(here[0])
+            return self.outlook.measured(here)
         measured = basis == "best run" or (basis == "forecast" and self.outlook.has_optimum(budget))
         spent = np.array([budget])
         if not measured and self.law is None:  # its parabola may rise with the budget
@@ -242,6 +251,7 @@ class Evidence:
             spent = budget / 2.0 ** np.arange(1 + max(0, math.floor(math.log2(budget / first))))
         drawn = self.log_loss(np.full(len(spent), size), spent, basis).min(1)
         if not measured:
+            own = [point for point in self.points if math.isclose(point.n_parameters, size, rel_tol=1e-6)]
             self.outlook.bind(drawn, own, math.log(budget))
         return drawn
 

@@ -19,13 +19,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from analysis.advice.trends import Coefficients, Optima, Trends, cost, line, trends_of
-from analysis.fits import Interval, MethodFit, Noise, Optimum, Point
+from analysis.fits import Interval, MethodFit, Noise, Optimum, Point, same_budget
 from analysis.fitting.laws import LAWS, TINY, VALID, Array, Law, StatedLaw, interval
 from analysis.fitting.solver import NoFit, fit_joint
 from embedscale.texts import listed, number
 
 DRAWS = 1000
-NEARLY = 0.1  # runs whose budgets differ by less can be compared, as in `grouping.group_budgets`
 ORIGINS = 4  # hold-outs: the largest one, two, … budgets are left out, at most so many
 GROUPS = 8  # of budgets, where there are no optima to hold out
 RATES = np.geomspace(0.01, 0.3, 20)  # rates at which a law may go wrong, as shares of the slope
@@ -34,11 +33,6 @@ FADE = 1.0  # steps between budgets in which the difference from the last optimu
 MOST_DEVIATION = 1.0  # of ln L* and ln N* of an optimum
 SAME = 1e-3  # budgets that differ by less are one
 UNBOUND = 5  # of so many draws, one is not bound by runs at a budget that has an optimum of its own
-
-
-def same_budget(a: float, b: float) -> bool:
-    """Return whether runs of these budgets can be compared."""
-    return math.isclose(a, b, rel_tol=NEARLY)
 
 
 # --- Hold-outs -------------------------------------------------------------------------------------------------------
@@ -349,9 +343,10 @@ class Outlook:
     def bind(self, log_loss: Array, points: Sequence[Point], at: float, own: bool = False) -> None:
         """Lower draws [draws] to what the best of these runs with at most this budget reached, apart from its noise.
 
+        Runs far off the joint law do not count: a slip of a table would bind every budget above it.
         Where the budget has an optimum of its own, some draws stay, so that the interval holds the optimum too.
         """
-        before = [point for point in points if math.log(point.budget_flop) <= at + SAME]
+        before = [point for point in points if math.log(point.budget_flop) <= at + SAME and point.off is None]
         if before:
             best = min(before, key=lambda point: point.loss)
             bound = math.log(best.loss) + self._noise / math.sqrt(best.seeds) * (1 + self._luck)

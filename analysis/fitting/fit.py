@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -105,19 +106,43 @@ def fit(
         predict = joint_laws.predictor(joint_laws.size_fit(joint[method]))
         moved[method] = joint_laws.cells_of(grouping.at_profile(own[method], predict))
         diverged = runs.excluded[(runs.excluded["method"] == method) & (runs.excluded["reason"] == "diverged")]
-        profiles[method] = optima.profiles(grouping.best_points(moved[method]), diverged)
+        points[method] = points[method].assign(off=joint_laws.far_off(points[method], predict))
+        wild = points[method].dropna(subset=["off"])
+        profiles[method] = [
+            replace(
+                each, off=dict(wild.loc[wild["profile"] == each.budget, ["n_parameters", "off"]].to_numpy().tolist())
+            )
+            for each in optima.profiles(grouping.best_points(moved[method]), diverged)
+        ]
     by_law = [(profiles[method], joint_laws.predictor(joint_laws.size_fit(joint[method]))) for method in runs.methods]
     known = uncertainty.noise_of(noise, list(moved.values()), by_law, window)
+    noises = {
+        method: uncertainty.noise_of(noise, [moved[method]], [each], window)
+        for method, each in zip(runs.methods, by_law, strict=True)
+    }
+    noises = uncertainty.noise_by_method(known, noises)
 
     rng = np.random.default_rng(seed)
-    spread = known.draws(bootstrap, rng)
+    shared = known.draws(bootstrap, rng)
+    spread = {
+        method: shared if each is known else each.draws(bootstrap, rng.spawn(1)[0]) for method, each in noises.items()
+    }
     methods: dict[str, MethodFit] = {}
     draws: dict[str, dict[float, OptimumDraws]] = {}
     for method in runs.methods:
         advance(method)
         methods[method], draws[method] = _fit_method(
-            cells[method], points[method], profiles[method], joint[method], settings, known, spread, rng
+            cells[method],
+            points[method],
+            profiles[method],
+            joint[method],
+            settings,
+            noises[method],
+            spread[method],
+            rng,
         )
+        if noises[method] is not known:
+            methods[method] = replace(methods[method], noise=noises[method])
     line = frontier(methods, draws, spread, confidence, rng)
     found = Fits(
         format=FORMAT,
@@ -346,7 +371,7 @@ def _line(log_coefficient: Array, exponent: Array, draws: Array | None = None, c
 def _point(row: Mapping[Any, Any]) -> Point:
     """Return a row of `grouping.best_points` as a value."""
     own = ("budget_flop", "n_parameters", "tokens", "loss", "flop_per_token", "seeds", "tried", "at_grid_end")
-    more = (*BACKBONE, "pairs", "steps", "batch_size", "gpu_hours", "train_loss", "run")
+    more = (*BACKBONE, "pairs", "steps", "batch_size", "gpu_hours", "train_loss", "run", "off")
     plain = _plain({name: row[name] for name in (*own, *more) if name in row})
     plain["at_grid_end"] = tuple(plain["at_grid_end"])
     return Point(**plain, hyperparameters=_plain({name: row[name] for name in HYPERPARAMETERS if name in row}))

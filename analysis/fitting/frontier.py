@@ -8,6 +8,7 @@ import numpy as np
 
 from analysis.fits import Comparison, Crossing, Frontier, Gap, MethodFit, Segment
 from analysis.fitting import uncertainty
+from analysis.fitting.grouping import EQUAL
 from analysis.fitting.laws import Array, interval
 from analysis.fitting.uncertainty import OptimumDraws
 
@@ -19,19 +20,19 @@ Draws = Mapping[str, Mapping[float, OptimumDraws]]
 def frontier(
     methods: Mapping[str, MethodFit],
     draws: Draws,
-    spread: Array | None,
+    spread: Mapping[str, Array | None],
     confidence: float,
     rng: np.random.Generator,
 ) -> Frontier:
     """Return the lower envelope of the methods' power laws of the loss (figure 1), and the methods compared.
 
-    `draws` are those of the interior optima of each method and budget; `spread` are draws of the noise of ln L. The
+    `draws` are those of the interior optima of each method and budget; `spread` are draws of its noise of ln L. The
     envelope runs between neighbouring budgets at both of which a method has an optimum between its sizes, its own or
     its joint law's, and no run was measured below the envelope by more than the noise.
     """
     laws = {name: each.power_laws.loss for name, each in methods.items() if each.power_laws.loss}
     lines = {name: np.array([math.log(law.coefficient), law.exponent]) for name, law in laws.items()}
-    noise = 0.0 if spread is None else float(np.median(spread))
+    noise = max((float(np.median(drawn)) for drawn in spread.values() if drawn is not None), default=0.0)
     budgets = sorted({row.budget_flop for each in methods.values() for row in each.optima if row.best})
     held = {budget: _holding(methods, lines, budget, noise) for budget in budgets}
     segments: list[Segment] = []
@@ -42,6 +43,12 @@ def frontier(
             if last and last.method == found.method and last.to_flop == found.from_flop:
                 found = Segment(found.method, segments.pop().from_flop, found.to_flop)
             segments.append(found)
+    for budget in budgets:  # one whose neighbours are gaps stands alone
+        names, low, high = held[budget][0], budget * (1 - EQUAL), budget * (1 + EQUAL)
+        if names and not any(row.from_flop <= high and row.to_flop >= low for row in segments):
+            least = min(names, key=lambda name: lines[name][0] + lines[name][1] * math.log(budget))
+            segments.append(Segment(least, budget, budget))
+    segments.sort(key=lambda row: row.from_flop)
     crossings = []
     for below, above in pairwise(segments):
         a, b = below.method, above.method
@@ -111,7 +118,7 @@ def _all_draws(methods: Mapping[str, MethodFit], draws: Draws, method: str, rng:
 def _comparisons(
     methods: Mapping[str, MethodFit],
     draws: Draws,
-    noise: Array | None,
+    noise: Mapping[str, Array | None],
     confidence: float,
     rng: np.random.Generator,
 ) -> Sequence[Comparison]:
@@ -124,9 +131,10 @@ def _comparisons(
             spread = draws[name].get(row.budget_flop)
             value = math.log(row.lowest_loss)
             drawn = None if spread is None else spread.log_loss
-            if noise is not None:
+            of_run = noise[name]
+            if of_run is not None:
                 # A draw whose minimum is at an end of the grid still has a lowest loss: that of a run.
-                own = value + noise / math.sqrt(row.best.seeds) * rng.standard_normal(len(noise))
+                own = value + of_run / math.sqrt(row.best.seeds) * rng.standard_normal(len(of_run))
                 drawn = own if drawn is None else np.where(np.isfinite(drawn), drawn, own)
             found.setdefault(row.budget_flop, {})[name] = (value, drawn)
     result = []

@@ -99,6 +99,24 @@ def predictor(fit: JointFit | None) -> grouping.Losses | None:
     return None if fit is None else lambda n, d: np.ravel(fit.predict(n, d))
 
 
+OFF, LEAST_OFF = 10.0, 0.03  # robust standard deviations of ln L, and ln L itself, from which on a run is far off
+FEWEST_OFF = 15  # points of which this can be told
+
+
+def far_off(points: pd.DataFrame, law: grouping.Losses | None) -> Array:
+    """Return ln L of each point less that of the joint law where the point lies far off it; else NaN.
+
+    Such a run collapsed, had a poor setting, or is a slip of the table; or the law is wrong there. The residual that
+    limits outliers keeps the law with the other points.
+    """
+    n, d, loss = (points[name].to_numpy(float) for name in ("n_parameters", "tokens", "loss"))
+    left = np.full(len(points), np.nan) if law is None else np.log(loss / law(n, d))
+    if len(points) < FEWEST_OFF or not np.isfinite(left).all():
+        return np.full(len(points), np.nan)
+    usual = 1.4826 * np.median(np.abs(left))  # the standard deviation, if the errors are normal
+    return np.where(np.abs(left) > max(OFF * usual, LEAST_OFF), left, np.nan)
+
+
 def _where(fit: JointFit) -> tuple[Array, Array]:
     """Return N and D of the points of a fit."""
     return np.exp(fit.data.log_n + fit.data.centre[0]), np.exp(fit.data.log_d + fit.data.centre[1])

@@ -7,10 +7,10 @@ from statistics import NormalDist
 
 import numpy as np
 
-from analysis.fits import FitSettings, Frontier, MethodFit, Noise
+from analysis.fits import FitSettings, Frontier, MethodFit, Noise, same_budget
 from analysis.fitting.laws import LAWS, power_law
 from analysis.fitting.optima import SIGMAS
-from embedscale.texts import listed, number
+from embedscale.texts import counted, listed, number
 
 FEW_DRAWS = 0.9  # share of draws with an optimum below which a note says so
 FEW_STARTS = 0.25  # share of starts that agree below which a note says so
@@ -35,8 +35,9 @@ def notes_of(settings: FitSettings, noise: Noise, methods: Mapping[str, MethodFi
         notes += [
             (DOUBT, told) for law in LAWS if law in method.joint_laws for told in _law(settings, name, method, law)
         ]
+        notes += [(DOUBT, told) for told in _far_off(name, method)]
         notes += [(BIAS, told) for told in _disagreement(name, method)]
-        notes += [(BIAS, told) for told in _worse_with_more(name, method, noise)]
+        notes += [(BIAS, told) for told in _worse_with_more(name, method, method.noise or noise)]
     if noise.source == "none":
         told = "noise: it follows neither from replicates nor from residuals, so optima have no intervals; "
         notes.append((MISSING, told + "give it by --noise"))
@@ -55,6 +56,9 @@ def notes_of(settings: FitSettings, noise: Noise, methods: Mapping[str, MethodFi
         budgets = [number(gap.budget_flop) for gap in line.gaps if gap.why == why]
         told = ", ".join(budgets[:6]) + (f" and {len(budgets) - 6} more" if len(budgets) > 6 else "")
         notes.append((MISSING, f"no frontier at {told} FLOP: {why}"))
+    if own := [name for name, method in methods.items() if method.noise]:
+        told = f"{listed(own)} differ in the noise of their runs (F test), so each has intervals by its own"
+        notes.append((LIMIT, told))
     notes += [(BIAS, told) for told in _selection(noise, methods)]
     notes += [(DOUBT, told) for told in _alike(line)]
     return [told for _, told in sorted(notes, key=lambda note: note[0])]
@@ -139,6 +143,24 @@ def _selection(noise: Noise, methods: Mapping[str, MethodFit]) -> list[str]:
         f"methods are the best of {', '.join(f'{count} ({name})' for name, count in tried.items())} settings a size: "
         f"of {most} equal ones the best run lies {100 * luck:.2g} % low by its noise alone; no interval and no "
         '"distinguishable" allows for this'
+    ]
+
+
+def _far_off(name: str, method: MethodFit) -> list[str]:
+    """Return a note on runs that lie far off the joint law and are not named with the state of their budget."""
+    uneven = {row.budget_flop for row in method.optima if row.state == "uneven"}
+    far = [
+        (point.off, point)
+        for point in method.points
+        if point.off is not None and not any(same_budget(point.budget_flop, budget) for budget in uneven)
+    ]
+    if not far:
+        return []
+    off, point = max(far, key=lambda each: abs(each[0]))
+    return [
+        f"{name}: {counted(len(far), 'point')} of {len(method.points)} far off the joint law, most of all (by "
+        f"{number(100 * math.expm1(off))} %) {number(point.n_parameters, 4)} parameters at "
+        f"{number(point.budget_flop)} FLOP: the run is bad, or the law is wrong there"
     ]
 
 

@@ -6,8 +6,8 @@ best run. A parabola is biased, even without noise, where the grid is wide or of
 
 Every budget has a state, and only interior optima enter a law. An optimum is "interior" if
 - the best size lies between two others ("edge" otherwise, "diverged" if the runs beyond it diverged),
-- the losses near it rise outward on both sides, but for `SIGMAS` standard deviations of the noise ("two valleys"
-  otherwise: one run was worse than its neighbours on both sides, or the sizes are of two kinds),
+- no run near it lies far off the joint law, and the losses near it rise outward on both sides, but for `SIGMAS`
+  standard deviations of the noise ("uneven" otherwise: a run is bad, or the sizes are of two kinds),
 - the sizes of the curve span a factor of at least `NARROW`, and the parabola bends upward by at least `BENT` standard
   errors ("too narrow" otherwise),
 - its loss lies below the best run by at most `SIGMAS` standard deviations of the noise and what the curve explains,
@@ -17,7 +17,8 @@ Every budget has a state, and only interior optima enter a law. An optimum is "i
 Everything is batched: losses have the shape [draws, sizes], and a thousand draws cost little more than one.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import cast, get_args
 
@@ -131,6 +132,7 @@ class Profile:
     budget: float
     points: pd.DataFrame
     diverged: tuple[float, ...] = ()  # sizes all of whose runs diverged
+    off: Mapping[float, float] = field(default_factory=dict)  # sizes whose runs lie far off the joint law, and how far
 
     @property
     def log_n(self) -> Array:
@@ -157,12 +159,14 @@ class Profile:
                 return "diverged", f"{len(self.diverged)} of {every} sizes diverged: run them with {STABLER}", None
             return "too few", f"{len(sizes)} sizes, a minimum needs at least 3: add sizes", None
         best = int(self.log_loss.argmin())
+        if told := self._far_off(best, window):
+            return "uneven", f"{told}: look at it, run it again, or leave it out by --where", None
         if 0 < best < len(sizes) - 1:
             between = [size for size in self.diverged if sizes[best - 1] < size < sizes[best + 1]]
             if between:  # the minimum may lie among the sizes that diverged
                 told = f"the best size is beside {number(between[0], 4)}, whose runs diverged"
                 return "diverged", f"{told}: run them with {STABLER}", None
-            return self._two_valleys(best, noise, window) or self._narrow(best, noise, window)
+            return self._uneven(best, noise, window) or self._narrow(best, noise, window)
         below = best == 0
         beyond = [size for size in self.diverged if (size < sizes[0] if below else size > sizes[-1])]
         if beyond:
@@ -173,8 +177,26 @@ class Profile:
         word, end = ("below", "smallest") if below else ("above", "largest")
         return "edge", f"the best size is the {end}: add one {word} it, such as {number(added, 4)} parameters", added
 
-    def _two_valleys(self, best: int, noise: float | None, window: float) -> tuple[State, str, float | None] | None:
-        """Return the state "two valleys" where a size near the best is worse than one farther out; else None."""
+    def near_off(self, best: int, window: float) -> list[float]:
+        """Return the sizes near the best one, and it itself, whose runs lie far off the joint law."""
+        sizes = self.points["n_parameters"].to_numpy(float)
+        return [size for size in sizes[near_best(self.log_n, best, window)] if size in self.off]
+
+    def _far_off(self, best: int, window: float) -> str:
+        """Return which runs near the best size lie far off the joint law, in words; empty if none do."""
+        found = self.near_off(best, window)
+        if not found:
+            return ""
+        away = max((self.off[size] for size in found), key=abs)
+        told = f"lies {number(100 * abs(float(np.expm1(away))))} % {'above' if away > 0 else 'below'} the joint law"
+        if len(found) > 1:
+            return f"each of {len(found)} sizes near the best lies far off the joint law; the farthest {told}"
+        seeds = int(self.points["seeds"][self.points["n_parameters"] == found[0]].iloc[0])
+        what = f"mean of {seeds} runs" if seeds > 1 else "run"
+        return f"the {what} of {number(found[0], 4)} parameters {told}"
+
+    def _uneven(self, best: int, noise: float | None, window: float) -> tuple[State, str, float | None] | None:
+        """Return the state "uneven" where a size near the best is worse than one farther out; else None."""
         near, y, seeds = near_best(self.log_n, best, window), self.log_loss, self.points["seeds"].to_numpy(float)
         for outward in (range(best - 1, -1, -1), range(best + 1, len(y))):
             for i, j in pairwise(outward):
@@ -182,7 +204,7 @@ class Profile:
                 if near[i] and y[i] - y[j] > apart + 1e-9:
                     size, above = number(float(np.exp(self.log_n[i])), 4), number(100 * float(np.expm1(y[i] - y[j])))
                     told = f"the run of {size} parameters is {above} % worse than the next one farther out"
-                    return "two valleys", f"{told}, more than noise explains: run it again, or leave it out", None
+                    return "uneven", f"{told}, more than noise explains: run it again, or leave it out", None
         return None
 
     def _narrow(self, best: int, noise: float | None, window: float) -> tuple[State, str, float | None]:

@@ -12,7 +12,7 @@ tells how much, and the intervals allow for it (`with_bias`). All intervals are 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -80,7 +80,7 @@ def noise_of(
     if given is not None:
         return Noise(given, "given", 0)
     groups = [np.log(losses) for each in cells for losses in each["losses"] if len(losses) > 1]
-    repeated, free = float(sum(((g - g.mean()) ** 2).sum() for g in groups)), sum(len(g) - 1 for g in groups)
+    repeated, free = _pooled([(group - group.mean(), len(group) - 1) for group in groups])
     bends = _pooled([_residuals(each, None, window) for every, _ in profiles for each in every])
     tilts = _pooled([_residuals(each, law, window) for every, law in profiles for each in every])
     left, rest = min((bends, tilts), key=lambda each: each[0] / each[1]) if bends[1] >= FREEDOM else tilts
@@ -99,9 +99,28 @@ def noise_of(
     return Noise(math.sqrt((repeated + left) / (free + rest)), "pooled", free + rest, **parts)  # type: ignore[arg-type]
 
 
+def noise_by_method(known: Noise, own: Mapping[str, Noise]) -> dict[str, Noise]:
+    """Return the noise of each method: that of all runs, or each method's own where they cannot be one.
+
+    The two farthest apart are compared (F test at `ALONE`, divided by the number of pairs). A method without degrees of
+    freedom has the noise of all.
+    """
+    from scipy.special import fdtrc
+
+    told = sorted((each for each in own.values() if each.degrees_of_freedom), key=lambda each: each.log_loss or 0.0)
+    alike = dict.fromkeys(own, known)
+    if known.source == "given" or len(told) < 2 or not told[0].log_loss or not told[-1].log_loss:
+        return alike
+    ratio = (told[-1].log_loss / told[0].log_loss) ** 2
+    chance = float(fdtrc(told[-1].degrees_of_freedom, told[0].degrees_of_freedom, ratio))
+    if chance > ALONE / math.comb(len(told), 2):
+        return alike
+    return alike | {name: each for name, each in own.items() if each.degrees_of_freedom and each.log_loss}
+
+
 def _residuals(profile: Profile, law: Losses | None, window: float) -> tuple[Array, int]:
     """Return the residuals of ln L near a profile's best size, × √seeds, and their degrees of freedom."""
-    if len(profile.points) < 3:
+    if len(profile.points) < 3 or profile.near_off(int(profile.log_loss.argmin()), window):
         return np.array([]), 0
     inner = int(np.clip(profile.log_loss.argmin(), 1, len(profile.points) - 2))
     near = near_best(profile.log_n, inner, window)
@@ -120,10 +139,10 @@ def _residuals(profile: Profile, law: Losses | None, window: float) -> tuple[Arr
 
 
 def _pooled(found: Sequence[tuple[Array, int]]) -> tuple[float, int]:
-    """Return the sum of squares of the residuals of profiles, wild profiles clipped, and their degrees of freedom."""
+    """Return the sum of squares of residuals and their degrees of freedom; those of wild profiles are clipped."""
     squares = np.array([float((left**2).sum()) / count for left, count in found if count])
     freedom = np.array([count for _, count in found if count])
-    if len(squares) >= PROFILES:
+    if len(squares) >= PROFILES and np.median(squares) > 0:
         squares = np.minimum(squares, CLIP * np.median(squares))
     return float(squares @ freedom), int(freedom.sum())
 

@@ -118,8 +118,8 @@ def test_a_line_through_two_optima_extrapolates_nothing():
 
 
 def test_no_forecast_lies_above_what_a_smaller_budget_reached():
-    """A run of a size far outside the profile, with a tenth of the largest budget, beats every law."""
-    frame = table(noise=0.001)
+    """A run of a size far outside the profiles beats every law; thirteen runs do not tell that it is far off theirs."""
+    frame = table(BUDGETS[:3], sizes=4, noise=0.001)
     lucky = pd.DataFrame([{"n_parameters": 3e9, "tokens": 1e9, "budget_flop": 1.8e19, "loss": 2.0}])
     found = outlook(pd.concat([frame, lucky]), noise=0.001)
     value, ends = found.at(4e19).loss(0.95)
@@ -153,6 +153,20 @@ def test_without_a_joint_law_no_size_is_expected_to_lose_by_more_compute():
     fits.methods["full"].joint_laws.clear()
     expected = [advised(factor * BUDGETS[-1], fits)[1].best.loss for factor in (4, 10, 1e3, 1e5)]
     assert all(after <= before * 1.001 for before, after in pairwise(expected))
+
+
+def test_a_run_far_off_the_law_binds_no_other_budget():
+    """One loss a fifth too low at the smallest budget was the forecast for a decade above it."""
+    frame = table(noise=0.002).reset_index(drop=True)
+    frame.loc[3, "loss"] *= 0.8
+    found_fits = fit(runs.load(frame), noise=0.002, bootstrap=100)
+    found = Outlook(found_fits.methods["full"], found_fits.noise)
+    for factor in (1.5, 3.99, 4.04, 10):
+        value, ends = found.at(factor * BUDGETS[0]).loss(0.95)
+        true = optimum(factor * BUDGETS[0])[1]
+        assert value == pytest.approx(true, rel=0.01) and ends[0] < true < ends[1]
+    (told,) = [note for note in advised(4.04 * BUDGETS[0], found_fits)[1].notes if "not counted" in note]
+    assert told.startswith(f"a run at {number(BUDGETS[0])} FLOP reached {number(frame['loss'][3], 4)}, far below")
 
 
 @pytest.mark.parametrize("kind", ["lucky", "rising"])

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from law_sweep import sweep
 
-from analysis import runs, summary
+from analysis import fits, runs, summary
 from analysis.fits import Noise
 from analysis.fitting.fit import fit
 from analysis.fitting.laws import power_law
@@ -43,6 +43,35 @@ def test_few_degrees_of_freedom_widen_the_intervals_as_in_students_t():
         drawn = spread * rng.standard_normal(len(spread))
         assert np.percentile(drawn, 97.5) == pytest.approx(0.01 * quantile, rel=0.04)
     assert set(Noise(0.01, "given", 0).draws(10, rng)) == {0.01}
+
+
+def two_methods(noise: float, other: float, seed: int) -> fits.Fits:
+    """The fits of full fine-tuning and LoRA that have one law, and a noise each."""
+    full = sweep(noise=noise, seed=seed, methods=("full",))
+    lora = sweep(noise=other, seed=seed + 100, methods=("full",)).assign(method="lora", rank=8)
+    return fit(runs.load(pd.concat([full, lora])), bootstrap=100)
+
+
+def test_methods_whose_noise_differs_have_intervals_by_their_own():
+    """One noise for both was too small for LoRA, which then was the best method with 100 %."""
+    found = two_methods(0.002, 0.02, 0)
+    full, lora = (found.methods[name] for name in ("full", "lora"))
+    assert 0.001 < full.noise.log_loss < 0.004 < 0.01 < lora.noise.log_loss < 0.04
+    assert found.noise_of("lora") == lora.noise
+    assert any(note.startswith("full and lora differ in the noise of their runs") for note in found.notes)
+    quiet_at = {row.budget_flop: row for row in full.interior}
+    both = [(row, quiet_at[row.budget_flop]) for row in lora.interior if row.budget_flop in quiet_at]
+    assert both
+    for noisy, quiet in both:
+        widths = [np.log(row.loss_interval[1] / row.loss_interval[0]) for row in (noisy, quiet)]
+        assert widths[0] > 3 * widths[1]
+
+
+def test_methods_of_one_noise_share_it():
+    alike = [two_methods(0.01, 0.01, seed) for seed in range(4)]
+    assert sum(found.methods["lora"].noise is None for found in alike) >= 3
+    shared = next(found for found in alike if found.methods["lora"].noise is None)
+    assert shared.noise_of("full") == shared.noise == shared.noise_of("lora")
 
 
 def test_power_laws_of_nothing_are_silent():

@@ -117,14 +117,16 @@ def test_gpu_hours_buy_what_the_same_flop_buy(study):
     assert truth[hours.best.backbone] < 1.01 * min(truth.values())
 
 
-def test_just_above_a_budget_without_an_optimum_its_best_run_still_counts(tmp_path):
+def test_the_best_run_of_a_budget_counts_there_and_bounds_the_budgets_above(tmp_path):
     table = paper_like().query("method == 'full'")
     edge = BUDGETS[1]  # all larger than its best size; the law starts at the next budget
     cut = table[(table["budget_flop"] > edge) | ((table["budget_flop"] == edge) & (table["n_parameters"] > 1e8))]
     measured = cut.loc[cut["budget_flop"] == edge, "loss"].min()
     fits = recipe.read(fitted(cut, tmp_path))[0]
-    near = recipe.recipe(fits, Limit(flop=1.2 * edge))
+    near = recipe.recipe(fits, Limit(flop=1.05 * edge))
     assert near.best.basis == "best run" and near.best.loss == pytest.approx(measured)
+    above = recipe.recipe(fits, Limit(flop=1.2 * edge))  # its runs are no forecast for other budgets
+    assert above.best.basis == "forecast" and above.best.loss < measured * 1.005
     assert recipe.recipe(fits, Limit(flop=0.5 * edge)).best.basis == "forecast"
     assert recipe.recipe(fits, Limit(flop=1.2 * BUDGETS[3])).best.basis == "forecast"
 
@@ -149,6 +151,20 @@ def test_without_the_noise_of_a_run_no_method_is_decided(tmp_path):
     assert not found.decided and not found.chances
     told = dict(recipe.lines(found, 0.95))["lowest loss"]
     assert told == "not decided: the noise of a run is not known; give it to fit by --noise"
+
+
+def test_hours_that_end_before_the_tokens_leave_the_size_its_interval(study):
+    found = recipe.recipe(study[0], Limit(gpu_hours=0.3, tokens=1e13), study[1])
+    assert found.n_opt_interval and found.best.tokens < 1e12
+    assert not any("with the data fixed" in note for note in found.notes)
+
+
+def test_a_loss_that_was_measured_is_told_apart_from_the_curve_of_its_budget(study):
+    told = dict(recipe.lines(recipe.recipe(study[0], Limit(flop=BUDGETS[2]), study[1]), 0.95))
+    assert told["expected loss"].endswith(", as measured")
+    assert "law" in told["at the best size"]
+    other = dict(recipe.lines(recipe.recipe(study[0], Limit(flop=1.7 * BUDGETS[2]), study[1]), 0.95))
+    assert "law" in other["expected loss"] and other["at the best size"].endswith(")")
 
 
 @pytest.mark.parametrize(

@@ -129,11 +129,11 @@ def test_units_that_do_not_fit_are_refused():
     assert any("median" in note for note in runs.load(table.assign(D=table["D"] / 1e9), ignore=["C"]).notes)
 
 
-@pytest.mark.parametrize(("name", "factor"), [("D", 1e-9), ("C", 1e3), ("N", 1e-6)])
+@pytest.mark.parametrize(("name", "factor"), [("D", 1e-9), ("C", 1e3), ("N", 1e-6), ("D", 10), ("N", 10)])
 def test_a_row_in_another_unit_is_refused(name, factor):
     table = sweep()
     table.loc[4, name] *= factor
-    with pytest.raises(UserError, match=r"row 5: budget_flop is .* and in most rows 6 ×: one of the three is in"):
+    with pytest.raises(UserError, match=r"row 5: budget_flop is .* and in most rows 6 ×: one of the three is wrong"):
         runs.load(table)
 
 
