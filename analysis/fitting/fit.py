@@ -114,13 +114,16 @@ def fit(
             )
             for each in optima.profiles(grouping.best_points(moved[method]), diverged)
         ]
-    by_law = [(profiles[method], joint_laws.predictor(joint_laws.size_fit(joint[method]))) for method in runs.methods]
-    known = uncertainty.noise_of(noise, list(moved.values()), by_law, window)
-    noises = {
-        method: uncertainty.noise_of(noise, [moved[method]], [each], window)
-        for method, each in zip(runs.methods, by_law, strict=True)
-    }
-    noises = uncertainty.noise_by_method(known, noises)
+    known, noises = uncertainty.noise_of(
+        noise,
+        {
+            method: uncertainty.Measured(
+                moved[method], profiles[method], joint_laws.predictor(joint_laws.size_fit(joint[method]))
+            )
+            for method in runs.methods
+        },
+        window,
+    )
 
     rng = np.random.default_rng(seed)
     shared = known.draws(bootstrap, rng)

@@ -12,7 +12,7 @@ tells how much, and the intervals allow for it (`with_bias`). All intervals are 
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -59,31 +59,55 @@ def resampled(fit: JointFit, losses: list[Array], count: int, rng: np.random.Gen
 FREEDOM = 8  # fewest degrees of freedom for which the residuals of parabolas are taken
 CLIP = 20.0  # times the median of all profiles: the largest mean square of a profile that counts
 PROFILES = 4  # fewest profiles for which a wild one is clipped
+DIFFER = 0.01  # probability of noises so far apart, if they are one, below which each method has its own
 ALONE = 0.05  # probability of such large residuals, given the replicates, below which they are not pooled
 
 
-def noise_of(
-    given: float | None,
-    cells: Sequence[pd.DataFrame],
-    profiles: Sequence[tuple[Sequence[Profile], Losses | None]],
-    window: float,
-) -> Noise:
-    """Return the standard deviation of ln L of one run about the curve of its profile.
+@dataclass(frozen=True)
+class Measured:
+    """The runs of a method as the noise is told from them: settings with the `losses` of their replicates, profiles."""
 
-    `cells` are the settings of each method with the `losses` of their replicates; `profiles` are those of each method,
-    with its joint law. Residuals are those of the parabolas near the best size, or of the joint law's curves, each
-    shifted and tilted to fit its profile: those with the smaller mean square. Parabolas with fewer than `FREEDOM`
-    degrees of freedom are not asked.
+    cells: pd.DataFrame
+    profiles: Sequence[Profile]
+    law: Losses | None
+
+
+def noise_of(given: float | None, methods: Mapping[str, Measured], window: float) -> tuple[Noise, dict[str, Noise]]:
+    """Return the standard deviation of ln L of one run about its profile's curve: of all runs, and of each method.
+
+    Residuals are those of the parabolas near the best size, or of the joint law's curves, each shifted and tilted to
+    fit its profile: those with the smaller mean square. Parabolas with fewer than `FREEDOM` degrees of freedom are not
+    asked. Each method has the noise of all runs unless an F test says that the two methods farthest apart differ (at
+    `DIFFER`, divided by the number of pairs); then each has its own, as far as residuals tell it.
     """
     from scipy.special import fdtrc  # here, so that `embedscale report` starts without scipy
 
     if given is not None:
-        return Noise(given, "given", 0)
-    groups = [np.log(losses) for each in cells for losses in each["losses"] if len(losses) > 1]
+        known = Noise(given, "given", 0)
+        return known, dict.fromkeys(methods, known)
+    bends, tilts = (_pooled(_residuals_of(methods.values(), bent, window)) for bent in (True, False))
+    bent = bends[1] >= FREEDOM and bends[0] / bends[1] <= tilts[0] / max(tilts[1], 1)
+    known = _noise(methods.values(), bent, window)
+    own = {name: _noise([each], bent, window) for name, each in methods.items()}
+    told = [each for each in own.values() if each.residuals_freedom and each.log_loss]
+    low, high = (pick(told, key=lambda each: each.log_loss or 0.0, default=known) for pick in (min, max))
+    shared = dict.fromkeys(methods, known)
+    if len(told) < 2 or not low.log_loss or not high.log_loss:
+        return known, shared
+    chance = float(fdtrc(high.degrees_of_freedom, low.degrees_of_freedom, (high.log_loss / low.log_loss) ** 2))
+    if chance > DIFFER / math.comb(len(told), 2):
+        return known, shared
+    return known, shared | {name: each for name, each in own.items() if each in told}
+
+
+def _noise(methods: Iterable[Measured], bent: bool, window: float) -> Noise:
+    """Return the noise by replicates and residuals, which are pooled unless the residuals are too large for that."""
+    from scipy.special import fdtrc
+
+    methods = list(methods)
+    groups = [np.log(losses) for each in methods for losses in each.cells["losses"] if len(losses) > 1]
     repeated, free = _pooled([(group - group.mean(), len(group) - 1) for group in groups])
-    bends = _pooled([_residuals(each, None, window) for every, _ in profiles for each in every])
-    tilts = _pooled([_residuals(each, law, window) for every, law in profiles for each in every])
-    left, rest = min((bends, tilts), key=lambda each: each[0] / each[1]) if bends[1] >= FREEDOM else tilts
+    left, rest = _pooled(_residuals_of(methods, bent, window))
     parts = {
         "replicates": math.sqrt(repeated / free) if free else None,
         "replicates_freedom": free,
@@ -99,23 +123,8 @@ def noise_of(
     return Noise(math.sqrt((repeated + left) / (free + rest)), "pooled", free + rest, **parts)  # type: ignore[arg-type]
 
 
-def noise_by_method(known: Noise, own: Mapping[str, Noise]) -> dict[str, Noise]:
-    """Return the noise of each method: that of all runs, or each method's own where they cannot be one.
-
-    The two farthest apart are compared (F test at `ALONE`, divided by the number of pairs). A method without degrees of
-    freedom has the noise of all.
-    """
-    from scipy.special import fdtrc
-
-    told = sorted((each for each in own.values() if each.degrees_of_freedom), key=lambda each: each.log_loss or 0.0)
-    alike = dict.fromkeys(own, known)
-    if known.source == "given" or len(told) < 2 or not told[0].log_loss or not told[-1].log_loss:
-        return alike
-    ratio = (told[-1].log_loss / told[0].log_loss) ** 2
-    chance = float(fdtrc(told[-1].degrees_of_freedom, told[0].degrees_of_freedom, ratio))
-    if chance > ALONE / math.comb(len(told), 2):
-        return alike
-    return alike | {name: each for name, each in own.items() if each.degrees_of_freedom and each.log_loss}
+def _residuals_of(methods: Iterable[Measured], bent: bool, window: float) -> list[tuple[Array, int]]:
+    return [_residuals(each, None if bent else runs.law, window) for runs in methods for each in runs.profiles]
 
 
 def _residuals(profile: Profile, law: Losses | None, window: float) -> tuple[Array, int]:

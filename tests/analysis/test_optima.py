@@ -183,7 +183,7 @@ def test_hyperparameters_are_chosen_at_each_size_first():
     assert list(best["at_grid_end"]) == [["learning_rate"]] * 2
     two = grouping.best_points(cells[cells["learning_rate"] > 1e-4])
     assert list(two["at_grid_end"]) == [[]] * 2, "of two values each is an end"
-    found = uncertainty.noise_of(None, [cells], [], 4)
+    found, _ = uncertainty.noise_of(None, {"lora": uncertainty.Measured(cells, [], None)}, 4)
     expected = np.sqrt(np.mean([np.var(np.log(each), ddof=1) for each in cells["losses"]]))
     assert (found.log_loss, found.degrees_of_freedom, found.source) == (pytest.approx(expected), 18, "replicates")
 
