@@ -84,6 +84,8 @@ def recipe(
     every = gather(fits) if every is None else every
     chosen: dict[str, tuple[Choice, Array]] = {}
     bases = {name: evidence.basis(limit) for name, evidence in every.items()}
+    if not any(bases.values()):  # then a run with a little less is all that is known
+        bases = {name: evidence.basis(limit, reach=2.0) for name, evidence in every.items()}
     # Best runs are compared at one budget: the one asked for or, without any law, the nearest that was run.
     spent = limit.flop or 0.0
     if set(bases.values()) - {""} == {"best run"}:

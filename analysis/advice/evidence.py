@@ -115,11 +115,12 @@ class Evidence:
         """Coefficients of the joint law that the data do not fix."""
         return self.fit.joint_laws[self.law.law.name].not_fixed if self.law else ()
 
-    def basis(self, limit: Limit) -> Basis:
+    def basis(self, limit: Limit, reach: float = 1.0) -> Basis:
         """Return what a prediction for this limit rests on: a law, the best run, or nothing.
 
         The best run is preferred to a law where this budget was run and has no optimum inside the grid: what was
-        measured there is known better than what a law extends to it.
+        measured there is known better than what a law extends to it. Without a law, a budget at most `reach` times
+        smaller serves too.
         """
         law: Basis = "joint law" if self.law else ""
         if limit.tokens:  # a parabola says nothing far from its vertex
@@ -137,7 +138,9 @@ class Evidence:
         covered = self.outlook.covers(limit.flop)
         if self.curvature and covered:
             return "forecast"
-        return law if law and covered else "best run" if near else ""
+        if law and covered:
+            return law
+        return "best run" if near or 1 < limit.flop / budget <= reach else ""
 
     def _beats_smaller(self, budget: float) -> bool:
         """Return whether the best run at a budget is no worse than every run with less."""

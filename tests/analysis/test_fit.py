@@ -62,7 +62,7 @@ def test_a_hold_out_fit_does_not_use_what_it_predicts(whole):
     }
     table = sweep(methods=("full",))
     last = table["budget_flop"] == BUDGETS[-1]
-    changed = table.assign(loss=table["loss"] * np.where(last, 2, 1))
+    changed = table.assign(loss=table["loss"] * np.where(last, 1.02, 1))
     found = [
         {
             row.law: row
@@ -73,12 +73,12 @@ def test_a_hold_out_fit_does_not_use_what_it_predicts(whole):
     ]
     line, changed_line = (each["loss"] for each in found)
     assert changed_line.predicted == pytest.approx(line.predicted, rel=1e-9)
-    assert changed_line.found == pytest.approx(2 * line.found)
+    assert changed_line.found == pytest.approx(1.02 * line.found)
     before, after = (each["chinchilla"] for each in found)
     assert (before.left_out, before.value, before.points) == ("largest budget", BUDGETS[-1], 6)
     assert before.error < 0.02
     assert after.predicted == pytest.approx(before.predicted, rel=1e-9)
-    assert after.found == pytest.approx(2 * before.found)
+    assert after.found == pytest.approx(1.02 * before.found)
     assert after.error == pytest.approx(0.5, abs=0.02)
 
 
