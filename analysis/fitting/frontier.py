@@ -54,6 +54,8 @@ def frontier(
         a, b = below.method, above.method
         if a == b or below.to_flop != above.from_flop:
             continue
+        if abs(float(uncertainty.crossing(lines[a], lines[b])) - math.log(below.to_flop)) > EQUAL:
+            continue  # the laws do not meet here: one of the methods has no optimum on one side
         drawn = np.array([])
         if laws[a].draws and laws[b].draws:
             drawn = uncertainty.crossing(*(_all_draws(methods, draws, name, rng) for name in (a, b)))

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from itertools import chain
+from itertools import chain, pairwise
 from statistics import NormalDist
 
 import numpy as np
@@ -59,6 +59,12 @@ def notes_of(settings: FitSettings, noise: Noise, methods: Mapping[str, MethodFi
     if own := [name for name, method in methods.items() if method.noise]:
         told = f"{listed(own)} differ in the noise of their runs (F test), so each has intervals by its own"
         notes.append((LIMIT, told))
+    met = {each.budget_flop for each in line.crossings}
+    for below, above in pairwise(line.segments):
+        if below.method != above.method and below.to_flop == above.from_flop and below.to_flop not in met:
+            at, told = number(below.to_flop), "has an optimum on one side of it only"
+            gone = f"the frontier goes from {below.method} to {above.method} at {at} FLOP because one of them {told}"
+            notes.append((BIAS, f"{gone}, not because their laws meet"))
     notes += [(BIAS, told) for told in _selection(noise, methods)]
     notes += [(DOUBT, told) for told in _alike(line)]
     return [told for _, told in sorted(notes, key=lambda note: note[0])]

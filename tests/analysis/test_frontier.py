@@ -60,3 +60,17 @@ def test_a_run_below_every_law_makes_a_gap_that_names_it():
     assert gap.why.endswith("but lora was measured at 2.4")
     spans = [(segment.from_flop, segment.to_flop) for segment in found.frontier.segments]
     assert spans == [pytest.approx((BUDGETS[0], BUDGETS[1])), pytest.approx((BUDGETS[3], BUDGETS[3]))]
+
+
+def test_where_one_method_was_not_run_nothing_crosses():
+    """Freezing is the best wherever it was run, which is not at the largest budget."""
+    rows = table(
+        {"full": [4.0, 3.5, 3.0, 2.6], "freeze": [3.8, 3.3, 2.8, 2.4]},
+        {name: [1, 1.5, 2, 2.5] for name in ("full", "freeze")},
+    )
+    rows = rows[(rows["method"] == "full") | (rows["budget_flop"] < BUDGETS[3])]
+    found = fit(runs.load(rows), noise=0.002, bootstrap=100)
+    assert [row.method for row in found.frontier.segments] == ["freeze", "full"]
+    assert not found.frontier.crossings
+    (note,) = [note for note in found.notes if note.startswith("the frontier goes from freeze to full at 1.6e16 FLOP")]
+    assert note.endswith("not because their laws meet")
