@@ -48,7 +48,7 @@ $(TRITON)-installed: $(VENV)/installed
 	touch $@
 
 test: install $(OLDEST)/installed $(TRITON)-installed
-	$(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 # Sphinx and its extensions are in a folder of their own. So `make test` stays as fast, and the quickstart's corpus, which
 # is the Python files of the environment, stays the same.
@@ -71,7 +71,7 @@ notebook: $(DOCS)/installed
 
 # About three minutes on two idle cores, without SLURM or a browser: for the time between two edits.
 test-quick: install
-	$(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder -m "not slow and not slurm"
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m "not slow and not slurm"
 
 # Faults at random moments, for as long as you like; results of several calls add up in build/chaos.jsonl.
 MINUTES ?= 60

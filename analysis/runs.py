@@ -6,7 +6,6 @@ the column, never averaged; so are rows that differ in a column that nobody mapp
 mixed folder or table needs `where`, which selects runs by a column's value, or `ignore`.
 """
 
-import math
 import os
 import shlex
 from collections.abc import Collection, Iterator, Mapping
@@ -39,10 +38,8 @@ from embedscale.run.directory import RunDirectory
 from embedscale.run.families import family_name
 from embedscale.run.method import METHODS
 from embedscale.run.record import Damaged, RunRecord
-from embedscale.texts import number
 
 LEAST, MOST = 1e-100, 1e100  # of sizes, tokens, FLOP and losses: their squares are numbers too
-SLIP, USUAL = 100.0, 30.0  # factors between C / (N D) of two rows, and of a table, from which on a unit is doubted
 MANY = 500  # run directories from which on a progress bar is drawn
 Row = dict[str, Any]
 
@@ -251,7 +248,7 @@ def _from_table(
     table, more = _completed(origin, table, found)
     table, excluded = _selected(table, excluded + more, late)
     if not table.empty:
-        notes += _notes_of_units(origin, table)
+        notes += tables.notes_of_units(origin, table)
         reasons = replicates.repeated(origin, table)
         if (reasons == "checkpoint").any():
             notes.append(
@@ -396,39 +393,6 @@ def _complete(table: pd.DataFrame) -> None:
     table["tokens"] = table["tokens"].fillna(table["budget_flop"] / per_token)
     table["budget_flop"] = table["budget_flop"].fillna(table["tokens"] * per_token)
     table["n_parameters"] = table["n_parameters"].fillna(table["budget_flop"] / table["tokens"] / factor)
-
-
-def _notes_of_units(origin: str, table: pd.DataFrame) -> list[str]:
-    """Return a note where sizes or tokens look as if they were in millions or billions, or C is far from 6 N D.
-
-    Raises UserError where N, D and C cannot be in one unit: C is 2 to 12 N D for every method of the paper, and more
-    where an embedding that N does not count costs most of a small model.
-    """
-    ratios = table["budget_flop"] / table["n_parameters"] / table["tokens"]
-    ratio = float(ratios.median())
-    if not 1e-2 < ratio < 1e4:
-        raise UserError(
-            f"{origin}: budget_flop is {ratio:.2g} × n_parameters × tokens, and 6 is usual: one of the three is in "
-            "another unit; name it, such as --columns tokens=D:1e9, or leave the column out by --ignore NAME"
-        )
-    impossible = (ratios < 1) & (ratio >= 2)  # a token costs at least 2 FLOP a parameter
-    far = ratios.index[(np.abs(np.log(ratios / ratio)) > math.log(SLIP)) | impossible]
-    if len(far):
-        told = f"budget_flop is {ratios[far[0]]:.2g} × n_parameters × tokens, and in most rows {ratio:.2g} ×"
-        raise UserError(
-            f"{origin}: row {far[0] + 1}: {told}: one of the three is wrong or in another unit there; mend the row, or "
-            "leave it out by --where"
-        )
-    notes = []
-    if not 1 < ratio < USUAL:
-        told = f"budget_flop is {number(ratio)} × n_parameters × tokens (median), and 6 is usual"
-        notes.append(f"{told}: check their units, and what each of them counts")
-    return notes + [
-        f"{name}: the median is {table[name].median():.4g}, which is very few; name the unit if it is not 1, such as "
-        f"--columns {name}=NAME:1e9"
-        for name in ("n_parameters", "tokens")
-        if table[name].median() < 1000
-    ]
 
 
 # --- What can be compared --------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import gzip
 import io
 import json
 import lzma
+import math
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -21,6 +22,7 @@ import pandas as pd
 
 from analysis.columns import amount
 from embedscale.errors import UserError
+from embedscale.texts import number
 
 PACKED: dict[bytes, Callable[[bytes], bytes]] = {
     b"\x1f\x8b": gzip.decompress,
@@ -87,9 +89,9 @@ def _delimited(content: bytes) -> pd.DataFrame:
     names = [name.strip() or f"column {place}" for place, name in enumerate(rows[0], 1)]
     if all(re.fullmatch(r"[-+.\d]+(e[-+]?\d+)?", name) for name in names):
         raise ValueError("its first row holds numbers, and must name the columns")
-    for number, row in enumerate(rows[1:], 1):
+    for place, row in enumerate(rows[1:], 1):
         if len(row) > len(names) and any(row[len(names) :]):
-            raise ValueError(f"row {number} has {len(row)} cells, and the header names {len(names)} columns")
+            raise ValueError(f"row {place} has {len(row)} cells, and the header names {len(names)} columns")
     cells = [[cell if cell.strip() else None for cell in row[: len(names)]] for row in rows[1:]]
     table = pd.DataFrame([row + [None] * (len(names) - len(row)) for row in cells], columns=names, dtype=object)
     if separator == ";":
@@ -138,14 +140,14 @@ def _json(content: bytes) -> pd.DataFrame:
 
 def _json_lines(content: bytes) -> pd.DataFrame:
     rows = []
-    for number, line in enumerate(_text(content).splitlines(), 1):
+    for place, line in enumerate(_text(content).splitlines(), 1):
         if line.strip():
             try:
                 rows.append(json.loads(line))
             except json.JSONDecodeError as error:
-                raise ValueError(f"line {number}: {error.msg}") from None
+                raise ValueError(f"line {place}: {error.msg}") from None
             if not isinstance(rows[-1], dict):
-                raise ValueError(f"line {number} holds no record")
+                raise ValueError(f"line {place} holds no record")
     if not rows:
         raise ValueError("it is empty")
     return pd.DataFrame(rows, dtype=object)
@@ -246,3 +248,41 @@ def names(column: pd.Series) -> pd.Series:
 def texts(column: pd.Series) -> pd.Series:
     """Return a column as texts without spaces around them, None for blank cells."""
     return pd.Series([None if blank(cell) else str(cell).strip() for cell in column], column.index)
+
+
+# --- Units -----------------------------------------------------------------------------------------------------------
+
+SLIP, USUAL = 100.0, 30.0  # factors between C / (N D) of two rows, and of a table, from which on a unit is doubted
+
+
+def notes_of_units(origin: str, table: pd.DataFrame) -> list[str]:
+    """Return a note where sizes or tokens look as if they were in millions or billions, or C is far from 6 N D.
+
+    Raises UserError where N, D and C cannot be in one unit: C is 2 to 12 N D for every method of the paper, and more
+    where an embedding that N does not count costs most of a small model.
+    """
+    ratios = table["budget_flop"] / table["n_parameters"] / table["tokens"]
+    ratio = float(ratios.median())
+    if not 1e-2 < ratio < 1e4:
+        raise UserError(
+            f"{origin}: budget_flop is {ratio:.2g} × n_parameters × tokens, and 6 is usual: one of the three is in "
+            "another unit; name it, such as --columns tokens=D:1e9, or leave the column out by --ignore NAME"
+        )
+    impossible = (ratios < 1) & (ratio >= 2)  # a token costs at least 2 FLOP a parameter
+    far = ratios.index[(np.abs(np.log(ratios / ratio)) > math.log(SLIP)) | impossible]
+    if len(far):
+        told = f"budget_flop is {ratios[far[0]]:.2g} × n_parameters × tokens, and in most rows {ratio:.2g} ×"
+        raise UserError(
+            f"{origin}: row {far[0] + 1}: {told}: one of the three is wrong or in another unit there; mend the row, or "
+            "leave it out by --where"
+        )
+    notes = []
+    if not 1 < ratio < USUAL:
+        told = f"budget_flop is {number(ratio)} × n_parameters × tokens (median), and 6 is usual"
+        notes.append(f"{told}: check their units, and what each of them counts")
+    return notes + [
+        f"{name}: the median is {table[name].median():.4g}, which is very few; name the unit if it is not 1, such as "
+        f"--columns {name}=NAME:1e9"
+        for name in ("n_parameters", "tokens")
+        if table[name].median() < 1000
+    ]

@@ -42,7 +42,7 @@ ROOMS: dict[str, tuple[list[str], list[str]]] = {
     "table": (
         [
             *("analysis.runs", "analysis.columns", "analysis.tables", "analysis.replicates"),
-            *("analysis.fits", "analysis.first_version"),
+            *("analysis.fits", "analysis.noise", "analysis.first_version"),
         ],
         ["ground", "run"],
     ),

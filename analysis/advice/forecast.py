@@ -19,9 +19,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from analysis.advice.trends import Coefficients, Optima, Trends, cost, line, trends_of
-from analysis.fits import Interval, MethodFit, Noise, Optimum, Point, same_budget
+from analysis.fits import Interval, MethodFit, Optimum, Point, same_budget
 from analysis.fitting.laws import LAWS, TINY, VALID, Array, Law, StatedLaw, interval
 from analysis.fitting.solver import NoFit, fit_joint
+from analysis.noise import Noise
 from embedscale.texts import listed, number
 
 DRAWS = 1000

@@ -22,7 +22,6 @@ from analysis.fits import (
     JointLaw,
     Line,
     MethodFit,
-    Noise,
     Optimum,
     Point,
     PowerLaw,
@@ -38,6 +37,7 @@ from analysis.fitting.notes import notes_of
 from analysis.fitting.optima import Profile
 from analysis.fitting.solver import JointFit
 from analysis.fitting.uncertainty import OptimumDraws
+from analysis.noise import Noise
 from analysis.runs import Runs
 from embedscale import __version__
 from embedscale.errors import UserError

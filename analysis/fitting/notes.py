@@ -7,9 +7,10 @@ from statistics import NormalDist
 
 import numpy as np
 
-from analysis.fits import FitSettings, Frontier, MethodFit, Noise, same_budget
+from analysis.fits import FitSettings, Frontier, MethodFit, same_budget
 from analysis.fitting.laws import LAWS, power_law
 from analysis.fitting.optima import SIGMAS
+from analysis.noise import Noise
 from embedscale.texts import counted, listed, number
 
 FEW_DRAWS = 0.9  # share of draws with an optimum below which a note says so

@@ -11,9 +11,9 @@ import pytest
 from analysis import recipe, runs
 from analysis.advice.evidence import Limit
 from analysis.advice.forecast import Outlook
-from analysis.fits import Noise
 from analysis.fitting.fit import fit
 from analysis.fitting.laws import CHINCHILLA
+from analysis.noise import Noise
 from embedscale.errors import UserError
 from embedscale.texts import number
 

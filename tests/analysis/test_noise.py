@@ -9,9 +9,9 @@ import pytest
 from law_sweep import sweep
 
 from analysis import fits, runs, summary
-from analysis.fits import Noise
 from analysis.fitting.fit import fit
 from analysis.fitting.laws import power_law
+from analysis.noise import Noise
 
 EPOCH = Path(__file__).resolve().parents[3] / "shared" / "data" / "chinchilla_epoch" / "runs.csv"
 
