@@ -19,6 +19,8 @@ embedscale sweep submit configs/study/tuning.yaml --to here
 for C in 1e11 2.5e10 4e11 1.6e12 6.4e12; do embedscale sweep submit configs/study/sweep.yaml axes.budget=[$C] --to here; done
 python configs/study/table.py runs/study docs/study
 python configs/study/findings.py docs/study/runs.csv
+embedscale fit docs/study/runs.csv --out runs/study
+embedscale report runs/study
 
 # A real SLURM, which only one test session at a time brings up (tests/slurm drives the same commands).
 apt-get install -y --no-install-recommends munge slurmctld slurmd slurm-client slurmdbd mariadb-server
