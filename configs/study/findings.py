@@ -2,7 +2,8 @@
 
     python configs/study/findings.py docs/study/runs.csv
 
-Losses are held-out losses in nats, the mean over seeds. Percentages are differences of the loss.
+Losses are held-out losses in nats, the mean over seeds. Percentages are differences of the loss; those of methods are
+from that of full fine-tuning.
 """
 
 import argparse
@@ -40,7 +41,11 @@ def methods(settings: pd.DataFrame) -> None:
     title("Full fine-tuning is best at low budgets, LoRA at high ones, freezing close to the best, bias-only worst")
     lowest = settings.loc[settings.groupby(["budget_flop", "method"])["loss"].idxmin()]
     for budget, rows in lowest.sort_values("loss").groupby("budget_flop"):
-        told = (f"{row.method} {row.loss:.3f} ({row.setting}, {row.backbone})" for row in rows.itertuples())
+        full = rows.loc[rows["method"] == "full", "loss"].min()
+        told = (
+            f"{row.method} {row.loss:.3f} ({row.setting}, {row.backbone}, {100 * (row.loss / full - 1):+.1f} %)"
+            for row in rows.itertuples()
+        )
         print(f"{number(budget)}: {'; '.join(told)}")
 
 
