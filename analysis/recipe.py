@@ -367,7 +367,7 @@ def lines(found: Recipe, confidence: float) -> list[tuple[str, str]]:
     best, percent = found.best, f"{100 * confidence:.0f} %"
     size = f"{best.n_parameters:,.0f} parameters"
     rate = "not known: neither from the runs nor from the paper's rule"
-    by_law = f", {rests_on(found)}" if best.measured and best.basis != "best run" else ""
+    by_law = f", {_rests_on(found)}" if best.measured and best.basis != "best run" else ""
     hours = f", {number(best.gpu_hours)} device-hours" if best.gpu_hours else ""
     told = [
         ("method", ", ".join([best.label, *(f"{key} {best.settings[key]}" for key in TOLD if key in best.settings)])),
@@ -377,7 +377,7 @@ def lines(found: Recipe, confidence: float) -> list[tuple[str, str]]:
         ("data", f"{number(best.tokens)} tokens, about {best.pairs:,.0f} pairs"),
         ("steps", f"{best.steps:,} of {best.batch_size:,} pairs"),
         ("peak learning rate", rate if best.learning_rate is None else number(best.learning_rate)),
-        ("expected loss", f"{within(best.loss, best.loss_interval, percent)}, {rests_on(found, best.measured)}"),
+        ("expected loss", f"{within(best.loss, best.loss_interval, percent)}, {_rests_on(found, best.measured)}"),
         ("at the best size", within(found.lowest_loss, found.lowest_loss_interval, percent) + by_law),
         ("extrapolates", "; ".join(found.extrapolates) or "no"),
     ]
@@ -415,7 +415,7 @@ def _chances(chances: Mapping[str, float]) -> str:
     return ", ".join([*told, *(f"{name} below 1 %" for name in rest)])
 
 
-def rests_on(found: Recipe, measured: bool = False) -> str:
+def _rests_on(found: Recipe, measured: bool = False) -> str:
     """Return in words what a loss rests on."""
     if measured and found.best.basis != "best run":
         return "as measured"

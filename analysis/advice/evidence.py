@@ -229,14 +229,13 @@ class Evidence:
             risen = np.log(self.law.law.predict(self.law.values, moved, tokens)) - lowest
         return np.where(np.isfinite(risen), np.maximum(risen, 0.0), parabola)
 
+    def _runs_of(self, size: float) -> list[Point]:
+        return [point for point in self.points if math.isclose(point.n_parameters, size, rel_tol=1e-6)]
+
     def run_of(self, size: float, budget: float) -> Point | None:
         """Return the run of a size at a budget, or None."""
-        for point in self.points:
-            if math.isclose(point.n_parameters, size, rel_tol=1e-6) and math.isclose(
-                point.budget_flop, budget, rel_tol=SAME
-            ):
-                return point
-        return None
+        own = self._runs_of(size)
+        return next((point for point in own if math.isclose(point.budget_flop, budget, rel_tol=SAME)), None)
 
     def expected(self, size: float, budget: float, basis: Basis) -> Array:
         """Return draws [draws] of ln L of one size at a budget.
@@ -254,8 +253,7 @@ class Evidence:
             spent = budget / 2.0 ** np.arange(1 + max(0, math.floor(math.log2(budget / first))))
         drawn = self.log_loss(np.full(len(spent), size), spent, basis).min(1)
         if not measured:
-            own = [point for point in self.points if math.isclose(point.n_parameters, size, rel_tol=1e-6)]
-            self.outlook.bind(drawn, own, math.log(budget))
+            self.outlook.bind(drawn, self._runs_of(size), math.log(budget))
         return drawn
 
     def lowest(self, limit: Limit, basis: Basis, confidence: float) -> tuple[float, Interval | None]:

@@ -98,13 +98,13 @@ def fit(
     cells = {method: joint_laws.cells_of(each) for method, each in own.items()}
     points = {method: grouping.best_points(found) for method, found in cells.items()}
     joint: dict[str, Fitted] = {}
-    moved: dict[str, pd.DataFrame] = {}
+    measured: dict[str, uncertainty.Measured] = {}
     profiles: dict[str, list[Profile]] = {}
     for method in runs.methods:
         advance(method)
         joint[method] = joint_laws.fit_laws(method, cells[method], points[method], law, residual, delta)
         predict = joint_laws.predictor(joint_laws.size_fit(joint[method]))
-        moved[method] = joint_laws.cells_of(grouping.at_profile(own[method], predict))
+        moved = joint_laws.cells_of(grouping.at_profile(own[method], predict))
         diverged = runs.excluded[(runs.excluded["method"] == method) & (runs.excluded["reason"] == "diverged")]
         points[method] = points[method].assign(off=joint_laws.far_off(points[method], predict))
         wild = points[method].dropna(subset=["off"])
@@ -112,18 +112,10 @@ def fit(
             replace(
                 each, off=dict(wild.loc[wild["profile"] == each.budget, ["n_parameters", "off"]].to_numpy().tolist())
             )
-            for each in optima.profiles(grouping.best_points(moved[method]), diverged)
+            for each in optima.profiles(grouping.best_points(moved), diverged)
         ]
-    known, noises = uncertainty.noise_of(
-        noise,
-        {
-            method: uncertainty.Measured(
-                moved[method], profiles[method], joint_laws.predictor(joint_laws.size_fit(joint[method]))
-            )
-            for method in runs.methods
-        },
-        window,
-    )
+        measured[method] = uncertainty.Measured(moved, profiles[method], predict)
+    known, noises = uncertainty.noise_of(noise, measured, window)
 
     rng = np.random.default_rng(seed)
     shared = known.draws(bootstrap, rng)

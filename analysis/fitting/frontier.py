@@ -46,7 +46,7 @@ def frontier(
     for budget in budgets:  # one whose neighbours are gaps stands alone
         names, low, high = held[budget][0], budget * (1 - EQUAL), budget * (1 + EQUAL)
         if names and not any(row.from_flop <= high and row.to_flop >= low for row in segments):
-            least = min(names, key=lambda name: lines[name][0] + lines[name][1] * math.log(budget))
+            least = _lowest({name: lines[name] for name in names}, math.log(budget))
             segments.append(Segment(least, budget, budget))
     segments.sort(key=lambda row: row.from_flop)
     crossings = []
@@ -95,6 +95,11 @@ def _misfit(method: MethodFit, line: Array) -> float:
     return math.sqrt(sum(each**2 for each in left) / (len(left) - 2)) if len(left) > 2 else 0.0
 
 
+def _lowest(lines: Mapping[str, Array], x: float) -> str:
+    """Return the name of the lowest of the lines (ln coefficient, exponent) at ln C."""
+    return min(lines, key=lambda name: float(lines[name][0] + lines[name][1] * x))
+
+
 def _envelope(lines: Mapping[str, Array], low: float, high: float) -> list[Segment]:
     """Return the lowest of the lines (ln coefficient, exponent) between two values of ln C."""
     if not lines:
@@ -103,7 +108,7 @@ def _envelope(lines: Mapping[str, Array], low: float, high: float) -> list[Segme
     segments: list[Segment] = []
     for start, stop in pairwise([low, *sorted(x for x in meetings if low < x < high), high]):
         middle = (start + stop) / 2
-        best = min(lines, key=lambda name: lines[name][0] + lines[name][1] * middle)
+        best = _lowest(lines, middle)
         begins = segments.pop().from_flop if segments and segments[-1].method == best else math.exp(start)
         segments.append(Segment(best, begins, math.exp(stop)))
     return segments
