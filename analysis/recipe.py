@@ -29,7 +29,7 @@ from analysis.fitting.laws import Array
 from embedscale.errors import UserError
 from embedscale.run.families import hub_name
 from embedscale.run.method import METHODS
-from embedscale.texts import number, within
+from embedscale.texts import apart, number, within
 from embedscale.values import print_json
 
 if TYPE_CHECKING:
@@ -189,8 +189,8 @@ def _notes(fits: Fits, limit: Limit, best: Choice, evidence: Evidence) -> list[s
         notes.append(f"the runs do not say their batch size: {PAPER_BATCH:,} pairs a step are assumed, as in the paper")
     near = evidence.nearest(best.n_parameters, best.budget_flop)
     if near.off is not None and same_budget(near.budget_flop, best.budget_flop):
-        told = f"{number(100 * abs(math.expm1(near.off)))} % {'above' if near.off > 0 else 'below'} the joint law"
-        notes.append(f"the run of this size at this budget lies {told} of the others: look at it first")
+        told = apart(near.off, "the joint law of the others")
+        notes.append(f"the run of this size at this budget lies {told}: look at it first")
     lucky = [point for point in evidence.points if (point.off or 0) < 0 and point.loss < best.loss]
     if lucky := [point for point in lucky if point.budget_flop < best.budget_flop and point != near]:
         point = min(lucky, key=lambda each: each.loss)

@@ -86,6 +86,11 @@ def counted(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'s' * (count != 1)}"
 
 
+def apart(difference: float, other: str) -> str:
+    """Return a difference of logarithms as "12 % above the law", where `other` is "the law"."""
+    return f"{number(100 * abs(math.expm1(difference)))} % {'above' if difference > 0 else 'below'} {other}"
+
+
 def listed(words: Sequence[str]) -> str:
     """Return words as "a", "a and b" or "a, b and c"."""
     return " and ".join(filter(None, (", ".join(words[:-1]), *words[-1:])))

@@ -234,7 +234,7 @@ class Outlook:
     ):
         """`noise` is that of one run; `confidence` is that of the intervals in `fit`.
 
-        Methods with the same first number of `seed` have the same draws of the noise, because it is one noise.
+        Methods that share a noise and the first number of `seed` share the draws of that noise.
         """
         rng = np.random.default_rng(seed)
         drawn = noise.draws(DRAWS, np.random.default_rng(seed[0])) if noise else None

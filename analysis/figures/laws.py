@@ -19,7 +19,7 @@ from analysis.fitting import joint, uncertainty
 from analysis.fitting.laws import LAWS, Array, Law, StatedLaw, fraction_law, size_law
 from analysis.fitting.solver import NoFit, fit_joint
 from analysis.study import Study, by_number
-from embedscale.texts import listed
+from embedscale.texts import counted, listed
 
 DRAWS = 100  # refits behind the interval of a prediction
 COLUMNS = ["method", "budget_flop", "n_parameters", "tokens", "trainable_fraction", "loss"]
@@ -83,7 +83,7 @@ def _against(rows: pd.DataFrame, study: Study, predicted_kind: str) -> Figure:
     for kind in ("fitted", predicted_kind):
         part = rows[rows["kind"] == kind]
         mean = np.abs(part["predicted"] / part["loss"] - 1).mean()
-        told.append(f"{kind}: {len(part)} point{'s' * (len(part) != 1)}, mean error {100 * mean:.2f} %")
+        told.append(f"{kind}: {counted(len(part), 'point')}, mean error {100 * mean:.2f} %")
     upper.set_title("\n".join([style.label(rows["method"].iloc[0]), *told]), fontsize=style.SMALLEST + 0.5)
     sizes = [size for size in study.sizes if (rows["n_parameters"] == size).any()]
     style.legend_below(figure, style.size_handles(study, sizes, "none"), columns=3)

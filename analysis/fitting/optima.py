@@ -30,7 +30,7 @@ from analysis.fits import Estimator, State
 from analysis.fitting.laws import Array, Law
 from embedscale.errors import UserError
 from embedscale.run.families import family_with
-from embedscale.texts import number
+from embedscale.texts import apart, counted, number
 
 ESTIMATORS = get_args(Estimator)
 AKIMA_STEPS = 25  # grid points for each interval between sizes, as in Porian et al.
@@ -157,7 +157,7 @@ class Profile:
             if len(sizes) + len(self.diverged) >= 3:
                 every = len(sizes) + len(self.diverged)
                 return "diverged", f"{len(self.diverged)} of {every} sizes diverged: run them with {STABLER}", None
-            return "too few", f"{len(sizes)} sizes, a minimum needs at least 3: add sizes", None
+            return "too few", f"{counted(len(sizes), 'size')}, a minimum needs at least 3: add sizes", None
         best = int(self.log_loss.argmin())
         if told := self._far_off(best, window):
             return "uneven", f"{told}: look at it, run it again, or leave it out by --where", None
@@ -188,7 +188,7 @@ class Profile:
         if not found:
             return ""
         away = max((self.off[size] for size in found), key=abs)
-        told = f"lies {number(100 * abs(float(np.expm1(away))))} % {'above' if away > 0 else 'below'} the joint law"
+        told = f"lies {apart(away, 'the joint law')}"
         if len(found) > 1:
             return f"each of {len(found)} sizes near the best lies far off the joint law; the farthest {told}"
         seeds = int(self.points["seeds"][self.points["n_parameters"] == found[0]].iloc[0])

@@ -14,7 +14,7 @@ import pandas as pd
 from analysis import runs
 from analysis.fits import Fits
 from analysis.fitting.fit import fit
-from embedscale.texts import number, spread
+from embedscale.texts import counted, number, spread
 
 
 def title(words: str) -> None:
@@ -56,7 +56,7 @@ def choices(settings: pd.DataFrame, method: str, words: str) -> None:
     above = 100 * (wide.div(wide.min(axis=1), axis=0) - 1)
     for budget, part in above.groupby("budget_flop"):
         known = part.dropna(axis=1, how="all")
-        told = (f"{name} +{known[name].mean():.1f} % ({known[name].count()} sizes)" for name in known)
+        told = (f"{name} +{known[name].mean():.1f} % ({counted(known[name].count(), 'size')})" for name in known)
         print(f"{number(budget)}: {', '.join(told)}")
 
 

@@ -4,10 +4,11 @@
 
 runs.csv has one row per run with all columns that `embedscale fit` reads. Columns without a value and paths of this
 machine are left out. curves.csv has up to twelve training losses of each run, and its held-out losses. Rows are in the
-order of the run ids, so that a new run changes no other line.
+order of the run ids, so that a new run changes no other line. Rows of runs whose folders are not on this machine stay.
 """
 
 import argparse
+from io import StringIO
 from pathlib import Path
 
 import pandas as pd
@@ -39,6 +40,18 @@ def curve(directory: RunDirectory) -> pd.DataFrame:
     )
 
 
+def update(path: Path, table: pd.DataFrame) -> int:
+    """Add the rows of `table` to a file, in place of older rows of the same runs. Returns the number of rows in it.
+
+    All cells are text, so that older rows stay the same to the last digit.
+    """
+    new = pd.read_csv(StringIO(table.to_csv(index=False)), dtype=str)
+    old = pd.read_csv(path, dtype=str) if path.exists() else new
+    whole = pd.concat([old[~old["run"].isin(new["run"])], new]).sort_values("run", kind="stable")
+    whole.to_csv(path, index=False)
+    return len(whole)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("runs", type=Path, help="a folder of run directories")
@@ -50,9 +63,8 @@ def main() -> None:
     kept = table.drop(columns="path").dropna(axis="columns", how="all")
     whole = [name for name in kept.select_dtypes(float) if (kept[name].dropna() % 1 == 0).all()]
     kept = kept.astype(dict.fromkeys(whole, "Int64"))
-    kept.to_csv(args.out / "runs.csv", index=False)
-    curves.to_csv(args.out / "curves.csv", index=False)
-    print(f"{args.out}: {len(table)} runs, {len(curves)} points of curves")
+    rows, points = update(args.out / "runs.csv", kept), update(args.out / "curves.csv", curves)
+    print(f"{args.out}: {rows} runs, {len(table)} of them from {args.runs}; {points} points of curves")
 
 
 if __name__ == "__main__":

@@ -45,3 +45,24 @@ def test_tables_hold_the_values_of_the_run_directories(tmp_path, monkeypatch):
     assert 8 <= a["train_loss"].notna().sum() <= table.POINTS
     assert a["spent_flop"].is_monotonic_increasing
     assert b["loss"].dropna().tolist() == [2.123457]
+
+
+def test_rows_of_runs_that_are_gone_stay_byte_for_byte(tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    for folder, names in (("first", "bc"), ("second", "ac")):
+        for name in names:
+            write_run(tmp_path / folder, 50, run_id=name, loss=2 + len(folder) / 7 + ord(name) / 3)
+    monkeypatch.setattr(sys, "argv", ["table.py", str(tmp_path / "first"), str(out)])
+    table.main()
+    before = {path.name: path.read_text().splitlines() for path in out.iterdir()}
+    monkeypatch.setattr(sys, "argv", ["table.py", str(tmp_path / "second"), str(out)])
+    table.main()
+
+    assert len(before) == 2
+    for name, lines in before.items():
+        after = (out / name).read_text().splitlines()
+        assert [line for line in after if line[0] == "b"] == [line for line in lines if line[0] == "b"]
+        assert [line[0] for line in after[1:]] == sorted(line[0] for line in after[1:])
+    losses = pd.read_csv(out / "runs.csv").set_index("run")["loss"]
+    assert losses["c"] == 2 + len("second") / 7 + ord("c") / 3
+    assert sorted(losses.index) == ["a", "b", "c"]
