@@ -7,8 +7,10 @@ from that of full fine-tuning.
 """
 
 import argparse
+import math
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from analysis import runs
@@ -60,6 +62,18 @@ def choices(settings: pd.DataFrame, method: str, words: str) -> None:
         print(f"{number(budget)}: {', '.join(told)}")
 
 
+def prices(settings: pd.DataFrame) -> None:
+    title("The best run of a method: what a token costs, and how far full fine-tuning gets with as many tokens")
+    found = settings[settings["method"] != "full"]
+    for row in found.loc[found.groupby(["method", "budget_flop"])["loss"].idxmin()].itertuples():
+        full = settings[(settings["method"] == "full") & (settings["backbone"] == row.backbone)].sort_values("tokens")
+        if len(full) and full["tokens"].min() <= row.tokens <= full["tokens"].max():
+            same = math.exp(np.interp(math.log(row.tokens), np.log(full["tokens"]), np.log(full["loss"])))
+            price = row.flop_per_token / full["flop_per_token"].iloc[0]
+            told = f"{row.setting}, {row.backbone}: {100 * price:.0f} % of the FLOP a token"
+            print(f"{row.method} at {number(row.budget_flop)}, {told}; {100 * (row.loss / same - 1):+.1f} % in loss")
+
+
 def scores(table: pd.DataFrame) -> None:
     title("Loss and retrieval go together: Spearman's correlation of the loss and recall among 4,096 texts")
     for name in ("recall_at_1", "recall_at_10"):
@@ -81,13 +95,16 @@ def main() -> None:
     table = data.table.copy()
     rank, fraction = table["rank"].map("rank {:.0f}".format), table["active_fraction"].map("{:.2f} active".format)
     table["setting"] = rank.where(table["method"] == "lora", fraction.where(table["method"] == "freeze", "–"))
-    settings = table.groupby(["budget_flop", "method", "setting", "backbone"], as_index=False)["loss"].mean()
+    settings = table.groupby(["budget_flop", "method", "setting", "backbone"], as_index=False)[
+        ["loss", "tokens", "flop_per_token"]
+    ].mean()
     fits = fit(data)
     sizes(fits)
     profiles(fits)
     methods(settings)
     choices(settings, "lora", "Middle ranks are best, the highest worst: mean excess over a size's best rank")
     choices(settings, "freeze", "Active blocks: mean excess over a size's best fraction")
+    prices(settings)
     scores(table)
     predictions(fits)
 
