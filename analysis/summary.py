@@ -1,9 +1,9 @@
 """Print what `embedscale fit` found: optima, laws with their intervals, hold-outs, the frontier, and the notes."""
 
 import dataclasses
-import math
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -159,13 +159,12 @@ def show_simulation(result: Mapping[str, Simulated], console: Console) -> None:
             table.add_row(number(row.budget_flop), truth, *shares[0], clean, *shares[1])
         console.print(table)
         table = _table("loss above the best, at the advised size", "budget", "law", "at worst", "parabola", "at worst")
+        largest = max(row.budget_flop for row in found.optima)
         for advice in found.recipe:
-            lost = [
-                f"{100 * value:.3f} %"
-                for by in (advice.law, advice.parabola)
-                for value in ((by.mean, by.high) if by else (math.nan, math.nan))
-            ]
-            table.add_row(number(advice.budget_flop), *lost)
+            found_by = [(by.mean, by.high) if by else (None, None) for by in (advice.law, advice.parabola)]
+            lost = ["–" if value is None else f"{100 * value:.3f} %" for value in chain(*found_by)]
+            where = ", beyond the grid" if advice.budget_flop > largest else ""
+            table.add_row(number(advice.budget_flop) + where, *lost)
         console.print(table)
 
 

@@ -120,3 +120,15 @@ def test_a_grid_may_be_a_table_without_losses(tmp_path, capsys):
     grid().rename(columns={"n_parameters": "N"}).to_csv(tmp_path / "grid.csv", index=False)
     assert main(["fit", str(tmp_path / "grid.csv"), "--columns", "params=N", "--simulate", LAW]) == 0
     assert "exponent of N*, law" in capsys.readouterr().out
+
+
+def test_an_estimator_that_advises_nothing_is_a_dash_not_a_number(tmp_path, capsys):
+    table = grid()
+    table = table[table["budget_flop"] <= sorted(set(table["budget_flop"]))[2]]
+    table.to_csv(tmp_path / "grid.csv", index=False)
+    # The law's best size at each budget is beyond the grid, so that no parabola has an optimum.
+    assert main(["fit", str(tmp_path / "grid.csv"), "--simulate", "E=0.1,A=9000,B=9,alpha=0.45,beta=0.35"]) == 0
+    printed = capsys.readouterr().out
+    beyond = next(line for line in printed.splitlines() if "beyond the grid" in line)
+    assert "nan" not in printed
+    assert beyond.split()[-2:] == ["–", "–"]
