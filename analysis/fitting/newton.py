@@ -7,12 +7,17 @@ re-weighted least squares are simpler, but on tables under 30 rows they stop in 
 price is that each law supplies second derivatives, or pays for differences of its gradient.
 """
 
+import os
 from dataclasses import dataclass, replace
+from functools import partial, reduce
+from multiprocessing import current_process, get_context
+from signal import SIG_DFL, SIG_IGN, SIGINT, SIGTERM, signal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from analysis.fitting.laws import Array, Data, Law
+from embedscale.run.stop import end_with_parent
 
 LAD_DELTA = 1e-6  # Huber's δ for least absolute deviations: far below any noise of ln L
 STAGES = (0.03, 0.01, 3e-3, 1e-3, 3e-4, 1e-4, 3e-5, 1e-5, 3e-6)  # δ of the homotopy
@@ -31,6 +36,7 @@ SHARES = (0.02, 0.9)  # of the lowest loss, for a term that is nothing
 LOWER = 1e-6  # relative fall of the lowest end for which a fit looks around once more
 SAME = 1e-4  # relative difference of objectives up to which two least squares are the same
 BLOCK = 128  # rows that are solved together, at least
+PART = 100  # rows that are solved in one process
 NUMBERS = 30_000  # points of all rows that are solved together, so that their arrays fit into the cache
 
 
@@ -321,6 +327,28 @@ def minimise(
 
 def lowest_of_many(problem: Problem, theta: Array, rows: NDArray[np.int_]) -> Solution:
     """Return the lowest end for each of `rows` of a problem, in ascending order, from every start `theta` [starts, p].
+
+    Each `PART` of the rows is solved by itself, in as many processes as there are cores. So the result does not depend
+    on the number of cores.
+    """
+    parts = np.array_split(rows, max(1, -(-len(rows) // PART)))
+    solve = partial(_lowest_of_part, problem, theta)
+    processes = 1 if current_process().daemon else min(len(parts), len(os.sched_getaffinity(0)))
+    if processes == 1:
+        return reduce(Solution.join, map(solve, parts))
+    # Threads gain little, because most of numpy's calls here are too short. Forked processes need no import.
+    with get_context("fork").Pool(processes, _begin_process) as pool:
+        return reduce(Solution.join, pool.map(solve, parts, chunksize=1))
+
+
+def _begin_process() -> None:
+    signal(SIGINT, SIG_IGN)  # Ctrl-C reaches the parent too, which ends its processes by SIGTERM
+    signal(SIGTERM, SIG_DFL)
+    end_with_parent()
+
+
+def _lowest_of_part(problem: Problem, theta: Array, rows: NDArray[np.int_]) -> Solution:
+    """Return the lowest end for each of `rows` of a problem.
 
     The first start is the fit of the same points with other weights or losses. With Huber's ρ each is also a start
     without a homotopy, and weights are shaken from each in turn. Starts that reach one objective go on as one.
