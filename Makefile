@@ -25,12 +25,15 @@ $(VENV)/installed: pyproject.toml constraints.txt
 
 SWEEP := configs/sweep/quickstart.yaml
 
-# The whole chain in miniature: pairs, a sweep on this machine, laws, figures and the report, a recipe.
+# The whole chain in miniature: pairs, a sweep on this machine, laws, figures and the report, a recipe. Before the recipe,
+# the page of a finished study, from the records in docs/study.
 quickstart: install
 	$(BIN)/embedscale sweep prefetch $(SWEEP)
 	$(BIN)/embedscale sweep submit $(SWEEP) --to here
 	$(BIN)/embedscale fit runs/quickstart
 	$(BIN)/embedscale report runs/quickstart --budget 1e12
+	$(BIN)/embedscale fit docs/study/runs.csv --out runs/study
+	$(BIN)/embedscale report runs/study
 	$(BIN)/embedscale recipe runs/quickstart 1e12
 
 # The oldest supported sentence-transformers and its requirements, in a folder of their own: exports are tested with both

@@ -16,6 +16,7 @@ import pandas as pd
 from analysis import runs
 from analysis.fits import Fits
 from analysis.fitting.fit import fit
+from analysis.recipe import advise
 from embedscale.texts import counted, number, spread
 
 
@@ -88,6 +89,28 @@ def predictions(fits: Fits) -> None:
             print(f"{name}, without the {row.left_out}, {row.law}: {found}")
 
 
+def recipes(table: pd.DataFrame) -> None:
+    title("Recipes for the two largest budgets from the runs with less, and what was measured there")
+    for budget in sorted(set(table["budget_flop"]))[-2:]:
+        before = runs.load(table[table["budget_flop"] < budget].drop(columns="setting"))
+        found = advise(fit(before), budget, runs=before)
+        there = table[table["budget_flop"] == budget]
+        best = there.loc[there["loss"].idxmin()]
+        told = f"{best.loss:.3f} ({best.method}, {best.setting}, {best.backbone})"
+        print(f"{number(budget)}: lowest of {counted(len(there), 'run')} {told}")
+        for choice in (found.best, *(each.choice for each in found.others if each.choice)):
+            same = there[(there["method"] == choice.method) & (there["backbone"] == choice.backbone)]
+            for name, value in (("rank", choice.rank), ("active_fraction", choice.active_fraction)):
+                same = same if value is None else same[np.isclose(same[name], value)]
+            if len(same):
+                loss, (low, high) = same["loss"].mean(), choice.loss_interval or (math.nan, math.nan)
+                kind = "recommended" if choice is found.best else "other"
+                told = f"{choice.loss:.3f} ({low:.3f} … {high:.3f}) expected, {loss:.3f} measured"
+                held = "inside" if low <= loss <= high else "outside"
+                lost = f"{100 * (loss / best.loss - 1):.1f} % above the lowest"
+                print(f"  {kind}: {choice.label}, {choice.backbone}: {told}, {held}; {lost}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("table", type=Path, help="the table of the runs")
@@ -107,6 +130,7 @@ def main() -> None:
     prices(settings)
     scores(table)
     predictions(fits)
+    recipes(table)
 
 
 if __name__ == "__main__":
