@@ -89,11 +89,11 @@ def predictions(fits: Fits) -> None:
             print(f"{name}, without the {row.left_out}, {row.law}: {found}")
 
 
-def recipes(table: pd.DataFrame) -> None:
+def recipes(table: pd.DataFrame, bootstrap: int) -> None:
     title("Recipes for the two largest budgets from the runs with less, and what was measured there")
     for budget in sorted(set(table["budget_flop"]))[-2:]:
         before = runs.load(table[table["budget_flop"] < budget].drop(columns="setting"))
-        found = advise(fit(before), budget, runs=before)
+        found = advise(fit(before, bootstrap=bootstrap), budget, runs=before)
         there = table[table["budget_flop"] == budget]
         best = there.loc[there["loss"].idxmin()]
         told = f"{best.loss:.3f} ({best.method}, {best.setting}, {best.backbone})"
@@ -114,14 +114,16 @@ def recipes(table: pd.DataFrame) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("table", type=Path, help="the table of the runs")
-    data = runs.load(parser.parse_args().table)
+    parser.add_argument("--bootstrap", type=int, default=1000, help="draws behind each interval")
+    args = parser.parse_args()
+    data = runs.load(args.table)
     table = data.table.copy()
     rank, fraction = table["rank"].map("rank {:.0f}".format), table["active_fraction"].map("{:.2f} active".format)
     table["setting"] = rank.where(table["method"] == "lora", fraction.where(table["method"] == "freeze", "–"))
     settings = table.groupby(["budget_flop", "method", "setting", "backbone"], as_index=False)[
         ["loss", "tokens", "flop_per_token"]
     ].mean()
-    fits = fit(data)
+    fits = fit(data, bootstrap=args.bootstrap)
     sizes(fits)
     profiles(fits)
     methods(settings)
@@ -130,7 +132,7 @@ def main() -> None:
     prices(settings)
     scores(table)
     predictions(fits)
-    recipes(table)
+    recipes(table, args.bootstrap)
 
 
 if __name__ == "__main__":
