@@ -8,6 +8,9 @@ price is that each law supplies second derivatives, or pays for differences of i
 """
 
 import os
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial, reduce
 from multiprocessing import current_process, get_context
@@ -334,15 +337,15 @@ def lowest_of_many(problem: Problem, theta: Array, rows: NDArray[np.int_]) -> So
     parts = np.array_split(rows, max(1, -(-len(rows) // PART)))
     solve = partial(_lowest_of_part, problem, theta)
     processes = 1 if current_process().daemon else min(len(parts), len(os.sched_getaffinity(0)))
-    if processes == 1:
-        return reduce(Solution.join, map(solve, parts))
-    # Threads gain little, because most of numpy's calls here are too short. Forked processes need no import.
-    with get_context("fork").Pool(processes, _begin_process) as pool:
-        return reduce(Solution.join, pool.map(solve, parts, chunksize=1))
+    if processes > 1:
+        # Threads gain little, because most of numpy's calls here are too short. Forked processes need no import.
+        with suppress(BrokenProcessPool), ProcessPoolExecutor(processes, get_context("fork"), _begin_process) as pool:
+            return reduce(Solution.join, pool.map(solve, parts))
+    return reduce(Solution.join, map(solve, parts))  # also where a process was killed, perhaps for lack of memory
 
 
 def _begin_process() -> None:
-    signal(SIGINT, SIG_IGN)  # Ctrl-C reaches the parent too, which ends its processes by SIGTERM
+    signal(SIGINT, SIG_IGN)  # Ctrl-C reaches the parent too, which waits for the parts that are being solved
     signal(SIGTERM, SIG_DFL)
     end_with_parent()
 

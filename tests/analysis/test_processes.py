@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from threading import Thread
 
 import numpy as np
 import pandas as pd
@@ -23,7 +24,12 @@ def table() -> pd.DataFrame:
     n, c = (each.ravel() for each in np.meshgrid([1e6, 3e6, 1e7, 3e7, 1e8], [1e15, 4e15, 1.6e16, 6.4e16]))
     loss = 1.5 + 480 / n**0.35 + 2080 / (c / 6 / n) ** 0.37
     return pd.DataFrame(
-        {"n_parameters": n, "budget_flop": c, "tokens": c / 6 / n, "loss": loss * np.exp(0.01 * rng.standard_normal(20))}
+        {
+            "n_parameters": n,
+            "budget_flop": c,
+            "tokens": c / 6 / n,
+            "loss": loss * np.exp(0.01 * rng.standard_normal(20)),
+        }
     )
 
 
@@ -39,6 +45,26 @@ def test_a_fit_is_the_same_with_one_core_and_with_several():
 
 
 @needs_two_cores
+def test_a_killed_process_changes_nothing():
+    """The kernel kills a process where memory is short."""
+    whole = fit(runs.load(table()), bootstrap=400)
+    killed = []
+
+    def kill() -> None:
+        while not (children := Process().children()):
+            time.sleep(0.01)
+        killed.append(children[0])
+        children[0].kill()
+
+    killer = Thread(target=kill)
+    killer.start()
+    again = fit(runs.load(table()), bootstrap=400)
+    killer.join()
+    assert killed
+    assert replace(again, made="") == replace(whole, made="")
+
+
+@needs_two_cores
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_stop_ends_all_processes_of_a_fit(tmp_path, number):
     table().to_csv(tmp_path / "own.csv", index=False)
@@ -48,8 +74,9 @@ def test_a_stop_ends_all_processes_of_a_fit(tmp_path, number):
         started = time.monotonic()
         while not (children := Process(fitting.pid).children()) and time.monotonic() < started + 60:
             time.sleep(0.05)
-        assert len(children) == len(os.sched_getaffinity(0))
         time.sleep(0.5)
+        children = Process(fitting.pid).children()
+        assert len(children) == len(os.sched_getaffinity(0))
         os.killpg(fitting.pid, number) if number == signal.SIGINT else fitting.send_signal(number)
         printed = fitting.communicate(timeout=60)[1]
         assert printed == ("" if number == signal.SIGKILL else "embedscale: interrupted\n")
