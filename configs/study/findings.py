@@ -59,7 +59,7 @@ def choices(settings: pd.DataFrame, method: str, words: str) -> None:
     above = 100 * (wide.div(wide.min(axis=1), axis=0) - 1)
     for budget, part in above.groupby("budget_flop"):
         known = part.dropna(axis=1, how="all")
-        told = (f"{name} +{known[name].mean():.1f} % ({counted(known[name].count(), 'size')})" for name in known)
+        told = (f"{name} +{known[name].mean():.1f} % ({counted(int(known[name].count()), 'size')})" for name in known)
         print(f"{number(budget)}: {', '.join(told)}")
 
 
