@@ -9,6 +9,7 @@ from that of full fine-tuning.
 import argparse
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -89,11 +90,11 @@ def predictions(fits: Fits) -> None:
             print(f"{name}, without the {row.left_out}, {row.law}: {found}")
 
 
-def recipes(table: pd.DataFrame, bootstrap: int) -> None:
+def recipes(table: pd.DataFrame, options: dict[str, Any]) -> None:
     title("Recipes for the two largest budgets from the runs with less, and what was measured there")
     for budget in sorted(set(table["budget_flop"]))[-2:]:
         before = runs.load(table[table["budget_flop"] < budget].drop(columns="setting"))
-        found = advise(fit(before, bootstrap=bootstrap), budget, runs=before)
+        found = advise(fit(before, **options), budget, runs=before)
         there = table[table["budget_flop"] == budget]
         best = there.loc[there["loss"].idxmin()]
         told = f"{best.loss:.3f} ({best.method}, {best.setting}, {best.backbone})"
@@ -115,7 +116,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("table", type=Path, help="the table of the runs")
     parser.add_argument("--bootstrap", type=int, default=1000, help="draws behind each interval")
+    parser.add_argument("--window", type=float, default=4.0, help="factor in N within which a parabola is fitted")
     args = parser.parse_args()
+    options = {"bootstrap": args.bootstrap, "window": args.window}
     data = runs.load(args.table)
     table = data.table.copy()
     rank, fraction = table["rank"].map("rank {:.0f}".format), table["active_fraction"].map("{:.2f} active".format)
@@ -123,7 +126,7 @@ def main() -> None:
     settings = table.groupby(["budget_flop", "method", "setting", "backbone"], as_index=False)[
         ["loss", "tokens", "flop_per_token"]
     ].mean()
-    fits = fit(data, bootstrap=args.bootstrap)
+    fits = fit(data, **options)
     sizes(fits)
     profiles(fits)
     methods(settings)
@@ -132,7 +135,7 @@ def main() -> None:
     prices(settings)
     scores(table)
     predictions(fits)
-    recipes(table, args.bootstrap)
+    recipes(table, options)
 
 
 if __name__ == "__main__":
