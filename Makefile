@@ -32,7 +32,7 @@ quickstart: install
 	$(BIN)/embedscale sweep submit $(SWEEP) --to here
 	$(BIN)/embedscale fit runs/quickstart
 	$(BIN)/embedscale report runs/quickstart --budget 1e12
-	$(BIN)/embedscale fit docs/study/runs.csv --out runs/study
+	$(BIN)/embedscale fit docs/study/runs.csv --window 6 --out runs/study
 	$(BIN)/embedscale report runs/study
 	$(BIN)/embedscale recipe runs/quickstart 1e12
 

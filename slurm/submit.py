@@ -117,6 +117,9 @@ def submit(sweep: Sweep, plan: SweepPlan, scheduler: Scheduler, wish: Wish) -> i
         raise UserError(f"--to {sweep.cluster.scheduler}: this machine cannot submit to it; allowed: here")
     with nullcontext() if wish.dry else _alone(submissions) as lease:
         queue = scheduler.jobs()
+        if queue is None and wish.dry:
+            print(f"{sweep.cluster.scheduler}: the queue cannot be asked; shown as if no job of yours were in it")
+            queue = []
         jobs = submissions.jobs_by_run(queue)
         if queue is None or jobs is None:
             raise UserError(

@@ -16,10 +16,10 @@ python configs/study/corpus.py stores/study-corpus
 python configs/study/pretrain.py
 embedscale sweep prefetch configs/study/tuning.yaml
 embedscale sweep submit configs/study/tuning.yaml --to here
-for C in 1e11 2.5e10 4e11 1.6e12 6.4e12; do embedscale sweep submit configs/study/sweep.yaml axes.budget=[$C] --to here; done
+for C in 1e11 2.5e10 4e11 1.6e12 6.4e12 2.56e13; do embedscale sweep submit configs/study/sweep.yaml axes.budget=[$C] --to here; done
 python configs/study/table.py runs/study docs/study
-python configs/study/findings.py docs/study/runs.csv
-embedscale fit docs/study/runs.csv --out runs/study
+python configs/study/findings.py docs/study/runs.csv --window 6
+embedscale fit docs/study/runs.csv --window 6 --out runs/study
 embedscale report runs/study
 
 # A real SLURM, which only one test session at a time brings up (tests/slurm drives the same commands).

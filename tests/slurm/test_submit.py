@@ -66,11 +66,15 @@ def test_gpus_of_queued_jobs_are_not_given_to_a_later_submit(queued_sweep):
     assert [each["after"] for each in queue.read()["jobs"].values()] == [[], [], []], "one job left of 100: 4 GPUs held"
 
 
-def test_nothing_is_submitted_to_a_silent_or_refusing_queue(queued_sweep):
+def test_nothing_is_submitted_to_a_silent_or_refusing_queue(queued_sweep, capsys):
     sweep, queue = queued_sweep("axes: {budget: 1e15}")
     queue.write(answers=False)
     with pytest.raises(UserError, match="the queue cannot be asked; nothing was submitted"):
         submit(sweep, plan_sweep(sweep), queue, Wish())
+    assert submit(sweep, plan_sweep(sweep), queue, Wish(dry=True)) == 1
+    printed = capsys.readouterr().out
+    assert "the queue cannot be asked; shown as if no job of yours were in it" in printed
+    assert "would submit 1 run as 1 job" in printed
     queue.write(answers=True, refusal="too many jobs")
     with pytest.raises(UserError, match="too many jobs; submitted before: none; submit again for the rest"):
         submit(sweep, plan_sweep(sweep), queue, Wish())
