@@ -3,7 +3,6 @@
 import dataclasses
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -161,8 +160,9 @@ def show_simulation(result: Mapping[str, Simulated], console: Console) -> None:
         table = _table("loss above the best, at the advised size", "budget", "law", "at worst", "parabola", "at worst")
         largest = max(row.budget_flop for row in found.optima)
         for advice in found.recipe:
-            found_by = [(by.mean, by.high) if by else (None, None) for by in (advice.law, advice.parabola)]
-            lost = ["–" if value is None else f"{100 * value:.3f} %" for value in chain(*found_by)]
+            lost: list[str] = []
+            for advised in (advice.law, advice.parabola):
+                lost += [f"{100 * value:.3f} %" for value in (advised.mean, advised.high)] if advised else ["–", "–"]
             where = ", beyond the grid" if advice.budget_flop > largest else ""
             table.add_row(number(advice.budget_flop) + where, *lost)
         console.print(table)

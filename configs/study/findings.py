@@ -8,13 +8,15 @@ from that of full fine-tuning.
 
 import argparse
 import math
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from analysis import runs
+from analysis.advice.choice import Choice
 from analysis.fits import Fits
 from analysis.fitting.fit import fit
 from analysis.recipe import advise
@@ -90,20 +92,25 @@ def predictions(fits: Fits) -> None:
             print(f"{name}, without the {row.left_out}, {row.law}: {found}")
 
 
-def recipes(table: pd.DataFrame, options: dict[str, Any]) -> None:
+def runs_of(choice: Choice, table: pd.DataFrame) -> pd.DataFrame:
+    """Return the runs with a choice's method, backbone, rank and share of active blocks."""
+    same = table[(table["method"] == choice.method) & (table["backbone"] == choice.backbone)]
+    for name, value in (("rank", choice.rank), ("active_fraction", choice.active_fraction)):
+        same = same if value is None else same[np.isclose(same[name], value)]
+    return same
+
+
+def recipes(table: pd.DataFrame, fitted: Callable[[runs.Runs], Fits]) -> None:
     title("Recipes for the two largest budgets from the runs with less, and what was measured there")
     for budget in sorted(set(table["budget_flop"]))[-2:]:
         before = runs.load(table[table["budget_flop"] < budget].drop(columns="setting"))
-        found = advise(fit(before, **options), budget, runs=before)
+        found = advise(fitted(before), budget, runs=before)
         there = table[table["budget_flop"] == budget]
         best = there.loc[there["loss"].idxmin()]
         told = f"{best.loss:.3f} ({best.method}, {best.setting}, {best.backbone})"
         print(f"{number(budget)}: lowest of {counted(len(there), 'run')} {told}")
         for choice in (found.best, *(each.choice for each in found.others if each.choice)):
-            same = there[(there["method"] == choice.method) & (there["backbone"] == choice.backbone)]
-            for name, value in (("rank", choice.rank), ("active_fraction", choice.active_fraction)):
-                same = same if value is None else same[np.isclose(same[name], value)]
-            if len(same):
+            if len(same := runs_of(choice, there)):
                 loss, (low, high) = same["loss"].mean(), choice.loss_interval or (math.nan, math.nan)
                 kind = "recommended" if choice is found.best else "other"
                 told = f"{choice.loss:.3f} ({low:.3f} … {high:.3f}) expected, {loss:.3f} measured"
@@ -118,7 +125,7 @@ def main() -> None:
     parser.add_argument("--bootstrap", type=int, default=1000, help="draws behind each interval")
     parser.add_argument("--window", type=float, default=4.0, help="factor in N within which a parabola is fitted")
     args = parser.parse_args()
-    options = {"bootstrap": args.bootstrap, "window": args.window}
+    fitted = partial(fit, bootstrap=args.bootstrap, window=args.window)
     data = runs.load(args.table)
     table = data.table.copy()
     rank, fraction = table["rank"].map("rank {:.0f}".format), table["active_fraction"].map("{:.2f} active".format)
@@ -126,7 +133,7 @@ def main() -> None:
     settings = table.groupby(["budget_flop", "method", "setting", "backbone"], as_index=False)[
         ["loss", "tokens", "flop_per_token"]
     ].mean()
-    fits = fit(data, **options)
+    fits = fitted(data)
     sizes(fits)
     profiles(fits)
     methods(settings)
@@ -135,7 +142,7 @@ def main() -> None:
     prices(settings)
     scores(table)
     predictions(fits)
-    recipes(table, options)
+    recipes(table, fitted)
 
 
 if __name__ == "__main__":
