@@ -1,4 +1,4 @@
-"""Which process this is, and whether a process that a file names still runs.
+"""Which process this is, what it may use, and whether a process that a file names still runs.
 
 A process number says little: containers number their processes on their own, machines may share a name, and numbers are
 given again. A process is therefore named by its machine, the machine's boot, its namespace of process numbers, its
@@ -90,6 +90,11 @@ def start_time(pid: int) -> str:
 def _state_and_start(pid: int) -> tuple[str, str]:
     fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
     return fields[0], fields[19]
+
+
+def usable_cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # macOS has none
 
 
 def job_number() -> str | None:

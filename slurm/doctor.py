@@ -19,6 +19,7 @@ from importlib import metadata
 from pathlib import Path
 
 from embedscale.errors import DONE, FAILED
+from embedscale.process import usable_cores
 from embedscale.terminal import console
 from embedscale.values import Value, print_json
 from slurm import cluster as clusters
@@ -191,7 +192,7 @@ def file_system(folder: Path) -> Iterator[Finding]:
 
 def affinity(needed: int = 1) -> Iterator[Finding]:
     """Check how many cores this process may use; `needed` were asked for."""
-    usable, cores = len(os.sched_getaffinity(0)), os.cpu_count() or 1
+    usable, cores = usable_cores(), os.cpu_count() or 1
     bound = {name: os.environ[name] for name in ("SLURM_CPU_BIND", "GOMP_CPU_AFFINITY") if os.environ.get(name)}
     text = f"{usable} of {cores} cores" + (f", bound by {', '.join(bound)}" if bound else "")
     if usable < needed:

@@ -7,19 +7,19 @@ re-weighted least squares are simpler, but on tables under 30 rows they stop in 
 price is that each law supplies second derivatives, or pays for differences of its gradient.
 """
 
-import os
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial, reduce
 from multiprocessing import current_process, get_context
-from signal import SIG_DFL, SIG_IGN, SIGINT, SIGTERM, signal
+from signal import SIG_DFL, SIGINT, SIGTERM, signal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from analysis.fitting.laws import Array, Data, Law
+from embedscale.process import usable_cores
 from embedscale.run.stop import end_with_parent
 
 LAD_DELTA = 1e-6  # Huber's δ for least absolute deviations: far below any noise of ln L
@@ -336,7 +336,7 @@ def lowest_of_many(problem: Problem, theta: Array, rows: NDArray[np.int_]) -> So
     """
     parts = np.array_split(rows, max(1, -(-len(rows) // PART)))
     solve = partial(_lowest_of_part, problem, theta)
-    processes = 1 if current_process().daemon else min(len(parts), len(os.sched_getaffinity(0)))
+    processes = 1 if current_process().daemon else min(len(parts), usable_cores())
     if processes > 1:
         # Threads gain little, because most of numpy's calls here are too short. Forked processes need no import.
         with suppress(BrokenProcessPool), ProcessPoolExecutor(processes, get_context("fork"), _begin_process) as pool:
@@ -345,9 +345,8 @@ def lowest_of_many(problem: Problem, theta: Array, rows: NDArray[np.int_]) -> So
 
 
 def _begin_process() -> None:
-    signal(SIGINT, SIG_IGN)  # Ctrl-C reaches the parent too, which waits for the parts that are being solved
-    signal(SIGTERM, SIG_DFL)
-    end_with_parent()
+    signal(SIGTERM, SIG_DFL)  # not the parent's handler
+    end_with_parent({SIGINT})
 
 
 def _lowest_of_part(problem: Problem, theta: Array, rows: NDArray[np.int_]) -> Solution:

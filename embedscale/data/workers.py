@@ -15,6 +15,7 @@ from multiprocessing import forkserver, get_context, resource_tracker
 from multiprocessing.synchronize import Event
 from typing import Any
 
+from embedscale.process import usable_cores
 from embedscale.progress import Bar
 from embedscale.run.stop import StopRequest, end_with_parent
 
@@ -31,7 +32,7 @@ def worker_pool(module: str) -> Iterator[ProcessPoolExecutor]:
     context.set_forkserver_preload([module])
     _start_server()
     leaving = context.Event()
-    with ProcessPoolExecutor(_cores(), context, _begin_worker, (leaving,)) as pool:
+    with ProcessPoolExecutor(usable_cores(), context, _begin_worker, (leaving,)) as pool:
         try:
             yield pool
         finally:
@@ -51,7 +52,7 @@ def in_parallel(
             while True:
                 if stop.requested:
                     raise KeyboardInterrupt
-                for item in islice(waiting, 2 * _cores() - len(running)):
+                for item in islice(waiting, 2 * usable_cores() - len(running)):
                     running[pool.submit(work, item)] = item
                 if not running:
                     return
@@ -61,10 +62,6 @@ def in_parallel(
         finally:
             for future in running:
                 future.cancel()
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0))
 
 
 def _start_server() -> None:
@@ -85,8 +82,7 @@ def _begin_worker(leaving: Event) -> None:
     _leaving = leaving
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there are as many workers as cores
     gc.disable()  # workers make millions of small objects and no reference cycles
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends its workers
-    end_with_parent()
+    end_with_parent({signal.SIGINT})
 
 
 def parent_leaves() -> bool:

@@ -48,8 +48,13 @@ class StopRequest:
                 signal.signal(number, handler)
 
 
-def end_with_parent() -> None:
-    """End this worker process as soon as the process that started it ends, even by SIGKILL."""
+def end_with_parent(ignored: Iterable[signal.Signals] = ()) -> None:
+    """End this worker process as soon as the process that started it ends, even by SIGKILL.
+
+    The signals of `ignored` may reach both. The parent acts on them.
+    """
+    for number in ignored:
+        signal.signal(number, signal.SIG_IGN)
     parent = parent_process()
     assert parent is not None
 

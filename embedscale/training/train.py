@@ -6,7 +6,6 @@ that holds its lease (embedscale/run/lease.py).
 
 import logging
 import os
-import signal
 import sys
 import warnings
 from collections.abc import Iterator
@@ -323,9 +322,7 @@ def begin_worker(worker: int) -> None:
 
     Torch's worker notices its parent's end too, but then waits for ever for someone to take its last batches.
     """
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-    end_with_parent()
+    end_with_parent(STOP_SIGNALS)
     shown = sys.excepthook
 
     def show(kind: type[BaseException], *more: Any) -> None:

@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 
 from embedscale.errors import UserError
-from embedscale.process import ProcessName
+from embedscale.process import ProcessName, usable_cores
 from embedscale.run.stop import StopRequest
 from slurm.scheduler.processes import Place, rank_environment, work_through
 from slurm.scheduler.scheduler import Allocation, Job, Limits, Request, Requeue
@@ -58,7 +58,7 @@ class Local:
         array = request.array
         runs = [run for task in array.tasks for run in task.values()]
         gpus = [] if array.scores else visible_gpus()
-        cores, most = len(os.sched_getaffinity(0)), min(request.parallel, len(runs))
+        cores, most = usable_cores(), min(request.parallel, len(runs))
         available = places(gpus, cores, array.nodes, array.devices, array.shape.cpus, most)
         self.outcomes |= work_through(runs, array.scores, available, self.stop)
         return str(os.getpid())
