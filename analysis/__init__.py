@@ -20,7 +20,7 @@ _PLACES = {
     "Drawn": "analysis.figures.style:Drawn",
     "Fits": "analysis.fits:Fits",
     "Limit": "analysis.advice.evidence:Limit",
-    "Recipe": "analysis.recipe:Recipe",
+    "Recipe": "analysis.advice.recipe:Recipe",
     "Runs": "analysis.runs:Runs",
     "Simulated": "analysis.simulate:Simulated",
     "Study": "analysis.study:Study",

@@ -179,5 +179,7 @@ def command(args: Namespace) -> int:
     print(f"{len(written) - missing} figures as PNG, PDF and CSV: {folder / FOLDER}")
     if missing:
         print(f"not drawn, because the runs do not have what they show: {missing} figures; {FILE} says what each needs")
+    for note in recipe.newer_runs(args.fits, runs):
+        print(f"note: {note}")
     print(f"written: {folder / FILE}; open it in a browser and type a budget")
     return 0

@@ -132,21 +132,35 @@ class Evidence:
         if not limit.flop or not known:
             return law
         budget, interior = min(known, key=lambda each: log_distance(each[0], limit.flop or 0.0))
-        near = same_budget(limit.flop, budget)
-        if near and not interior and self._beats_smaller(budget):
+        near, sound = same_budget(limit.flop, budget), self._overtaken(budget) is None
+        if near and not interior and sound:
             return "best run"
         covered = self.outlook.covers(limit.flop)
         if self.curvature and covered:
             return "forecast"
         if law and covered:
             return law
-        return "best run" if near or 1 < limit.flop / budget <= reach else ""
+        return "best run" if sound and (near or 1 < limit.flop / budget <= reach) else ""
 
-    def _beats_smaller(self, budget: float) -> bool:
-        """Return whether the best run at a budget is no worse than every run with less."""
+    def missing(self, flop: float | None) -> str:
+        """Return why nothing is known at a budget, and which runs to add; empty where that is not for lack of runs."""
+        budget = self.nearest_budget(flop) if flop else 0.0
+        less = self._overtaken(budget) if flop and log_distance(flop, budget) < math.log(2) else None
+        if less is None:
+            return self.outlook.missing
+        here = min(point.loss for point in self.measured(budget))
+        return (
+            f"the best run at {number(budget)} FLOP reached {number(here, 4)}, but {less.backbone or 'a run'} reached "
+            f"{number(less.loss, 4)} at {number(less.budget_flop)} FLOP; add runs of about {number(less.n_parameters)} "
+            f"parameters at {number(budget)} FLOP"
+        )
+
+    def _overtaken(self, budget: float) -> Point | None:
+        """Return the best run with less than a budget if it is better than every run of that budget, else None."""
         here = min(point.loss for point in self.measured(budget))
         less = [point for point in self.points if point.budget_flop <= budget * (1 + SAME) and point.off is None]
-        return here <= min((point.loss for point in less), default=here)
+        best = min(less, key=lambda point: point.loss, default=None)
+        return best if best and best.loss < here else None
 
     def cost(self, sizes: Array, budget: float | None = None) -> Array:
         """Return FLOP a token of sizes [k] (`trends.cost`)."""

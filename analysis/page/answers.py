@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from analysis import recipe
 from analysis.advice import evidence
 from analysis.advice.evidence import MOST, Evidence, Limit
+from analysis.advice.recipe import Recipe, Row, recipe
 from analysis.columns import FLOP
 from analysis.fits import Fits
 from analysis.page.table import Link, Table, Terms
-from analysis.recipe import Recipe, Row
+from analysis.recipe import lines
 from embedscale.errors import UserError
 from embedscale.texts import measured, number
 
@@ -70,7 +70,7 @@ def answers(fits: Fits, runs: Sequence[Row], budgets: Sequence[str]) -> Answers:
 
 def _answer(fits: Fits, limit: Limit, runs: Sequence[Row], known: Mapping[str, Evidence]) -> Answer:
     try:
-        return Answer(limit, recipe.recipe(fits, limit, runs, known))
+        return Answer(limit, recipe(fits, limit, runs, known))
     except UserError as error:
         return Answer(limit, None, str(error))
 
@@ -134,7 +134,7 @@ def terms(answer: Answer, confidence: float, rests_on: Callable[[Recipe], Terms]
     """Return an answer as names and texts; `rests_on` says what a recipe rests on."""
     if answer.recipe is None:
         return [("no recipe", answer.refused)]
-    return [*recipe.lines(answer.recipe, confidence), *rests_on(answer.recipe)]
+    return [*lines(answer.recipe, confidence), *rests_on(answer.recipe)]
 
 
 def as_data(found: Answers, command: str, rests_on: Callable[[Recipe], Terms]) -> dict[str, Any]:
@@ -169,6 +169,8 @@ def told(found: Answers) -> str:
 
     flop, hours = ends("flop"), ends("gpu_hours")
     said = f"{flop[0]} to {flop[1]} FLOP, as 1e12 or 100 PFLOP"
-    if hours and any(answer.recipe for answer in found.every.values() if answer.limit.gpu_hours):
-        return f"{said}; or {hours[0]} to {hours[1]} device-hours, as 24 gpu-hours"
-    return f"{said}; these runs do not say how many device-hours they took"
+    if not hours:
+        return f"{said}; these runs do not say how many device-hours they took"
+    if not any(answer.recipe for answer in found.every.values() if answer.limit.gpu_hours):
+        return f"{said}; device-hours need a law, which no method of these fits has"
+    return f"{said}; or {hours[0]} to {hours[1]} device-hours, as 24 gpu-hours"

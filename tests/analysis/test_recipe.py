@@ -244,6 +244,20 @@ def test_the_best_run_has_spent_the_budget(tmp_path):
     assert any("best run at 1.5e15 FLOP" in note for note in found.notes)
 
 
+def test_a_best_run_that_a_smaller_budget_beats_is_no_advice(tmp_path):
+    """A grid half done: the larger budget was run with the largest model only."""
+    losses = {(5e9, 6744): 0.4014, (5e9, 31456): 1.902, (5e9, 90192): 4.833, (2e10, 90192): 4.511}
+    table = pd.DataFrame(
+        [{"method": "full", "backbone": f"llama-{n}", "n_parameters": n, "budget_flop": c, "tokens": c / 6 / n}
+         | {"loss": loss} for (c, n), loss in losses.items()]
+    )  # fmt: skip
+    fits = recipe.read(fitted(table, tmp_path))[0]
+    assert recipe.recipe(fits, Limit(flop=5e9)).best.backbone == "llama-6744"
+    for budget in (2e10, 3e10):
+        with pytest.raises(UserError, match="4.511, but llama-6744 reached 0.4014 at 5e9 FLOP; add runs of about"):
+            recipe.recipe(fits, Limit(flop=budget))
+
+
 def test_a_method_without_a_law_is_compared_only_at_its_budget(tmp_path):
     """LoRA is 3 % worse everywhere and was run at one budget; its loss there says nothing about a smaller budget."""
     plan = {budget: slice(0, 6) for budget in BUDGETS}

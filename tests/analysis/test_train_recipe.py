@@ -1,6 +1,7 @@
 """Training by a recipe: every setting of the configuration that `embedscale train --recipe` builds."""
 
 import json
+import os
 
 import numpy as np
 import pandas as pd
@@ -27,12 +28,37 @@ def test_a_recipe_takes_other_settings_from_the_most_similar_run(tmp_path, capsy
     config = recipe.configuration(str(folder), "3e11", None, ["training.seed=7"])
     assert config.backbone.name == f"configs/quickstart/backbones/{advised.backbone}"
     assert (config.budget, config.method.name, config.training.seed) == (3e11, advised.method, 7)
-    assert (config.data.store, config.training.batch_size, config.output) == ("stores/tiny", 128, "runs")
+    assert (config.data.store, config.training.batch_size, config.output) == ("stores/tiny", 128, str(folder))
     assert config.training.learning_rate == advised.learning_rate
     assert (
         "a miniature: models of 6,592 to 84,912 parameters"
         in recipe.recipe(recipe.read(folder)[0], Limit(flop=3e11)).notes[-1]
     )
+
+
+def test_runs_that_ended_after_the_fits_are_named(tmp_path, capsys):
+    folder = miniature(tmp_path / "runs", scores=False)
+    late = sorted(path for path in folder.iterdir() if path.is_dir())[:2]
+    for path in late:
+        path.rename(tmp_path / path.name)
+    assert main(["fit", str(folder), "--bootstrap", "100"]) == 0
+    capsys.readouterr()
+    assert main(["recipe", str(folder), "3e11"]) == 0
+    assert "fit` again" not in capsys.readouterr().out
+    for path in late:
+        (tmp_path / path.name).rename(path)
+        os.utime(path / "record.json")
+    assert main(["recipe", str(folder), "3e11"]) == 0
+    assert "2 runs of" in (told := capsys.readouterr().out) and "run `embedscale fit` again" in told
+
+
+def test_a_recipe_takes_other_settings_from_the_file_that_is_named(tmp_path, capsys):
+    folder = miniature(tmp_path / "runs", scores=False)
+    assert main(["fit", str(folder), "--bootstrap", "100"]) == 0
+    own = tmp_path / "own.yaml"
+    own.write_text("output: elsewhere\ndata: {store: stores/own}\n")
+    config = recipe.configuration(str(folder), "3e11", str(own), [])
+    assert (config.output, config.data.store) == ("elsewhere", "stores/own")
 
 
 @pytest.mark.slow
