@@ -137,13 +137,15 @@ EXCLUDED = ("run", "reason", "detail", "method", "n_parameters", "budget_flop") 
 # --- Amounts ---------------------------------------------------------------------------------------------------------
 
 _LETTERS = "kmgtpezy"  # 10^3, 10^6, … before FLOP
-_SCALES = {"": 1.0, "k": 1e3, "thousand": 1e3, "m": 1e6, "million": 1e6, "b": 1e9, "bn": 1e9, "g": 1e9}
-_SCALES |= {"billion": 1e9, "t": 1e12, "trillion": 1e12}
+_SCALES = {"": 1.0, "k": 1e3, "m": 1e6, "b": 1e9, "bn": 1e9, "g": 1e9, "t": 1e12}
+for _word, _scale in (("thousand", 1e3), ("million", 1e6), ("billion", 1e9), ("trillion", 1e12)):
+    _SCALES |= {_word: _scale, f"{_word}s": _scale}
 FLOP = {
     f"{letter}{word}": 10.0 ** (3 * power) * seconds
     for power, letter in enumerate(("", *_LETTERS))
     for word, seconds in (("flop", 1.0), ("flops", 1.0), ("flop-day", 86400.0), ("flop-days", 86400.0))
 } | {f"{scale}flop{plural}": value for scale, value in _SCALES.items() for plural in ("", "s")}
+FLOP |= {unit.replace("flop", "f"): value for unit, value in FLOP.items() if "flop-day" in unit or unit[0] in "pez"}
 TOKENS = {scale + noun: value for scale, value in _SCALES.items() for noun in ("", "token", "tokens")}
 _PARAMETERS = {scale + noun: value for scale, value in _SCALES.items() for noun in ("param", "params", "parameters")}
 UNITS = FLOP | TOKENS | _PARAMETERS
@@ -277,6 +279,8 @@ def sources(names: Collection[str], mapping: Mapping[str, str] | None = None) ->
             candidates.setdefault(ours, []).append(Source(name, factor, named=name == ours))
     for ours, found in candidates.items():
         exact = [source for source in found if source.named] or found
+        if ours == "loss":  # beside "eval_loss", trainers call that of a training step "loss"
+            exact = found
         if len(exact) > 1 and ours != "run":
             told = ", ".join(source.name for source in exact)
             raise UserError(f"{ours} may be any of {told}; choose by --columns {ours}={exact[0].name}")

@@ -8,6 +8,7 @@ mixed folder or table needs `where`, which selects runs by a column's value, or 
 
 import os
 import shlex
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -116,7 +117,7 @@ def load_grid(path: str | Path, columns: Mapping[str, str] | None = None) -> pd.
     found.pop("loss", None)
     table, wrong = _ours(raw.assign(loss=1.0), found | {"loss": Source("loss")})
     _check_cells(str(path), found, raw, wrong)
-    table, _ = _completed(str(path), table, found)
+    table, _ = _completed(str(path), _named(str(path), table, found), found)
     return table.drop(columns="loss")
 
 
@@ -324,7 +325,7 @@ def _named(origin: str, table: pd.DataFrame, found: Mapping[str, Source]) -> pd.
         row = methods.index[methods.isna()][0]
         raise UserError(
             f"{_place(origin, 'method', found['method'].name, row)} is empty, and other rows name a method; write one, "
-            "such as full, or leave the row out by --where"
+            "such as full, or take the row out of the table"
         )
     return table.assign(method=methods.where(~methods.str.lower().isin(METHODS), methods.str.lower()))  # LoRA is lora
 
@@ -333,10 +334,9 @@ def _check_cells(origin: str, found: Mapping[str, Source], raw: pd.DataFrame, wr
     """Raise UserError for the first cell that is no number."""
     for ours, reasons in wrong.items():
         if len(reasons):
-            row = reasons.index[0]
-            raise UserError(
-                f"{_place(origin, ours, found[ours].name, row)} has {raw[found[ours].name][row]!r}; {reasons[row]}"
-            )
+            row, theirs = reasons.index[0], found[ours].name
+            told = "leave the cell empty if the run diverged" if ours == "loss" else reasons[row]
+            raise UserError(f"{_place(origin, ours, theirs, row)} has {raw[theirs][row]!r}; {told}")
 
 
 def _place(origin: str, ours: str, theirs: str, row: int) -> str:
@@ -374,7 +374,7 @@ def _completed(origin: str, table: pd.DataFrame, found: Mapping[str, Source]) ->
             if np.isnan(table[name][row]):
                 raise UserError(
                     f"{place} has none, and it does not follow from the other columns; "
-                    f"name the column by --columns {name}=NAME, or leave the row out by --where"
+                    f"name the column by --columns {name}=NAME, or take the row out of the table"
                 )
             ends = "finite and above 0" if not 0 < table[name][row] < np.inf else f"{LEAST:g} to {MOST:g}"
             raise UserError(f"{place} has {table[name][row]}; allowed: {ends}")
@@ -400,11 +400,16 @@ def _complete(table: pd.DataFrame) -> None:
 
 def _comparable(source: str, table: pd.DataFrame, excluded: list[Row], notes: Collection[str] = ()) -> Runs:
     if table.empty:
-        reasons = pd.Series([row["reason"] for row in excluded]).value_counts()
-        told = ", ".join(f"{count} {reason}" for reason, count in reasons.items()) or "it holds no run"
+        reasons = Counter(row["reason"] for row in excluded)
+        told = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common()) or "it holds no run"
         raise UserError(f"{source}: no finished run ({told})")
     for name in table.columns.intersection(list(NUMBERS)):
         table[name] = pd.to_numeric(table[name], errors="coerce").astype(float)
+    far = tables.far_above(table["loss"])
+    for row in table[far].to_dict("records"):
+        excluded = [*excluded, _exclusion(row, "diverged", f"loss is {row['loss']:.4g}")]
+        notes = [*notes, f"{row['run']}: loss {row['loss']:.4g} is far above all others, so it is taken as diverged"]
+    table = table[~far]
     for field in COMPARABLE:
         values: Any = table[field].dropna().unique() if field in table else []
         if len(values) > 1:

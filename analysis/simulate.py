@@ -23,6 +23,7 @@ from embedscale.errors import UserError
 from embedscale.values import Value
 
 NEEDED = ("method", "n_parameters", "budget_flop")
+TRIED = 5  # sweeps of which one must be fitted; the refits of all begin there
 NOISE = 0.005  # standard deviation of ln L of one run, where the user states none
 EXAMPLE = "E=1.8,A=480,B=2080,alpha=0.35,beta=0.37"
 
@@ -123,6 +124,12 @@ def stated_laws(text: str) -> dict[str, StatedLaw]:
         method, colon, coefficients = part.rpartition(":")
         laws[method.strip() if colon else "*"] = _parse(coefficients)
     return laws
+
+
+def stated_noise(text: str) -> float:
+    """Return the standard deviation of ln L that comes with `stated_laws(text)`: that of the fits, if it is known."""
+    found = None if "=" in text else fits_file.read(text).noise.log_loss
+    return NOISE if found is None else found
 
 
 def _parse(text: str) -> StatedLaw:
@@ -252,10 +259,15 @@ def _simulate_method(
     truth = _loss(stated, rows)
     n, d, s = (rows[name].to_numpy(float) for name in ("n_parameters", "tokens", "trainable_fraction"))
     drawn = truth * np.exp(noise * rng.standard_normal((repeats, len(rows))))
-    try:
-        first = solver.fit_joint(stated.law, n, d, drawn[0], s, residual="log")
-    except solver.NoFit as error:
-        return Simulated(stated.law.name, noise, repeats, len(rows), refused=str(error))
+    refused = ""
+    for losses in drawn[:TRIED]:
+        try:
+            first = solver.fit_joint(stated.law, n, d, losses, s, residual="log")
+            break
+        except solver.NoFit as error:
+            refused = str(error)
+    else:
+        return Simulated(stated.law.name, noise, repeats, len(rows), refused=refused)
     fitted = first.refit(loss=drawn)  # [repeats, coefficients]
     converged = ~np.isnan(fitted).any(1)
     fitted, drawn = fitted[converged], drawn[converged]

@@ -1,10 +1,11 @@
 """Print what `embedscale fit` found: optima, laws with their intervals, hold-outs, the frontier, and the notes."""
 
 import dataclasses
+import math
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.console import Console
@@ -76,9 +77,13 @@ def merged(notes: Sequence[str], methods: Sequence[str]) -> list[str]:
 
 def _show(table: Table, console: Console) -> None:
     """Print a table without the columns in which no row has a value; print nothing if it has no rows."""
-    table.columns = [column for column in table.columns if set(column.cells) - {"–", ""}]
-    if table.row_count and table.columns:
-        console.print(table)
+    columns = [(column.header, list(column.cells)) for column in table.columns]
+    columns = [(header, cells) for header, cells in columns if set(cells) - {"–", ""}]
+    if columns:
+        shown = _table(str(table.title), *(str(header) for header, _ in columns))
+        for cells in zip(*(cells for _, cells in columns), strict=True):
+            shown.add_row(*cells)
+        console.print(shown)
 
 
 def _show_optima(name: str, method: MethodFit, percent: str, console: Console) -> None:
@@ -112,11 +117,13 @@ def _show_laws(name: str, method: MethodFit, percent: str, console: Console) -> 
         told = f"{done.agreeing} of {done.starts} starts agree, gradient {number(done.gradient, 1)}"
         table.add_row("", "fit", told, f"spread of ln L {number(fitted.log_residual)}")
     _show(table, console)
-    table = _table(f"\n{name}: held out", "without", "law", "predicted", "found", "error", "bias")
+    table = _table(f"\n{name}: held out", "without", "law", "predicted", "found", "error")
     for row in method.hold_out:
-        errors = (f"{100 * row.error:.2f} %", f"{100 * row.bias:.2f} %")
-        without = f"{row.left_out} {number(row.value)}"
-        table.add_row(without, row.law, number(row.predicted, 4), number(row.found, 4), *errors)
+        error = f"{100 * row.bias:+.2f} %"
+        if not math.isclose(row.error, abs(row.bias)):
+            error = f"{100 * row.error:.2f} % (mean {error})"
+        law = f"{SIGNS[row.law]} = k C^a" if row.law in SIGNS else row.law
+        table.add_row(f"{row.left_out} {number(row.value)}", law, number(row.predicted, 4), number(row.found, 4), error)
     _show(table, console)
 
 
@@ -171,6 +178,17 @@ def show_simulation(result: Mapping[str, Simulated], console: Console) -> None:
 FIT_OPTIONS = ("residual", "delta", "optimum", "window", "bins", "law", "noise", "bootstrap", "seed")
 
 
+def _given(args: Namespace, names: Sequence[str]) -> dict[str, Any]:
+    """Return the options of these names that the user gave."""
+    return {name: value for name in names if (value := getattr(args, name)) is not None}
+
+
+def _refuse_unused(args: Namespace, mode: str, used: Sequence[str]) -> None:
+    """Raise UserError for an option of the fit that a simulation or a replay would not look at."""
+    for name in _given(args, [name for name in FIT_OPTIONS if name not in used]):
+        raise UserError(f"--{name}: has no meaning with {mode}; leave it out")
+
+
 def command(args: Namespace) -> int:
     """Run `embedscale fit`: load, fit, write fits.json, and print what it says."""
     from analysis import runs as loading
@@ -185,7 +203,7 @@ def command(args: Namespace) -> int:
     runs = loading.load(args.runs, parse_assignments("columns", args.columns), where, ignore)
     # A refit far off the data may leave a float's range; it is left out, and numpy need not tell the terminal.
     with Bar("fit") as bar, np.errstate(all="ignore"):
-        fits = fit(runs, where=where, advance=bar.say, **{name: getattr(args, name) for name in FIT_OPTIONS})
+        fits = fit(runs, where=where, advance=bar.say, **_given(args, FIT_OPTIONS))
     path = study.write(fits, runs, out)
     if args.json:
         print_json(read(path).to_json())
@@ -206,10 +224,12 @@ def simulation(args: Namespace, rows: "pd.DataFrame | None") -> int:
     laws = simulate.stated_laws(args.simulate)  # first, so that a mistyped law is told at once
     if rows is None:
         rows = load_grid(args.runs, parse_assignments("columns", args.columns))
-    noise = simulate.NOISE if args.noise is None else args.noise
+    noise = simulate.stated_noise(args.simulate) if args.noise is None else args.noise
     if args.replay is not None:
+        _refuse_unused(args, "--simulate and --replay", ["noise"])
         return _tried(rows, laws, noise, args)
-    result = simulate.simulate(rows, laws, noise, window=args.window, seed=args.seed)
+    _refuse_unused(args, "--simulate", ["noise", "window", "seed"])
+    result = simulate.simulate(rows, laws, noise, **_given(args, ["window", "seed"]))
     if args.json:
         print_json({name: found.to_json() for name, found in result.items()})
     else:
@@ -223,8 +243,6 @@ def simulation(args: Namespace, rows: "pd.DataFrame | None") -> int:
 
 def _tried(rows: "pd.DataFrame", laws: "Mapping[str, StatedLaw]", noise: float, args: Namespace) -> int:
     """Print what an adaptive sweep over this grid would find, and what it would miss."""
-    import pandas as pd
-
     from analysis import simulate
     from analysis.design import replay
     from embedscale.progress import Bar
@@ -244,24 +262,16 @@ def _tried(rows: "pd.DataFrame", laws: "Mapping[str, StatedLaw]", noise: float, 
         for row in replay.trial(pool, given.losses, noise):
             found.append(row)
             bar.advance()
-    if args.json:
-        print_json(found)
-    else:
-        show_replay(dataclasses.replace(given, pool=pool), pd.DataFrame(found), console(WIDTH))
-    return 0
+    return _told(dataclasses.replace(given, pool=pool), found, args)
 
 
 def replayed(args: Namespace) -> int:
     """Run `embedscale fit TABLE --replay WHAT`: print what each way to spend finds; write a CSV and figures."""
-    import pandas as pd
-
     from analysis import runs as loading
     from analysis.design import replay
-    from analysis.figures.catalogue import save
-    from analysis.figures.replay import replayed as drawn
-    from analysis.figures.style import style
     from embedscale.progress import Bar
 
+    _refuse_unused(args, "--replay", [])
     columns, where = parse_assignments("columns", args.columns), parse_assignments("where", args.where)
     ignore = tuple(name.strip() for word in args.ignore or () for name in word.split(","))
     asked = None
@@ -270,14 +280,24 @@ def replayed(args: Namespace) -> int:
         asked = list(loading.load(args.runs, columns, where | chosen, ignore).table["run"])
         ignore += tuple(chosen) if Path(args.runs).is_file() else ()
     given = replay.replay_of(loading.load(args.runs, columns, where, ignore).table, asked)
-    out = Path(args.out or (args.runs if Path(args.runs).is_dir() else "."))
-    out.mkdir(parents=True, exist_ok=True)
     rows = []
     with Bar("replay", replay.steps()) as bar:
         for row in replay.replay(given):
             rows.append(row)
             bar.advance()
-    found = pd.DataFrame(rows)
+    return _told(given, rows, args)
+
+
+def _told(given: "Replay", rows: list[dict[str, Any]], args: Namespace) -> int:
+    """Write the rows of a replay as a CSV and a figure, and print them."""
+    import pandas as pd
+
+    from analysis.figures.catalogue import save
+    from analysis.figures.replay import replayed as drawn
+    from analysis.figures.style import style
+
+    out, found = Path(args.out or (args.runs if Path(args.runs).is_dir() else ".")), pd.DataFrame(rows)
+    out.mkdir(parents=True, exist_ok=True)
     with style():
         save(drawn(found), out / "replay")
     if args.json:

@@ -30,6 +30,7 @@ PACKED: dict[bytes, Callable[[bytes], bytes]] = {
     b"\xfd7zXZ": lzma.decompress,
 }
 ENDINGS = ".csv, .tsv, .json, .jsonl, .parquet, and each with .gz"
+FEWEST = 15  # losses of which one can be told to be far above the others
 BLANK = {"", "-", "–", "n/a", "na", "<na>", "nan", "none", "null", "#n/a"}  # in lower case: a cell without a value
 
 
@@ -255,6 +256,18 @@ def texts(column: pd.Series) -> pd.Series:
 SLIP, USUAL = 100.0, 30.0  # factors between C / (N D) of two rows, and of a table, from which on a unit is doubted
 
 
+def far_above(losses: pd.Series) -> pd.Series:
+    """Return which losses, at most a tenth of 15 or more, lie above the others by more than those differ, and twofold.
+
+    Such a run collapsed, or its row has a slip. A joint law has a term to spare for it, and would bend through it.
+    """
+    log = np.log(losses.dropna().sort_values().to_numpy(float))
+    for place in range(len(log) - len(log) // 10, len(log)) if len(log) >= FEWEST else ():
+        if log[place] - log[place - 1] > max(log[place - 1] - log[0], math.log(2)):
+            return losses >= math.exp(log[place]) * (1 - 1e-9)
+    return losses.isin(())
+
+
 def notes_of_units(origin: str, table: pd.DataFrame) -> list[str]:
     """Return a note where sizes or tokens look as if they were in millions or billions, or C is far from 6 N D.
 
@@ -266,7 +279,8 @@ def notes_of_units(origin: str, table: pd.DataFrame) -> list[str]:
     if not 1e-2 < ratio < 1e4:
         raise UserError(
             f"{origin}: budget_flop is {ratio:.2g} × n_parameters × tokens, and 6 is usual: one of the three is in "
-            "another unit; name it, such as --columns tokens=D:1e9, or leave the column out by --ignore NAME"
+            "another unit; name the unit, such as --columns budget_flop=NAME:1e18 or tokens=NAME:1e9, or leave the "
+            "column out by --ignore NAME"
         )
     impossible = (ratios < 1) & (ratio >= 2)  # a token costs at least 2 FLOP a parameter
     far = ratios.index[(np.abs(np.log(ratios / ratio)) > math.log(SLIP)) | impossible]
@@ -274,7 +288,7 @@ def notes_of_units(origin: str, table: pd.DataFrame) -> list[str]:
         told = f"budget_flop is {ratios[far[0]]:.2g} × n_parameters × tokens, and in most rows {ratio:.2g} ×"
         raise UserError(
             f"{origin}: row {far[0] + 1}: {told}: one of the three is wrong or in another unit there; mend the row, or "
-            "leave it out by --where"
+            "take it out of the table"
         )
     notes = []
     if not 1 < ratio < USUAL:

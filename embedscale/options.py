@@ -214,25 +214,25 @@ def _fit_verb(verbs: Any) -> None:
         "--out", metavar="FOLDER", help="folder for fits.json (default: RUNS, or the current folder for a table)"
     )
     text = "joint law of N and D: chinchilla, or tied (one exponent for both) (default: chinchilla)"
-    verb.add_argument("--law", default="chinchilla", metavar="KIND", help=text)
+    verb.add_argument("--law", metavar="KIND", help=text)
     verb.add_argument(
         "--residual",
-        default="huber",
         metavar="KIND",
         help="loss function for fitting joint laws: huber, lad, log or raw (default: huber)",
     )
-    verb.add_argument("--delta", type=number, default=1e-3, help="Huber's delta, in ln L (default: 1e-3)")
+    verb.add_argument("--delta", type=number, help="Huber's delta, in ln L (default: 1e-3)")
     text = "parabola, law, best-run, or akima (on dense grids it underestimates the loss) (default: parabola)"
-    verb.add_argument("--optimum", default="parabola", metavar="KIND", help=text)
-    verb.add_argument(
-        "--window", type=number, default=4.0, metavar="FACTOR", help="range of N around the optimum (default: 4)"
-    )
+    verb.add_argument("--optimum", metavar="KIND", help=text)
+    verb.add_argument("--window", type=number, metavar="FACTOR", help="range of N around the optimum (default: 4)")
     text = "compare runs within N bins a decade of compute (default: within nearly equal budgets)"
     verb.add_argument("--bins", type=number, metavar="N", help=text)
-    text = "standard deviation of ln L (default: from repeated runs and residuals)"
+    text = (
+        "standard deviation of ln L (default: from repeated runs and residuals; with --simulate that of fits.json "
+    )
+    text += "or 0.005)"
     verb.add_argument("--noise", type=number, metavar="SD", help=text)
-    verb.add_argument("--bootstrap", type=whole, default=1000, metavar="DRAWS", help="bootstrap draws (default: 1000)")
-    verb.add_argument("--seed", type=whole, default=0, help="seed of the draws (default: 0)")
+    verb.add_argument("--bootstrap", type=whole, metavar="DRAWS", help="bootstrap draws (default: 1000)")
+    verb.add_argument("--seed", type=whole, help="seed of the draws (default: 0)")
     verb.add_argument(
         "--simulate",
         metavar="LAW",

@@ -100,7 +100,7 @@ def configure(
             rate = method.peak_learning_rate(row.pretraining_learning_rate)
     if limit.tokens:
         budget = min(budget, limit.tokens * per_token)
-    drawn = evidence.expected(size, budget, basis)
+    drawn = evidence.expected(size, budget, basis, per_token)
     loss, ends = summary(drawn, confidence)
     tokens = budget / per_token
     counted = [point.tokens / point.pairs for point in evidence.points if point.pairs]

@@ -118,8 +118,8 @@ class Evidence:
     def basis(self, limit: Limit, reach: float = 1.0) -> Basis:
         """Return what a prediction for this limit rests on: a law, the best run, or nothing.
 
-        The best run is preferred to a law where this budget was run and has no optimum inside the grid: what was
-        measured there is known better than what a law extends to it. Without a law, a budget at most `reach` times
+        The best run is preferred to a law where three sizes or more were run at this budget and show no optimum: what
+        was measured there is known better than what a law extends to it. Without a law, a budget at most `reach` times
         smaller serves too.
         """
         law: Basis = "joint law" if self.law else ""
@@ -128,12 +128,12 @@ class Evidence:
         if limit.gpu_hours:
             lines: Basis = "forecast" if self.curvature and not self.outlook.missing else ""
             return (law or lines) if self._rates else ""
-        known = [(row.budget_flop, row.interior) for row in self.fit.optima if row.best]
+        known = [(row.budget_flop, row.interior or row.state == "too few") for row in self.fit.optima if row.best]
         if not limit.flop or not known:
             return law
-        budget, interior = min(known, key=lambda each: log_distance(each[0], limit.flop or 0.0))
+        budget, by_law = min(known, key=lambda each: log_distance(each[0], limit.flop or 0.0))
         near, sound = same_budget(limit.flop, budget), self._overtaken(budget) is None
-        if near and not interior and sound:
+        if near and not by_law and sound:
             return "best run"
         covered = self.outlook.covers(limit.flop)
         if self.curvature and covered:
@@ -207,15 +207,15 @@ class Evidence:
             allowed = np.minimum(allowed, limit.tokens * self.cost(sizes))
         return allowed
 
-    def log_loss(self, sizes: Array, budget: Array, basis: Basis) -> Array:
-        """Return draws of ln L of each size at its budget [draws, k]."""
+    def log_loss(self, sizes: Array, budget: Array, basis: Basis, per_token: float | None = None) -> Array:
+        """Return draws of ln L of each size at its budget [draws, k], with FLOP a token if they are not `cost`."""
         if basis == "forecast":
             at = np.log(budget)
             return self.outlook.log_loss(at) + self._rise(np.log(sizes), budget, self.outlook.log_size(at))
         if basis == "joint law":
             assert self.law is not None
             with np.errstate(invalid="ignore"):
-                drawn = np.log(np.atleast_2d(self.law.drawn(sizes, budget / self.cost(sizes))))
+                drawn = np.log(np.atleast_2d(self.law.drawn(sizes, budget / (per_token or self.cost(sizes)))))
             return np.resize(drawn, (DRAWS, len(sizes))) + self.outlook.drift(self.law.law, np.log(budget))
         losses = {point.n_parameters: point for point in self.measured(float(budget[0]))}
         return np.stack([self.outlook.measured(losses[size]) for size in sizes], 1)
@@ -251,8 +251,8 @@ class Evidence:
         own = self._runs_of(size)
         return next((point for point in own if math.isclose(point.budget_flop, budget, rel_tol=SAME)), None)
 
-    def expected(self, size: float, budget: float, basis: Basis) -> Array:
-        """Return draws [draws] of ln L of one size at a budget.
+    def expected(self, size: float, budget: float, basis: Basis, per_token: float | None = None) -> Array:
+        """Return draws [draws] of ln L of one size at a budget, with FLOP a token if they are not `cost`.
 
         A run of this size at this budget stands before a law. Runs of this size with less bind the law from above, as
         they would if they went on.
@@ -265,7 +265,7 @@ class Evidence:
         if not measured and self.law is None:  # its parabola may rise with the budget
             first = min(point.budget_flop for point in self.points)
             spent = budget / 2.0 ** np.arange(1 + max(0, math.floor(math.log2(budget / first))))
-        drawn = self.log_loss(np.full(len(spent), size), spent, basis).min(1)
+        drawn = self.log_loss(np.full(len(spent), size), spent, basis, per_token).min(1)
         if not measured:
             self.outlook.bind(drawn, self._runs_of(size), math.log(budget))
         return drawn

@@ -105,12 +105,34 @@ def _choices(fits: Fits, limit: Limit, every: Mapping[str, Evidence]) -> dict[st
         basis = bases[name]
         if not basis or (basis == "best run" and not same_budget(evidence.nearest_budget(spent), spent)):
             continue
-        tried = [
-            configure(evidence, backbone, size, limit, basis, fits.comparable, fits.settings.confidence)
-            for backbone, size in _reasonable(evidence, limit, basis, fits.settings.confidence)
-        ]
-        chosen[name] = min(tried, key=lambda each: each[0].loss)
+        chosen[name] = _best_size(fits, limit, evidence, basis)
     return chosen
+
+
+def _best_size(fits: Fits, limit: Limit, evidence: Evidence, basis: Basis) -> tuple[Choice, Array]:
+    """Return the best choice of one method: of the backbones next to N*, and farther ones as long as the loss falls.
+
+    With limited data none is larger than those that were run.
+    """
+    confidence = fits.settings.confidence
+    available = evidence.available(limit, basis)
+    if limit.tokens:
+        available = [each for each in available if each[1] <= evidence.sizes[-1] * 1.001]
+    n_opt, _ = evidence.optimum(limit, basis, confidence)
+    smaller = sum(size <= n_opt for _, size in available)
+    first, last = max(0, smaller - 2), min(len(available), smaller + 2) - 1
+    tried: dict[int, tuple[Choice, Array]] = {}
+    while True:
+        for i in range(first, last + 1):
+            if i not in tried:
+                tried[i] = configure(evidence, *available[i], limit, basis, fits.comparable, confidence)
+        best = min(tried, key=lambda i: tried[i][0].loss)
+        if best == first > 0:
+            first -= 1
+        elif best == last < len(available) - 1:
+            last += 1
+        else:
+            return tried[best]
 
 
 def _nothing_known(fits: Fits, limit: Limit, every: Mapping[str, Evidence]) -> str:
@@ -189,17 +211,6 @@ def _notes(fits: Fits, limit: Limit, best: Choice, evidence: Evidence) -> list[s
         for name in near.at_grid_end
     ]
     return notes + [note for note in [fits.miniature] if note]
-
-
-def _reasonable(evidence: Evidence, limit: Limit, basis: Basis, confidence: float) -> list[tuple[str, float]]:
-    """Return the available backbones next to the optimum; with limited data, none larger than those that were run."""
-    available = evidence.available(limit, basis)
-    if limit.tokens:
-        available = [each for each in available if each[1] <= evidence.sizes[-1] * 1.001]
-    n_opt, _ = evidence.optimum(limit, basis, confidence)
-    below = [each for each in available if each[1] <= n_opt][-2:]
-    above = [each for each in available if each[1] > n_opt][:2]
-    return below + above
 
 
 def _other_sizes(

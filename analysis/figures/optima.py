@@ -241,7 +241,8 @@ def _worth_drawing(optima: Sequence[Optimum]) -> list[Optimum]:
 
 def _even(optima: Sequence[Optimum]) -> list[Optimum]:
     """Return an even selection of very many budgets: curves of more cannot be told apart."""
-    return [optima[i] for i in np.unique(np.linspace(0, len(optima) - 1, MOST_CURVES).round().astype(int))]
+    count = min(len(optima), MOST_CURVES)
+    return [optima[i] for i in np.linspace(0, len(optima) - 1, count).round().astype(int)]
 
 
 def isoflop(study: Study, methods: Sequence[str]) -> Drawn:
@@ -366,7 +367,9 @@ def sizes(study: Study, methods: Sequence[str]) -> Drawn:
     }
     found = [method for method, rows in shown.items() if len(rows) > 1]
     if not found:
-        raise NotDrawn(f"{listed(list(map(style.label, shown)))} ran at one budget, which shows no growth")
+        many = any(len(study.fits.methods[method].optima) > 1 for method in shown)
+        told = "have three sizes at fewer than two budgets" if many else "ran at one budget"
+        raise NotDrawn(f"{listed(list(map(style.label, shown)))} {told}, which shows no growth")
     figure, every = style.panels(len(found), height=2.9, sharex=True, sharey=True)
     rows: list[dict[str, Any]] = []
     handles: list[Line2D] = []

@@ -259,10 +259,8 @@ def _optimum(
         # The best size has neighbours on both sides, and still the minimum of the estimator is at an end.
         below = bool(profile.log_loss[0] < profile.log_loss[-1])
         add_size = optima.next_size(profile.points["n_parameters"].to_numpy(float), below)
-        state, why = (
-            "edge",
-            f"the {settings.optimum} has no minimum within the sizes: add one, such as {number(add_size, 4)}",
-        )
+        add = f"add one of about {number(add_size, 2)} parameters"
+        state, why = "edge", f"the {settings.optimum} has no minimum within the sizes: {add}"
     elif state == "interior" and chosen and profile.too_deep(math.log(chosen.loss), noise, window):
         lost = 1 - chosen.loss / profile.points["loss"].min()
         state, add_size = "below all runs", chosen.n_opt

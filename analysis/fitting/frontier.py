@@ -14,6 +14,7 @@ from analysis.fitting.uncertainty import OptimumDraws
 
 REACH = math.log(100)  # two laws that meet farther from the budgets than this do not cross
 SIGMAS = 3.0  # standard deviations of ln L by which a measured run may lie below the frontier
+LEAST = 1e-3  # of ln L, by which it may in any case
 Draws = Mapping[str, Mapping[float, OptimumDraws]]
 
 
@@ -82,7 +83,7 @@ def _holding(
     best = min(runs, key=lambda name: runs[name].loss)
     by_line = {name: lines[name][0] + lines[name][1] * math.log(runs[best].budget_flop) for name in names}
     least = min(names, key=lambda name: by_line[name])
-    allowed = SIGMAS * math.hypot(noise, _misfit(methods[least], lines[least]))
+    allowed = max(SIGMAS * math.hypot(noise, _misfit(methods[least], lines[least])), LEAST)
     if by_line[least] > math.log(runs[best].loss) + allowed:
         said, found = math.exp(by_line[least]), runs[best].loss
         return [], f"the power law of {least} says {said:.4g}, but {best} was measured at {found:.4g}"

@@ -17,6 +17,7 @@ Every budget has a state, and only interior optima enter a law. An optimum is "i
 Everything is batched: losses have the shape [draws, sizes], and a thousand draws cost little more than one.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -160,7 +161,7 @@ class Profile:
             return "too few", f"{counted(len(sizes), 'size')}, a minimum needs at least 3: add sizes", None
         best = int(self.log_loss.argmin())
         if told := self._far_off(best, window):
-            return "uneven", f"{told}: look at it, run it again, or leave it out by --where", None
+            return "uneven", f"{told}: look at it, run it again, or take it out of the table", None
         if 0 < best < len(sizes) - 1:
             between = [size for size in self.diverged if sizes[best - 1] < size < sizes[best + 1]]
             if between:  # the minimum may lie among the sizes that diverged
@@ -175,7 +176,7 @@ class Profile:
             return "diverged", f"{told}: run them with {STABLER}", None
         added = next_size(sizes, below)
         word, end = ("below", "smallest") if below else ("above", "largest")
-        return "edge", f"the best size is the {end}: add one {word} it, such as {number(added, 4)} parameters", added
+        return "edge", f"the best size is the {end}: add one {word} it, of about {number(added, 2)} parameters", added
 
     def near_off(self, best: int, window: float) -> list[float]:
         """Return the sizes near the best one, and it itself, whose runs lie far off the joint law."""
@@ -216,7 +217,7 @@ class Profile:
         added = next_size(np.exp(self.log_n[near]), below, least=2.0)
         if span < NARROW:
             told = f"the sizes span a factor {span:.3g} only, a curve needs {NARROW:g}"
-            return "too narrow", f"{told}: add sizes on both sides, such as {number(added, 4)} parameters", added
+            return "too narrow", f"{told}: add sizes on both sides, such as about {number(added, 2)} parameters", added
         weight = np.sqrt(self.points["seeds"].to_numpy(float)[near])
         design = np.stack([x**2, x, np.ones_like(x)], 1) * weight[:, None]
         bend = float(np.linalg.lstsq(design, y * weight, rcond=None)[0][0])
@@ -224,8 +225,21 @@ class Profile:
         if bend <= BENT * error:
             told = f"the curve bends upward by {bend:.2g} ± {error:.2g}, within {BENT:g} standard errors of a line"
             told = told if bend > 0 else "the curve bends downward"
-            advice = f"add sizes farther out, such as {number(added, 4)} parameters, or seeds"
-            return "too narrow", f"{told}: {advice}", added
+            outside = np.abs(self.log_n[~near] - self.log_n[best])
+            if len(outside):
+                wider = math.ceil(np.exp(outside.min()))
+                return (
+                    "too narrow",
+                    f"{told}: sizes farther out were run, so fit with --window {wider}, or add seeds",
+                    None,
+                )
+            size = float(np.exp(self.log_n[best]))
+            added = min(max(added, size / window), size * window)  # a size beyond would enter no curve
+            return (
+                "too narrow",
+                f"{told}: add sizes farther out, of about {number(added, 2)} parameters, or seeds",
+                added,
+            )
         return "interior", "", None
 
     def too_deep(self, log_loss: float, noise: float | None, window: float = 4.0) -> bool:

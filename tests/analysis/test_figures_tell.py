@@ -15,6 +15,7 @@ from analysis import study as studies
 from analysis.figures import catalogue as figures
 from analysis.figures import optima as figures_optima
 from analysis.figures import style
+from embedscale.cli import main
 
 
 def of_others(*names: str) -> pd.DataFrame:
@@ -218,6 +219,16 @@ def dense(budgets: int) -> pd.DataFrame:
             loss = 0.1 + 900 / size**0.45 + 90 / tokens**0.25
             rows.append({"n_parameters": size, "tokens": tokens, "budget_flop": budget, "loss": loss})
     return pd.DataFrame(rows)
+
+
+def test_a_table_with_one_size_at_each_budget_has_a_page(tmp_path):
+    """Sizes crossed with tokens: 20 budgets, none of which has a profile."""
+    n, d = (each.ravel() for each in np.meshgrid(2e7 * 1.9 ** np.arange(5), 1e9 * 2.7 ** np.arange(4)))
+    table = pd.DataFrame({"method": "full", "n_parameters": n, "tokens": d, "budget_flop": 6 * n * d})
+    table["loss"] = 1.8 + 400 / n**0.34 + 400 / d**0.28
+    assert main(["report", str(fitted(table, tmp_path))]) == 0
+    page = (tmp_path / "report.html").read_text()
+    assert "no budget has three sizes" in page and "three sizes at fewer than two budgets" in page
 
 
 def test_of_very_many_budgets_an_even_selection_is_drawn(tmp_path):

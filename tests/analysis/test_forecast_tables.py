@@ -58,6 +58,7 @@ def test_no_interval_excludes_a_run_or_an_optimum_of_the_table(name):
                 found = recipe.recipe(fits, Limit(flop=budget), every=every)
             except UserError:
                 continue
+            assert all(each.lost >= 0 for each in found.others if each.what.startswith("the next")), budget
             reached = min(point.loss for point in points if point.budget_flop <= budget * 1.001)
             assert found.lowest_loss <= reached * np.exp(3 * noise), budget
             assert found.lowest_loss_interval is None or found.lowest_loss_interval[0] <= reached * (1 + 1e-9), budget

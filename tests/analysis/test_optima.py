@@ -135,10 +135,10 @@ SUITE_SIZES = [PYTHIA.sizes[name].parameters for name in ("pythia-31m", "pythia-
     ("case", "state", "add", "told"),
     [
         (profile([1, 4, 16], [2, 1, 2]), "interior", None, ""),
-        (profile([1, 4, 16], [3, 2, 1]), "edge", 64, "the best size is the largest: add one above it, such as 64"),
+        (profile([1, 4, 16], [3, 2, 1]), "edge", 64, "the best size is the largest: add one above it, of about 64"),
         (profile([1, 4, 16], [1, 2, 3]), "edge", 0.25, "the best size is the smallest: add one below it"),
-        (profile(SUITE_SIZES, [3, 2, 1]), "edge", PYTHIA.sizes["pythia-410m"].parameters, "3.023e8 parameters"),
-        (profile(SUITE_SIZES, [1, 2, 3]), "edge", PYTHIA.sizes["pythia-14m"].parameters, "1.19e6 parameters"),
+        (profile(SUITE_SIZES, [3, 2, 1]), "edge", PYTHIA.sizes["pythia-410m"].parameters, "about 3e8 parameters"),
+        (profile(SUITE_SIZES, [1, 2, 3]), "edge", PYTHIA.sizes["pythia-14m"].parameters, "about 1.2e6 parameters"),
         (profile([1, 4], [2, 1]), "too few", None, "2 sizes"),
         (profile([], []), "too few", None, "0 sizes"),
         (profile([1, 4], [2, 1], diverged=[16]), "diverged", None, "1 of 3 sizes diverged"),

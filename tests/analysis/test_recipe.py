@@ -120,7 +120,7 @@ def test_gpu_hours_buy_what_the_same_flop_buy(study):
 def test_the_best_run_of_a_budget_counts_there_and_bounds_the_budgets_above(tmp_path):
     table = paper_like().query("method == 'full'")
     edge = BUDGETS[1]  # all larger than its best size; the law starts at the next budget
-    cut = table[(table["budget_flop"] > edge) | ((table["budget_flop"] == edge) & (table["n_parameters"] > 1e8))]
+    cut = table[(table["budget_flop"] > edge) | ((table["budget_flop"] == edge) & (table["n_parameters"] > 5e7))]
     measured = cut.loc[cut["budget_flop"] == edge, "loss"].min()
     fits = recipe.read(fitted(cut, tmp_path))[0]
     near = recipe.recipe(fits, Limit(flop=1.05 * edge))
@@ -242,20 +242,6 @@ def test_the_best_run_has_spent_the_budget(tmp_path):
     assert other.choice.backbone == "pythia-160m"
     assert other.lost == pytest.approx(truth["pythia-160m"] / truth["pythia-70m"] - 1)
     assert any("best run at 1.5e15 FLOP" in note for note in found.notes)
-
-
-def test_a_best_run_that_a_smaller_budget_beats_is_no_advice(tmp_path):
-    """A grid half done: the larger budget was run with the largest model only."""
-    losses = {(5e9, 6744): 0.4014, (5e9, 31456): 1.902, (5e9, 90192): 4.833, (2e10, 90192): 4.511}
-    table = pd.DataFrame(
-        [{"method": "full", "backbone": f"llama-{n}", "n_parameters": n, "budget_flop": c, "tokens": c / 6 / n}
-         | {"loss": loss} for (c, n), loss in losses.items()]
-    )  # fmt: skip
-    fits = recipe.read(fitted(table, tmp_path))[0]
-    assert recipe.recipe(fits, Limit(flop=5e9)).best.backbone == "llama-6744"
-    for budget in (2e10, 3e10):
-        with pytest.raises(UserError, match="4.511, but llama-6744 reached 0.4014 at 5e9 FLOP; add runs of about"):
-            recipe.recipe(fits, Limit(flop=budget))
 
 
 def test_a_method_without_a_law_is_compared_only_at_its_budget(tmp_path):

@@ -122,6 +122,31 @@ def test_a_grid_may_be_a_table_without_losses(tmp_path, capsys):
     assert "exponent of N*, law" in capsys.readouterr().out
 
 
+def test_a_table_without_methods_is_a_grid(tmp_path):
+    path = tmp_path / "grid.csv"
+    grid().drop(columns="method").to_csv(path, index=False)
+    assert main(["fit", str(path), "--simulate", LAW]) == 0
+
+
+@pytest.mark.parametrize("option", ["--law tied", "--residual lad", "--optimum akima", "--bins 3", "--bootstrap 100"])
+def test_an_option_that_a_simulation_does_not_look_at_is_refused(tmp_path, capsys, option):
+    path = tmp_path / "grid.csv"
+    grid().to_csv(path, index=False)
+    assert main(["fit", str(path), "--simulate", LAW, *option.split()]) == 2
+    assert f"{option.split()[0]}: has no meaning with --simulate" in capsys.readouterr().err
+
+
+def test_a_simulation_of_fits_has_their_noise(tmp_path, capsys):
+    table = simulate.draw(grid(), simulate.stated_laws(LAW), 0.02).drop(columns="trainable_fraction")
+    table.to_csv(tmp_path / "runs.csv", index=False)
+    out = tmp_path / "fits"
+    assert main(["fit", str(tmp_path / "runs.csv"), "--out", str(out), "--bootstrap", "100"]) == 0
+    noise = json.loads((out / "fits.json").read_text())["noise"]["log_loss"]
+    capsys.readouterr()
+    assert main(["fit", str(tmp_path / "runs.csv"), "--simulate", str(out)]) == 0
+    assert f"noise of ln L {noise:.3g}" in capsys.readouterr().out
+
+
 def test_an_estimator_that_advises_nothing_is_a_dash_not_a_number(tmp_path, capsys):
     table = grid()
     table = table[table["budget_flop"] <= sorted(set(table["budget_flop"]))[2]]

@@ -101,6 +101,32 @@ def test_runs_far_off_the_joint_law_take_the_optimum_of_their_budget_alone(fault
     ]
 
 
+@pytest.mark.parametrize("wild", [99.0, 1e4])
+def test_an_absurd_loss_where_the_law_could_bend_through_it_is_taken_as_diverged(wild):
+    """The run with the fewest tokens: the law's term of the tokens could serve this run alone."""
+    table = sweep(noise=0.002, methods=("full",)).reset_index(drop=True)
+    row = table["tokens"].idxmin()
+    without = fit(runs.load(table.drop(index=row)), bootstrap=100).methods["full"]
+    table.loc[row, "loss"] = wild
+    loaded = runs.load(table)
+    assert loaded.excluded["reason"].tolist() == ["diverged"]
+    found = fit(loaded, bootstrap=100)
+    assert found.methods["full"].joint_laws["chinchilla"] == without.joint_laws["chinchilla"]
+    assert any(f"loss {wild:.4g} is far above all others" in note for note in found.notes)
+
+
+def test_sizes_beyond_the_window_are_named_where_they_would_fix_the_curve():
+    """To add a size where one was run already, or one that enters no curve, would change nothing."""
+    log_n = np.log(1e8) + np.log([0.15, 0.4, 1, 2.5, 6])
+    columns = {"n_parameters": np.exp(log_n), "loss": np.exp(0.01 * (log_n - log_n[2]) ** 2)}
+    points = pd.DataFrame(columns | {"flop_per_token": 6 * np.exp(log_n), "seeds": 1})
+    state, why, added = optima.Profile(1e17, points).state(noise=0.01)
+    assert (state, added) == ("too narrow", None) and why.endswith("fit with --window 6, or add seeds")
+    assert optima.Profile(1e17, points).state(noise=0.01, window=7)[0] == "interior"
+    _, why, added = optima.Profile(1e17, points.iloc[1:4]).state(noise=0.01)
+    assert added == pytest.approx(4e8) and "add sizes farther out, of about 4e8 parameters" in why
+
+
 def test_a_run_far_off_the_law_and_far_from_the_best_size_is_noted():
     table = sweep(noise=0.002, methods=("full",))
     smallest, largest = table["n_parameters"].min(), table["budget_flop"].max()

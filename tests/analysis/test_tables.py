@@ -124,7 +124,7 @@ def test_numbers_of_every_type_are_numbers():
 
 def test_units_that_do_not_fit_are_refused():
     table = sweep()
-    with pytest.raises(UserError, match=r"budget_flop is 6e\+09 × n_parameters × tokens, .*--columns tokens=D:1e9"):
+    with pytest.raises(UserError, match=r"budget_flop is 6e\+09 × n_parameters × tokens, .*or tokens=NAME:1e9"):
         runs.load(table.assign(D=table["D"] / 1e9))
     assert any("median" in note for note in runs.load(table.assign(D=table["D"] / 1e9), ignore=["C"]).notes)
 
@@ -236,8 +236,21 @@ def test_a_row_without_a_method_among_others_is_refused(tmp_path, cell):
 def test_two_columns_that_could_be_one_field_are_refused():
     with pytest.raises(UserError, match=r"loss may be any of val_loss, test_loss; choose by --columns loss=val_loss"):
         runs.load(sweep().rename(columns={"loss": "val_loss"}).assign(test_loss=2.0))
-    table = sweep(val_loss=sweep()["loss"] * 1.1)
-    assert runs.load(table).table["loss"].tolist() == sweep()["loss"].tolist()
+
+
+def test_the_loss_of_a_training_step_is_not_taken_for_the_held_out_loss():
+    table = sweep().rename(columns={"loss": "eval_loss"}).assign(loss=1.0)
+    with pytest.raises(UserError, match="loss may be any of eval_loss, loss; choose by --columns loss=eval_loss"):
+        runs.load(table)
+    assert runs.load(table, {"loss": "eval_loss"}).table["loss"].tolist() == sweep()["loss"].tolist()
+
+
+@pytest.mark.parametrize("cell", ["OOM", "diverged"])
+def test_a_word_in_place_of_a_loss_is_refused_with_what_to_write(tmp_path, cell):
+    table = sweep().astype({"loss": object})
+    table.loc[3, "loss"] = cell
+    with pytest.raises(UserError, match=f"loss: row 4 has '{cell}'; leave the cell empty if the run diverged"):
+        runs.load(saved(tmp_path, table))
 
 
 def test_what_is_missing_is_named_with_the_columns_that_may_be_meant():

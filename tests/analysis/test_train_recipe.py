@@ -36,6 +36,23 @@ def test_a_recipe_takes_other_settings_from_the_most_similar_run(tmp_path, capsy
     )
 
 
+def test_with_fixed_data_the_loss_is_that_of_the_tokens_whatever_share_of_the_blocks_trains(tmp_path):
+    """A token of a small share costs less: the tokens, and not their FLOP, say what the law expects."""
+    rows = []
+    for i, budget in enumerate(1e11 * 4.0 ** np.arange(4)):
+        for n in 1e4 * 2.5 ** np.arange(5):
+            share = (0.25, 0.5)[i % 2]
+            cost = n * (2 + 4 * share)
+            loss = float(np.ravel(CHINCHILLA.predict(LAWS["full"], n, budget / cost))[0])
+            rows.append({"method": "freeze", "n_parameters": n, "budget_flop": budget, "tokens": budget / cost}
+                        | {"flop_per_token": cost, "trainable_fraction": share, "loss": loss})  # fmt: skip
+    fits = recipe.read(fitted(pd.DataFrame(rows), tmp_path, noise=0.003))[0]
+    for tokens in (5e5, 1e6, 1e7):
+        found = recipe.recipe(fits, Limit(tokens=tokens))
+        assert found.best.tokens == pytest.approx(tokens) and found.best.n_parameters == pytest.approx(found.n_opt)
+        assert found.best.loss == pytest.approx(found.lowest_loss, rel=1e-6)
+
+
 def test_runs_that_ended_after_the_fits_are_named(tmp_path, capsys):
     folder = miniature(tmp_path / "runs", scores=False)
     late = sorted(path for path in folder.iterdir() if path.is_dir())[:2]
