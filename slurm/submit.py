@@ -235,19 +235,26 @@ def _send(request: Request, scheduler: Scheduler, submissions: Submissions, code
     return job
 
 
-def run_here(sweep: Sweep, chosen: Sequence[Estimate], scores: Sequence[str] = ()) -> int:
-    """Run or score the chosen runs on this machine.
+def run_here(sweep: Sweep, plan: SweepPlan, wish: Wish) -> int:
+    """Run or score on this machine what `wish` asks for; tell if no run of the plan is left to wait for.
 
     Returns DONE, FAILED if a run failed, or INTERRUPTED if it was stopped (SIGTERM, Ctrl-C) and can go on.
     """
-    here = Local(sweep.folder)
+    jobs = Submissions(sweep.folder).jobs_by_run(scheduler_of(sweep.cluster.scheduler, sweep.folder).jobs())
     # The longest first: a long run that begins last would run on alone.
-    longest_first = sorted(chosen, key=lambda each: -each.seconds)
+    chosen = sorted(choose(sweep, plan, jobs, wish), key=lambda each: -each.seconds)
+    if wish.dry:
+        print("\n".join([f"would run {len(chosen):,} here, in this order:", *(each.run_id for each in chosen)]))
+        return DONE
+    if not chosen:
+        return DONE
+    here = Local(sweep.folder)
     with here.announced():
-        for array in arrange(longest_first, sweep.cluster, here.limits(), scores):
+        for array in arrange(chosen, sweep.cluster, here.limits(), wish.scores):
             parallel = sweep.cluster.max_gpus // array.gpus
             here.submit(Request(sweep.name, array, sweep.cluster, node.work, parallel))
-    tell_if_over(here.submissions, sweep.cluster.on_done, list(sweep.by_id), scores)
+    awaited = [each.run_id for each in (chosen if wish.scores else plan.runnable)]
+    tell_if_over(here.submissions, sweep.cluster.on_done, awaited, wish.scores)
     counts: Counter[str] = Counter()
     for run_id, outcome in here.outcomes.items():
         begun = outcome != "interrupted" or RunDirectory(sweep.folder / run_id).attempts.exists()
@@ -273,14 +280,8 @@ def command(args: Namespace) -> int:
     wish = Wish(args.retry_failed, args.max_gpu_hours, tuple(checked(args.evaluate or [])), args.dry_run)
     sweep = grid.load(args.sweep, args.words)
     plan = plan_sweep(sweep)
-    scheduler = scheduler_of(sweep.cluster.scheduler, sweep.folder)
-    if destination(sweep, args.to) != "here":
-        if submit(sweep, plan, scheduler, wish) and not wish.dry:
-            print(f"embedscale sweep watch {shlex.join([args.sweep, *args.words])}")
-        return DONE
-    chosen = choose(sweep, plan, Submissions(sweep.folder).jobs_by_run(scheduler.jobs()), wish)
-    if wish.dry:
-        order = sorted(chosen, key=lambda each: -each.seconds)
-        print("\n".join([f"would run {len(chosen):,} here, in this order:", *(each.run_id for each in order)]))
-        return DONE
-    return run_here(sweep, chosen, wish.scores) if chosen else DONE
+    if destination(sweep, args.to) == "here":
+        return run_here(sweep, plan, wish)
+    if submit(sweep, plan, scheduler_of(sweep.cluster.scheduler, sweep.folder), wish) and not wish.dry:
+        print(f"embedscale sweep watch {shlex.join([args.sweep, *args.words])}")
+    return DONE

@@ -9,6 +9,7 @@ import time
 from argparse import Namespace
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 from analysis.advice.evidence import parse_limit
@@ -26,10 +27,11 @@ from slurm.cluster import shape_of
 from slurm.grid import Sweep
 from slurm.plan import Estimate, SweepPlan, plan_sweep
 from slurm.scheduler.choice import scheduler_of
+from slurm.scheduler.over import tell_if_over
 from slurm.scheduler.scheduler import Job
 from slurm.scheduler.submissions import Submissions
 from slurm.status import ENDED, RunState, survey
-from slurm.submit import Wish, choose, destination, run_here, submit
+from slurm.submit import Wish, destination, run_here, submit
 
 SETTINGS = ("rank", "active fraction", "learning rate")
 WIDEST = 16  # runs of a round at most: a wider one is chosen from too little
@@ -147,6 +149,7 @@ def go_on(sweep: Sweep, plan: SweepPlan, budget: float, money: Money, run: Runne
 
     All runs of the grid that have finished count, whoever made them; the money pays those that are chosen here. Returns
     an exit status, that of `run` where it was interrupted. Raises UserError if the sweep's choices have another budget.
+    The cluster's `on_done` runs when the sweep has ended, not when a round has.
     """
     pool = pool_of(plan, budget, money)
     design = Design(pool)
@@ -158,7 +161,8 @@ def go_on(sweep: Sweep, plan: SweepPlan, budget: float, money: Money, run: Runne
             f"{sweep.folder / FILE}: the runs were chosen for {number(choices.budget_flop)} FLOP and paid in "
             f"{choices.unit}; give the same --for and unit of --spend, or another name to the sweep"
         )
-    choices = replace(choices, money=money.amount, end=None)
+    choices = replace(choices, money=money.amount)
+    silent = replace(sweep, cluster=replace(sweep.cluster, on_done=None))
     retried: Collection[str] = ()
     while True:
         losses, states = _outcomes(sweep, plan)
@@ -169,7 +173,8 @@ def go_on(sweep: Sweep, plan: SweepPlan, budget: float, money: Money, run: Runne
         ]  # fmt: skip
         if left:
             retried = {*retried, *left}
-            code = run(replace(sweep, by_id={run_id: sweep.by_id[run_id] for run_id in left}))
+            choices = replace(choices, end=None)
+            code = run(replace(silent, by_id={run_id: sweep.by_id[run_id] for run_id in left}))
             if code == INTERRUPTED:
                 return code
             ended = {run_id: state for run_id, state in _outcomes(sweep, plan)[1].items() if state in ENDED}
@@ -178,6 +183,7 @@ def go_on(sweep: Sweep, plan: SweepPlan, budget: float, money: Money, run: Runne
                 return code or INTERRUPTED
             if all(ended[run_id] in (RunState.FAILED, RunState.DAMAGED) for run_id in left):
                 print("every run of this round failed; `embedscale sweep status` says why")
+                _tell(sweep, choices)
                 return FAILED
             continue
         belief = design.belief(losses)
@@ -190,14 +196,21 @@ def go_on(sweep: Sweep, plan: SweepPlan, budget: float, money: Money, run: Runne
             end = "the recipe is good enough" if sure else "the money is spent"
             replace(choices, end=end).write(sweep.folder / FILE)
             print(_told(design, choices, end, answer, len(losses)))
+            if choices.end is None:  # else an earlier call has told it
+                _tell(sweep, choices)
             return DONE
         price = {each.run: each.cost for each in pool.candidates}
         chosen = tuple(ChosenRun(each.run, each.why, price[each.run], each.is_check) for each in batch)
         best, regret = (describe(answer.best), answer.regret) if answer else (None, None)
-        choices = replace(choices, rounds=(*choices.rounds, Round(chosen, len(losses), best, regret)))
+        choices = replace(choices, rounds=(*choices.rounds, Round(chosen, len(losses), best, regret)), end=None)
         sweep.folder.mkdir(parents=True, exist_ok=True)
         choices.write(sweep.folder / FILE)
         print("\n".join(choices.round_lines(-1 % len(choices.rounds))), flush=True)
+
+
+def _tell(sweep: Sweep, choices: Choices) -> None:
+    """Run the cluster's `on_done` if all chosen runs have ended."""
+    tell_if_over(Submissions(sweep.folder), sweep.cluster.on_done, [each.run for each in choices.runs])
 
 
 def _outcomes(sweep: Sweep, plan: SweepPlan) -> tuple[dict[str, float], dict[str, RunState]]:
@@ -240,15 +253,6 @@ def _told(design: Design, choices: Choices, end: str, answer: Answer | None, kno
 # --- The command -----------------------------------------------------------------------------------------------------
 
 
-def _here(plan: SweepPlan, wish: Wish) -> Runner:
-    def run(part: Sweep) -> int:
-        jobs = Submissions(part.folder).jobs_by_run(scheduler_of(part.cluster.scheduler, part.folder).jobs())
-        chosen = choose(part, plan, jobs, wish)
-        return run_here(part, chosen) if chosen else DONE
-
-    return run
-
-
 def _queued(plan: SweepPlan, wish: Wish) -> Runner:
     """Return a runner that sends runs to the scheduler and waits for their ends."""
 
@@ -282,5 +286,6 @@ def command(args: Namespace) -> int:
             raise UserError(f"--for: {args.budget} is no number of FLOP; write 1e18 or 100 PFLOP")
         budget = limit.flop
     wish = Wish(args.retry_failed, args.max_gpu_hours)
-    runner = _here(plan, wish) if destination(sweep, args.to) == "here" else _queued(plan, wish)
+    here = destination(sweep, args.to) == "here"
+    runner = partial(run_here, plan=plan, wish=wish) if here else _queued(plan, wish)
     return go_on(sweep, plan, budget, Money.of(args.spend, plan), runner, args.retry_failed)

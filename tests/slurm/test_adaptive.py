@@ -16,6 +16,7 @@ from embedscale.adaptive.choices import FILE, Choices
 from embedscale.adaptive.sweep import Money, go_on, pool_of
 from embedscale.cli import main
 from embedscale.errors import DONE, FAILED, INTERRUPTED, UserError
+from embedscale.files import read_json
 from embedscale.run.directory import RunDirectory
 from embedscale.run.record import RunRecord
 from slurm import grid
@@ -253,9 +254,22 @@ def test_choices_for_another_budget_are_not_mixed(small):
         go_on(sweep, plan, 9.6e16, Money.of("5%", plan), run_all)
 
 
-def test_rounds_go_through_a_queue(queued_sweep, monkeypatch):
+@pytest.mark.slow
+def test_the_command_at_the_end_is_run_once_for_all_rounds(laptop):
+    told = laptop.folder / "told"
+    cluster = {"on_done": f"cat >> {told}", "max_gpus": 1}
+    sweep = laptop.write("rounds", axes={"budget": [1e9]}, methods=["full", "bias"], cluster=cluster)
+    said = laptop.sweep("submit", sweep, "--to", "here", "--adaptive", "--spend", "100%")
+    assert said.count("\nround ") + said.startswith("round ") == 2
+    assert told.read_text() == "rounds: 2 done\n"
+    laptop.sweep("submit", sweep, "--to", "here", "--adaptive", "--spend", "100%")
+    assert told.read_text() == "rounds: 2 done\n", "nothing has ended since"
+
+
+def test_rounds_go_through_a_queue(queued_sweep, monkeypatch, tmp_path):
     methods = "methods: [full, {name: lora, rank: 8}]\nbackbones: [EleutherAI/pythia-14m, EleutherAI/pythia-31m]"
-    sweep, queue = queued_sweep(f"expected_pairs: 10_000_000\naxes: {{budget: [1.5e15, 6e15]}}\n{methods}", max_gpus=2)
+    text = f"expected_pairs: 10_000_000\naxes: {{budget: [1.5e15, 6e15]}}\n{methods}"
+    sweep, queue = queued_sweep(text, max_gpus=2, on_done=f"cat >> {tmp_path}/told")
     over, sent = threading.Event(), []
 
     def cluster() -> None:
@@ -278,3 +292,6 @@ def test_rounds_go_through_a_queue(queued_sweep, monkeypatch):
     found = choices_of(sweep)
     assert found.end and len(found.rounds) >= 2
     assert sorted(sent) == sorted(each.run for each in found.runs), "each chosen run went out once, and no other run"
+    assert (tmp_path / "told").read_text() == f"small: {len(sent)} done\n"
+    orders = [read_json(path) for path in sweep.folder.glob(".submissions/*/orders.json")]
+    assert len(orders) >= 2 and not any(each["on_done"] for each in orders), "no job tells the end of its round"
