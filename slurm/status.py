@@ -370,10 +370,11 @@ def command(args: Namespace) -> int:
     """`embedscale sweep status SWEEP.yaml [key=value …]`."""
     sweep = grid.load(args.sweep, args.words)
     scheduler = scheduler_of(sweep.cluster.scheduler, sweep.folder)
-    jobs = Submissions(sweep.folder).jobs_by_run(scheduler.jobs())
+    queue = scheduler.jobs()
+    jobs = Submissions(sweep.folder).jobs_by_run(queue)
     statuses = explained(survey(sweep, jobs), scheduler)
     if args.json:
-        print_json(SweepStatus(sweep.name, sweep.folder, jobs is not None, statuses))
+        print_json(SweepStatus(sweep.name, sweep.folder, queue is not None, statuses))
         return DONE
     console(150).print(render(sweep, plan_sweep(sweep), statuses, jobs))
     for line in damage(sweep, statuses):
@@ -395,12 +396,14 @@ def watch(args: Namespace) -> int:
     sweep = grid.load(args.sweep, args.words)
     scheduler = scheduler_of(sweep.cluster.scheduler, sweep.folder)
     plan = plan_sweep(sweep)
+    blocked = {each.run_id for each in plan.blocked}
     output, last, over = console(150), "", False
     with suppress(KeyboardInterrupt), Live(console=output, auto_refresh=False) as live:
         while True:
             jobs = Submissions(sweep.folder).jobs_by_run(scheduler.jobs())
             statuses = survey(sweep, jobs)
-            over = reader_left() or not _waits(sweep, statuses, jobs)
+            awaited = [each for each in statuses if each.state != RunState.MISSING or each.run_id not in blocked]
+            over = reader_left() or not _waits(sweep, awaited, jobs)
             shown = Group(render(sweep, plan, statuses, jobs), *damage(sweep, statuses))
             if output.is_terminal:
                 live.update(shown, refresh=True)
@@ -412,8 +415,7 @@ def watch(args: Namespace) -> int:
             if over:
                 break
             time.sleep(args.every)
-    left = {each.run_id for each in statuses if each.state in (RunState.INTERRUPTED, RunState.MISSING)}
-    if over and left - {each.run_id for each in plan.blocked}:
+    if over and {each.state for each in awaited} & {RunState.INTERRUPTED, RunState.MISSING}:
         print("nothing runs or waits; `embedscale sweep submit` goes on with the rest")
     return DONE
 
@@ -426,7 +428,10 @@ def counts_line(sweep: Sweep, statuses: Sequence[RunStatus]) -> str:
 
 def _waits(sweep: Sweep, statuses: Sequence[RunStatus], jobs: Mapping[str, Job] | None) -> bool:
     """Return whether a run may still change its state without another submit."""
-    states = {each.state for each in statuses}
-    if states & {RunState.RUNNING, RunState.QUEUED, RunState.PREEMPTED} or Local(sweep.folder).jobs():
-        return True
-    return jobs is None and not states <= set(ENDED)  # a queue that cannot be asked may hold the others
+    states, here = {each.state for each in statuses}, Local(sweep.folder)
+    if states <= set(ENDED):
+        return False
+    if jobs is None or states & {RunState.RUNNING, RunState.QUEUED, RunState.PREEMPTED}:
+        return True  # a queue that cannot be asked may hold the others
+    # A process of another host may have left its note behind. If it lives, its run's lease says so.
+    return any(job.host == here.host for job in here.jobs())
