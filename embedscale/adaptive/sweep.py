@@ -33,6 +33,9 @@ from slurm.scheduler.submissions import Submissions
 from slurm.status import ENDED, RunState, survey
 from slurm.submit import Wish, destination, run_here, submit
 
+# Settings in which the runs of an adaptive sweep may differ, or that do not change a loss.
+FREE = {"backbone.name", "backbone.revision", "method", "budget", "training.learning_rate", "training.seed"}
+FREE |= {"resources", "output"}
 SETTINGS = ("rank", "active fraction", "learning rate")
 WIDEST = 16  # runs of a round at most: a wider one is chosen from too little
 ENOUGH = 5e-4  # expected regret, as a share of the loss, at which the recipe is good enough
@@ -87,16 +90,16 @@ def pool_of(plan: SweepPlan, budget: float, money: Money) -> Pool:
     """Return the runs of a plan as a pool that is asked for the best run at a budget (FLOP).
 
     The options are the grid's runs at this budget or, if it has none, those of its largest budget moved there. Raises
-    UserError if runs differ in more than backbone, method, budget, learning rate and seed: their losses would too.
+    UserError if runs differ in more than size, method, budget, learning rate and seed: their losses would too.
     """
     runnable = plan.runnable
     if not runnable:
         raise UserError(f"{plan.sweep.name}: no run of the grid can be run; `embedscale sweep plan` says why")
-    first = _rest(runnable[0].run)
+    first: dict[str, Any] = {}
     for each in runnable:
-        if differing := [key for key, value in _rest(each.run).items() if value != first[key]]:
+        if differing := [key for key, value in _rest(each.run).items() if value != first.setdefault(key, value)]:
             raise UserError(
-                f"--adaptive: runs differ in {differing[0]} too; allowed: backbone, method, budget, "
+                f"--adaptive: runs differ in {differing[0]} too; allowed: backbone.name, method, budget, "
                 "training.learning_rate and training.seed, so that losses can be compared"
             )
     rates: dict[Any, set[float]] = {}
@@ -120,12 +123,13 @@ def pool_of(plan: SweepPlan, budget: float, money: Money) -> Pool:
 
 
 def _rest(run: RunConfig) -> dict[str, Any]:
-    """Return all settings of a run that no run of an adaptive sweep may change."""
-    training = {f"training.{key}": value for key, value in vars(run.training).items()}
-    found = {key: value for key, value in vars(run).items() if key not in ("backbone", "method", "budget", "training")}
-    for key in ("resources", "output", "training.learning_rate", "training.seed"):
-        (training if key in training else found).pop(key, None)
-    return found | training | {"backbone.family": family.name if (family := family_of(run.backbone.name)) else None}
+    """Return all settings of a run that no run of an adaptive sweep may change; each backbone has one revision."""
+    found = dict(vars(run))
+    for section in ("backbone", "training"):
+        found |= {f"{section}.{key}": value for key, value in vars(found.pop(section)).items()}
+    name, family = run.backbone.name, family_of(run.backbone.name)
+    found |= {"backbone.family": family and family.name, f"backbone.revision of {name}": run.backbone.revision}
+    return {key: value for key, value in found.items() if key not in FREE}
 
 
 def _place(estimate: Estimate) -> tuple[object, ...]:
@@ -134,7 +138,7 @@ def _place(estimate: Estimate) -> tuple[object, ...]:
 
 def _candidate(estimate: Estimate, money: Money, with_rate: bool) -> Candidate:
     run = estimate.run
-    cost = cost_of(shape_of(run.backbone.name), run.method)
+    cost = cost_of(shape_of(run.backbone.name, run.backbone.revision), run.method)
     rank, share = run.method.rank, run.method.active_fraction
     settings = (rank and float(rank), share, estimate.learning_rate if with_rate else None)
     size, price = float(cost.n_parameters), money.cost(estimate)

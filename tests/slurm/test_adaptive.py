@@ -228,6 +228,31 @@ def test_runs_that_cannot_be_compared_are_refused(small, tmp_path):
     with pytest.raises(UserError, match=r"differ in training\.batch_size"):
         sweep = grid.load(tmp_path / "batches.yaml", ["axes.training.batch_size=[512,1024]"])
         pool_of(plan_sweep(sweep), 9.6e16, Money(1e18, False))
+    settings = {"pooling": "[mean,last]", "attention": "[causal,bidirectional]", "weights": "[pretrained,random]"}
+    for name, values in (settings | {"revision": "[main,step1000]"}).items():
+        sweep = grid.load(tmp_path / "batches.yaml", [f"axes.backbone.{name}={values}"])
+        with pytest.raises(UserError, match=rf"differ in backbone\.{name}"):
+            pool_of(plan_sweep(sweep), 9.6e16, Money(1e18, False))
+
+
+def test_each_backbone_is_looked_up_at_its_own_revision(small, tmp_path, monkeypatch):
+    """Two models of the hub are in the local cache, each at another commit than its newest."""
+    small("pinned")
+    known = {("my/neox-a", "abc"): 128, ("my/neox-b", "def"): 256}
+    config = {"model_type": "gpt_neox", "num_hidden_layers": 6, "num_attention_heads": 4, "vocab_size": 50304}
+    for (name, _), width in known.items():
+        shape = {"hidden_size": width, "intermediate_size": 4 * width, "max_position_embeddings": 2048}
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "config.json").write_text(json.dumps(config | shape))
+
+    def cached(name: str, file: str, revision: str | None) -> str | None:
+        return str(tmp_path / name / file) if (name, revision) in known else None
+
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", cached)
+    backbones = ",".join(f"{{name: {name}, revision: {revision}}}" for name, revision in known)
+    words = [f"backbones=[{backbones}]", "methods=[{name: full, learning_rate: 1e-3}]"]
+    pool = pool_of(plan_sweep(grid.load(tmp_path / "pinned.yaml", words)), 9.6e16, Money(1e18, False))
+    assert len(pool.candidates) == 8 and len({each.n_parameters for each in pool.candidates}) == 2
 
 
 def test_the_command_line_asks_for_what_it_needs(small, tmp_path, capsys):
