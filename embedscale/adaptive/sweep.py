@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from analysis.advice.evidence import parse_limit
 from analysis.design.choice import Answer, Candidate, Design, Pool
+from analysis.fitting.laws import Chinchilla
 from embedscale.adaptive.choices import FILE, Choices, ChosenRun, Round
 from embedscale.errors import DONE, FAILED, INTERRUPTED, UserError
 from embedscale.run.config import RunConfig
@@ -21,7 +22,7 @@ from embedscale.run.cost import cost_of
 from embedscale.run.directory import RunDirectory
 from embedscale.run.families import family_of
 from embedscale.run.record import RunRecord
-from embedscale.texts import number
+from embedscale.texts import counted, number
 from slurm import grid
 from slurm.cluster import shape_of
 from slurm.grid import Sweep
@@ -199,7 +200,7 @@ def go_on(sweep: Sweep, plan: SweepPlan, budget: float, money: Money, run: Runne
         if not batch:
             end = "the recipe is good enough" if sure else "the money is spent"
             replace(choices, end=end).write(sweep.folder / FILE)
-            print(_told(design, choices, end, answer, len(losses)))
+            print(_told(design, choices, end, answer, losses))
             if choices.end is None:  # else an earlier call has told it
                 _tell(sweep, choices)
             return DONE
@@ -238,20 +239,43 @@ def describe(option: Candidate) -> str:
     return ", ".join([option.method, f"{number(option.n_parameters)} parameters", *known])
 
 
-def _told(design: Design, choices: Choices, end: str, answer: Answer | None, known: int) -> str:
+def _told(design: Design, choices: Choices, end: str, answer: Answer | None, losses: Mapping[str, float]) -> str:
     """Return what was spent and what was found, in three lines."""
     if answer is None:
         return f"{end}: no run has finished, so there is no recipe"
     checks = sum(each.cost for each in choices.runs if each.check)
     chances = ", ".join(f"{name} {100 * share:.0f} %" for name, share in answer.chances.items() if share >= 0.005)
-    share, (low, high) = 100 * choices.spent / design.pool.cost, answer.interval
     return (
-        f"{end}: {len(choices.runs)} runs were chosen for {number(choices.spent)} {choices.unit}, {share:.2g} % of the "
-        f"grid; {number(checks)} of it for checks of the law\n"
-        f"at {number(choices.budget_flop)} FLOP, by {known} runs: {describe(answer.best)}, loss "
-        f"{number(answer.loss, 4)} (95 %: {number(low, 4)} to {number(high, 4)})\n"
+        f"{end}: {counted(len(choices.runs), 'run')} chosen for {number(choices.spent)} {choices.unit}, "
+        f"{100 * choices.spent / design.pool.cost:.3g} % of the grid; {number(checks)} of it for checks of the law\n"
+        f"at {number(choices.budget_flop)} FLOP, by {counted(len(losses), 'run')}: {describe(answer.best)}, loss "
+        f"{_loss(design.pool, answer, losses)}\n"
         f"expected to lie {100 * answer.regret:.2g} % above the lowest loss; best method: {chances}"
     )
+
+
+def _loss(pool: Pool, answer: Answer, losses: Mapping[str, float]) -> str:
+    """Return the loss of the answer and where it is from, and the lowest measured loss of an option if that is lower.
+
+    Where the runs of its method are too few for a law, the prior decides how wide the interval is. So none is told.
+    """
+    best, (low, high) = answer.best, answer.interval
+    places = {
+        (each.n_parameters, each.tokens)
+        for each in pool.candidates
+        if each.method == best.method and each.run in losses
+    }
+    loss = losses.get(best.run, answer.loss)
+    if best.run in losses:
+        source = "measured"
+    elif len(places) > len(Chinchilla.coefficients):
+        source = f"95 %: {number(low, 4)} to {number(high, 4)}"
+    else:
+        source = "too few runs for an interval"
+    there = {losses[each.run]: describe(each) for each in pool.options if each.run in losses}
+    lowest = min(there, default=loss)
+    lower = f"; the lowest measured there: {number(lowest, 4)}, {there[lowest]}" if lowest < loss else ""
+    return f"{number(loss, 4)} ({source}){lower}"
 
 
 # --- The command -----------------------------------------------------------------------------------------------------
@@ -287,7 +311,7 @@ def command(args: Namespace) -> int:
     if args.budget is not None:
         limit = parse_limit(args.budget)
         if limit.flop is None:
-            raise UserError(f"--for: {args.budget} is no number of FLOP; write 1e18 or 100 PFLOP")
+            raise UserError(f"--for: {args.budget} is not a number of FLOP; write 1e18 or 100 PFLOP")
         budget = limit.flop
     wish = Wish(args.retry_failed, args.max_gpu_hours)
     here = destination(sweep, args.to) == "here"

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -138,6 +139,37 @@ def test_the_answer_is_found_for_a_part_of_the_grid(small, capsys):
         assert f"  {each.run}: {each.why}" in printed.splitlines()
 
 
+@pytest.mark.parametrize(
+    ("budgets", "target", "told"),
+    [
+        ("[9.6e16]", 9.6e16, r"loss 2\.\d+ \(measured\)"),
+        ("[9.6e16]", 4e17, r"loss 2\.\d+ \(too few runs for an interval\)"),
+        ("[6e15,9.6e16]", 4e17, r"loss 2\.\d+ \(95 %: 2\.\d+ to 2\.\d+\)"),
+    ],
+    ids=["measured", "4 runs", "8 runs"],
+)
+def test_a_loss_is_measured_or_has_an_interval_where_the_runs_fix_a_law(small, tmp_path, capsys, budgets, target, told):
+    small("sure")
+    sweep = grid.load(tmp_path / "sure.yaml", [f"axes.budget={budgets}", "methods=[full]"])
+    plan = plan_sweep(sweep)
+    go_on(sweep, plan, target, Money.of("100%", plan), run_all)
+    first, second, _ = capsys.readouterr().out.strip().splitlines()[-3:]
+    assert " FLOP, 100 % of the grid; " in first and re.search(told, second)
+
+
+def test_a_loss_measured_at_the_target_is_told_if_the_law_expects_more(small, tmp_path, capsys):
+    """One of two seeds is far below what the others let expect."""
+    small("lucky")
+    words = ["axes.budget=[9.6e16]", "axes.training.seed=[0,1]", "methods=[full]"]
+    sweep = grid.load(tmp_path / "lucky.yaml", words)
+    run_all(sweep)
+    lucky = RunDirectory(sweep.folder / list(sweep.by_id)[-1])
+    lucky.write_record(replace(lucky.read_record(), loss=1.9))
+    plan = plan_sweep(sweep)
+    go_on(sweep, plan, 9.6e16, Money.of("100%", plan), run_all)
+    assert "(measured); the lowest measured there: 1.9, full, " in capsys.readouterr().out
+
+
 def test_status_says_what_was_chosen_and_why(small, tmp_path, capsys):
     sweep = small("told")
     plan = plan_sweep(sweep)
@@ -261,7 +293,7 @@ def test_the_command_line_asks_for_what_it_needs(small, tmp_path, capsys):
     for words, told in (
         (["--adaptive"], "--adaptive: what may be spent"),
         (["--spend", "15%"], "give --adaptive too"),
-        (["--adaptive", "--spend", "15%", "--for", "2 device-hours"], "--for: 2 device-hours is no number of FLOP"),
+        (["--adaptive", "--spend", "15%", "--for", "2 device-hours"], "--for: 2 device-hours is not a number of FLOP"),
     ):
         assert main(["sweep", "submit", file, *words]) == 2
         assert told in capsys.readouterr().err
