@@ -29,7 +29,6 @@ from slurm.grid import Sweep
 from slurm.plan import Estimate, SweepPlan, plan_sweep
 from slurm.scheduler.choice import scheduler_of
 from slurm.scheduler.over import tell_if_over
-from slurm.scheduler.scheduler import Job
 from slurm.scheduler.submissions import Submissions
 from slurm.status import ENDED, RunState, survey
 from slurm.submit import Wish, destination, run_here, submit
@@ -149,8 +148,18 @@ def _candidate(estimate: Estimate, money: Money, with_rate: bool) -> Candidate:
 # --- The rounds ------------------------------------------------------------------------------------------------------
 
 
-def go_on(sweep: Sweep, plan: SweepPlan, budget: float, money: Money, run: Runner, retry_failed: bool = False) -> int:
+def go_on(
+    sweep: Sweep,
+    plan: SweepPlan,
+    budget: float,
+    money: Money,
+    run: Runner,
+    retry_failed: bool = False,
+    dry: bool = False,
+) -> int:
     """Choose and run rounds until the recipe is good enough or the money is spent; print each choice.
+
+    With `dry`, only the next round is chosen and given to `run`, which shows it, and nothing is written.
 
     All runs of the grid that have finished count, whoever made them; the money pays those that are chosen here. Returns
     an exit status, that of `run` where it was interrupted. Raises UserError if the sweep's choices have another budget.
@@ -180,7 +189,7 @@ def go_on(sweep: Sweep, plan: SweepPlan, budget: float, money: Money, run: Runne
             retried = {*retried, *left}
             choices = replace(choices, end=None)
             code = run(replace(silent, by_id={run_id: sweep.by_id[run_id] for run_id in left}))
-            if code == INTERRUPTED:
+            if code == INTERRUPTED or dry:
                 return code
             ended = {run_id: state for run_id, state in _outcomes(sweep, plan)[1].items() if state in ENDED}
             if set(left) - set(ended):
@@ -199,18 +208,24 @@ def go_on(sweep: Sweep, plan: SweepPlan, budget: float, money: Money, run: Runne
         batch = [] if sure else design.next_batch(losses, choices.money - choices.spent, choices.width, lost)
         if not batch:
             end = "the recipe is good enough" if sure else "the money is spent"
-            replace(choices, end=end).write(sweep.folder / FILE)
             print(_told(design, choices, end, answer, losses))
-            if choices.end is None:  # else an earlier call has told it
-                _tell(sweep, choices)
+            if not dry:
+                _keep(sweep, replace(choices, end=end))
+                if choices.end is None:  # else an earlier call has told it
+                    _tell(sweep, choices)
             return DONE
         price = {each.run: each.cost for each in pool.candidates}
         chosen = tuple(ChosenRun(each.run, each.why, price[each.run], each.is_check) for each in batch)
         best, regret = (describe(answer.best), answer.regret) if answer else (None, None)
         choices = replace(choices, rounds=(*choices.rounds, Round(chosen, len(losses), best, regret)), end=None)
-        sweep.folder.mkdir(parents=True, exist_ok=True)
-        choices.write(sweep.folder / FILE)
+        if not dry:
+            _keep(sweep, choices)
         print("\n".join(choices.round_lines(-1 % len(choices.rounds))), flush=True)
+
+
+def _keep(sweep: Sweep, choices: Choices) -> None:
+    sweep.folder.mkdir(parents=True, exist_ok=True)
+    choices.write(sweep.folder / FILE)
 
 
 def _tell(sweep: Sweep, choices: Choices) -> None:
@@ -281,28 +296,23 @@ def _loss(pool: Pool, answer: Answer, losses: Mapping[str, float]) -> str:
 # --- The command -----------------------------------------------------------------------------------------------------
 
 
-def _queued(plan: SweepPlan, wish: Wish) -> Runner:
-    """Return a runner that sends runs to the scheduler and waits for their ends."""
-
-    def run(part: Sweep) -> int:
-        scheduler, submissions = scheduler_of(part.cluster.scheduler, part.folder), Submissions(part.folder)
-        submit(part, plan, scheduler, wish)
-        while True:
-            jobs: Mapping[str, Job] | None = submissions.jobs_by_run(scheduler.jobs())
-            states = {each.state for each in survey(part, jobs)}
-            if jobs is not None and not states & {RunState.RUNNING, RunState.QUEUED, RunState.PREEMPTED}:
-                return DONE
-            time.sleep(POLL_SECONDS)
-
-    return run
+def _queued(part: Sweep, plan: SweepPlan, wish: Wish) -> int:
+    """Send runs to the scheduler and wait for their ends."""
+    scheduler, submissions = scheduler_of(part.cluster.scheduler, part.folder), Submissions(part.folder)
+    submit(part, plan, scheduler, wish)
+    while not wish.dry:
+        jobs = submissions.jobs_by_run(scheduler.jobs())
+        states = {each.state for each in survey(part, jobs)}
+        if jobs is not None and not states & {RunState.RUNNING, RunState.QUEUED, RunState.PREEMPTED}:
+            break
+        time.sleep(POLL_SECONDS)
+    return DONE
 
 
 def command(args: Namespace) -> int:
     """`embedscale sweep submit SWEEP.yaml --adaptive --spend MONEY [--for BUDGET]`."""
     if args.evaluate:
         raise UserError("--evaluate: scores finished runs; submit again with it, without --adaptive")
-    if args.dry_run:
-        raise UserError("--dry-run: an adaptive sweep does not know its runs before; leave out one of the two")
     if args.spend is None:
         raise UserError("--adaptive: what may be spent? Give --spend 15% (of the grid), 1e18 or '24 device-hours'")
     sweep = grid.load(args.sweep, args.words)
@@ -313,7 +323,6 @@ def command(args: Namespace) -> int:
         if limit.flop is None:
             raise UserError(f"--for: {args.budget} is not a number of FLOP; write 1e18 or 100 PFLOP")
         budget = limit.flop
-    wish = Wish(args.retry_failed, args.max_gpu_hours)
-    here = destination(sweep, args.to) == "here"
-    runner = partial(run_here, plan=plan, wish=wish) if here else _queued(plan, wish)
-    return go_on(sweep, plan, budget, Money.of(args.spend, plan), runner, args.retry_failed)
+    wish = Wish(args.retry_failed, args.max_gpu_hours, dry=args.dry_run)
+    run = partial(run_here if destination(sweep, args.to) == "here" else _queued, plan=plan, wish=wish)
+    return go_on(sweep, plan, budget, Money.of(args.spend, plan), run, args.retry_failed, args.dry_run)

@@ -299,6 +299,32 @@ def test_the_command_line_asks_for_what_it_needs(small, tmp_path, capsys):
         assert told in capsys.readouterr().err
 
 
+def test_a_dry_run_shows_the_next_round_and_writes_nothing(small, tmp_path, capsys):
+    sweep, file = small("dry"), str(tmp_path / "dry.yaml")
+
+    def shown(*words: str) -> list[str]:
+        assert main(["sweep", "submit", file, "--adaptive", "--spend", "20%", "--to", "here", *words]) == DONE
+        return capsys.readouterr().out.splitlines()
+
+    lines = shown("--dry-run")
+    assert not sweep.folder.exists()
+    assert lines[0] == "round 1, 0 runs known" and "would run 3 here, in this order:" in lines
+    go_on(sweep, plan_sweep(sweep), 9.6e16, Money.of("5%", plan_sweep(sweep)), run_all)
+    rounds = choices_of(sweep).rounds
+    assert lines[1:4] == [f"  {each.run}: {each.why}" for each in rounds[0].runs]
+    capsys.readouterr()
+    assert shown("--dry-run")[0].startswith(f"round {len(rounds) + 1}, ")
+    assert choices_of(sweep).rounds == rounds and choices_of(sweep).end
+
+
+def test_a_dry_run_shows_what_goes_into_a_queue(queued_sweep, tmp_path, capsys):
+    text = "expected_pairs: 10_000_000\naxes: {budget: [1.5e15, 6e15]}\nmethods: [full, bias]"
+    sweep, _ = queued_sweep(text, max_gpus=2)
+    assert main(["sweep", "submit", str(tmp_path / "small.yaml"), "--adaptive", "--spend", "60%", "--dry-run"]) == DONE
+    assert "would submit 1 run as 1 job in 1 array" in capsys.readouterr().out
+    assert not sweep.folder.exists()
+
+
 def test_choices_for_another_budget_are_not_mixed(small):
     sweep = small("other")
     plan = plan_sweep(sweep)
