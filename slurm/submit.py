@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
-from embedscale.code import ROOT, source_of
+from embedscale.code import ROOT, digest_of, files_of
 from embedscale.errors import DONE, FAILED, INTERRUPTED, UserError, allowed
 from embedscale.run.directory import RunDirectory
 from embedscale.run.lease import Lease
@@ -139,7 +139,7 @@ def submit(sweep: Sweep, plan: SweepPlan, scheduler: Scheduler, wish: Wish) -> i
             print(f"avoided nodes: {', '.join(f'{name} ({fault})' for name, fault in sick.items())}")
         if ignored := ignored_variables():
             print(f"ignored: {', '.join(ignored)}; the cluster file says what jobs ask for")
-        copy = submissions.code / source_of(ROOT).digest
+        copy = submissions.code / digest_of(files_of(ROOT))
         facts = None
         if not wish.dry:
             copy, facts = snapshot(submissions.code)
