@@ -8,15 +8,15 @@ import shlex
 import uuid
 from argparse import Namespace
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 
 from embedscale.code import ROOT, digest_of, files_of
 from embedscale.errors import DONE, FAILED, INTERRUPTED, UserError, allowed
 from embedscale.run.directory import RunDirectory
-from embedscale.run.lease import Lease
+from embedscale.run.lease import Lease, leased
 from embedscale.run.record import Damaged
 from embedscale.texts import counted
 from slurm import grid
@@ -115,7 +115,8 @@ def submit(sweep: Sweep, plan: SweepPlan, scheduler: Scheduler, wish: Wish) -> i
     submissions, limits = Submissions(sweep.folder), scheduler.limits()
     if limits is None:
         raise UserError(f"--to {sweep.cluster.scheduler}: this machine cannot submit to it; allowed: here")
-    with nullcontext() if wish.dry else _alone(submissions) as lease:
+    # Two submits at once would both find the same runs missing.
+    with nullcontext() if wish.dry else leased(submissions.lease) as lease:
         jobs = _jobs_by_run(sweep, scheduler, submissions, wish.dry)
         chosen = choose(sweep, plan, jobs, wish)
         if not chosen:
@@ -185,20 +186,6 @@ def _avoided(submissions: Submissions) -> tuple[str, ...]:
     if ignored := ignored_variables():
         print(f"ignored: {', '.join(ignored)}; the cluster file says what jobs ask for")
     return tuple(sorted(sick))
-
-
-@contextmanager
-def _alone(submissions: Submissions) -> Iterator[Lease]:
-    """Hold the sweep's submit lease: two submits at once would both find the same runs missing."""
-    lease = Lease(submissions.lease)
-    try:
-        lease.take()
-    except UserError as error:
-        raise UserError(f"another submit of this sweep is at work: {error}") from None
-    try:
-        yield lease
-    finally:
-        lease.release()
 
 
 def _held(submissions: Submissions, jobs: Mapping[str, Job]) -> list[tuple[str, int]]:

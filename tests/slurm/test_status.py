@@ -75,7 +75,7 @@ def test_each_state_follows_from_directory_and_queue(sweep):
     attempt(killed, 0, None, from_flop=0)
     attempt(running, 0, 1, ended="interrupted", from_flop=0, to_flop=500)
     running.begin_attempt()
-    with leased(running) as lease:
+    with leased(running.lease) as lease:
         lease.report(step=7, steps=10, spent_flop=700, budget_flop=1000.0, seconds_left=60.0)
         lease.beat()
         jobs = {each.path.name: job for each in (retried, requeued, queued)}
@@ -170,7 +170,7 @@ def test_an_attempt_without_an_end_gains_no_hours(sweep):
     run = directories(sweep)[0]
     attempt(run, 0, None)
     run.begin_attempt()
-    with leased(run):
+    with leased(run.lease):
         assert survey(sweep, {})[0].device_hours < 1
 
 
@@ -217,7 +217,7 @@ def test_accounting_explains_an_end_without_a_message(sweep, queue):
 @pytest.mark.parametrize("width", [80, 100])
 def test_the_table_explains_states_in_a_narrow_terminal(sweep, width):
     attempt(directories(sweep)[0], 0, 1, ended="failed", reason="ValueError: broken")
-    with leased(directories(sweep)[0]) as lease:
+    with leased(directories(sweep)[0].lease) as lease:
         lease.beat()
         statuses = survey(sweep, {})
     console = Console(width=width, record=True, file=io.StringIO())

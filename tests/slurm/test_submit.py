@@ -244,7 +244,7 @@ def test_nothing_is_submitted_twice_and_cancelled_runs_are_submitted_again(lab, 
     assert sorted(process.returncode for process in both) in ([0, 0], [0, 2]), outputs
     assert len(lab.queued("once")) == 6, outputs
     for output in outputs:
-        assert "submitted 6 runs" in output or "0 to submit" in output or "another submit" in output
+        assert "submitted 6 runs" in output or "0 to submit" in output or "another process is" in output
     assert "6 queued; 0 to submit" in lab.sweep("submit", sweep)
     lab.sweep("cancel", sweep, "--yes")
     until(lambda: not lab.queued("once"))
