@@ -26,10 +26,11 @@ def prefetch(sweep: Sweep, scores: Sequence[str] = ()) -> int:
     fetched, and for a source that cannot be read.
     """
     tasks = [task_of(name) for name in names_of(scores) if name != HELD_OUT]
-    backbones = {(run.backbone.name, run.backbone.revision): run.backbone.weights for run in sweep.runs}
-    for (name, revision), weights in backbones.items():
+    backbones = [run.backbone for run in sweep.runs]
+    pretrained = {(each.name, each.revision) for each in backbones if each.weights == "pretrained"}
+    for name, revision in dict.fromkeys((each.name, each.revision) for each in backbones):
         if not Path(name).is_dir():
-            _fetch(name, revision, weights == "pretrained")
+            _fetch(name, revision, weights=(name, revision) in pretrained)
     for name in sorted({run.data.tokenizer for run in sweep.runs if run.data.tokenizer}):
         if not Path(name).is_dir():
             _fetch(name, None, weights=False)
