@@ -39,6 +39,7 @@ from slurm.tables import Narrowed, duration
 
 SILENT = "ended without a message"
 BLOCKED = "cannot be run"
+ROWS = 20  # of a table of running runs or a list of damaged files, at most
 
 
 class RunState(StrEnum):
@@ -256,12 +257,10 @@ def explained(statuses: Sequence[RunStatus], scheduler: Scheduler) -> list[RunSt
     ]
 
 
-def render(
-    sweep: Sweep, plan: SweepPlan, statuses: Sequence[RunStatus], jobs: Mapping[str, Job] | None, rows: int = 20
-) -> Group:
+def render(sweep: Sweep, plan: SweepPlan, statuses: Sequence[RunStatus], jobs: Mapping[str, Job] | None) -> Group:
     """Return the status as tables: counts by state, running runs, and the reasons of stopped and failed runs.
 
-    A table of running runs has at most `rows` rows. `jobs` is None if the queue cannot be asked.
+    `jobs` is None if the queue cannot be asked.
     """
     blocked = {each.run_id for each in plan.blocked}
     by_state: dict[str, list[RunStatus]] = defaultdict(list)
@@ -269,7 +268,7 @@ def render(
         by_state[BLOCKED if each.run_id in blocked and each.state == RunState.MISSING else each.state].append(each)
     parts: list[RenderableType] = [_counts(sweep, by_state)]
     if by_state[RunState.RUNNING]:
-        parts.append(_running(by_state[RunState.RUNNING], rows))
+        parts.append(_running(by_state[RunState.RUNNING]))
     for state in (RunState.PREEMPTED, RunState.INTERRUPTED, RunState.FAILED, RunState.DIVERGED):
         if by_state[state]:
             parts += _grouped(state, by_state[state])
@@ -282,11 +281,11 @@ def render(
     return Group(*parts)
 
 
-def damage(sweep: Sweep, statuses: Sequence[RunStatus], rows: int = 20) -> list[str]:
-    """Return a line for each damaged file of these runs and of the sweep's submissions; at most `rows` lines."""
+def damage(sweep: Sweep, statuses: Sequence[RunStatus]) -> list[str]:
+    """Return a line for each damaged file of these runs and of the sweep's submissions; at most `ROWS` lines."""
     files = [each.reason or "" for each in statuses if each.state == RunState.DAMAGED]
     files += map(str, Submissions(sweep.folder).damaged())
-    return [f"damaged: {line}" for line in shortened(files, rows)]
+    return [f"damaged: {line}" for line in shortened(files, ROWS)]
 
 
 def _counts(sweep: Sweep, by_state: Mapping[str, list[RunStatus]]) -> Narrowed:
@@ -317,11 +316,11 @@ def _sums(members: Sequence[RunStatus]) -> list[str]:
     ]
 
 
-def _running(members: Sequence[RunStatus], rows: int) -> Narrowed:
+def _running(members: Sequence[RunStatus]) -> Narrowed:
     table = Table(title="running", title_justify="left")
     for name in ("run", "spent", "of FLOP", "left", "attempt", "host", "job"):
         table.add_column(name, justify="left" if name in ("run", "host", "job") else "right", no_wrap=True)
-    for each in members[:rows]:
+    for each in members[:ROWS]:
         table.add_row(
             each.run_id,
             f"{each.spent_flop / each.budget_flop:.0%}",
@@ -331,8 +330,8 @@ def _running(members: Sequence[RunStatus], rows: int) -> Narrowed:
             each.host or "",
             each.job_id or "",
         )
-    if len(members) > rows:
-        table.add_row(f"and {len(members) - rows:,} more")
+    if len(members) > ROWS:
+        table.add_row(f"and {len(members) - ROWS:,} more")
     return Narrowed(table, "job", "attempt", "host", "of FLOP")
 
 

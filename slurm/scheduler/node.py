@@ -154,7 +154,7 @@ def _go_on_later(
     if answer == Requeue.UNREACHABLE:
         # The scheduler requeues a preempted job once it has killed it. At the time limit it requeues nothing.
         print(f"{allocation.node} cannot ask the scheduler: {by_itself}", flush=True)
-        _stay(PATIENCE_SECONDS if stop.deadline is None else min(PATIENCE_SECONDS, stop.deadline - time.time()))
+        _stay(min(PATIENCE_SECONDS, end - orders.warning_seconds - time.time()))
     if answer in (Requeue.REFUSED, Requeue.PREEMPTED):
         print(f"the scheduler refuses to requeue: {by_itself}", flush=True)
         _stay(PATIENCE_SECONDS if answer == Requeue.PREEMPTED else 0)
