@@ -11,6 +11,7 @@ from pathlib import Path
 from embedscale.data.prepare import prepare
 from embedscale.errors import DONE, UserError
 from embedscale.serving.tasks import HELD_OUT, load_data, names_of, task_of
+from embedscale.texts import counted
 from slurm import grid
 from slurm.grid import Sweep
 from slurm.tables import size
@@ -57,7 +58,8 @@ def _fetch(name: str, revision: str | None, weights: bool) -> None:
                 f"backbone.name: the repository {name!r} has no weights; set backbone.weights=random or another name"
             )
     files = [file for file in folder.rglob("*") if file.is_file()]
-    print(f"{name}: {len(files)} files, {size(sum(file.stat().st_size for file in files))} in {folder}", flush=True)
+    total = size(sum(file.stat().st_size for file in files))
+    print(f"{name}: {counted(len(files), 'file')}, {total} in {folder}", flush=True)
 
 
 def _download(name: str, revision: str | None, patterns: Sequence[str]) -> Path:

@@ -27,6 +27,7 @@ from embedscale.run.directory import RunDirectory
 from embedscale.run.lease import lease_holder
 from embedscale.run.record import AttemptRecord, Damaged, RunRecord
 from embedscale.terminal import console, reader_left, shortened
+from embedscale.texts import counted
 from embedscale.values import print_json
 from slurm import grid
 from slurm.grid import Sweep
@@ -289,7 +290,7 @@ def damage(sweep: Sweep, statuses: Sequence[RunStatus]) -> list[str]:
 
 
 def _counts(sweep: Sweep, by_state: Mapping[str, list[RunStatus]]) -> Narrowed:
-    table = Table(title=f"{sweep.name}: {len(sweep.by_id):,} runs in {sweep.folder}", title_justify="left")
+    table = Table(title=f"{sweep.name}: {counted(len(sweep.by_id), 'run')} in {sweep.folder}", title_justify="left")
     for name in ("state", "runs", "attempts", "FLOP spent", "of budget", "device-hours", "wasted"):
         table.add_column(name, justify="left" if name == "state" else "right", no_wrap=True)
     table.add_column("meaning", min_width=24)
@@ -357,12 +358,13 @@ def _notes(sweep: Sweep, plan: SweepPlan, done: Sequence[RunStatus]) -> Iterable
     estimated = sum(plan.by_id[each.run_id].gpu_hours for each in done)
     used = sum(each.device_hours for each in done)
     if done and estimated:
-        yield f"Estimate: {estimated:,.2f} device-hours for the {len(done):,} runs done; they took {used:,.2f}."
+        runs = counted(len(done), "run")
+        yield f"Estimate: {estimated:,.2f} device-hours for the {runs} done; {used:,.2f} were used."
     others = sum(
         RunDirectory(sweep.folder / name).attempts.exists() for name in _names(sweep.folder) - set(sweep.by_id)
     )
     if others:
-        yield f"{others:,} other runs in {sweep.folder} do not belong to this sweep file."
+        yield f"{counted(others, 'other run')} in {sweep.folder}: not of this sweep file."
 
 
 def command(args: Namespace) -> int:

@@ -62,7 +62,7 @@ def choose(sweep: Sweep, plan: SweepPlan, jobs: Mapping[str, Job] | None, wish: 
     else:
         chosen, counts, what = _to_train(sweep, plan, jobs, wish.retry_failed)
     states = ", ".join(f"{count:,} {state}" for state, count in sorted(counts.items()))
-    print(f"{sweep.name}: {len(sweep.by_id):,} runs: {states}; {len(chosen):,} {what}")
+    print(f"{sweep.name}: {counted(len(sweep.by_id), 'run')}: {states}; {len(chosen):,} {what}")
     refuse_above(SweepPlan(sweep, chosen), wish.max_gpu_hours)
     return chosen
 
@@ -103,7 +103,7 @@ def _to_score(
             counts["without all scores"] += 1
             alone = replace(run, resources=replace(run.resources, nodes=1, devices=1, shard=False))
             chosen.append(replace(plan.by_id[run_id], run=alone, seconds=TASK_SECONDS * len(missing)))
-    return chosen, counts, f"to score on {len(names)} tasks"
+    return chosen, counts, f"to score on {counted(len(names), 'task')}"
 
 
 def submit(sweep: Sweep, plan: SweepPlan, scheduler: Scheduler, wish: Wish) -> int:

@@ -38,6 +38,7 @@ from embedscale.progress import Bar
 from embedscale.run.directory import LEASE, RunDirectory, finished
 from embedscale.run.lease import leased
 from embedscale.run.stop import StopRequest
+from embedscale.texts import counted
 from embedscale.values import Count, Value, sound
 
 if TYPE_CHECKING:
@@ -125,7 +126,7 @@ def _encode(run: str, files: list[Path], folder: Path, column: str, form: str, t
     if not number:
         raise UserError(f"{what}: no text")
     if blanks:
-        print(f"{what}: {blanks:,} blank texts; they get {'rows of zeros' if blank == 'zero' else 'no row'}")
+        print(f"{what}: {counted(blanks, 'blank text')}; each gets {'a row of zeros' if blank == 'zero' else 'no row'}")
     from embedscale.model.hardware import keep_freed_memory  # with torch, after all that can be wrong without it
     from embedscale.serving.embedder import Embedder
 
@@ -174,7 +175,8 @@ def _encode_parts(
                 encoding = replace(encoding, parts=[*encoding.parts[:part], digest, *encoding.parts[part + 1 :]])
                 encoding.write(folder / INDEX)
             part += 1
-    print(f"{folder}: {encoding.texts:,} embeddings of {encoding.width} numbers in {part} files")
+    made = f"{counted(encoding.texts, 'embedding')} of {encoding.width} numbers"
+    print(f"{folder}: {made} in {counted(part, 'file')}")
     return DONE
 
 

@@ -68,6 +68,7 @@ def test_a_dry_run_prints_the_script_and_writes_nothing(laptop, programs, capsys
     assert ("#SBATCH --gpus-per-node=h100:2" in lines) != bool(options)
     (command,) = (line for line in lines if line.startswith("srun "))
     assert ' container exec --bind "$HOME" image.sif /opt/python -u -c ' in command
+    assert "# Shortened: in place of '(embedscale/code.py)', the script has the text of this file." in lines
     assert lines[-1] == "would submit 2 runs as 2 jobs in 1 array"
     assert sum(run.run_id in line for line in lines for run in grid.load(sweep).runs) == 2
     assert not (laptop.folder / "runs").exists()

@@ -233,10 +233,10 @@ def test_only_run_directories_count_as_other_runs(sweep, tmp_path, capsys):
         (sweep.folder / name).parent.mkdir(parents=True, exist_ok=True)
         (sweep.folder / name).touch()
     assert main(["sweep", "status", str(tmp_path / "small.yaml")]) == 0
-    assert "other runs in" not in capsys.readouterr().out
+    assert "other run" not in capsys.readouterr().out
     attempt(RunDirectory(sweep.folder / "of_another_file"), 0, 1, ended="failed")
     assert main(["sweep", "status", str(tmp_path / "small.yaml")]) == 0
-    assert "1 other runs in" in capsys.readouterr().out
+    assert "1 other run in" in capsys.readouterr().out
 
 
 def test_failures_are_grouped_by_reason(sweep, capsys):
@@ -254,7 +254,7 @@ def test_the_estimate_is_shown_beside_the_used_hours(sweep, capsys, tmp_path):
     assert main(["sweep", "status", str(tmp_path / "small.yaml")]) == 0
     estimated = plan_sweep(sweep).estimates[0].gpu_hours
     text = capsys.readouterr().out
-    assert f"Estimate: {estimated:,.2f} device-hours for the 1 runs done; they took 7.25." in text
+    assert f"Estimate: {estimated:,.2f} device-hours for the 1 run done; 7.25 were used." in text
 
 
 def test_watch_ends_when_all_runs_have_ended(sweep, tmp_path, capsys):
