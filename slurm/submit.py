@@ -125,19 +125,18 @@ def submit(sweep: Sweep, plan: SweepPlan, scheduler: Scheduler, wish: Wish) -> i
         _refuse_brief_jobs(arrays, sweep.cluster.warning_seconds)
         avoid = _avoided(submissions)
         deliver: Callable[[Request], str]
-        if lease is None:
+        if lease is None:  # a dry run
             copy, deliver = submissions.code / digest_of(files_of(ROOT)), partial(_show, scheduler)
         else:
             copy, facts = snapshot(submissions.code)
             deliver = partial(_send, scheduler, submissions, lease, facts)
         sent: dict[str, str] = {}
         shares = throttles(arrays, sweep.cluster.max_gpus, _held(submissions, jobs))
-        for index, (array, (parallel, after)) in enumerate(zip(arrays, shares, strict=True)):
-            name, waited = f"{sweep.name}-{uuid.uuid4().hex[:8]}", tuple(sent.get(job, job) for job in after)
+        for index, (array, (parallel, holders)) in enumerate(zip(arrays, shares, strict=True)):
+            name, after = f"{sweep.name}-{uuid.uuid4().hex[:8]}", tuple(sent.get(job, job) for job in holders)
+            request = Request(name, array, sweep.cluster, node.work, parallel, after, avoid, copy)
             try:
-                sent[f"#{index}"] = deliver(
-                    Request(name, array, sweep.cluster, node.work, parallel, after=waited, avoid=avoid, code=copy)
-                )
+                sent[f"#{index}"] = deliver(request)
             except UserError as error:
                 done = ", ".join(sent.values()) or "none"
                 raise UserError(f"{error}; submitted before: {done}; submit again for the rest") from None

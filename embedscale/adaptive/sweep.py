@@ -159,23 +159,12 @@ def go_on(
 ) -> int:
     """Choose and run rounds until the recipe is good enough or the money is spent; print each choice.
 
-    With `dry`, only the next round is chosen and given to `run`, which shows it, and nothing is written.
-
     All runs of the grid that have finished count, whoever made them; the money pays those that are chosen here. Returns
     an exit status, that of `run` where it was interrupted. Raises UserError if the sweep's choices have another budget.
-    The cluster's `on_done` runs when the sweep has ended, not when a round has.
+    The cluster's `on_done` runs when the sweep has ended, not when a round has. With `dry`, only the next round is
+    chosen and given to `run`, which shows it, and nothing is written.
     """
-    pool = pool_of(plan, budget, money)
-    design = Design(pool)
-    choices = Choices.of(sweep.folder) or Choices(
-        budget, money.amount, money.unit, min(sweep.cluster.max_gpus, WIDEST), ()
-    )  # fmt: skip
-    if (choices.budget_flop, choices.unit) != (budget, money.unit):
-        raise UserError(
-            f"{sweep.folder / FILE}: the runs were chosen for {number(choices.budget_flop)} FLOP and paid in "
-            f"{choices.unit}; give the same --for and unit of --spend, or another name to the sweep"
-        )
-    choices = replace(choices, money=money.amount)
+    design, choices = Design(pool_of(plan, budget, money)), _begun(sweep, budget, money)
     silent = replace(sweep, cluster=replace(sweep.cluster, on_done=None))
     retried: Collection[str] = ()
     while True:
@@ -197,11 +186,10 @@ def go_on(
                 return code or INTERRUPTED
             if all(ended[run_id] in (RunState.FAILED, RunState.DAMAGED) for run_id in left):
                 print("every run of this round failed; `embedscale sweep status` says why")
-                _tell(sweep, choices)
+                _tell_end(sweep, choices)
                 return FAILED
             continue
-        belief = design.belief(losses)
-        answer = design.answer(belief) if losses else None
+        answer = design.answer(design.belief(losses)) if losses else None
         lost = [run_id for run_id, state in states.items() if state in ENDED and run_id not in losses]
         recent = [each.regret for each in choices.rounds[1 - ROUNDS :]] + [answer.regret if answer else None]
         sure = len(recent) == ROUNDS and all(each is not None and each < ENOUGH for each in recent)
@@ -212,9 +200,9 @@ def go_on(
             if not dry:
                 _keep(sweep, replace(choices, end=end))
                 if choices.end is None:  # else an earlier call has told it
-                    _tell(sweep, choices)
+                    _tell_end(sweep, choices)
             return DONE
-        price = {each.run: each.cost for each in pool.candidates}
+        price = {each.run: each.cost for each in design.pool.candidates}
         chosen = tuple(ChosenRun(each.run, each.why, price[each.run], each.is_check) for each in batch)
         best, regret = (describe(answer.best), answer.regret) if answer else (None, None)
         choices = replace(choices, rounds=(*choices.rounds, Round(chosen, len(losses), best, regret)), end=None)
@@ -223,12 +211,24 @@ def go_on(
         print("\n".join(choices.round_lines(-1 % len(choices.rounds))), flush=True)
 
 
+def _begun(sweep: Sweep, budget: float, money: Money) -> Choices:
+    """Return the choices so far, with the money of this call. Raises UserError if they were made for another budget."""
+    width = min(sweep.cluster.max_gpus, WIDEST)
+    choices = Choices.of(sweep.folder) or Choices(budget, money.amount, money.unit, width)
+    if (choices.budget_flop, choices.unit) != (budget, money.unit):
+        raise UserError(
+            f"{sweep.folder / FILE}: the runs were chosen for {number(choices.budget_flop)} FLOP and paid in "
+            f"{choices.unit}; give the same --for and unit of --spend, or another name to the sweep"
+        )
+    return replace(choices, money=money.amount)
+
+
 def _keep(sweep: Sweep, choices: Choices) -> None:
     sweep.folder.mkdir(parents=True, exist_ok=True)
     choices.write(sweep.folder / FILE)
 
 
-def _tell(sweep: Sweep, choices: Choices) -> None:
+def _tell_end(sweep: Sweep, choices: Choices) -> None:
     """Run the cluster's `on_done` if all chosen runs have ended."""
     tell_if_over(Submissions(sweep.folder), sweep.cluster.on_done, [each.run for each in choices.runs])
 
