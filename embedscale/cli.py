@@ -126,18 +126,21 @@ def _config(args: argparse.Namespace) -> Any:
 
 
 def _grid(file: str) -> Any:
-    """Return the runs of a sweep file as a table for the analysis, which knows neither settings nor sweeps."""
+    """Return the runs of a sweep file as a table for the analysis, which knows neither settings nor sweeps.
+
+    Raise UserError if none of them can be run.
+    """
     import pandas as pd
 
     from embedscale.run.cost import cost_of
+    from embedscale.texts import counted
     from slurm import grid
     from slurm.cluster import shape_of
 
     rows, refused = [], 0
     for run in grid.load(file).runs:
-        shape = shape_of(run.backbone.name)
         try:
-            cost = cost_of(shape, run.method)
+            cost = cost_of(shape_of(run.backbone.name, run.backbone.revision), run.method)
         except UserError:
             refused += 1
             continue
@@ -146,8 +149,10 @@ def _grid(file: str) -> Any:
             | {"flop_per_token": cost.flop_per_token, "trainable_fraction": cost.trainable_fraction}
             | {"rank": run.method.rank, "learning_rate": run.training.learning_rate, "seed": run.training.seed}
         )
+    if not rows:
+        raise UserError(f"{file}: none of its {counted(refused, 'run')} can be run; `embedscale sweep plan` says why")
     if refused:
-        print(f"left out: {refused} runs whose method does not fit their backbone; `embedscale sweep plan` lists them")
+        print(f"left out: {counted(refused, 'run')} that cannot be run; `embedscale sweep plan` says why")
     return pd.DataFrame(rows).astype({"rank": float, "learning_rate": float})
 
 

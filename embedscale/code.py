@@ -52,17 +52,21 @@ class Source:
 
 def source_of(root: Path) -> Source:
     """Return the source of the code in a folder: a checkout, a job's copy of one, or an installed package."""
-    digest = digest_of(files_of(root))
+    return Source(digest_of(files_of(root)), *commit_of(root))
+
+
+def commit_of(root: Path) -> tuple[str | None, bool]:
+    """Return the commit of the code in a folder, None for an installed package, and whether it was changed since."""
     if (root / FACTS).exists():  # a copy may lie in a checkout, whose commit says nothing about it
         try:
             facts = json.loads((root / FACTS).read_text())
-            return Source(digest, facts["commit"] or None, bool(facts["dirty"]))
+            return facts["commit"] or None, bool(facts["dirty"])
         except (OSError, ValueError, TypeError, KeyError):
-            return Source(digest, None, False)
+            return None, False
     if Path(git(root, "rev-parse", "--show-toplevel").strip() or "/") != root.resolve():
-        return Source(digest, None, False)
+        return None, False
     changes = git(root, "status", "--porcelain", "--", *PACKAGES)
-    return Source(digest, git(root, "rev-parse", "HEAD").strip() or None, bool(changes))
+    return git(root, "rev-parse", "HEAD").strip() or None, bool(changes)
 
 
 def git(root: Path, *words: str) -> str:

@@ -82,8 +82,9 @@ def short_name(name: str) -> str:
 
 
 def counted(count: int, noun: str) -> str:
-    """Return "1 job", "2 jobs" or "2,500 jobs"."""
-    return f"{count:,} {noun}{'s' * (count != 1)}"
+    """Return "1 job", "2,500 jobs" or "2 processes"."""
+    plural = "es" if noun.endswith("s") else "s"
+    return f"{count:,} {noun}{plural * (count != 1)}"
 
 
 def apart(difference: float, other: str) -> str:

@@ -4,6 +4,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 
 from embedscale.errors import DONE, UserError
+from embedscale.texts import counted
 from slurm import grid
 from slurm.grid import Sweep
 from slurm.scheduler.choice import scheduler_of
@@ -32,7 +33,7 @@ def cancel(sweep: Sweep, scheduler: Scheduler, confirmed: bool = False) -> None:
     if not handles and not processes:
         print(f"{sweep.name}: no job in the queue; nothing to cancel")
         return
-    what = [f"{len(processes)} processes on this machine"] if processes else []
+    what = [f"{counted(len(processes), 'process')} on this machine"] if processes else []
     if handles:
         what += _described(sweep, {run_id: job for run_id, job in (jobs or {}).items() if job.handle in handles})
     print(f"{sweep.name}: {'; '.join(what)}.")
@@ -42,15 +43,16 @@ def cancel(sweep: Sweep, scheduler: Scheduler, confirmed: bool = False) -> None:
         return
     here.cancel([job.id for job in processes])
     scheduler.cancel(handles)
-    asked = f", asked {len(processes)} processes to save and stop" if processes else ""
-    print(f"cancelled {len(handles):,} jobs{asked}")
+    asked = f", asked {counted(len(processes), 'process')} to save and stop" if processes else ""
+    print(f"cancelled {counted(len(handles), 'job')}{asked}")
 
 
 def _described(sweep: Sweep, going: dict[str, Job]) -> Sequence[str]:
     """Return what would be cancelled: jobs, their runs, and how many of these runs the sweep file does not have."""
     jobs = len({job.handle for job in going.values()})
     running = sum(job.running for job in going.values())
-    parts = [f"{jobs:,} jobs with {len(going):,} runs, {running:,} of them in jobs that run now"]
+    what = f"{counted(jobs, 'job')} with {counted(len(going), 'run')}"
+    parts = [f"{what}, {running:,} of them in jobs that run now"]
     if others := len(going.keys() - sweep.by_id.keys()):
         parts.append(f"{others:,} of these runs are not in this command, but share a job with one that is")
     return parts

@@ -11,6 +11,7 @@ from pathlib import Path
 from embedscale.data.prepare import prepare
 from embedscale.errors import DONE, UserError
 from embedscale.serving.tasks import HELD_OUT, load_data, names_of, task_of
+from embedscale.texts import counted
 from slurm import grid
 from slurm.grid import Sweep
 from slurm.tables import size
@@ -26,10 +27,11 @@ def prefetch(sweep: Sweep, scores: Sequence[str] = ()) -> int:
     fetched, and for a source that cannot be read.
     """
     tasks = [task_of(name) for name in names_of(scores) if name != HELD_OUT]
-    backbones = {(run.backbone.name, run.backbone.revision): run.backbone.weights for run in sweep.runs}
-    for (name, revision), weights in backbones.items():
+    backbones = [run.backbone for run in sweep.runs]
+    pretrained = {(each.name, each.revision) for each in backbones if each.weights == "pretrained"}
+    for name, revision in dict.fromkeys((each.name, each.revision) for each in backbones):
         if not Path(name).is_dir():
-            _fetch(name, revision, weights == "pretrained")
+            _fetch(name, revision, weights=(name, revision) in pretrained)
     for name in sorted({run.data.tokenizer for run in sweep.runs if run.data.tokenizer}):
         if not Path(name).is_dir():
             _fetch(name, None, weights=False)
@@ -56,7 +58,8 @@ def _fetch(name: str, revision: str | None, weights: bool) -> None:
                 f"backbone.name: the repository {name!r} has no weights; set backbone.weights=random or another name"
             )
     files = [file for file in folder.rglob("*") if file.is_file()]
-    print(f"{name}: {len(files)} files, {size(sum(file.stat().st_size for file in files))} in {folder}", flush=True)
+    total = size(sum(file.stat().st_size for file in files))
+    print(f"{name}: {counted(len(files), 'file')}, {total} in {folder}", flush=True)
 
 
 def _download(name: str, revision: str | None, patterns: Sequence[str]) -> Path:

@@ -27,6 +27,7 @@ from embedscale.run.directory import RunDirectory
 from embedscale.run.lease import lease_holder
 from embedscale.run.record import AttemptRecord, Damaged, RunRecord
 from embedscale.terminal import console, reader_left, shortened
+from embedscale.texts import counted
 from embedscale.values import print_json
 from slurm import grid
 from slurm.grid import Sweep
@@ -39,6 +40,7 @@ from slurm.tables import Narrowed, duration
 
 SILENT = "ended without a message"
 BLOCKED = "cannot be run"
+ROWS = 20  # of a table of running runs or a list of damaged files, at most
 
 
 class RunState(StrEnum):
@@ -256,12 +258,10 @@ def explained(statuses: Sequence[RunStatus], scheduler: Scheduler) -> list[RunSt
     ]
 
 
-def render(
-    sweep: Sweep, plan: SweepPlan, statuses: Sequence[RunStatus], jobs: Mapping[str, Job] | None, rows: int = 20
-) -> Group:
+def render(sweep: Sweep, plan: SweepPlan, statuses: Sequence[RunStatus], jobs: Mapping[str, Job] | None) -> Group:
     """Return the status as tables: counts by state, running runs, and the reasons of stopped and failed runs.
 
-    A table of running runs has at most `rows` rows. `jobs` is None if the queue cannot be asked.
+    `jobs` is None if the queue cannot be asked.
     """
     blocked = {each.run_id for each in plan.blocked}
     by_state: dict[str, list[RunStatus]] = defaultdict(list)
@@ -269,7 +269,7 @@ def render(
         by_state[BLOCKED if each.run_id in blocked and each.state == RunState.MISSING else each.state].append(each)
     parts: list[RenderableType] = [_counts(sweep, by_state)]
     if by_state[RunState.RUNNING]:
-        parts.append(_running(by_state[RunState.RUNNING], rows))
+        parts.append(_running(by_state[RunState.RUNNING]))
     for state in (RunState.PREEMPTED, RunState.INTERRUPTED, RunState.FAILED, RunState.DIVERGED):
         if by_state[state]:
             parts += _grouped(state, by_state[state])
@@ -282,15 +282,15 @@ def render(
     return Group(*parts)
 
 
-def damage(sweep: Sweep, statuses: Sequence[RunStatus], rows: int = 20) -> list[str]:
-    """Return a line for each damaged file of these runs and of the sweep's submissions; at most `rows` lines."""
+def damage(sweep: Sweep, statuses: Sequence[RunStatus]) -> list[str]:
+    """Return a line for each damaged file of these runs and of the sweep's submissions; at most `ROWS` lines."""
     files = [each.reason or "" for each in statuses if each.state == RunState.DAMAGED]
     files += map(str, Submissions(sweep.folder).damaged())
-    return [f"damaged: {line}" for line in shortened(files, rows)]
+    return [f"damaged: {line}" for line in shortened(files, ROWS)]
 
 
 def _counts(sweep: Sweep, by_state: Mapping[str, list[RunStatus]]) -> Narrowed:
-    table = Table(title=f"{sweep.name}: {len(sweep.by_id):,} runs in {sweep.folder}", title_justify="left")
+    table = Table(title=f"{sweep.name}: {counted(len(sweep.by_id), 'run')} in {sweep.folder}", title_justify="left")
     for name in ("state", "runs", "attempts", "FLOP spent", "of budget", "device-hours", "wasted"):
         table.add_column(name, justify="left" if name == "state" else "right", no_wrap=True)
     table.add_column("meaning", min_width=24)
@@ -317,11 +317,11 @@ def _sums(members: Sequence[RunStatus]) -> list[str]:
     ]
 
 
-def _running(members: Sequence[RunStatus], rows: int) -> Narrowed:
+def _running(members: Sequence[RunStatus]) -> Narrowed:
     table = Table(title="running", title_justify="left")
     for name in ("run", "spent", "of FLOP", "left", "attempt", "host", "job"):
         table.add_column(name, justify="left" if name in ("run", "host", "job") else "right", no_wrap=True)
-    for each in members[:rows]:
+    for each in members[:ROWS]:
         table.add_row(
             each.run_id,
             f"{each.spent_flop / each.budget_flop:.0%}",
@@ -331,8 +331,8 @@ def _running(members: Sequence[RunStatus], rows: int) -> Narrowed:
             each.host or "",
             each.job_id or "",
         )
-    if len(members) > rows:
-        table.add_row(f"and {len(members) - rows:,} more")
+    if len(members) > ROWS:
+        table.add_row(f"and {len(members) - ROWS:,} more")
     return Narrowed(table, "job", "attempt", "host", "of FLOP")
 
 
@@ -358,22 +358,24 @@ def _notes(sweep: Sweep, plan: SweepPlan, done: Sequence[RunStatus]) -> Iterable
     estimated = sum(plan.by_id[each.run_id].gpu_hours for each in done)
     used = sum(each.device_hours for each in done)
     if done and estimated:
-        yield f"Estimate: {estimated:,.2f} device-hours for the {len(done):,} runs done; they took {used:,.2f}."
+        runs = counted(len(done), "run")
+        yield f"Estimate: {estimated:,.2f} device-hours for the {runs} done; {used:,.2f} were used."
     others = sum(
         RunDirectory(sweep.folder / name).attempts.exists() for name in _names(sweep.folder) - set(sweep.by_id)
     )
     if others:
-        yield f"{others:,} other runs in {sweep.folder} do not belong to this sweep file."
+        yield f"{counted(others, 'other run')} in {sweep.folder}: not of this sweep file."
 
 
 def command(args: Namespace) -> int:
     """`embedscale sweep status SWEEP.yaml [key=value …]`."""
     sweep = grid.load(args.sweep, args.words)
     scheduler = scheduler_of(sweep.cluster.scheduler, sweep.folder)
-    jobs = Submissions(sweep.folder).jobs_by_run(scheduler.jobs())
+    queue = scheduler.jobs()
+    jobs = Submissions(sweep.folder).jobs_by_run(queue)
     statuses = explained(survey(sweep, jobs), scheduler)
     if args.json:
-        print_json(SweepStatus(sweep.name, sweep.folder, jobs is not None, statuses))
+        print_json(SweepStatus(sweep.name, sweep.folder, queue is not None, statuses))
         return DONE
     console(150).print(render(sweep, plan_sweep(sweep), statuses, jobs))
     for line in damage(sweep, statuses):
@@ -395,12 +397,14 @@ def watch(args: Namespace) -> int:
     sweep = grid.load(args.sweep, args.words)
     scheduler = scheduler_of(sweep.cluster.scheduler, sweep.folder)
     plan = plan_sweep(sweep)
+    blocked = {each.run_id for each in plan.blocked}
     output, last, over = console(150), "", False
     with suppress(KeyboardInterrupt), Live(console=output, auto_refresh=False) as live:
         while True:
             jobs = Submissions(sweep.folder).jobs_by_run(scheduler.jobs())
             statuses = survey(sweep, jobs)
-            over = reader_left() or not _waits(sweep, statuses, jobs)
+            awaited = [each for each in statuses if each.state != RunState.MISSING or each.run_id not in blocked]
+            over = reader_left() or not _waits(sweep, awaited, jobs)
             shown = Group(render(sweep, plan, statuses, jobs), *damage(sweep, statuses))
             if output.is_terminal:
                 live.update(shown, refresh=True)
@@ -412,8 +416,7 @@ def watch(args: Namespace) -> int:
             if over:
                 break
             time.sleep(args.every)
-    left = {each.run_id for each in statuses if each.state in (RunState.INTERRUPTED, RunState.MISSING)}
-    if over and left - {each.run_id for each in plan.blocked}:
+    if over and {each.state for each in awaited} & {RunState.INTERRUPTED, RunState.MISSING}:
         print("nothing runs or waits; `embedscale sweep submit` goes on with the rest")
     return DONE
 
@@ -426,7 +429,10 @@ def counts_line(sweep: Sweep, statuses: Sequence[RunStatus]) -> str:
 
 def _waits(sweep: Sweep, statuses: Sequence[RunStatus], jobs: Mapping[str, Job] | None) -> bool:
     """Return whether a run may still change its state without another submit."""
-    states = {each.state for each in statuses}
-    if states & {RunState.RUNNING, RunState.QUEUED, RunState.PREEMPTED} or Local(sweep.folder).jobs():
-        return True
-    return jobs is None and not states <= set(ENDED)  # a queue that cannot be asked may hold the others
+    states, here = {each.state for each in statuses}, Local(sweep.folder)
+    if states <= set(ENDED):
+        return False
+    if jobs is None or states & {RunState.RUNNING, RunState.QUEUED, RunState.PREEMPTED}:
+        return True  # a queue that cannot be asked may hold the others
+    # A process of another host may have left its note behind. If it lives, its run's lease says so.
+    return any(job.host == here.host for job in here.jobs())

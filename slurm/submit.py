@@ -8,14 +8,15 @@ import shlex
 import uuid
 from argparse import Namespace
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 
-from embedscale.code import ROOT, source_of
+from embedscale.code import ROOT, digest_of, files_of
 from embedscale.errors import DONE, FAILED, INTERRUPTED, UserError, allowed
 from embedscale.run.directory import RunDirectory
-from embedscale.run.lease import Lease
+from embedscale.run.lease import Lease, leased
 from embedscale.run.record import Damaged
 from embedscale.texts import counted
 from slurm import grid
@@ -61,7 +62,7 @@ def choose(sweep: Sweep, plan: SweepPlan, jobs: Mapping[str, Job] | None, wish: 
     else:
         chosen, counts, what = _to_train(sweep, plan, jobs, wish.retry_failed)
     states = ", ".join(f"{count:,} {state}" for state, count in sorted(counts.items()))
-    print(f"{sweep.name}: {len(sweep.by_id):,} runs: {states}; {len(chosen):,} {what}")
+    print(f"{sweep.name}: {counted(len(sweep.by_id), 'run')}: {states}; {len(chosen):,} {what}")
     refuse_above(SweepPlan(sweep, chosen), wish.max_gpu_hours)
     return chosen
 
@@ -102,7 +103,7 @@ def _to_score(
             counts["without all scores"] += 1
             alone = replace(run, resources=replace(run.resources, nodes=1, devices=1, shard=False))
             chosen.append(replace(plan.by_id[run_id], run=alone, seconds=TASK_SECONDS * len(missing)))
-    return chosen, counts, f"to score on {len(names)} tasks"
+    return chosen, counts, f"to score on {counted(len(names), 'task')}"
 
 
 def submit(sweep: Sweep, plan: SweepPlan, scheduler: Scheduler, wish: Wish) -> int:
@@ -111,60 +112,31 @@ def submit(sweep: Sweep, plan: SweepPlan, scheduler: Scheduler, wish: Wish) -> i
     Raises UserError if the queue cannot be asked, another submit is at work, or the scheduler refuses. The message then
     names the arrays that were submitted before: they stay in the queue, and the next submit knows them.
     """
-    submissions = Submissions(sweep.folder)
-    limits = scheduler.limits()
+    submissions, limits = Submissions(sweep.folder), scheduler.limits()
     if limits is None:
         raise UserError(f"--to {sweep.cluster.scheduler}: this machine cannot submit to it; allowed: here")
-    with nullcontext() if wish.dry else _alone(submissions) as lease:
-        queue = scheduler.jobs()
-        if queue is None and wish.dry:
-            print(f"{sweep.cluster.scheduler}: the queue cannot be asked; shown as if no job of yours were in it")
-            queue = []
-        jobs = submissions.jobs_by_run(queue)
-        if queue is None or jobs is None:
-            raise UserError(
-                f"{sweep.cluster.scheduler}: the queue cannot be asked; nothing was submitted, try again later "
-                "(or run the sweep on this machine: --to here)"
-            )
-        waiting = {job.name: job for job in queue}
-        for each in submissions.damaged():
-            if each.path.stem in waiting:  # its runs are not known, and must not go out twice
-                job = waiting[each.path.stem].array
-                raise UserError(f"{each}; its job {job} is queued: cancel it, or wait for its end")
+    # Two submits at once would both find the same runs missing.
+    with nullcontext() if wish.dry else leased(submissions.lease) as lease:
+        jobs = _jobs_by_run(sweep, scheduler, submissions, wish.dry)
         chosen = choose(sweep, plan, jobs, wish)
         if not chosen:
             return 0
-        sick = submissions.sick_nodes()
-        if sick:
-            print(f"avoided nodes: {', '.join(f'{name} ({fault})' for name, fault in sick.items())}")
-        if ignored := ignored_variables():
-            print(f"ignored: {', '.join(ignored)}; the cluster file says what jobs ask for")
-        copy = submissions.code / source_of(ROOT).digest
-        facts = None
-        if not wish.dry:
-            copy, facts = snapshot(submissions.code)
         arrays = arrange(chosen, sweep.cluster, limits, wish.scores)
+        _refuse_brief_jobs(arrays, sweep.cluster.warning_seconds)
+        avoid = _avoided(submissions)
+        deliver: Callable[[Request], str]
+        if lease is None:  # a dry run
+            copy, deliver = submissions.code / digest_of(files_of(ROOT)), partial(_show, scheduler)
+        else:
+            copy, facts = snapshot(submissions.code)
+            deliver = partial(_send, scheduler, submissions, lease, facts)
         sent: dict[str, str] = {}
         shares = throttles(arrays, sweep.cluster.max_gpus, _held(submissions, jobs))
-        for index, (array, (parallel, after)) in enumerate(zip(arrays, shares, strict=True)):
-            request = Request(
-                name=f"{sweep.name}-{uuid.uuid4().hex[:8]}",
-                array=array,
-                cluster=sweep.cluster,
-                work=node.work,
-                parallel=parallel,
-                after=tuple(sent.get(job, job) for job in after),
-                avoid=tuple(sorted(sick)),
-                code=copy,
-            )
-            if lease is None or facts is None:
-                sent[f"#{index}"] = f"ARRAY{index}"
-                print(f"\n{_described(array, parallel)}\n{scheduler.script(request)}".rstrip())
-                continue
+        for index, (array, (parallel, holders)) in enumerate(zip(arrays, shares, strict=True)):
+            name, after = f"{sweep.name}-{uuid.uuid4().hex[:8]}", tuple(sent.get(job, job) for job in holders)
+            request = Request(name, array, sweep.cluster, node.work, parallel, after, avoid, copy)
             try:
-                if not lease.held():
-                    raise UserError("this submit was suspended, and another one has taken over")
-                sent[f"#{index}"] = _send(request, scheduler, submissions, facts)
+                sent[f"#{index}"] = deliver(request)
             except UserError as error:
                 done = ", ".join(sent.values()) or "none"
                 raise UserError(f"{error}; submitted before: {done}; submit again for the rest") from None
@@ -174,24 +146,45 @@ def submit(sweep: Sweep, plan: SweepPlan, scheduler: Scheduler, wish: Wish) -> i
         return len(chosen)
 
 
-def _described(array: Array, parallel: int) -> str:
-    """Return a heading for what an array would do: its runs, job by job, as comments."""
-    jobs = "\n".join(f"#   {number}: {', '.join(task)}" for number, task in enumerate(array.tasks))
-    return f"# --- {counted(len(array.tasks), 'job')}, at most {parallel:,} at the same time\n{jobs}"
+def _jobs_by_run(sweep: Sweep, scheduler: Scheduler, submissions: Submissions, dry: bool) -> dict[str, Job]:
+    """Return the job in the queue that holds each run of the sweep; of a silent queue, none in a dry run.
+
+    Raises UserError if the queue cannot be asked, or if it has a job whose runs are not known.
+    """
+    queue = scheduler.jobs()
+    if queue is None and dry:
+        print(f"{sweep.cluster.scheduler}: the queue cannot be asked; shown as if no job of yours were in it")
+        return {}
+    if queue is None:
+        raise UserError(
+            f"{sweep.cluster.scheduler}: the queue cannot be asked; nothing was submitted, try again later "
+            "(or run the sweep on this machine: --to here)"
+        )
+    waiting = {job.name: job.array for job in queue}
+    for each in submissions.damaged():
+        if each.path.stem in waiting:  # its runs must not go out twice
+            raise UserError(f"{each}; its job {waiting[each.path.stem]} is queued: cancel it, or wait for its end")
+    return submissions.jobs_by_run(queue) or {}
 
 
-@contextmanager
-def _alone(submissions: Submissions) -> Iterator[Lease]:
-    """Hold the sweep's submit lease: two submits at once would both find the same runs missing."""
-    lease = Lease(submissions.lease)
-    try:
-        lease.take()
-    except UserError as error:
-        raise UserError(f"another submit of this sweep is at work: {error}") from None
-    try:
-        yield lease
-    finally:
-        lease.release()
+def _refuse_brief_jobs(arrays: Sequence[Array], warning_seconds: float) -> None:
+    """Raise UserError if the runs of a job would be asked to stop as soon as it begins."""
+    for minutes in (array.shape.minutes for array in arrays):
+        if warning_seconds >= 60 * minutes:
+            raise UserError(
+                f"warning_seconds: {warning_seconds} s before the end of a job of {minutes} minutes leave no time to "
+                "train; lower it or raise classes.hours"
+            )
+
+
+def _avoided(submissions: Submissions) -> tuple[str, ...]:
+    """Return the nodes on which no job may run; print them, and the variables that no job follows."""
+    sick = submissions.sick_nodes()
+    if sick:
+        print(f"avoided nodes: {', '.join(f'{name} ({fault})' for name, fault in sick.items())}")
+    if ignored := ignored_variables():
+        print(f"ignored: {', '.join(ignored)}; the cluster file says what jobs ask for")
+    return tuple(sorted(sick))
 
 
 def _held(submissions: Submissions, jobs: Mapping[str, Job]) -> list[tuple[str, int]]:
@@ -204,14 +197,20 @@ def _held(submissions: Submissions, jobs: Mapping[str, Job]) -> list[tuple[str, 
     ]
 
 
-def _send(request: Request, scheduler: Scheduler, submissions: Submissions, code: CodeCopy) -> str:
+def _show(scheduler: Scheduler, request: Request) -> str:
+    """Print an array's runs, job by job, and its script; return its name in place of the number it would get."""
+    array = request.array
+    jobs = "\n".join(f"#   {number}: {', '.join(task)}" for number, task in enumerate(array.tasks))
+    heading = f"# --- {counted(len(array.tasks), 'job')}, at most {request.parallel:,} at the same time"
+    print(f"\n{heading}\n{jobs}\n{scheduler.script(request)}".rstrip())
+    return request.name
+
+
+def _send(scheduler: Scheduler, submissions: Submissions, lease: Lease, code: CodeCopy, request: Request) -> str:
     """Write an array's orders and its note, submit it, and return its number."""
+    if not lease.held():
+        raise UserError("this submit was suspended, and another one has taken over")
     array, cluster, shape = request.array, request.cluster, request.array.shape
-    if cluster.warning_seconds >= 60 * shape.minutes:
-        raise UserError(
-            f"warning_seconds: {cluster.warning_seconds} s before the end of a job of {shape.minutes} minutes leave no "
-            "time to train; lower it or raise classes.hours"
-        )
     orders = Orders(
         runs={run_id: run for task in array.tasks for run_id, run in task.items()},
         tasks=[list(task) for task in array.tasks],
@@ -235,19 +234,26 @@ def _send(request: Request, scheduler: Scheduler, submissions: Submissions, code
     return job
 
 
-def run_here(sweep: Sweep, chosen: Sequence[Estimate], scores: Sequence[str] = ()) -> int:
-    """Run or score the chosen runs on this machine.
+def run_here(sweep: Sweep, plan: SweepPlan, wish: Wish) -> int:
+    """Run or score on this machine what `wish` asks for; tell if no run of the plan is left to wait for.
 
     Returns DONE, FAILED if a run failed, or INTERRUPTED if it was stopped (SIGTERM, Ctrl-C) and can go on.
     """
-    here = Local(sweep.folder)
+    jobs = Submissions(sweep.folder).jobs_by_run(scheduler_of(sweep.cluster.scheduler, sweep.folder).jobs())
     # The longest first: a long run that begins last would run on alone.
-    longest_first = sorted(chosen, key=lambda each: -each.seconds)
+    chosen = sorted(choose(sweep, plan, jobs, wish), key=lambda each: -each.seconds)
+    if wish.dry:
+        print("\n".join([f"would run {len(chosen):,} here, in this order:", *(each.run_id for each in chosen)]))
+        return DONE
+    if not chosen:
+        return DONE
+    here = Local(sweep.folder)
     with here.announced():
-        for array in arrange(longest_first, sweep.cluster, here.limits(), scores):
+        for array in arrange(chosen, sweep.cluster, here.limits(), wish.scores):
             parallel = sweep.cluster.max_gpus // array.gpus
             here.submit(Request(sweep.name, array, sweep.cluster, node.work, parallel))
-    tell_if_over(here.submissions, sweep.cluster.on_done, list(sweep.by_id), scores)
+    awaited = [each.run_id for each in (chosen if wish.scores else plan.runnable)]
+    tell_if_over(here.submissions, sweep.cluster.on_done, awaited, wish.scores)
     counts: Counter[str] = Counter()
     for run_id, outcome in here.outcomes.items():
         begun = outcome != "interrupted" or RunDirectory(sweep.folder / run_id).attempts.exists()
@@ -273,14 +279,8 @@ def command(args: Namespace) -> int:
     wish = Wish(args.retry_failed, args.max_gpu_hours, tuple(checked(args.evaluate or [])), args.dry_run)
     sweep = grid.load(args.sweep, args.words)
     plan = plan_sweep(sweep)
-    scheduler = scheduler_of(sweep.cluster.scheduler, sweep.folder)
-    if destination(sweep, args.to) != "here":
-        if submit(sweep, plan, scheduler, wish) and not wish.dry:
-            print(f"embedscale sweep watch {shlex.join([args.sweep, *args.words])}")
-        return DONE
-    chosen = choose(sweep, plan, Submissions(sweep.folder).jobs_by_run(scheduler.jobs()), wish)
-    if wish.dry:
-        order = sorted(chosen, key=lambda each: -each.seconds)
-        print("\n".join([f"would run {len(chosen):,} here, in this order:", *(each.run_id for each in order)]))
-        return DONE
-    return run_here(sweep, chosen, wish.scores) if chosen else DONE
+    if destination(sweep, args.to) == "here":
+        return run_here(sweep, plan, wish)
+    if submit(sweep, plan, scheduler_of(sweep.cluster.scheduler, sweep.folder), wish) and not wish.dry:
+        print(f"embedscale sweep watch {shlex.join([args.sweep, *args.words])}")
+    return DONE

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from embedscale.errors import UserError
-from embedscale.texts import number
+from embedscale.texts import counted, number
 from embedscale.values import Amount, Count, Damaged, Positive, Value
 
 FILE = "choices.json"
@@ -88,4 +88,5 @@ class Choices(Value):
         """Return a line for a round, counted from 0, and one for each of its runs."""
         each = self.rounds[index]
         best = f"; best so far: {each.best}, expected regret {100 * (each.regret or 0):.2g} %" if each.best else ""
-        return [f"round {index + 1}, {each.known} runs known{best}", *(f"  {run.run}: {run.why}" for run in each.runs)]
+        known = f"{counted(each.known, 'run')} known"
+        return [f"round {index + 1}, {known}{best}", *(f"  {run.run}: {run.why}" for run in each.runs)]

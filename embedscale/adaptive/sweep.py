@@ -9,10 +9,12 @@ import time
 from argparse import Namespace
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 from analysis.advice.evidence import parse_limit
 from analysis.design.choice import Answer, Candidate, Design, Pool
+from analysis.fitting.laws import Chinchilla
 from embedscale.adaptive.choices import FILE, Choices, ChosenRun, Round
 from embedscale.errors import DONE, FAILED, INTERRUPTED, UserError
 from embedscale.run.config import RunConfig
@@ -20,17 +22,20 @@ from embedscale.run.cost import cost_of
 from embedscale.run.directory import RunDirectory
 from embedscale.run.families import family_of
 from embedscale.run.record import RunRecord
-from embedscale.texts import number
+from embedscale.texts import counted, number
 from slurm import grid
 from slurm.cluster import shape_of
 from slurm.grid import Sweep
 from slurm.plan import Estimate, SweepPlan, plan_sweep
 from slurm.scheduler.choice import scheduler_of
-from slurm.scheduler.scheduler import Job
+from slurm.scheduler.over import tell_if_over
 from slurm.scheduler.submissions import Submissions
 from slurm.status import ENDED, RunState, survey
-from slurm.submit import Wish, choose, destination, run_here, submit
+from slurm.submit import Wish, destination, run_here, submit
 
+# Settings in which the runs of an adaptive sweep may differ, or that do not change a loss.
+FREE = {"backbone.name", "backbone.revision", "method", "budget", "training.learning_rate", "training.seed"}
+FREE |= {"resources", "output"}
 SETTINGS = ("rank", "active fraction", "learning rate")
 WIDEST = 16  # runs of a round at most: a wider one is chosen from too little
 ENOUGH = 5e-4  # expected regret, as a share of the loss, at which the recipe is good enough
@@ -85,16 +90,16 @@ def pool_of(plan: SweepPlan, budget: float, money: Money) -> Pool:
     """Return the runs of a plan as a pool that is asked for the best run at a budget (FLOP).
 
     The options are the grid's runs at this budget or, if it has none, those of its largest budget moved there. Raises
-    UserError if runs differ in more than backbone, method, budget, learning rate and seed: their losses would too.
+    UserError if runs differ in more than size, method, budget, learning rate and seed: their losses would too.
     """
     runnable = plan.runnable
     if not runnable:
         raise UserError(f"{plan.sweep.name}: no run of the grid can be run; `embedscale sweep plan` says why")
-    first = _rest(runnable[0].run)
+    first: dict[str, Any] = {}
     for each in runnable:
-        if differing := [key for key, value in _rest(each.run).items() if value != first[key]]:
+        if differing := [key for key, value in _rest(each.run).items() if value != first.setdefault(key, value)]:
             raise UserError(
-                f"--adaptive: runs differ in {differing[0]} too; allowed: backbone, method, budget, "
+                f"--adaptive: runs differ in {differing[0]} too; allowed: backbone.name, method, budget, "
                 "training.learning_rate and training.seed, so that losses can be compared"
             )
     rates: dict[Any, set[float]] = {}
@@ -118,12 +123,13 @@ def pool_of(plan: SweepPlan, budget: float, money: Money) -> Pool:
 
 
 def _rest(run: RunConfig) -> dict[str, Any]:
-    """Return all settings of a run that no run of an adaptive sweep may change."""
-    training = {f"training.{key}": value for key, value in vars(run.training).items()}
-    found = {key: value for key, value in vars(run).items() if key not in ("backbone", "method", "budget", "training")}
-    for key in ("resources", "output", "training.learning_rate", "training.seed"):
-        (training if key in training else found).pop(key, None)
-    return found | training | {"backbone.family": family.name if (family := family_of(run.backbone.name)) else None}
+    """Return all settings of a run that no run of an adaptive sweep may change; each backbone has one revision."""
+    found = dict(vars(run))
+    for section in ("backbone", "training"):
+        found |= {f"{section}.{key}": value for key, value in vars(found.pop(section)).items()}
+    name, family = run.backbone.name, family_of(run.backbone.name)
+    found |= {"backbone.family": family and family.name, f"backbone.revision of {name}": run.backbone.revision}
+    return {key: value for key, value in found.items() if key not in FREE}
 
 
 def _place(estimate: Estimate) -> tuple[object, ...]:
@@ -132,7 +138,7 @@ def _place(estimate: Estimate) -> tuple[object, ...]:
 
 def _candidate(estimate: Estimate, money: Money, with_rate: bool) -> Candidate:
     run = estimate.run
-    cost = cost_of(shape_of(run.backbone.name), run.method)
+    cost = cost_of(shape_of(run.backbone.name, run.backbone.revision), run.method)
     rank, share = run.method.rank, run.method.active_fraction
     settings = (rank and float(rank), share, estimate.learning_rate if with_rate else None)
     size, price = float(cost.n_parameters), money.cost(estimate)
@@ -142,23 +148,24 @@ def _candidate(estimate: Estimate, money: Money, with_rate: bool) -> Candidate:
 # --- The rounds ------------------------------------------------------------------------------------------------------
 
 
-def go_on(sweep: Sweep, plan: SweepPlan, budget: float, money: Money, run: Runner, retry_failed: bool = False) -> int:
+def go_on(
+    sweep: Sweep,
+    plan: SweepPlan,
+    budget: float,
+    money: Money,
+    run: Runner,
+    retry_failed: bool = False,
+    dry: bool = False,
+) -> int:
     """Choose and run rounds until the recipe is good enough or the money is spent; print each choice.
 
     All runs of the grid that have finished count, whoever made them; the money pays those that are chosen here. Returns
     an exit status, that of `run` where it was interrupted. Raises UserError if the sweep's choices have another budget.
+    The cluster's `on_done` runs when the sweep has ended, not when a round has. With `dry`, only the next round is
+    chosen and given to `run`, which shows it, and nothing is written.
     """
-    pool = pool_of(plan, budget, money)
-    design = Design(pool)
-    choices = Choices.of(sweep.folder) or Choices(
-        budget, money.amount, money.unit, min(sweep.cluster.max_gpus, WIDEST), ()
-    )  # fmt: skip
-    if (choices.budget_flop, choices.unit) != (budget, money.unit):
-        raise UserError(
-            f"{sweep.folder / FILE}: the runs were chosen for {number(choices.budget_flop)} FLOP and paid in "
-            f"{choices.unit}; give the same --for and unit of --spend, or another name to the sweep"
-        )
-    choices = replace(choices, money=money.amount, end=None)
+    design, choices = Design(pool_of(plan, budget, money)), _begun(sweep, budget, money)
+    silent = replace(sweep, cluster=replace(sweep.cluster, on_done=None))
     retried: Collection[str] = ()
     while True:
         losses, states = _outcomes(sweep, plan)
@@ -169,8 +176,9 @@ def go_on(sweep: Sweep, plan: SweepPlan, budget: float, money: Money, run: Runne
         ]  # fmt: skip
         if left:
             retried = {*retried, *left}
-            code = run(replace(sweep, by_id={run_id: sweep.by_id[run_id] for run_id in left}))
-            if code == INTERRUPTED:
+            choices = replace(choices, end=None)
+            code = run(replace(silent, by_id={run_id: sweep.by_id[run_id] for run_id in left}))
+            if code == INTERRUPTED or dry:
                 return code
             ended = {run_id: state for run_id, state in _outcomes(sweep, plan)[1].items() if state in ENDED}
             if set(left) - set(ended):
@@ -178,26 +186,51 @@ def go_on(sweep: Sweep, plan: SweepPlan, budget: float, money: Money, run: Runne
                 return code or INTERRUPTED
             if all(ended[run_id] in (RunState.FAILED, RunState.DAMAGED) for run_id in left):
                 print("every run of this round failed; `embedscale sweep status` says why")
+                _tell_end(sweep, choices)
                 return FAILED
             continue
-        belief = design.belief(losses)
-        answer = design.answer(belief) if losses else None
+        answer = design.answer(design.belief(losses)) if losses else None
         lost = [run_id for run_id, state in states.items() if state in ENDED and run_id not in losses]
         recent = [each.regret for each in choices.rounds[1 - ROUNDS :]] + [answer.regret if answer else None]
         sure = len(recent) == ROUNDS and all(each is not None and each < ENOUGH for each in recent)
         batch = [] if sure else design.next_batch(losses, choices.money - choices.spent, choices.width, lost)
         if not batch:
             end = "the recipe is good enough" if sure else "the money is spent"
-            replace(choices, end=end).write(sweep.folder / FILE)
-            print(_told(design, choices, end, answer, len(losses)))
+            print(_told(design, choices, end, answer, losses))
+            if not dry:
+                _keep(sweep, replace(choices, end=end))
+                if choices.end is None:  # else an earlier call has told it
+                    _tell_end(sweep, choices)
             return DONE
-        price = {each.run: each.cost for each in pool.candidates}
+        price = {each.run: each.cost for each in design.pool.candidates}
         chosen = tuple(ChosenRun(each.run, each.why, price[each.run], each.is_check) for each in batch)
         best, regret = (describe(answer.best), answer.regret) if answer else (None, None)
-        choices = replace(choices, rounds=(*choices.rounds, Round(chosen, len(losses), best, regret)))
-        sweep.folder.mkdir(parents=True, exist_ok=True)
-        choices.write(sweep.folder / FILE)
+        choices = replace(choices, rounds=(*choices.rounds, Round(chosen, len(losses), best, regret)), end=None)
+        if not dry:
+            _keep(sweep, choices)
         print("\n".join(choices.round_lines(-1 % len(choices.rounds))), flush=True)
+
+
+def _begun(sweep: Sweep, budget: float, money: Money) -> Choices:
+    """Return the choices so far, with the money of this call. Raises UserError if they were made for another budget."""
+    width = min(sweep.cluster.max_gpus, WIDEST)
+    choices = Choices.of(sweep.folder) or Choices(budget, money.amount, money.unit, width)
+    if (choices.budget_flop, choices.unit) != (budget, money.unit):
+        raise UserError(
+            f"{sweep.folder / FILE}: the runs were chosen for {number(choices.budget_flop)} FLOP and paid in "
+            f"{choices.unit}; give the same --for and unit of --spend, or another name to the sweep"
+        )
+    return replace(choices, money=money.amount)
+
+
+def _keep(sweep: Sweep, choices: Choices) -> None:
+    sweep.folder.mkdir(parents=True, exist_ok=True)
+    choices.write(sweep.folder / FILE)
+
+
+def _tell_end(sweep: Sweep, choices: Choices) -> None:
+    """Run the cluster's `on_done` if all chosen runs have ended."""
+    tell_if_over(Submissions(sweep.folder), sweep.cluster.on_done, [each.run for each in choices.runs])
 
 
 def _outcomes(sweep: Sweep, plan: SweepPlan) -> tuple[dict[str, float], dict[str, RunState]]:
@@ -221,56 +254,65 @@ def describe(option: Candidate) -> str:
     return ", ".join([option.method, f"{number(option.n_parameters)} parameters", *known])
 
 
-def _told(design: Design, choices: Choices, end: str, answer: Answer | None, known: int) -> str:
+def _told(design: Design, choices: Choices, end: str, answer: Answer | None, losses: Mapping[str, float]) -> str:
     """Return what was spent and what was found, in three lines."""
     if answer is None:
         return f"{end}: no run has finished, so there is no recipe"
     checks = sum(each.cost for each in choices.runs if each.check)
     chances = ", ".join(f"{name} {100 * share:.0f} %" for name, share in answer.chances.items() if share >= 0.005)
-    share, (low, high) = 100 * choices.spent / design.pool.cost, answer.interval
     return (
-        f"{end}: {len(choices.runs)} runs were chosen for {number(choices.spent)} {choices.unit}, {share:.2g} % of the "
-        f"grid; {number(checks)} of it for checks of the law\n"
-        f"at {number(choices.budget_flop)} FLOP, by {known} runs: {describe(answer.best)}, loss "
-        f"{number(answer.loss, 4)} (95 %: {number(low, 4)} to {number(high, 4)})\n"
+        f"{end}: {counted(len(choices.runs), 'run')} chosen for {number(choices.spent)} {choices.unit}, "
+        f"{100 * choices.spent / design.pool.cost:.3g} % of the grid; {number(checks)} of it for checks of the law\n"
+        f"at {number(choices.budget_flop)} FLOP, by {counted(len(losses), 'run')}: {describe(answer.best)}, loss "
+        f"{_loss(design.pool, answer, losses)}\n"
         f"expected to lie {100 * answer.regret:.2g} % above the lowest loss; best method: {chances}"
     )
+
+
+def _loss(pool: Pool, answer: Answer, losses: Mapping[str, float]) -> str:
+    """Return the loss of the answer and where it is from, and the lowest measured loss of an option if that is lower.
+
+    Where the runs of its method are too few for a law, the prior decides how wide the interval is. So none is told.
+    """
+    best, (low, high) = answer.best, answer.interval
+    places = {
+        (each.n_parameters, each.tokens)
+        for each in pool.candidates
+        if each.method == best.method and each.run in losses
+    }
+    loss = losses.get(best.run, answer.loss)
+    if best.run in losses:
+        source = "measured"
+    elif len(places) > len(Chinchilla.coefficients):
+        source = f"95 %: {number(low, 4)} to {number(high, 4)}"
+    else:
+        source = "too few runs for an interval"
+    there = {losses[each.run]: describe(each) for each in pool.options if each.run in losses}
+    lowest = min(there, default=loss)
+    lower = f"; the lowest measured there: {number(lowest, 4)}, {there[lowest]}" if lowest < loss else ""
+    return f"{number(loss, 4)} ({source}){lower}"
 
 
 # --- The command -----------------------------------------------------------------------------------------------------
 
 
-def _here(plan: SweepPlan, wish: Wish) -> Runner:
-    def run(part: Sweep) -> int:
-        jobs = Submissions(part.folder).jobs_by_run(scheduler_of(part.cluster.scheduler, part.folder).jobs())
-        chosen = choose(part, plan, jobs, wish)
-        return run_here(part, chosen) if chosen else DONE
-
-    return run
-
-
-def _queued(plan: SweepPlan, wish: Wish) -> Runner:
-    """Return a runner that sends runs to the scheduler and waits for their ends."""
-
-    def run(part: Sweep) -> int:
-        scheduler, submissions = scheduler_of(part.cluster.scheduler, part.folder), Submissions(part.folder)
-        submit(part, plan, scheduler, wish)
-        while True:
-            jobs: Mapping[str, Job] | None = submissions.jobs_by_run(scheduler.jobs())
-            states = {each.state for each in survey(part, jobs)}
-            if jobs is not None and not states & {RunState.RUNNING, RunState.QUEUED, RunState.PREEMPTED}:
-                return DONE
-            time.sleep(POLL_SECONDS)
-
-    return run
+def _queued(part: Sweep, plan: SweepPlan, wish: Wish) -> int:
+    """Send runs to the scheduler and wait for their ends."""
+    scheduler, submissions = scheduler_of(part.cluster.scheduler, part.folder), Submissions(part.folder)
+    submit(part, plan, scheduler, wish)
+    while not wish.dry:
+        jobs = submissions.jobs_by_run(scheduler.jobs())
+        states = {each.state for each in survey(part, jobs)}
+        if jobs is not None and not states & {RunState.RUNNING, RunState.QUEUED, RunState.PREEMPTED}:
+            break
+        time.sleep(POLL_SECONDS)
+    return DONE
 
 
 def command(args: Namespace) -> int:
     """`embedscale sweep submit SWEEP.yaml --adaptive --spend MONEY [--for BUDGET]`."""
     if args.evaluate:
         raise UserError("--evaluate: scores finished runs; submit again with it, without --adaptive")
-    if args.dry_run:
-        raise UserError("--dry-run: an adaptive sweep does not know its runs before; leave out one of the two")
     if args.spend is None:
         raise UserError("--adaptive: what may be spent? Give --spend 15% (of the grid), 1e18 or '24 device-hours'")
     sweep = grid.load(args.sweep, args.words)
@@ -279,8 +321,8 @@ def command(args: Namespace) -> int:
     if args.budget is not None:
         limit = parse_limit(args.budget)
         if limit.flop is None:
-            raise UserError(f"--for: {args.budget} is no number of FLOP; write 1e18 or 100 PFLOP")
+            raise UserError(f"--for: {args.budget} is not a number of FLOP; write 1e18 or 100 PFLOP")
         budget = limit.flop
-    wish = Wish(args.retry_failed, args.max_gpu_hours)
-    runner = _here(plan, wish) if destination(sweep, args.to) == "here" else _queued(plan, wish)
-    return go_on(sweep, plan, budget, Money.of(args.spend, plan), runner, args.retry_failed)
+    wish = Wish(args.retry_failed, args.max_gpu_hours, dry=args.dry_run)
+    run = partial(run_here if destination(sweep, args.to) == "here" else _queued, plan=plan, wish=wish)
+    return go_on(sweep, plan, budget, Money.of(args.spend, plan), run, args.retry_failed, args.dry_run)

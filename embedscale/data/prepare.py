@@ -43,8 +43,8 @@ from embedscale.data.workers import in_parallel, worker_pool
 from embedscale.errors import DONE, FAILED, UserError
 from embedscale.files import read_json, write_json
 from embedscale.run.config import Data, RunConfig, Source
-from embedscale.run.directory import RunDirectory
-from embedscale.run.lease import Lease, lease_holder
+from embedscale.run.directory import LEASE
+from embedscale.run.lease import lease_holder, leased
 from embedscale.run.stop import StopRequest
 
 
@@ -143,11 +143,10 @@ def _only_writer(folder: Path) -> Iterator[StopRequest]:
     numbers = [signal.SIGINT, signal.SIGTERM]
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # ignored by nohup
         numbers.append(signal.SIGHUP)
-    lease = Lease(_lease(folder), lambda: stop.request("another process has taken over the store"))
-    lease.take()
     handlers = {number: signal.signal(number, interrupt) for number in numbers}
     try:
-        yield stop
+        with leased(_lease(folder), lambda: stop.request("another process has taken over the store")):
+            yield stop
     except UserError:
         raise
     except Exception:
@@ -155,7 +154,6 @@ def _only_writer(folder: Path) -> Iterator[StopRequest]:
             raise KeyboardInterrupt from None
         raise
     finally:
-        lease.release()
         for number, handler in handlers.items():
             signal.signal(number, handler)
         if is_finished(folder):
@@ -176,8 +174,8 @@ def _report_finished(folder: Path, settings: dict[str, Any]) -> bool:
 
 
 def _lease(folder: Path) -> Path:
-    """Return the path of the store's lease: the work folder is leased in the same way as a run directory."""
-    return RunDirectory(folder / "work").lease
+    """Return the path of the store's lease."""
+    return folder / "work" / LEASE
 
 
 def _remove_work(folder: Path) -> None:

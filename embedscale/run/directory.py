@@ -22,6 +22,7 @@ from embedscale.files import now, write_atomically, write_json, write_sealed
 from embedscale.process import job_number
 from embedscale.run.record import AttemptRecord, Damaged, Metric, RunRecord, sound
 
+LEASE = "lease.json"
 KEPT = 2  # checkpoints: if the newest one is damaged, the one before serves
 
 
@@ -44,7 +45,7 @@ class RunDirectory:
     checkpoints = _Entry("checkpoints")
     attempts = _Entry("attempts")
     record = _Entry("record.json")
-    lease = _Entry("lease.json")
+    lease = _Entry(LEASE)
     model = _Entry("model")
     weights = _Entry("model/trainable.safetensors")
     scores = _Entry("scores")

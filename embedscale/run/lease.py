@@ -196,9 +196,9 @@ class Lease:
 
 
 @contextmanager
-def leased(directory: RunDirectory, when_lost: Callable[[], object] = lambda: None) -> Iterator[Lease]:
-    """Hold the lease of a run directory. Raise UserError if another process holds it."""
-    lease = Lease(directory.lease, when_lost)
+def leased(path: Path, when_lost: Callable[[], object] = lambda: None) -> Iterator[Lease]:
+    """Hold the lease at a path. Raise UserError if another process holds it."""
+    lease = Lease(path, when_lost)
     lease.take()
     try:
         yield lease
@@ -209,6 +209,6 @@ def leased(directory: RunDirectory, when_lost: Callable[[], object] = lambda: No
 def remove_what_is_left_over(directory: RunDirectory) -> None:
     """Remove the checkpoints of a finished run that was killed before it had removed them."""
     if directory.left_over():
-        with suppress(UserError, OSError), leased(directory):  # another process, or a folder that can only be read
+        with suppress(UserError, OSError), leased(directory.lease):  # another holds it, or it is read-only
             directory.remove_partial_files()
             directory.remove_checkpoints()

@@ -35,9 +35,10 @@ from embedscale.data.rows import (
 from embedscale.errors import DONE, INTERRUPTED, UserError, allowed
 from embedscale.files import digest_file, write_digested
 from embedscale.progress import Bar
-from embedscale.run.directory import RunDirectory, finished
+from embedscale.run.directory import LEASE, RunDirectory, finished
 from embedscale.run.lease import leased
 from embedscale.run.stop import StopRequest
+from embedscale.texts import counted
 from embedscale.values import Count, Value, sound
 
 if TYPE_CHECKING:
@@ -125,7 +126,7 @@ def _encode(run: str, files: list[Path], folder: Path, column: str, form: str, t
     if not number:
         raise UserError(f"{what}: no text")
     if blanks:
-        print(f"{what}: {blanks:,} blank texts; they get {'rows of zeros' if blank == 'zero' else 'no row'}")
+        print(f"{what}: {counted(blanks, 'blank text')}; each gets {'a row of zeros' if blank == 'zero' else 'no row'}")
     from embedscale.model.hardware import keep_freed_memory  # with torch, after all that can be wrong without it
     from embedscale.serving.embedder import Embedder
 
@@ -144,9 +145,9 @@ def _encode(run: str, files: list[Path], folder: Path, column: str, form: str, t
     keep_freed_memory()
     stop = StopRequest()
     stop.on_signals()
-    directory = RunDirectory(folder)
-    with leased(directory, lambda: stop.request("another process has taken the folder over")):
-        directory.remove_partial_files()
+    with leased(folder / LEASE, lambda: stop.request("another process has taken the folder over")):
+        for torn in folder.glob(".*.partial"):  # left by a process that was killed
+            torn.unlink(missing_ok=True)
         encoding = _begun(folder, encoding)
         encoding.write(folder / INDEX)
         return _encode_parts(embedder, _kept(files, column, blank), folder, encoding, stop)
@@ -174,7 +175,8 @@ def _encode_parts(
                 encoding = replace(encoding, parts=[*encoding.parts[:part], digest, *encoding.parts[part + 1 :]])
                 encoding.write(folder / INDEX)
             part += 1
-    print(f"{folder}: {encoding.texts:,} embeddings of {encoding.width} numbers in {part} files")
+    made = f"{counted(encoding.texts, 'embedding')} of {encoding.width} numbers"
+    print(f"{folder}: {made} in {counted(part, 'file')}")
     return DONE
 
 
@@ -210,9 +212,9 @@ def _refuse_other_files(folder: Path) -> None:
     """Raise UserError for a folder with files that no encoding has written."""
     if (folder / INDEX).exists():
         return
-    own = {RunDirectory(folder).lease.name}  # and hidden files: a call was killed before it had written anything else
+    # The lease and hidden files: a call was killed before it had written anything else.
     if folder.exists() and not (
-        folder.is_dir() and all(path.name in own or _hidden(path) for path in folder.iterdir())
+        folder.is_dir() and all(path.name == LEASE or _hidden(path) for path in folder.iterdir())
     ):
         raise UserError(f"{folder}: holds other files; name an empty or a new folder")
 

@@ -85,7 +85,7 @@ def _train(
         state = newest_checkpoint(directory, config.run_id, mapped=config.resources.shard)
         attempt = directory.attempt(0)
         return _fit(TrainingRun(config, directory, store, module, facts, stop, attempt, versions, code), state)
-    with leased(directory, lambda: stop.request("another process has taken this run over")) as lease:
+    with leased(directory.lease, lambda: stop.request("another process has taken this run over")) as lease:
         if directory.record.exists():  # another process ended the run since the first look
             return train(config, stop, sharing, beside)
         state = newest_checkpoint(directory, config.run_id, mapped=config.resources.shard)

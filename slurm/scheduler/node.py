@@ -21,6 +21,7 @@ from embedscale.errors import DONE, FAILED, INTERRUPTED, UserError
 from embedscale.files import now
 from embedscale.process import job_number
 from embedscale.run.stop import StopRequest
+from embedscale.texts import counted
 from slurm.scheduler.choice import scheduler_of
 from slurm.scheduler.over import tell_if_over
 from slurm.scheduler.processes import Place, import_everything, rank_environment, work_through
@@ -47,7 +48,8 @@ def work(folder: str, submission: str, task: int) -> NoReturn:
     stop.on_signals()
     signal.signal(signal.SIGCONT, signal.SIG_IGN)
     _become_rank(allocation)
-    print(f"{now()} {submission}: {len(orders.runs)} runs on {allocation.node}, code {orders.code.digest}", flush=True)
+    what = counted(len(orders.runs), "run")
+    print(f"{now()} {submission}: {what} on {allocation.node}, code {orders.code.digest}", flush=True)
     import_everything()
     if fault := self_test(orders.gpus, orders.memory_gb):
         _leave_sick_node(submissions, scheduler, allocation, orders, fault)
@@ -154,7 +156,7 @@ def _go_on_later(
     if answer == Requeue.UNREACHABLE:
         # The scheduler requeues a preempted job once it has killed it. At the time limit it requeues nothing.
         print(f"{allocation.node} cannot ask the scheduler: {by_itself}", flush=True)
-        _stay(PATIENCE_SECONDS if stop.deadline is None else min(PATIENCE_SECONDS, stop.deadline - time.time()))
+        _stay(min(PATIENCE_SECONDS, end - orders.warning_seconds - time.time()))
     if answer in (Requeue.REFUSED, Requeue.PREEMPTED):
         print(f"the scheduler refuses to requeue: {by_itself}", flush=True)
         _stay(PATIENCE_SECONDS if answer == Requeue.PREEMPTED else 0)

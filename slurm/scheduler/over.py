@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from embedscale.run.directory import RunDirectory
 from embedscale.run.lease import lease_holder
-from embedscale.run.record import RunRecord
+from embedscale.run.record import Damaged, RunRecord
 from slurm.scheduler.submissions import Submissions
 
 SECONDS = 60.0  # most time that the command may take
@@ -52,7 +52,9 @@ def _end_of(directory: RunDirectory, scores: Sequence[str]) -> str | None:
     record = directory.read_record()
     if isinstance(record, RunRecord):
         return record.status
-    attempts = directory.read_attempts() if record is None else []
-    if isinstance(attempts, list) and attempts and attempts[-1].ended == "failed":
+    attempts = directory.read_attempts() if record is None else record
+    if isinstance(attempts, Damaged):
+        return "damaged"
+    if attempts and attempts[-1].ended == "failed":
         return None if lease_holder(directory.lease) else "failed"
     return None

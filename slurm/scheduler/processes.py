@@ -173,7 +173,7 @@ def stalled(directory: RunDirectory) -> bool:
 
 def note_failure(directory: RunDirectory, reason: str, traceback: str | None = None) -> None:
     """Write an attempt that failed for a reason that no training process could write down."""
-    with leased(directory) as lease:
+    with leased(directory.lease) as lease:
         directory.clear_up(lease.left_behind)
         directory.begin_attempt().end("failed", traceback, reason=reason)
 

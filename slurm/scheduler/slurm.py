@@ -106,7 +106,9 @@ class Slurm:
     def script(self, request: Request) -> str:
         """Return the batch script of an array, with a word in place of the text that checks the copy of the code."""
         text: str = self._executor(request)._make_submission_file_text(self._command(request), "")
-        return text.replace(shlex.quote(Path(code.__file__).read_text()), "'(embedscale/code.py)'")
+        short = "'(embedscale/code.py)'"
+        note = f"# Shortened: in place of {short}, the script has the text of this file.\n"
+        return text.replace(shlex.quote(Path(code.__file__).read_text()), short) + note
 
     def _executor(self, request: Request) -> Any:
         """Return submitit's executor with the options of sbatch for an array."""

@@ -5,11 +5,21 @@ The copy's name is the digest of its files. `embedscale.code` checks it in each 
 
 import shutil
 import uuid
-from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
-from embedscale.code import FACTS, PACKAGES, ROOT, files_of, git, read_archive, restore, source_of, write_archive
+from embedscale.code import (
+    FACTS,
+    PACKAGES,
+    ROOT,
+    commit_of,
+    digest_of,
+    files_of,
+    git,
+    read_archive,
+    restore,
+    write_archive,
+)
 from embedscale.files import now, write_json
 from embedscale.values import Value
 
@@ -34,15 +44,15 @@ def snapshot(folder: Path) -> tuple[Path, CodeCopy]:
     Returns the path of the copy, which belongs on PYTHONPATH, and what is known of it. An existing copy is used again,
     after what is missing or changed in it was restored. An incomplete copy never carries the final name.
     """
-    files, source = files_of(ROOT), source_of(ROOT)
-    target = folder / source.digest
-    facts = CodeCopy(**asdict(source) | {"commit": source.commit or "", "time": now()})
+    files, (commit, dirty) = files_of(ROOT), commit_of(ROOT)
+    facts = CodeCopy(digest_of(files), commit or "", dirty, now())
+    target = folder / facts.digest
     if target.exists():
         try:
-            read_archive(target, source.digest)
+            read_archive(target, facts.digest)
         except ValueError:
             write_archive(target, files)
-        if restored := restore(target, source.digest):
+        if restored := restore(target, facts.digest):
             print(f"restored in {target}: {', '.join(restored)}")
         return target.absolute(), facts
     staged = folder / f".{target.name}.{uuid.uuid4().hex[:8]}.partial"
@@ -53,8 +63,11 @@ def snapshot(folder: Path) -> tuple[Path, CodeCopy]:
         write_archive(staged, files)
         write_json(staged / FACTS, facts.to_json())
         (staged / "difference.patch").write_text(git(ROOT, "diff", "HEAD", "--", *PACKAGES))
-        with suppress(OSError):  # another submission made the same copy first
+        try:
             staged.rename(target)
+        except OSError:
+            if not target.exists():  # else another submission made the same copy first
+                raise
     finally:
         shutil.rmtree(staged, ignore_errors=True)
     return target.absolute(), facts

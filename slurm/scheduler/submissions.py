@@ -122,9 +122,12 @@ class Submissions:
         return [each for each in found if isinstance(each, Damaged)]
 
     def jobs_by_run(self, jobs: Iterable[Job] | None) -> dict[str, Job] | None:
-        """Return, of the jobs of a queue, the one that holds each run of this sweep; None if `jobs` is None."""
+        """Return, of the jobs of a queue, the one that holds each run of this sweep.
+
+        `jobs` is None if the queue cannot be asked. Then the result is None too, unless nothing was ever submitted.
+        """
         if jobs is None:
-            return None
+            return None if any(self.path.glob("*.json")) else {}
         noted = self.noted()
         by_run: dict[str, Job] = {}
         for job in jobs:

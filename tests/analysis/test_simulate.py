@@ -110,10 +110,20 @@ def test_the_command_line_simulates_a_sweep_file(tmp_path, capsys):
     text = f"full: {LAW}; lora: {FRACTION_LAW}"
     assert main(["fit", str(tmp_path / "trial.yaml"), "--simulate", text, "--out", str(tmp_path / "out")]) == 0
     printed = capsys.readouterr().out
-    assert "left out: 8 runs whose method does not fit" in printed
+    assert "left out: 8 runs that cannot be run; `embedscale sweep plan` says why" in printed
     found = json.loads((tmp_path / "out" / "simulation.json").read_text())
     assert (found["full"]["runs"], found["lora"]["runs"]) == (16, 40)
     assert main(["fit", str(tmp_path / "trial.yaml"), "--simulate", "E=1"]) == 2
+
+
+def test_a_sweep_file_is_simulated_without_its_unknown_backbones(tmp_path, capsys):
+    unknown = SWEEP.replace("[EleutherAI/pythia-14m", "[nobody/gpt-unknown, EleutherAI/pythia-14m")
+    (tmp_path / "trial.yaml").write_text(unknown.replace("[full, {name: lora, rank: [8, 32, 2048]}]", "[full]"))
+    assert main(["fit", str(tmp_path / "trial.yaml"), "--simulate", LAW, "--out", str(tmp_path / "out")]) == 0
+    assert "left out: 4 runs that cannot be run" in capsys.readouterr().out
+    (tmp_path / "trial.yaml").write_text("axes: {budget: [1e15]}\nbackbones: [nobody/gpt-unknown]")
+    assert main(["fit", str(tmp_path / "trial.yaml"), "--simulate", LAW]) == 2
+    assert "none of its 1 run can be run" in capsys.readouterr().err
 
 
 def test_a_grid_may_be_a_table_without_losses(tmp_path, capsys):

@@ -146,7 +146,7 @@ class Script:
         self.judge(fault, *self.bench.end(process))
 
     def judge(self, fault: str, code: int | None, said: str) -> None:
-        refused = ("another submit", "cannot be asked", "sbatch", "queued", "no answer")
+        refused = ("another process is", "cannot be asked", "sbatch", "queued", "no answer")
         wrong = tracebacks(said)
         if code not in (DONE, INTERRUPTED) and not any(text in said for text in refused):
             wrong = f"status {code}: {said[-600:]}"

@@ -208,7 +208,9 @@ def test_a_blank_text_gets_a_row_of_zeros_or_none_and_is_counted(tmp_path, runs,
     (tmp_path / "texts.txt").write_text("a\n\nb\n")
     words = ["encode", str(runs["bias"]), str(tmp_path / "texts.txt")]
     assert cli.main([*words, str(tmp_path / "zero")]) == DONE
-    assert "texts.txt: 1 blank texts; they get rows of zeros" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "texts.txt: 1 blank text; each gets a row of zeros" in printed
+    assert "3 embeddings of 32 numbers in 1 file\n" in printed
     assert cli.main([*words, str(tmp_path / "drop"), "--blank", "drop"]) == DONE
     zero, drop = (np.load(tmp_path / name / "00000.npy") for name in ("zero", "drop"))
     expected = Embedder.load(runs["bias"]).encode(["a", "b"])

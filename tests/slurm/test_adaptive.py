@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,6 +17,7 @@ from embedscale.adaptive.choices import FILE, Choices
 from embedscale.adaptive.sweep import Money, go_on, pool_of
 from embedscale.cli import main
 from embedscale.errors import DONE, FAILED, INTERRUPTED, UserError
+from embedscale.files import read_json
 from embedscale.run.directory import RunDirectory
 from embedscale.run.record import RunRecord
 from slurm import grid
@@ -137,6 +139,37 @@ def test_the_answer_is_found_for_a_part_of_the_grid(small, capsys):
         assert f"  {each.run}: {each.why}" in printed.splitlines()
 
 
+@pytest.mark.parametrize(
+    ("budgets", "target", "told"),
+    [
+        ("[9.6e16]", 9.6e16, r"loss 2\.\d+ \(measured\)"),
+        ("[9.6e16]", 4e17, r"loss 2\.\d+ \(too few runs for an interval\)"),
+        ("[6e15,9.6e16]", 4e17, r"loss 2\.\d+ \(95 %: 2\.\d+ to 2\.\d+\)"),
+    ],
+    ids=["measured", "4 runs", "8 runs"],
+)
+def test_a_loss_is_measured_or_has_an_interval_where_the_runs_fix_a_law(small, tmp_path, capsys, budgets, target, told):
+    small("sure")
+    sweep = grid.load(tmp_path / "sure.yaml", [f"axes.budget={budgets}", "methods=[full]"])
+    plan = plan_sweep(sweep)
+    go_on(sweep, plan, target, Money.of("100%", plan), run_all)
+    first, second, _ = capsys.readouterr().out.strip().splitlines()[-3:]
+    assert " FLOP, 100 % of the grid; " in first and re.search(told, second)
+
+
+def test_a_loss_measured_at_the_target_is_told_if_the_law_expects_more(small, tmp_path, capsys):
+    """One of two seeds is far below what the others let expect."""
+    small("lucky")
+    words = ["axes.budget=[9.6e16]", "axes.training.seed=[0,1]", "methods=[full]"]
+    sweep = grid.load(tmp_path / "lucky.yaml", words)
+    run_all(sweep)
+    lucky = RunDirectory(sweep.folder / list(sweep.by_id)[-1])
+    lucky.write_record(replace(lucky.read_record(), loss=1.9))
+    plan = plan_sweep(sweep)
+    go_on(sweep, plan, 9.6e16, Money.of("100%", plan), run_all)
+    assert "(measured); the lowest measured there: 1.9, full, " in capsys.readouterr().out
+
+
 def test_status_says_what_was_chosen_and_why(small, tmp_path, capsys):
     sweep = small("told")
     plan = plan_sweep(sweep)
@@ -227,6 +260,31 @@ def test_runs_that_cannot_be_compared_are_refused(small, tmp_path):
     with pytest.raises(UserError, match=r"differ in training\.batch_size"):
         sweep = grid.load(tmp_path / "batches.yaml", ["axes.training.batch_size=[512,1024]"])
         pool_of(plan_sweep(sweep), 9.6e16, Money(1e18, False))
+    settings = {"pooling": "[mean,last]", "attention": "[causal,bidirectional]", "weights": "[pretrained,random]"}
+    for name, values in (settings | {"revision": "[main,step1000]"}).items():
+        sweep = grid.load(tmp_path / "batches.yaml", [f"axes.backbone.{name}={values}"])
+        with pytest.raises(UserError, match=rf"differ in backbone\.{name}"):
+            pool_of(plan_sweep(sweep), 9.6e16, Money(1e18, False))
+
+
+def test_each_backbone_is_looked_up_at_its_own_revision(small, tmp_path, monkeypatch):
+    """Two models of the hub are in the local cache, each at another commit than its newest."""
+    small("pinned")
+    known = {("my/neox-a", "abc"): 128, ("my/neox-b", "def"): 256}
+    config = {"model_type": "gpt_neox", "num_hidden_layers": 6, "num_attention_heads": 4, "vocab_size": 50304}
+    for (name, _), width in known.items():
+        shape = {"hidden_size": width, "intermediate_size": 4 * width, "max_position_embeddings": 2048}
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "config.json").write_text(json.dumps(config | shape))
+
+    def cached(name: str, file: str, revision: str | None) -> str | None:
+        return str(tmp_path / name / file) if (name, revision) in known else None
+
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", cached)
+    backbones = ",".join(f"{{name: {name}, revision: {revision}}}" for name, revision in known)
+    words = [f"backbones=[{backbones}]", "methods=[{name: full, learning_rate: 1e-3}]"]
+    pool = pool_of(plan_sweep(grid.load(tmp_path / "pinned.yaml", words)), 9.6e16, Money(1e18, False))
+    assert len(pool.candidates) == 8 and len({each.n_parameters for each in pool.candidates}) == 2
 
 
 def test_the_command_line_asks_for_what_it_needs(small, tmp_path, capsys):
@@ -235,10 +293,36 @@ def test_the_command_line_asks_for_what_it_needs(small, tmp_path, capsys):
     for words, told in (
         (["--adaptive"], "--adaptive: what may be spent"),
         (["--spend", "15%"], "give --adaptive too"),
-        (["--adaptive", "--spend", "15%", "--for", "2 device-hours"], "--for: 2 device-hours is no number of FLOP"),
+        (["--adaptive", "--spend", "15%", "--for", "2 device-hours"], "--for: 2 device-hours is not a number of FLOP"),
     ):
         assert main(["sweep", "submit", file, *words]) == 2
         assert told in capsys.readouterr().err
+
+
+def test_a_dry_run_shows_the_next_round_and_writes_nothing(small, tmp_path, capsys):
+    sweep, file = small("dry"), str(tmp_path / "dry.yaml")
+
+    def shown(*words: str) -> list[str]:
+        assert main(["sweep", "submit", file, "--adaptive", "--spend", "20%", "--to", "here", *words]) == DONE
+        return capsys.readouterr().out.splitlines()
+
+    lines = shown("--dry-run")
+    assert not sweep.folder.exists()
+    assert lines[0] == "round 1, 0 runs known" and "would run 3 here, in this order:" in lines
+    go_on(sweep, plan_sweep(sweep), 9.6e16, Money.of("5%", plan_sweep(sweep)), run_all)
+    rounds = choices_of(sweep).rounds
+    assert lines[1:4] == [f"  {each.run}: {each.why}" for each in rounds[0].runs]
+    capsys.readouterr()
+    assert shown("--dry-run")[0].startswith(f"round {len(rounds) + 1}, ")
+    assert choices_of(sweep).rounds == rounds and choices_of(sweep).end
+
+
+def test_a_dry_run_shows_what_goes_into_a_queue(queued_sweep, tmp_path, capsys):
+    text = "expected_pairs: 10_000_000\naxes: {budget: [1.5e15, 6e15]}\nmethods: [full, bias]"
+    sweep, _ = queued_sweep(text, max_gpus=2)
+    assert main(["sweep", "submit", str(tmp_path / "small.yaml"), "--adaptive", "--spend", "60%", "--dry-run"]) == DONE
+    assert "would submit 1 run as 1 job in 1 array" in capsys.readouterr().out
+    assert not sweep.folder.exists()
 
 
 def test_choices_for_another_budget_are_not_mixed(small):
@@ -253,9 +337,22 @@ def test_choices_for_another_budget_are_not_mixed(small):
         go_on(sweep, plan, 9.6e16, Money.of("5%", plan), run_all)
 
 
-def test_rounds_go_through_a_queue(queued_sweep, monkeypatch):
+@pytest.mark.slow
+def test_the_command_at_the_end_is_run_once_for_all_rounds(laptop):
+    told = laptop.folder / "told"
+    cluster = {"on_done": f"cat >> {told}", "max_gpus": 1}
+    sweep = laptop.write("rounds", axes={"budget": [1e9]}, methods=["full", "bias"], cluster=cluster)
+    said = laptop.sweep("submit", sweep, "--to", "here", "--adaptive", "--spend", "100%")
+    assert said.count("\nround ") + said.startswith("round ") == 2
+    assert told.read_text() == "rounds: 2 done\n"
+    laptop.sweep("submit", sweep, "--to", "here", "--adaptive", "--spend", "100%")
+    assert told.read_text() == "rounds: 2 done\n", "nothing has ended since"
+
+
+def test_rounds_go_through_a_queue(queued_sweep, monkeypatch, tmp_path):
     methods = "methods: [full, {name: lora, rank: 8}]\nbackbones: [EleutherAI/pythia-14m, EleutherAI/pythia-31m]"
-    sweep, queue = queued_sweep(f"expected_pairs: 10_000_000\naxes: {{budget: [1.5e15, 6e15]}}\n{methods}", max_gpus=2)
+    text = f"expected_pairs: 10_000_000\naxes: {{budget: [1.5e15, 6e15]}}\n{methods}"
+    sweep, queue = queued_sweep(text, max_gpus=2, on_done=f"cat >> {tmp_path}/told")
     over, sent = threading.Event(), []
 
     def cluster() -> None:
@@ -278,3 +375,6 @@ def test_rounds_go_through_a_queue(queued_sweep, monkeypatch):
     found = choices_of(sweep)
     assert found.end and len(found.rounds) >= 2
     assert sorted(sent) == sorted(each.run for each in found.runs), "each chosen run went out once, and no other run"
+    assert (tmp_path / "told").read_text() == f"small: {len(sent)} done\n"
+    orders = [read_json(path) for path in sweep.folder.glob(".submissions/*/orders.json")]
+    assert len(orders) >= 2 and not any(each["on_done"] for each in orders), "no job tells the end of its round"

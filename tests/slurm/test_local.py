@@ -64,7 +64,7 @@ def test_interrupted_and_killed_runs_end_with_the_same_bits(laptop, until, same)
     os.kill(pid, signal.SIGKILL)
     until(lambda: len(directory.read_attempts()) == 3, 240)
     pid = laptop.hold(directory)
-    assert "1 processes on this machine" in laptop.sweep("cancel", broken, "--yes")
+    assert "1 process on this machine" in laptop.sweep("cancel", broken, "--yes")
     time.sleep(2 * POLL_SECONDS)
     os.kill(pid, signal.SIGCONT)
     output = second.communicate(timeout=240)[0]

@@ -9,6 +9,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from embedscale.errors import DONE
+from slurm import prefetch
+
 NAME, COMMIT = "EleutherAI/pythia-14m", "0" * 39 + "1"
 
 
@@ -54,6 +57,16 @@ def hub(tmp_path):
     yield SimpleNamespace(folder=folder, asked=asked, address=f"http://127.0.0.1:{server.server_port}")
     server.shutdown()
     server.server_close()
+
+
+@pytest.mark.parametrize("values", ["[pretrained, random]", "[random, pretrained]"])
+def test_weights_are_fetched_if_any_run_needs_them(queued_sweep, monkeypatch, values):
+    sweep, _ = queued_sweep(f"axes: {{budget: 1e15, backbone.weights: {values}}}")
+    fetched = []
+    monkeypatch.setattr(prefetch, "_fetch", lambda name, revision, weights: fetched.append((name, weights)))
+    monkeypatch.setattr(prefetch, "prepare", lambda run: DONE)
+    assert prefetch.prefetch(sweep) == DONE
+    assert fetched == [(NAME, True)]
 
 
 def test_after_prefetch_a_run_sends_no_request(laptop, hub, tmp_path, save_decoder):

@@ -22,7 +22,7 @@ def test_scoring_jobs_score_each_finished_run_once(lab, until):
     assert "2 not done; 0 to score" in lab.sweep("submit", sweep, "--evaluate", "held-out")
     assert "2 done" in lab.sweep("submit", sweep, "--to", "here")
     said = lab.sweep("submit", sweep, "--evaluate", "held-out")
-    assert "2 without all scores; 2 to score on 1 tasks" in said and "submitted 2 runs" in said
+    assert "2 without all scores; 2 to score on 1 task" in said and "submitted 2 runs" in said
     assert "0 to score" in lab.sweep("submit", sweep, "--evaluate", "held-out")
     until(lambda: not lab.queued("scored"), 240, lambda: lab.log("scored"))
     found = scores(lab, "scored")

@@ -11,6 +11,7 @@ import pytest
 
 from embedscale.cli import main
 from embedscale.errors import UserError
+from embedscale.run.directory import RunDirectory
 from slurm import cluster as clusters
 from slurm import grid
 from slurm.cluster import Cluster, ResourceClass
@@ -67,6 +68,7 @@ def test_a_dry_run_prints_the_script_and_writes_nothing(laptop, programs, capsys
     assert ("#SBATCH --gpus-per-node=h100:2" in lines) != bool(options)
     (command,) = (line for line in lines if line.startswith("srun "))
     assert ' container exec --bind "$HOME" image.sif /opt/python -u -c ' in command
+    assert "# Shortened: in place of '(embedscale/code.py)', the script has the text of this file." in lines
     assert lines[-1] == "would submit 2 runs as 2 jobs in 1 array"
     assert sum(run.run_id in line for line in lines for run in grid.load(sweep).runs) == 2
     assert not (laptop.folder / "runs").exists()
@@ -116,12 +118,19 @@ def test_the_command_at_the_end_is_run_once_and_not_before(tmp_path, capfd):
     assert told.read_text() == f"trial: \ntrial {tmp_path}/trial\n"
     tell_if_over(submissions, "exit 3", [])
     assert capfd.readouterr().err == "on_done: exit 3: exit status 3\n"
+    damaged = RunDirectory(submissions.folder / "run").record
+    damaged.parent.mkdir()
+    damaged.write_text("{")
+    tell_if_over(submissions, "cat", ["run"])
+    assert capfd.readouterr().out == "trial: 1 damaged\n", "no submit touches it, so nobody waits for it"
 
 
 @pytest.mark.slow
 def test_a_sweep_here_tells_its_end(laptop):
+    """A run that cannot be run is not waited for."""
     told = laptop.folder / "told"
-    sweep = laptop.write("ends", cluster={"on_done": f"cat >> {told}"}, **RUN)
+    file = RUN | {"axes": {"budget": [1e9]}, "include": [{"budget": 1e3, "method.name": "full"}]}
+    sweep = laptop.write("ends", cluster={"on_done": f"cat >> {told}"}, **file)
     said = laptop.sweep("submit", sweep, "--to", "here")
     assert re.search(r"_bias_\S+: done, held-out loss \d\.\d+ \([12] of 2\)\n", said)
     assert told.read_text() == "ends: 2 done\n"

@@ -3,6 +3,7 @@
 Stand-ins for SLURM's programs keep the job; a test runs the job's script itself, as a node would.
 """
 
+import errno
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from embedscale.code import ROOT, digest_of, files_of
+from slurm.scheduler.snapshot import snapshot
 
 SRUN = 'while [[ "$1" == --* ]]; do [[ "$1" == --output ]] && shift; shift; done; exec "$@"'
 
@@ -52,6 +54,36 @@ class Cluster:
         )
         script.unlink()
         return done
+
+
+def test_a_copy_that_cannot_get_its_name_is_an_error_unless_another_submission_made_it(tmp_path, monkeypatch):
+    def refused(path: Path, target: Path) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(target))
+
+    def too_late(path: Path, target: Path) -> None:
+        shutil.copytree(path, target)
+        raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), str(target))
+
+    monkeypatch.setattr(Path, "rename", refused)
+    with pytest.raises(PermissionError):
+        snapshot(tmp_path)
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(Path, "rename", too_late)
+    copy, facts = snapshot(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [copy.name] == [facts.digest]
+
+
+def test_a_copy_has_the_name_of_its_own_files_though_an_editor_saves_meanwhile(tmp_path, monkeypatch):
+    looks = []
+
+    def edited(root: Path) -> dict[str, bytes]:
+        looks.append(root)
+        return files_of(root) | {"slurm/edited.py": b"#" * len(looks)}
+
+    monkeypatch.setattr("embedscale.code.files_of", edited)
+    monkeypatch.setattr("slurm.scheduler.snapshot.files_of", edited)
+    copy, facts = snapshot(tmp_path)
+    assert copy.name == facts.digest == digest_of(files_of(copy))
 
 
 def one_run(lab, name: str) -> Path:

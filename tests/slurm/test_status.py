@@ -10,6 +10,7 @@ import sys
 import time
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import pytest
 from file_queue import FileQueue
@@ -19,6 +20,7 @@ from rich.console import Console
 from embedscale.cli import main
 from embedscale.errors import UserError
 from embedscale.files import now
+from embedscale.process import ProcessName
 from embedscale.run.directory import RunDirectory
 from embedscale.run.lease import leased
 from embedscale.run.record import AttemptRecord, RunRecord
@@ -73,7 +75,7 @@ def test_each_state_follows_from_directory_and_queue(sweep):
     attempt(killed, 0, None, from_flop=0)
     attempt(running, 0, 1, ended="interrupted", from_flop=0, to_flop=500)
     running.begin_attempt()
-    with leased(running) as lease:
+    with leased(running.lease) as lease:
         lease.report(step=7, steps=10, spent_flop=700, budget_flop=1000.0, seconds_left=60.0)
         lease.beat()
         jobs = {each.path.name: job for each in (retried, requeued, queued)}
@@ -168,7 +170,7 @@ def test_an_attempt_without_an_end_gains_no_hours(sweep):
     run = directories(sweep)[0]
     attempt(run, 0, None)
     run.begin_attempt()
-    with leased(run):
+    with leased(run.lease):
         assert survey(sweep, {})[0].device_hours < 1
 
 
@@ -194,6 +196,9 @@ def test_the_queue_is_read_by_submission_and_task(sweep, queue):
 def test_without_a_queue_the_directories_give_the_status(sweep, queue, capsys, tmp_path):
     queue.write(answers=False)
     finish(directories(sweep)[0])
+    assert main(["sweep", "status", str(tmp_path / "small.yaml")]) == 0
+    assert "cannot be asked" not in capsys.readouterr().out, "nothing was submitted, so nothing waits there"
+    note(sweep, "small-1", list(sweep.by_id))
     assert Submissions(sweep.folder).jobs_by_run(queue.jobs()) is None
     assert main(["sweep", "status", str(tmp_path / "small.yaml")]) == 0
     text = capsys.readouterr().out
@@ -212,7 +217,7 @@ def test_accounting_explains_an_end_without_a_message(sweep, queue):
 @pytest.mark.parametrize("width", [80, 100])
 def test_the_table_explains_states_in_a_narrow_terminal(sweep, width):
     attempt(directories(sweep)[0], 0, 1, ended="failed", reason="ValueError: broken")
-    with leased(directories(sweep)[0]) as lease:
+    with leased(directories(sweep)[0].lease) as lease:
         lease.beat()
         statuses = survey(sweep, {})
     console = Console(width=width, record=True, file=io.StringIO())
@@ -228,10 +233,10 @@ def test_only_run_directories_count_as_other_runs(sweep, tmp_path, capsys):
         (sweep.folder / name).parent.mkdir(parents=True, exist_ok=True)
         (sweep.folder / name).touch()
     assert main(["sweep", "status", str(tmp_path / "small.yaml")]) == 0
-    assert "other runs in" not in capsys.readouterr().out
+    assert "other run" not in capsys.readouterr().out
     attempt(RunDirectory(sweep.folder / "of_another_file"), 0, 1, ended="failed")
     assert main(["sweep", "status", str(tmp_path / "small.yaml")]) == 0
-    assert "1 other runs in" in capsys.readouterr().out
+    assert "1 other run in" in capsys.readouterr().out
 
 
 def test_failures_are_grouped_by_reason(sweep, capsys):
@@ -249,7 +254,7 @@ def test_the_estimate_is_shown_beside_the_used_hours(sweep, capsys, tmp_path):
     assert main(["sweep", "status", str(tmp_path / "small.yaml")]) == 0
     estimated = plan_sweep(sweep).estimates[0].gpu_hours
     text = capsys.readouterr().out
-    assert f"Estimate: {estimated:,.2f} device-hours for the 1 runs done; they took 7.25." in text
+    assert f"Estimate: {estimated:,.2f} device-hours for the 1 run done; 7.25 were used." in text
 
 
 def test_watch_ends_when_all_runs_have_ended(sweep, tmp_path, capsys):
@@ -261,6 +266,44 @@ def test_watch_ends_when_all_runs_have_ended(sweep, tmp_path, capsys):
     args.every = 0.0
     with pytest.raises(UserError, match="--every: 0"):
         watch(args)
+
+
+def looks_of_watch(file: Path, monkeypatch, most: int = 2) -> int:
+    """Return how often `watch` looked again; it is stopped at `most`, as by Ctrl-C."""
+    looks = []
+
+    def between(seconds: float) -> None:
+        looks.append(seconds)
+        if len(looks) == most:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(time, "sleep", between)
+    assert main(["sweep", "watch", str(file)]) == 0
+    return len(looks)
+
+
+def test_watch_waits_for_processes_of_this_machine_and_for_no_note_of_another(sweep, tmp_path, monkeypatch, capsys):
+    file, submissions = tmp_path / "small.yaml", Submissions(sweep.folder)
+    own = submissions.announce(ProcessName.of_this_process())
+    assert looks_of_watch(file, monkeypatch) == 2, "it has not begun its first run"
+    own.unlink()
+    submissions.announce(replace(ProcessName.of_this_process(), boot="of a container that is gone"))
+    assert looks_of_watch(file, monkeypatch) == 0
+    for run in directories(sweep):
+        finish(run)
+    submissions.announce(ProcessName.of_this_process())
+    assert looks_of_watch(file, monkeypatch) == 0, "all runs have ended"
+
+
+def test_watch_of_a_silent_queue_waits_only_for_runs_that_it_may_hold(queued_sweep, tmp_path, monkeypatch, capsys):
+    sweep, queue = queued_sweep("axes: {budget: [1e15, 1e9]}")
+    queue.write(answers=False)
+    assert looks_of_watch(tmp_path / "small.yaml", monkeypatch) == 0, "nothing was submitted"
+    possible, _ = sweep.by_id
+    note(sweep, "small-1", [possible])
+    assert looks_of_watch(tmp_path / "small.yaml", monkeypatch) == 2
+    finish(RunDirectory(sweep.folder / possible))
+    assert looks_of_watch(tmp_path / "small.yaml", monkeypatch) == 0, "the other run cannot be run"
 
 
 def test_watch_into_a_file_prints_a_line_when_a_state_changes_and_ends_when_nothing_waits(

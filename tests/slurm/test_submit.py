@@ -99,6 +99,16 @@ def test_a_time_limit_below_the_warning_is_refused(queued_sweep):
         submit(sweep, plan_sweep(sweep), queue, Wish())
 
 
+def test_a_time_limit_below_the_warning_is_found_before_anything_is_sent(queued_sweep):
+    classes = [{"name": "small", "up_to": 1e7}, {"name": "brief", "hours": 0.02}]
+    backbones = "backbones: [EleutherAI/pythia-14m, EleutherAI/pythia-70m]"
+    sweep, queue = queued_sweep(f"axes: {{budget: 1e15}}\n{backbones}", warning_seconds=120, classes=classes)
+    for dry in (True, False):
+        with pytest.raises(UserError, match=r"warning_seconds: 120 s before .* lower it or raise classes.hours$"):
+            submit(sweep, plan_sweep(sweep), queue, Wish(dry=dry))
+        assert in_jobs(queue) == []
+
+
 @pytest.mark.slow
 def test_a_sweep_runs_with_a_file_as_scheduler(queued_sweep, tiny_run, capsys):
     base = "{" + ", ".join(word.replace("=", ": ", 1) for word in tiny_run) + "}"
@@ -234,7 +244,7 @@ def test_nothing_is_submitted_twice_and_cancelled_runs_are_submitted_again(lab, 
     assert sorted(process.returncode for process in both) in ([0, 0], [0, 2]), outputs
     assert len(lab.queued("once")) == 6, outputs
     for output in outputs:
-        assert "submitted 6 runs" in output or "0 to submit" in output or "another submit" in output
+        assert "submitted 6 runs" in output or "0 to submit" in output or "another process is" in output
     assert "6 queued; 0 to submit" in lab.sweep("submit", sweep)
     lab.sweep("cancel", sweep, "--yes")
     until(lambda: not lab.queued("once"))
