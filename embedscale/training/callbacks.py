@@ -68,6 +68,7 @@ class BetweenSteps(lightning.Callback):
         # Lightning's own SIGTERM handler, set in `fit`, would end a run as if it had succeeded.
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
+        refuse_different_starts(self.run)
         self.rows.start()
         self.catch_up(trainer)
         if self.heartbeat is not None:
@@ -103,6 +104,20 @@ class BetweenSteps(lightning.Callback):
             if not math.isfinite(run.evaluated["loss"]):  # the last step's weights have no later training loss
                 raise Diverged(run.module.step)
             self.rows.write(trainer, **run.evaluated)
+
+
+def refuse_different_starts(run: TrainingRun) -> None:
+    """Raise UserError in all processes if they begin at different steps: they would add gradients of other batches."""
+    if world_size() == 1:
+        return
+    ends = torch.tensor([run.module.step, -run.module.step], device=run.module.device)
+    torch.distributed.all_reduce(ends, torch.distributed.ReduceOp.MAX)
+    latest, earliest = int(ends[0]), -int(ends[1])
+    if earliest != latest:
+        raise UserError(
+            f"{run.directory.checkpoints}: the processes found different checkpoints, after step {earliest} and after "
+            f"step {latest}; run it again when all nodes see the same files"
+        )
 
 
 def refuse_overspending(run: TrainingRun, batch: Batch) -> None:

@@ -74,12 +74,14 @@ def diverged(run: TrainingRun, error: Diverged) -> int:
 
 
 def failed(run: TrainingRun, error: Exception) -> int:
-    """Write the traceback into the attempt, and one line for the user."""
-    if run.lease is not None:
-        reason = f"{type(error).__name__}: {error}"
-        end = {"reason": reason, "to_step": run.module.step, "to_flop": run.module.flop}
-        run.attempt.end("failed", "".join(traceback.format_exception(error)), **end)
-        print(f"{run.config.run_id}: failed, {reason} (traceback in {run.attempt.path})", file=sys.stderr)
+    """Write the traceback into the attempt, and one line for the user. Without an attempt, print the traceback."""
+    if run.lease is None:
+        traceback.print_exception(error)
+        return FAILED
+    reason = f"{type(error).__name__}: {error}"
+    end = {"reason": reason, "to_step": run.module.step, "to_flop": run.module.flop}
+    run.attempt.end("failed", "".join(traceback.format_exception(error)), **end)
+    print(f"{run.config.run_id}: failed, {reason} (traceback in {run.attempt.path})", file=sys.stderr)
     return FAILED
 
 
