@@ -5,6 +5,7 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -177,3 +178,20 @@ def test_an_error_of_the_second_process_is_told(server, tmp_path, tiny_run):
     assert "ZeroDivisionError" in said[1] and "in refuse" in said[1]
     (attempt,) = directory.read_attempts()
     assert attempt.ended == "failed" and "ZeroDivisionError" not in attempt.reason
+
+
+def look_for_the_record_at_the_end():
+    folder, leave = Path("/proc/self/fd/2").readlink().parent, os._exit
+
+    def look(code):
+        print(len(list(folder.glob("*/record.json"))), "records", file=sys.stderr, flush=True)
+        leave(code)
+
+    os._exit = look
+
+
+def test_the_second_process_waits_for_the_record_of_the_first(server, tmp_path, tiny_run):
+    """Otherwise `run_all` would kill the first process while it writes the weights of a large model."""
+    words = [*tiny_run, *TOGETHER, "budget=1e9", f"output={tmp_path}"]
+    _, said = on_two_ranks(server, words, spoil=look_for_the_record_at_the_end)
+    assert said[1] == "1 records\n"
