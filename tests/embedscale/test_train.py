@@ -2,6 +2,8 @@
 
 import json
 import math
+import platform
+import re
 import subprocess
 import sys
 from datetime import datetime, timedelta
@@ -57,6 +59,13 @@ def test_spends_the_budget_to_the_pair_and_records_it(tmp_path, tiny_run, name):
     for key in ("data_digest", "seed", "versions", "code", "device", "evaluation", "train_loss", "recall_at_10"):
         assert getattr(record, key) is not None
     assert not directory.checkpoints.exists() and not directory.lease.exists()
+
+
+def test_the_record_names_the_processor(tmp_path, tiny_run):
+    config, directory = run_of(tmp_path, tiny_run, "budget=2e8")
+    assert train(config) == DONE
+    named = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    assert directory.read_record().device.name == (named[1].strip() if named else platform.machine())
 
 
 def test_a_run_equals_a_plain_loop(tmp_path, tiny_run):
