@@ -47,9 +47,9 @@ class Metric(Value):
     learning_rate: Amount | None = None
     """Learning rate of the step."""
     tokens_per_second: Amount | None = None
-    """Mean speed since the row before."""
+    """Mean speed since the row before, checkpoints included."""
     seconds: Amount | None = None
-    """Time since the row before."""
+    """Time since the row before, checkpoints included."""
     loss: float | None = None
     """Held-out loss, nats."""
     recall_at_1: Share | None = None

@@ -139,6 +139,7 @@ class Log:
         self.run, self.every = run, run.config.resources.log_every
 
     def start(self) -> None:
+        """Begin to measure the speed of the next row's steps."""
         self._since, self._tokens = time.perf_counter(), self.run.module.tokens
 
     def after_step(self, trainer: lightning.Trainer) -> None:
@@ -155,10 +156,10 @@ class Log:
             tokens_per_second=round((module.tokens - self._tokens) / seconds, 1),
             seconds=round(seconds, 4),
         )
-        self.start()
 
     def write(self, trainer: lightning.Trainer, **values: Any) -> None:
         run, module = self.run, self.run.module
+        self.start()  # also after an evaluation, which is not training
         if not run.may_write():
             return
         row = Metric(module.step, run.attempt.record.number, module.tokens, module.flop, **values)

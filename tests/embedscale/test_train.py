@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from datetime import datetime, timedelta
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -118,6 +119,17 @@ def test_a_run_equals_a_plain_loop(tmp_path, tiny_run):
     record = directory.read_record()
     assert record.loss == pytest.approx(np.mean(found, 0)[0], rel=0.01)
     assert [record.recall_at_1, record.recall_at_10] == pytest.approx(np.mean(found, 0)[1:], abs=2.1 / 64)
+
+
+def test_the_speed_of_a_row_is_that_since_the_row_before(tmp_path, tiny_run):
+    """So the time of an evaluation between two training rows does not count."""
+    config, directory = run_of(tmp_path, tiny_run, "resources.log_every=4")
+    assert train(config) == DONE
+    rows = directory.read_metrics()
+    for before, row in pairwise(rows):
+        if row.seconds is not None:
+            assert row.seconds * row.tokens_per_second == pytest.approx(row.tokens - before.tokens, rel=0.02), row
+    assert any(row.loss is not None and row.step % 4 for row in rows[:-1]), "an evaluation between two rows"
 
 
 def test_a_finished_run_says_so_and_is_left_alone(tmp_path, tiny_run, capsys):
