@@ -308,7 +308,10 @@ class Heartbeat:
 
 
 class ProgressLine:
-    """Shows FLOP spent, losses, speed and time left: a bar on a terminal, else a line every LINE_SECONDS."""
+    """Shows FLOP spent, losses, speed and time left: a bar on a terminal, else a line every LINE_SECONDS.
+
+    The training loss is that of the last full batch: a batch cut short has few negatives, and says little.
+    """
 
     def __init__(self, run: TrainingRun, heartbeat: Heartbeat):
         self.run, self.heartbeat = run, heartbeat
@@ -320,6 +323,7 @@ class ProgressLine:
         self._peak = matrix_product_peak(module.device, run.config.training.precision)
         self._begun = self._shown = time.monotonic()
         self._exact = module.flop_exact
+        self._loss: torch.Tensor | None = None  # of the last full batch
         self._compiled = False
         self.bar = Bar(run.config.run_id, run.plan.spent_flop, module.flop, share=True)
         self.bar.start()
@@ -327,6 +331,8 @@ class ProgressLine:
     def show(self) -> None:
         run, module, now = self.run, self.run.module, time.monotonic()
         assert self.bar is not None
+        if module.step <= run.plan.averaged_steps.stop:
+            self._loss = module.loss
         if now - self._shown < (BAR_SECONDS if self.bar.drawn else LINE_SECONDS) and not run.done:
             return
         self._shown = now
@@ -336,7 +342,7 @@ class ProgressLine:
         exact = (module.flop_exact - self._exact) / max(now - self._begun, 1e-9)
         share = exact / (self._peak * run.plan.world_size)
         held_out = f"{run.evaluated['loss']:.4f}" if run.evaluated else "–"
-        losses = f"loss {float(module.loss):.4f}, held-out {held_out}"
+        losses = f"loss {'–' if self._loss is None else f'{float(self._loss):.4f}'}, held-out {held_out}"
         speed = f"{self.heartbeat.tokens_per_second:,.0f} tokens/s, {share:.0%} of peak"
         if self.bar.drawn:
             self.bar.say(f"of {run.plan.budget_flop:.3g} FLOP, {losses}, {speed}", completed=module.flop)

@@ -86,7 +86,8 @@ def failed(run: TrainingRun, error: Exception) -> int:
 
 
 def say_outcome(directory: RunDirectory, record: RunRecord) -> None:
-    print(f"{record.run_id} is {record.status}: held-out loss {record.loss}, record {directory.record}")
+    loss = "" if record.loss is None else f"held-out loss {record.loss:.4g}, "
+    print(f"{record.run_id} is {record.status}: {loss}record {directory.record}")
 
 
 def last_evaluation(run: TrainingRun) -> Metric | None:

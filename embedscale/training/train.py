@@ -248,6 +248,9 @@ def _fit(run: TrainingRun, state: dict[str, Any] | None) -> int:
     if state is not None:
         run.module.restore(state)
     if run.lease is not None:
+        if state is not None:
+            step = run.module.step
+            print(f"{run.config.run_id}: goes on from step {step} ({run.directory.checkpoint(step)})")
         if state is not None and "rows" not in state:
             run.directory.cut_metrics_after(run.module.step)
         else:

@@ -132,6 +132,16 @@ def test_the_speed_of_a_row_is_that_since_the_row_before(tmp_path, tiny_run):
     assert any(row.loss is not None and row.step % 4 for row in rows[:-1]), "an evaluation between two rows"
 
 
+def test_the_last_lines_show_losses_to_few_digits_and_none_of_a_batch_cut_short(tmp_path, tiny_run, capsys):
+    config, directory = run_of(tmp_path, tiny_run, "resources.log_every=1")
+    assert train(config) == DONE
+    said, record = capsys.readouterr(), directory.read_record()
+    *_, full, cut = (row.train_loss for row in directory.read_metrics() if row.train_loss is not None)
+    assert record.pairs % 16 and f"{full:.4f}" != f"{cut:.4f}"
+    assert f"step {record.steps}/{record.steps}, loss {full:.4f}, held-out {record.loss:.4f}, " in said.err
+    assert said.out == f"{config.run_id} is done: held-out loss {record.loss:.4g}, record {directory.record}\n"
+
+
 def test_a_finished_run_says_so_and_is_left_alone(tmp_path, tiny_run, capsys):
     config, directory = run_of(tmp_path, tiny_run)
     assert train(config) == DONE
