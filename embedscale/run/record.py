@@ -89,7 +89,8 @@ class AttemptRecord(Value):
     from_flop: Count | None = None
     """FLOP already spent when the attempt began."""
     end: Time | None = None
-    """Time at which the attempt ended, ISO 8601; null while it runs."""
+    """Time at which the attempt ended, ISO 8601; if it was killed, its last heartbeat, up to 20 s before; null while it
+    runs."""
     ended: Literal["done", "diverged", "interrupted", "failed", "killed"] | None = None
     """How the attempt ended; null while it runs."""
     reason: str | None = None
