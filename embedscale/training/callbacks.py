@@ -1,4 +1,4 @@
-"""What happens between two steps, in one visible order (`between_steps`), and before the first.
+"""What happens between two steps, in one visible order (`BetweenSteps.after_step`), and before the first.
 
 Lightning calls one callback. A list of callbacks would hide the order in the list, and the order matters: a row of
 metrics must be written before the checkpoint that makes it final, and the last checkpoint before the last evaluation,
@@ -32,29 +32,8 @@ BAR_SECONDS = 0.5  # between two looks of a progress bar
 HANDLED = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
-def between_steps(do: "BetweenSteps", trainer: lightning.Trainer) -> None:
-    """Do all that is due after a step, in this order."""
-    run = do.run
-    if run.done:
-        check_spent(run)
-    do.rows.after_step(trainer)
-    if run.done:
-        do.checkpoints.take()
-    if run.module.step in run.plan.evaluate_after:
-        do.evaluate(trainer)
-    asked, due = (False, False) if run.done else do.checkpoints.wishes()
-    if asked or due:
-        do.checkpoints.take()
-    if asked or run.done:
-        trainer.should_stop = True
-    if do.heartbeat is not None:
-        do.heartbeat.note()
-    if do.progress is not None:
-        do.progress.show()
-
-
 class BetweenSteps(lightning.Callback):
-    """Calls `between_steps`, and prepares what it needs before the first step."""
+    """Does all that is due between two steps, and before the first."""
 
     def __init__(self, run: TrainingRun):
         self.run = run
@@ -80,7 +59,27 @@ class BetweenSteps(lightning.Callback):
         refuse_overspending(self.run, batch)
 
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        between_steps(self, trainer)
+        self.after_step(trainer)
+
+    def after_step(self, trainer: lightning.Trainer) -> None:
+        """Do all that is due after a step, in this order."""
+        run = self.run
+        if run.done:
+            check_spent(run)
+        self.rows.after_step(trainer)
+        if run.done:
+            self.checkpoints.take()
+        if run.module.step in run.plan.evaluate_after:
+            self.evaluate(trainer)
+        asked, due = (False, False) if run.done else self.checkpoints.wishes()
+        if asked or due:
+            self.checkpoints.take()
+        if asked or run.done:
+            trainer.should_stop = True
+        if self.heartbeat is not None:
+            self.heartbeat.note()
+        if self.progress is not None:
+            self.progress.show()
 
     def teardown(self, trainer: Any, module: Any, stage: str) -> None:
         if self.progress is not None:
