@@ -100,9 +100,9 @@ def read_archive(root: Path, digest: str) -> dict[str, bytes]:
 
 
 def restore(root: Path, digest: str) -> list[str]:
-    """Write what is missing or changed in a copy again, and remove what is too much; return the names.
+    """Write what is missing or changed in a copy again, and remove what does not belong to it.
 
-    Raise ValueError if the copy's archive does not hold the files of `digest`.
+    Return the names. Raise ValueError if the copy's archive does not hold the files of `digest`.
     """
     found = files_of(root)
     if digest_of(found) == digest:

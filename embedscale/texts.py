@@ -16,12 +16,12 @@ PLAIN = (1e-3, 1e5)  # sizes of numbers that are written without an exponent
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """Return a number with so many significant digits, as 0.25 or 6.4e12; a dash for None."""
+    """Return a number with `digits` significant digits, as 0.25 or 6.4e12; a dash for None."""
     return "–" if value is None else _plain(f"{value:.{digits}g}")
 
 
 def spread(ends: Sequence[float] | None, digits: int = 3) -> str:
-    """Return an interval with so many significant digits, or a dash for None."""
+    """Return an interval with `digits` significant digits, or a dash for None."""
     return "–" if ends is None else f"{number(ends[0], digits)} … {number(ends[1], digits)}"
 
 

@@ -90,7 +90,7 @@ def units_of(number: int, source: Source, size: UnitSize = UNIT_SIZE) -> list[Un
         shards = rows.num_shards
         return [Unit(number, source.path, shard, shard + 1, total // shards) for shard in range(shards)]
     if source.kind == "jsonl" and source.path.endswith(ENDINGS["csv"]):
-        raise UserError(f"data.sources.kind: {source.path} is no file of JSON lines by its name; use kind csv")
+        raise UserError(f"data.sources.kind: jsonl, but {source.path} has the ending of a CSV file; use kind csv")
     files_of_source = [(path, path.stat().st_size) for path in _files(source)]
     step = size.bytes_of(sum(bytes_of_file for _, bytes_of_file in files_of_source))
     units = []

@@ -61,7 +61,7 @@ def packed_attention(
     shorter than a window.
     """
     others = {
-        "no word of what is packed": packing is None,
+        "no packing information": packing is None,
         "a mask": attention_mask is not None,
         "capped scores": softcap is not None,
         "sinks": s_aux is not None,

@@ -26,6 +26,12 @@ def rank() -> int:
     return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
 
 
+def wait_for_all() -> None:
+    """Wait until all processes have come here."""
+    if world_size() > 1:
+        torch.distributed.barrier()
+
+
 class GradientSums:
     """The sum over all processes of one step's gradients, sent in part while the backward pass still runs.
 

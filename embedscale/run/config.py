@@ -10,7 +10,7 @@ import json
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args, get_type_hints
 
 from embedscale.errors import UserError, allowed, bounded
 from embedscale.run.families import short_name
@@ -247,14 +247,13 @@ class RunConfig:
 
     def science(self) -> dict[str, Any]:
         """Return the settings that change the result, as plain values. Two configs with equal science are one run."""
-        # vars, because asdict copies everything and a sweep asks ten thousand times.
         values: dict[str, Any] = {
-            name: dict(vars(getattr(self, name))) for name in ("backbone", "method", "loss", "training", "evaluation")
+            name: _plain(getattr(self, name)) for name in ("backbone", "method", "loss", "training", "evaluation")
         }
-        values["budget"] = self.budget
+        values["budget"] = float(self.budget)
         values["backbone"]["name"] = short_name(self.backbone.name)
-        if self.method.active_fraction is not None:
-            values["method"]["active_fraction"] = round(self.method.active_fraction, 3)  # 1/6, 0.1667: the same blocks
+        if (fraction := values["method"]["active_fraction"]) is not None:
+            values["method"]["active_fraction"] = round(fraction, 3)  # 1/6, 0.1667: the same blocks
         values["data"] = {
             "store": short_name(self.data.store),
             "context": self.data.context,
@@ -280,6 +279,17 @@ class RunConfig:
     def folder(self) -> Path:
         """The run directory."""
         return Path(self.output) / self.run_id
+
+
+def _plain(settings: Any) -> dict[str, Any]:
+    """Return settings by name. An integer that Python code gave becomes a float where a file's would be one."""
+    values = dict(vars(settings))  # asdict would copy everything, and a sweep asks ten thousand times
+    return values | {name: float(values[name]) for name in _floats(settings.__class__) if isinstance(values[name], int)}
+
+
+@cache
+def _floats(kind: type) -> list[str]:
+    return [name for name, hint in get_type_hints(kind).items() if float in (hint, *get_args(hint))]
 
 
 @cache

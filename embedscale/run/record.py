@@ -47,9 +47,9 @@ class Metric(Value):
     learning_rate: Amount | None = None
     """Learning rate of the step."""
     tokens_per_second: Amount | None = None
-    """Mean speed since the row before."""
+    """Mean speed since the row before, checkpoints included."""
     seconds: Amount | None = None
-    """Time since the row before."""
+    """Time since the row before, checkpoints included."""
     loss: float | None = None
     """Held-out loss, nats."""
     recall_at_1: Share | None = None
@@ -89,7 +89,8 @@ class AttemptRecord(Value):
     from_flop: Count | None = None
     """FLOP already spent when the attempt began."""
     end: Time | None = None
-    """Time at which the attempt ended, ISO 8601; null while it runs."""
+    """Time at which the attempt ended, ISO 8601; if it was killed, its last heartbeat, up to 20 s before; null while it
+    runs."""
     ended: Literal["done", "diverged", "interrupted", "failed", "killed"] | None = None
     """How the attempt ended; null while it runs."""
     reason: str | None = None

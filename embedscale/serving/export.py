@@ -76,7 +76,7 @@ def export(run: str, folder: str, least_cosine: float = SIMILAR) -> int:
         made.mkdir()
         write_model(embedder, made)
         likeness = _compare(embedder, made, Path(temporary))
-        if isinstance(likeness, str) or likeness <= least_cosine:
+        if isinstance(likeness, str) or not likeness > least_cosine:  # NaN is not above anything
             found = likeness if isinstance(likeness, str) else f"cosine {likeness:.6f}, expected above {least_cosine}"
             print(f"embedscale: the exported model does not embed as the run does ({found}); no file was kept")
             return FAILED

@@ -96,7 +96,8 @@ def task_of(name: str) -> Any:
         every = [*(task.metadata.name for task in mteb.get_tasks()), *SUITES, *_benchmarks()]
         near = difflib.get_close_matches(name, every, 1)
         hint = f"; did you mean {near[0]}?" if near else ""
-        raise UserError(f"--tasks: {name!r} is no task, suite or benchmark of mteb {version('mteb')}{hint}") from None
+        known = f"task, suite or benchmark of mteb {version('mteb')}"
+        raise UserError(f"--tasks: {name!r} is not a {known}{hint}") from None
     if set(task.metadata.modalities) != {"text"}:
         raise UserError(
             f"--tasks: {name!r} is a task of {' and '.join(task.metadata.modalities)}; allowed: tasks of text alone"

@@ -26,6 +26,7 @@ from embedscale.model.backbone import empty_body, load_body, shape_without_weigh
 from embedscale.model.hardware import (
     allow_tf32,
     compile_seconds,
+    device_name,
     keep_freed_memory,
     matrix_product_peak,
     peak_memory,
@@ -97,9 +98,9 @@ def calibrate(config: RunConfig, out: str, sizes: Sequence[str], methods: Sequen
 
 
 def _facts(config: RunConfig, device: torch.device, seconds: float) -> dict[str, Any]:
-    cuda = device.type == "cuda"
+    name = device_name(device)
     return {
-        "device": torch.cuda.get_device_name(device) if cuda else f"CPU, {torch.get_num_threads()} threads",
+        "device": name if device.type == "cuda" else f"CPU {name}, {torch.get_num_threads()} threads",
         "precision": config.training.precision,
         "batch_size": config.training.batch_size,
         "context": config.data.context,

@@ -1,4 +1,4 @@
-"""What happens between two steps, in one visible order (`between_steps`), and before the first.
+"""What happens between two steps, in one visible order (`BetweenSteps.after_step`), and before the first.
 
 Lightning calls one callback. A list of callbacks would hide the order in the list, and the order matters: a row of
 metrics must be written before the checkpoint that makes it final, and the last checkpoint before the last evaluation,
@@ -32,29 +32,8 @@ BAR_SECONDS = 0.5  # between two looks of a progress bar
 HANDLED = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
-def between_steps(do: "BetweenSteps", trainer: lightning.Trainer) -> None:
-    """Do all that is due after a step, in this order."""
-    run = do.run
-    if run.done:
-        check_spent(run)
-    do.rows.after_step(trainer)
-    if run.done:
-        do.checkpoints.take()
-    if run.module.step in run.plan.evaluate_after:
-        do.evaluate(trainer)
-    asked, due = (False, False) if run.done else do.checkpoints.wishes()
-    if asked or due:
-        do.checkpoints.take()
-    if asked or run.done:
-        trainer.should_stop = True
-    if do.heartbeat is not None:
-        do.heartbeat.note()
-    if do.progress is not None:
-        do.progress.show()
-
-
 class BetweenSteps(lightning.Callback):
-    """Calls `between_steps`, and prepares what it needs before the first step."""
+    """Does all that is due between two steps, and before the first."""
 
     def __init__(self, run: TrainingRun):
         self.run = run
@@ -68,6 +47,7 @@ class BetweenSteps(lightning.Callback):
         # Lightning's own SIGTERM handler, set in `fit`, would end a run as if it had succeeded.
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
+        refuse_different_starts(self.run)
         self.rows.start()
         self.catch_up(trainer)
         if self.heartbeat is not None:
@@ -79,7 +59,27 @@ class BetweenSteps(lightning.Callback):
         refuse_overspending(self.run, batch)
 
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        between_steps(self, trainer)
+        self.after_step(trainer)
+
+    def after_step(self, trainer: lightning.Trainer) -> None:
+        """Do all that is due after a step, in this order."""
+        run = self.run
+        if run.done:
+            check_spent(run)
+        self.rows.after_step(trainer)
+        if run.done:
+            self.checkpoints.take()
+        if run.module.step in run.plan.evaluate_after:
+            self.evaluate(trainer)
+        asked, due = (False, False) if run.done else self.checkpoints.wishes()
+        if asked or due:
+            self.checkpoints.take()
+        if asked or run.done:
+            trainer.should_stop = True
+        if self.heartbeat is not None:
+            self.heartbeat.note()
+        if self.progress is not None:
+            self.progress.show()
 
     def teardown(self, trainer: Any, module: Any, stage: str) -> None:
         if self.progress is not None:
@@ -105,6 +105,20 @@ class BetweenSteps(lightning.Callback):
             self.rows.write(trainer, **run.evaluated)
 
 
+def refuse_different_starts(run: TrainingRun) -> None:
+    """Raise UserError in all processes if they begin at different steps: they would add gradients of other batches."""
+    if world_size() == 1:
+        return
+    ends = torch.tensor([run.module.step, -run.module.step], device=run.module.device)
+    torch.distributed.all_reduce(ends, torch.distributed.ReduceOp.MAX)
+    latest, earliest = int(ends[0]), -int(ends[1])
+    if earliest != latest:
+        raise UserError(
+            f"{run.directory.checkpoints}: the processes found different checkpoints, after step {earliest} and after "
+            f"step {latest}; run it again when all nodes see the same files"
+        )
+
+
 def refuse_overspending(run: TrainingRun, batch: Batch) -> None:
     """Raise RuntimeError if a step would spend beyond the budget."""
     if run.module.flop + batch.tokens * run.plan.flop_per_token > run.plan.budget_flop:
@@ -124,6 +138,7 @@ class Log:
         self.run, self.every = run, run.config.resources.log_every
 
     def start(self) -> None:
+        """Begin to measure the speed of the next row's steps."""
         self._since, self._tokens = time.perf_counter(), self.run.module.tokens
 
     def after_step(self, trainer: lightning.Trainer) -> None:
@@ -140,10 +155,10 @@ class Log:
             tokens_per_second=round((module.tokens - self._tokens) / seconds, 1),
             seconds=round(seconds, 4),
         )
-        self.start()
 
     def write(self, trainer: lightning.Trainer, **values: Any) -> None:
         run, module = self.run, self.run.module
+        self.start()  # also after an evaluation, which is not training
         if not run.may_write():
             return
         row = Metric(module.step, run.attempt.record.number, module.tokens, module.flop, **values)
@@ -292,7 +307,10 @@ class Heartbeat:
 
 
 class ProgressLine:
-    """Shows FLOP spent, losses, speed and time left: a bar on a terminal, else a line every LINE_SECONDS."""
+    """Shows FLOP spent, losses, speed and time left: a bar on a terminal, else a line every LINE_SECONDS.
+
+    The training loss is that of the last full batch: a batch cut short has few negatives, and says little.
+    """
 
     def __init__(self, run: TrainingRun, heartbeat: Heartbeat):
         self.run, self.heartbeat = run, heartbeat
@@ -304,6 +322,7 @@ class ProgressLine:
         self._peak = matrix_product_peak(module.device, run.config.training.precision)
         self._begun = self._shown = time.monotonic()
         self._exact = module.flop_exact
+        self._loss: torch.Tensor | None = None  # of the last full batch
         self._compiled = False
         self.bar = Bar(run.config.run_id, run.plan.spent_flop, module.flop, share=True)
         self.bar.start()
@@ -311,6 +330,8 @@ class ProgressLine:
     def show(self) -> None:
         run, module, now = self.run, self.run.module, time.monotonic()
         assert self.bar is not None
+        if module.step <= run.plan.averaged_steps.stop:
+            self._loss = module.loss
         if now - self._shown < (BAR_SECONDS if self.bar.drawn else LINE_SECONDS) and not run.done:
             return
         self._shown = now
@@ -320,7 +341,7 @@ class ProgressLine:
         exact = (module.flop_exact - self._exact) / max(now - self._begun, 1e-9)
         share = exact / (self._peak * run.plan.world_size)
         held_out = f"{run.evaluated['loss']:.4f}" if run.evaluated else "–"
-        losses = f"loss {float(module.loss):.4f}, held-out {held_out}"
+        losses = f"loss {'–' if self._loss is None else f'{float(self._loss):.4f}'}, held-out {held_out}"
         speed = f"{self.heartbeat.tokens_per_second:,.0f} tokens/s, {share:.0%} of peak"
         if self.bar.drawn:
             self.bar.say(f"of {run.plan.budget_flop:.3g} FLOP, {losses}, {speed}", completed=module.flop)

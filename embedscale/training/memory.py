@@ -28,7 +28,7 @@ from embedscale.training.module import Contrastive
 # cover temporary buffers, fragments that chunks of other lengths leave in the heap, and the kernels' own memory.
 MARGIN = {"cpu": 2.5, "cuda": 1.15}
 # Tokens of a sequence in a second chunk that is simulated for a GPU, whose attention needs a buffer for each sequence.
-# A batch's shortest sequences share a chunk; at the paper's lengths they have about so many tokens.
+# A batch's shortest sequences share a chunk; at the paper's lengths they have about 8 tokens.
 SHORT = 8
 GRANULE = 512  # bytes: a GPU's allocator rounds up to a multiple of this
 

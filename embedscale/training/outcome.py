@@ -18,7 +18,7 @@ from embedscale.code import ROOT, source_of
 from embedscale.errors import DONE, FAILED, INTERRUPTED, UserError
 from embedscale.files import write_atomically
 from embedscale.model.backbone import digest_of
-from embedscale.model.hardware import training_device
+from embedscale.model.hardware import device_name, training_device
 from embedscale.run.config import RunConfig
 from embedscale.run.directory import RunDirectory
 from embedscale.run.families import family_name, short_name
@@ -74,17 +74,20 @@ def diverged(run: TrainingRun, error: Diverged) -> int:
 
 
 def failed(run: TrainingRun, error: Exception) -> int:
-    """Write the traceback into the attempt, and one line for the user."""
-    if run.lease is not None:
-        reason = f"{type(error).__name__}: {error}"
-        end = {"reason": reason, "to_step": run.module.step, "to_flop": run.module.flop}
-        run.attempt.end("failed", "".join(traceback.format_exception(error)), **end)
-        print(f"{run.config.run_id}: failed, {reason} (traceback in {run.attempt.path})", file=sys.stderr)
+    """Write the traceback into the attempt, and one line for the user. Without an attempt, print the traceback."""
+    if run.lease is None:
+        traceback.print_exception(error)
+        return FAILED
+    reason = f"{type(error).__name__}: {error}"
+    end = {"reason": reason, "to_step": run.module.step, "to_flop": run.module.flop}
+    run.attempt.end("failed", "".join(traceback.format_exception(error)), **end)
+    print(f"{run.config.run_id}: failed, {reason} (traceback in {run.attempt.path})", file=sys.stderr)
     return FAILED
 
 
 def say_outcome(directory: RunDirectory, record: RunRecord) -> None:
-    print(f"{record.run_id} is {record.status}: held-out loss {record.loss}, record {directory.record}")
+    loss = "" if record.loss is None else f"held-out loss {record.loss:.4g}, "
+    print(f"{record.run_id} is {record.status}: {loss}record {directory.record}")
 
 
 def last_evaluation(run: TrainingRun) -> Metric | None:
@@ -100,7 +103,7 @@ def write_record(run: TrainingRun, weights: dict[str, Tensor], diverged_at_step:
     planned to serve at the same time, although the last runs of a bundle may have had the device for themselves.
     """
     config, directory, module, facts, plan = run.config, run.directory, run.module, run.facts, run.plan
-    evaluation = config.evaluation
+    evaluation, device = config.evaluation, training_device()
     weights = {name: weight.cpu().contiguous() for name, weight in weights.items()}
     done = diverged_at_step is None
     final = last_evaluation(run) if done else None
@@ -143,7 +146,7 @@ def write_record(run: TrainingRun, weights: dict[str, Tensor], diverged_at_step:
         weights_digest=digest_of(weights),
         wall_seconds=round(wall, 1),
         gpu_hours=round(device_seconds * plan.world_size / 3600, 5),
-        device=_device(training_device(), plan.world_size),
+        device=Device(device_name(device), plan.world_size, device.type, torch.get_num_threads()),
         attempts=attempts,
         versions=run.versions,
         code=run.code,
@@ -171,12 +174,6 @@ def _hyperparameters(config: RunConfig, learning_rate: float) -> Hyperparameters
         attention=config.backbone.attention,
         method_label=config.method.label,
     )
-
-
-def _device(device: torch.device, count: int) -> Device:
-    known = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
-    name = known or platform.machine()
-    return Device(name, count, device.type, torch.get_num_threads())
 
 
 def versions() -> dict[str, str]:

@@ -26,6 +26,7 @@ from embedscale.files import write_atomically
 from embedscale.model.backbone import digest_of, load_body, shape_of, shape_without_weights
 from embedscale.model.body import FROM_TOKENS, use_cpu_body
 from embedscale.model.hardware import allow_tf32, keep_freed_memory, training_device
+from embedscale.model.parallel import wait_for_all
 from embedscale.run.config import RunConfig
 from embedscale.run.directory import RunDirectory
 from embedscale.run.lease import leased, remove_what_is_left_over
@@ -247,6 +248,9 @@ def _fit(run: TrainingRun, state: dict[str, Any] | None) -> int:
     if state is not None:
         run.module.restore(state)
     if run.lease is not None:
+        if state is not None:
+            step = run.module.step
+            print(f"{run.config.run_id}: goes on from step {step} ({run.directory.checkpoint(step)})")
         if state is not None and "rows" not in state:
             run.directory.cut_metrics_after(run.module.step)
         else:
@@ -254,7 +258,9 @@ def _fit(run: TrainingRun, state: dict[str, Any] | None) -> int:
         run.attempt.write(from_step=run.module.step, from_flop=run.module.flop)
     try:
         _make_steps(run)
-        return outcome.end_of_steps(run)
+        code = outcome.end_of_steps(run)
+        wait_for_all()  # for the first process, which writes: who supervises them kills those that end much later
+        return code
     except Stopped:
         return outcome.interrupted(run, run.stop.reason)
     except Diverged as error:

@@ -6,6 +6,7 @@ the checkpoints, and leaves no child behind. A run whose process was killed is t
 have left no new checkpoint.
 """
 
+import math
 import multiprocessing
 import os
 import signal
@@ -25,7 +26,7 @@ from embedscale.files import now
 from embedscale.imports import importing
 from embedscale.process import job_number
 from embedscale.run.config import RunConfig
-from embedscale.run.directory import RunDirectory
+from embedscale.run.directory import Attempt, RunDirectory
 from embedscale.run.lease import STALE_SECONDS, lease_holder, leased, remove_what_is_left_over
 from embedscale.run.record import RunRecord, sound
 from embedscale.run.stop import StopRequest
@@ -59,8 +60,12 @@ class _Running:
     run: RunConfig
     place: Place
     processes: list[BaseProcess]
-    deadline: float | None = None
-    """Time by which all processes must have ended, once one of them has; by time.monotonic()."""
+    logs: list[Path]
+    """Output of each process."""
+    ended_first: Sequence[int] = ()
+    """Ranks of the processes that had ended at the first look that found any: the others end because of them."""
+    deadline: float = math.inf
+    """Time by which the others must have ended, by time.monotonic()."""
 
 
 def work_through(
@@ -140,7 +145,7 @@ def _ended_before(run: RunConfig, stop: StopRequest) -> str | None:
     if (record := sound(directory.read_record())) is not None:
         remove_what_is_left_over(directory)
         return "done" if record.status == "done" else "failed"
-    if int(os.environ.get("RANK", 0)) > 0:
+    if not _is_first():
         return None  # the first process decides
     # After the loss of a node, SLURM starts the job again before the lease of the lost process counts as stale.
     deadline = time.monotonic() + STALE_SECONDS
@@ -155,6 +160,11 @@ def _ended_before(run: RunConfig, stop: StopRequest) -> str | None:
         note_failure(directory, f"{ATTEMPTS} attempts without a new checkpoint{why}")
         return "failed"
     return None
+
+
+def _is_first() -> bool:
+    """Return whether this is the first process of a run, or the first task of a job: the one that writes."""
+    return int(os.environ.get("RANK", 0)) == 0
 
 
 def stalled(directory: RunDirectory) -> bool:
@@ -183,14 +193,20 @@ def _start(run: RunConfig, place: Place) -> _Running:
     directory.attempts.mkdir(parents=True, exist_ok=True)
     number = next_attempt(directory, int(os.environ.get("RANK", 0)))
     context = multiprocessing.get_context("fork")
+    logs = [directory.log(number, int((os.environ | each).get("RANK", 0))) for each in place.processes]
     processes: list[BaseProcess] = []
-    for environment in place.processes:
-        log = directory.log(number, int((os.environ | environment).get("RANK", 0)))
-        processes.append(context.Process(target=_child, args=(run, dict(environment), place, log)))
-    for process in processes:
-        process.start()
+    try:
+        for environment, log in zip(place.processes, logs, strict=True):
+            child = context.Process(target=_child, args=(run, dict(environment), place, log))
+            child.start()
+            processes.append(child)
+    except OSError:  # the machine takes no more processes
+        for process in processes:
+            process.kill()
+            process.join()
+        raise
     _say(run, f"attempt {number}, {', '.join(f'process {process.pid}' for process in processes)}")
-    return _Running(run, place, processes)
+    return _Running(run, place, processes, logs)
 
 
 def next_attempt(directory: RunDirectory, rank: int) -> int:
@@ -221,13 +237,13 @@ def _child(run: RunConfig, environment: dict[str, str], place: Place, log: Path)
         sys.exit(train(run, stop, place.sharing, place.beside))
     except UserError as error:
         print(f"embedscale: {error}", file=sys.stderr)
-        if lease_holder(directory.lease) is not None:
+        if _is_first() and lease_holder(directory.lease) is not None:
             sys.exit(ELSEWHERE)
         reason, text = str(error), None
     except Exception as error:  # before the run's own attempt, which would have written it down
         reason, text = f"{type(error).__name__}: {error}", traceback.format_exc()
         print(text, file=sys.stderr)
-    if int(os.environ.get("RANK", 0)) == 0:
+    if _is_first():
         with suppress(UserError):  # a damaged file of the run, which `status` names
             note_failure(directory, reason, text)
     sys.exit(FAILED)
@@ -237,14 +253,15 @@ def _over(each: _Running, stop: StopRequest) -> bool:
     """Pass on a request to stop, kill the processes that still wait for one that has ended, and return whether all
     have ended."""
     alive = [process for process in each.processes if process.is_alive()]
+    if not each.ended_first and len(alive) < len(each.processes):
+        each.ended_first = [rank for rank, process in enumerate(each.processes) if process not in alive]
+        each.deadline = time.monotonic() + FAREWELL_SECONDS
     if stop.requested:
         for process in alive:
             _signal(process, signal.SIGTERM)
-    if alive and len(alive) < len(each.processes):
-        each.deadline = each.deadline or time.monotonic() + FAREWELL_SECONDS
-        if time.monotonic() > each.deadline:
-            for process in alive:
-                _signal(process, signal.SIGKILL)
+    if time.monotonic() > each.deadline:
+        for process in alive:
+            _signal(process, signal.SIGKILL)
     return not alive
 
 
@@ -254,27 +271,56 @@ def _signal(process: BaseProcess, number: signal.Signals) -> None:
 
 
 def _outcome(each: _Running, stop: StopRequest) -> str | None:
-    """Return how a run ended, or None if it is to be tried again: it was killed, or it stopped without a request."""
+    """Return how a run ended, or None if it is to be tried again: it was killed, or it stopped without a request.
+
+    Of several processes, those that ended first say why: one that was lost, or else one that failed. The others fail
+    because of it, or wait for it until `_over` kills them.
+    """
     for process in each.processes:
         process.join()
     codes = [process.exitcode or 0 for process in each.processes]
-    lost = [code for code in codes if code not in OUTCOMES]
-    code = lost[0] if lost else codes[0]
-    directory = RunDirectory(each.run.folder)
-    if code == INTERRUPTED and stop.requested:
-        # The child knows that this parent asked it to stop; only the parent knows why.
-        for last in sound(directory.read_attempts())[-1:]:
-            if last.pid == each.processes[0].pid and last.ended == "interrupted":
-                directory.reopen(last).write(reason=stop.reason)
-        return "interrupted"
-    if code in OUTCOMES and code != INTERRUPTED:
-        return OUTCOMES[code]
-    if lost and lease_holder(directory.lease) is None:
-        # A process that died before it began its attempt has used up one attempt all the same.
+    if codes[0] in (DONE, ELSEWHERE):
+        return OUTCOMES[codes[0]]
+    lost = [rank for rank in each.ended_first if codes[rank] not in OUTCOMES]
+    failed = [rank for rank in each.ended_first if codes[rank] == FAILED]
+    rank = (lost or failed or [0])[0]
+    code = codes[rank]
+    if code == FAILED:
+        if rank > 0:
+            _end_attempt(each, "failed", f"process {rank} failed; see {each.logs[rank]}")
+        return "failed"
+    if code != INTERRUPTED:
         why = f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit status {code}"
-        for attempt in directory.open_attempts() or [directory.begin_attempt()]:
-            attempt.write(end=now(), ended="killed", reason=why)
+        _end_attempt(each, "killed", f"process {rank} {why}" if rank > 0 else why)
+    elif stop.requested:
+        # The child knows that this parent asked it to stop; only the parent knows why.
+        attempt = _own_attempt(each)
+        if attempt is not None and attempt.record.ended == "interrupted":
+            attempt.write(reason=stop.reason)
     return "interrupted" if stop.requested else None
+
+
+def _own_attempt(each: _Running) -> Attempt | None:
+    """Return the attempt that the first process began, to be written on; None if the process ended before that."""
+    directory = RunDirectory(each.run.folder)
+    for last in sound(directory.read_attempts())[-1:]:
+        if last.pid == each.processes[0].pid:
+            return directory.reopen(last)
+    return None
+
+
+def _end_attempt(each: _Running, ended: str, reason: str) -> None:
+    """Write how a run ended onto the attempt of its first process, which could not say it.
+
+    That the first process failed, because it had lost another one, gives way to "killed".
+    """
+    directory = RunDirectory(each.run.folder)
+    if not _is_first() or lease_holder(directory.lease) is not None:
+        return
+    # A process that died before it began its attempt has used up one attempt all the same.
+    attempt = _own_attempt(each) or directory.begin_attempt()
+    if attempt.record.ended is None or (attempt.record.ended, ended) == ("failed", "killed"):
+        attempt.write(end=attempt.record.end or now(), ended=ended, reason=reason)
 
 
 def rank_environment(

@@ -9,7 +9,7 @@ import torch
 from embedscale import cli
 from embedscale.errors import UserError
 from embedscale.model.backbone import load_body
-from embedscale.model.hardware import keep_freed_memory, memory_in_use, peak_memory
+from embedscale.model.hardware import device_name, keep_freed_memory, memory_in_use, peak_memory
 from embedscale.model.packing import pack
 from embedscale.run.cost import cost_of
 from embedscale.run.families import PYTHIA, shape_by_name
@@ -36,6 +36,7 @@ def test_rows_add_up_and_are_measured_once(backbone_folder, tmp_path, capsys):
     assert "pythia-tiny" in capsys.readouterr().out
     found = json.loads(out.read_text())
     assert [row["method"] for row in found["rows"]] == ["full", "lora-r2"]
+    assert found["device"] == f"CPU {device_name(torch.device('cpu'))}, {torch.get_num_threads()} threads"
     for row in found["rows"]:
         pairs = row["pairs_per_second"] * row["seconds"]
         assert pairs == pytest.approx(8 * row["steps"], rel=0.05)

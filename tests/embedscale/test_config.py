@@ -7,7 +7,8 @@ import pytest
 
 from embedscale.cli import main
 from embedscale.errors import UserError
-from embedscale.run.config import RunConfig, Source
+from embedscale.run.config import Evaluation, Loss, RunConfig, Source, Training
+from embedscale.run.method import Method
 from embedscale.run.settings import commented, load, markdown, read, to_yaml
 from embedscale.values import descriptions
 from slurm.cluster import Cluster, ResourceClass
@@ -107,3 +108,18 @@ def test_unknown_settings_are_refused_with_the_nearest_known_one():
 )
 def test_run_ids_are_those_of_the_first_version(words, run_id):
     assert load(None, words).run_id == run_id
+
+
+def test_integers_from_python_make_the_run_of_the_same_file():
+    given = RunConfig(
+        budget=10**15,
+        method=Method("lora", rank=8, alpha=16, dropout=0),
+        loss=Loss(temperature=1),
+        training=Training(learning_rate=1, clip=2, final_fraction=1),
+        evaluation=Evaluation(temperature=1),
+    )
+    words = ["budget=1e15", "method.name=lora", "method.rank=8", "method.alpha=16", "loss.temperature=1"]
+    words += ["training.learning_rate=1", "training.clip=2", "training.final_fraction=1", "evaluation.temperature=1"]
+    assert given.run_id == load(None, words).run_id
+    given = RunConfig(method=Method("freeze", active_fraction=1))
+    assert given.run_id == load(None, ["method.name=freeze", "method.active_fraction=1"]).run_id

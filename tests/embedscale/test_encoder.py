@@ -204,7 +204,7 @@ OTHERS = {
     "bloom": ({}, "by the distance of tokens"),
     "diffllama": ({"num_key_value_heads": 2}, "the difference of two maps"),
     "gemma2": ({"head_dim": 8, "num_key_value_heads": 2}, "caps attention scores"),
-    "stablelm": ({"num_key_value_heads": 4}, "does not hear which texts are packed"),
+    "stablelm": ({"num_key_value_heads": 4}, "ignores which texts are packed"),
     "gemma3_text": ({"head_dim": 8, "use_bidirectional_attention": True}, "attends to later tokens by itself"),
     "mixtral": ({"num_key_value_heads": 4}, "a mixture of experts"),
     "qwen3_moe": ({"num_key_value_heads": 4}, "a mixture of experts"),

@@ -24,7 +24,7 @@ from embedscale.run.settings import load
 from embedscale.run.stop import StopRequest
 from embedscale.serving.embedder import Embedder
 from embedscale.serving.evaluate import adapter_of, evaluate, held_out_task, held_out_texts
-from embedscale.serving.export import export
+from embedscale.serving.export import RELOAD, export
 from embedscale.serving.tasks import HELD_OUT, SUITES, load_data, names_of, task_of
 from embedscale.training.train import train
 
@@ -99,8 +99,16 @@ def test_transformers_alone_loads_an_exported_model(runs, exported):
     assert "lora" in card and RunDirectory(runs["lora"]).read_record().run_id in card
 
 
-def test_an_export_that_embeds_differently_leaves_no_files(tmp_path, runs, monkeypatch):
-    monkeypatch.setattr("embedscale.serving.export.POOLING_FLAGS", {"mean": "pooling_mode_cls_token"})
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("POOLING_FLAGS", {"mean": "pooling_mode_cls_token"}),
+        ("RELOAD", RELOAD.replace("model.encode(", "np.nan * model.encode(")),
+    ],
+    ids=["other-numbers", "nan"],
+)
+def test_an_export_that_embeds_differently_leaves_no_files(tmp_path, runs, monkeypatch, name, value):
+    monkeypatch.setattr(f"embedscale.serving.export.{name}", value)
     assert export(str(runs["full"]), str(tmp_path / "out" / "model")) == 1
     assert list((tmp_path / "out").iterdir()) == []
 

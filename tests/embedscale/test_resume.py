@@ -161,11 +161,14 @@ def test_a_truncated_checkpoint_falls_back_to_the_one_before(tmp_path, tiny_run,
     assert train(config) == DONE
     config, directory = run_of(tmp_path / "b", tiny_run, *words)
     assert train(config, StopAfter(9)) == INTERRUPTED
+    assert "goes on from" not in capsys.readouterr().out
     older, newest = sorted(directory.checkpoints.iterdir())
     newest.write_bytes(newest.read_bytes()[:-2000])
     assert train(config) == DONE
-    assert f"{newest} is damaged" in capsys.readouterr().err
-    assert directory.read_attempts()[-1].from_step == int(older.stem.split("-")[1])
+    said, step = capsys.readouterr(), int(older.stem.split("-")[1])
+    assert f"{newest} is damaged" in said.err
+    assert f"{config.run_id}: goes on from step {step} ({older})\n" in said.out
+    assert directory.read_attempts()[-1].from_step == step
     assert comparable(directory) == comparable(whole)
 
 

@@ -2,9 +2,12 @@
 
 import json
 import math
+import platform
+import re
 import subprocess
 import sys
 from datetime import datetime, timedelta
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +62,13 @@ def test_spends_the_budget_to_the_pair_and_records_it(tmp_path, tiny_run, name):
     assert not directory.checkpoints.exists() and not directory.lease.exists()
 
 
+def test_the_record_names_the_processor(tmp_path, tiny_run):
+    config, directory = run_of(tmp_path, tiny_run, "budget=2e8")
+    assert train(config) == DONE
+    named = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    assert directory.read_record().device.name == (named[1].strip() if named else platform.machine())
+
+
 def test_a_run_equals_a_plain_loop(tmp_path, tiny_run):
     """The plain loop uses transformers sequence by sequence, torch's AdamW, and formulas written out."""
     words = ["training.weight_decay=0.3", "training.clip=20.0", "training.warmup_fraction=0.2", "loss.temperature=0.1"]
@@ -109,6 +119,27 @@ def test_a_run_equals_a_plain_loop(tmp_path, tiny_run):
     record = directory.read_record()
     assert record.loss == pytest.approx(np.mean(found, 0)[0], rel=0.01)
     assert [record.recall_at_1, record.recall_at_10] == pytest.approx(np.mean(found, 0)[1:], abs=2.1 / 64)
+
+
+def test_the_speed_of_a_row_is_that_since_the_row_before(tmp_path, tiny_run):
+    """So the time of an evaluation between two training rows does not count."""
+    config, directory = run_of(tmp_path, tiny_run, "resources.log_every=4")
+    assert train(config) == DONE
+    rows = directory.read_metrics()
+    for before, row in pairwise(rows):
+        if row.seconds is not None:
+            assert row.seconds * row.tokens_per_second == pytest.approx(row.tokens - before.tokens, rel=0.02), row
+    assert any(row.loss is not None and row.step % 4 for row in rows[:-1]), "an evaluation between two rows"
+
+
+def test_the_last_lines_show_losses_to_few_digits_and_none_of_a_batch_cut_short(tmp_path, tiny_run, capsys):
+    config, directory = run_of(tmp_path, tiny_run, "resources.log_every=1")
+    assert train(config) == DONE
+    said, record = capsys.readouterr(), directory.read_record()
+    *_, full, cut = (row.train_loss for row in directory.read_metrics() if row.train_loss is not None)
+    assert record.pairs % 16 and f"{full:.4f}" != f"{cut:.4f}"
+    assert f"step {record.steps}/{record.steps}, loss {full:.4f}, held-out {record.loss:.4f}, " in said.err
+    assert said.out == f"{config.run_id} is done: held-out loss {record.loss:.4g}, record {directory.record}\n"
 
 
 def test_a_finished_run_says_so_and_is_left_alone(tmp_path, tiny_run, capsys):

@@ -1,6 +1,8 @@
 """Runs on this machine have the directories and rules of a cluster, and Ctrl-C leaves no process behind."""
 
+import errno
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -9,11 +11,22 @@ import time
 import psutil
 import pytest
 
+from embedscale.errors import FAILED
 from embedscale.files import read_json
+from embedscale.run.config import RunConfig
 from embedscale.run.directory import RunDirectory
+from embedscale.run.stop import StopRequest
 from slurm import grid
 from slurm.scheduler.local import places
-from slurm.scheduler.processes import ATTEMPTS, POLL_SECONDS, next_attempt, stalled
+from slurm.scheduler.processes import (
+    ATTEMPTS,
+    POLL_SECONDS,
+    Place,
+    import_everything,
+    next_attempt,
+    run_all,
+    stalled,
+)
 
 two_cores = pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="two runs side by side take two cores")
 
@@ -208,3 +221,83 @@ def test_nine_hard_kills_before_the_first_checkpoint_fail_no_run(laptop):
     for _ in range(9):
         attempt(directory, "killed", reason="killed by SIGKILL")
     assert "1 done" in laptop.sweep("submit", sweep, "--to", "here")
+
+
+TWO = Place([{"RANK": "0"}, {"RANK": "1"}])
+
+
+def hang(*attempt):
+    time.sleep(120)
+
+
+def fail(*attempt):
+    raise ZeroDivisionError
+
+
+def crash(*attempt):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def note(reason, after=0.0):
+    """Return a first process that ends its attempt as failed."""
+
+    def first(attempt):
+        time.sleep(after)
+        attempt.end("failed", reason=reason)
+
+    return first
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "expected"),
+    [
+        (note("no memory"), hang, [("failed", "no memory")]),
+        (
+            note("connection closed", after=0.3),
+            crash,
+            [("killed", "process 1 killed by SIGKILL")] * ATTEMPTS
+            + [("failed", "10 attempts without a new checkpoint; last reason: process 1 killed by SIGKILL")],
+        ),
+        (hang, fail, [("failed", "process 1 failed; see {attempts}/1.rank1.log")]),
+        (note("connection closed", after=0.3), fail, [("failed", "connection closed")]),
+    ],
+    ids=["hangs", "is-killed", "fails-alone", "fails-first"],
+)
+def test_a_run_ends_by_what_its_second_process_did(tmp_path, monkeypatch, first, second, expected):
+    run = RunConfig(output=str(tmp_path))
+    directory = RunDirectory(run.folder)
+
+    def train(*settings):
+        """Do what the processes of a run do in place of training."""
+        if os.environ["RANK"] == "0":
+            first(directory.begin_attempt())
+        else:
+            while not directory.open_attempts():
+                time.sleep(0.01)
+            second()
+        return FAILED
+
+    monkeypatch.setattr("embedscale.training.train.train", train)
+    monkeypatch.setattr("slurm.scheduler.processes.FAREWELL_SECONDS", 1)
+    import_everything()
+    assert run_all([run], [TWO], StopRequest(time.time() + 60)) == {run.run_id: "failed"}
+    expected = [(ended, reason.format(attempts=directory.attempts)) for ended, reason in expected]
+    assert [(attempt.ended, attempt.reason) for attempt in directory.read_attempts()] == expected
+
+
+def test_no_process_of_a_run_stays_where_the_machine_takes_no_more(tmp_path, monkeypatch, capsys):
+    fork, forked = os.fork, []
+
+    def one_fork():
+        if forked:
+            raise OSError(errno.EAGAIN, "no more processes")
+        forked.append(fork())
+        return forked[0]
+
+    import_everything()
+    monkeypatch.setattr("embedscale.training.train.train", hang)
+    monkeypatch.setattr(os, "fork", one_fork)
+    run = RunConfig(output=str(tmp_path))
+    assert run_all([run], [TWO], StopRequest()) == {run.run_id: "failed"}
+    assert "no more processes" in capsys.readouterr().out
+    assert forked and not multiprocessing.active_children()

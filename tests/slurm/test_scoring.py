@@ -41,7 +41,7 @@ def test_scoring_jobs_score_each_finished_run_once(lab, until):
 def test_a_task_unknown_to_mteb_is_refused_before_submission(laptop):
     sweep = laptop.write("scored", **FILE)
     said = laptop.sweep("submit", sweep, "--evaluate", "SciFcat", code=2)
-    assert "--evaluate: 'SciFcat' is no task, suite or benchmark of mteb" in said and "did you mean SciFact?" in said
+    assert "--evaluate: 'SciFcat' is not a task, suite or benchmark of mteb" in said and "did you mean SciFact?" in said
     assert not laptop.directories("scored")
 
 

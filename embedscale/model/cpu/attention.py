@@ -25,15 +25,15 @@ def beside(outputs: int, size: int, turned: int) -> Tensor:
     return torch.cat([torch.cat([pairs, rows[:, :2, turned:]], -1), rows[:, 2:]], 1).flatten()
 
 
-def states_of(x: Tensor, run: Run, size: int, first: int, width: int, stride: int | None = None) -> Tensor:
+def states_of(x: Tensor, run: Run, size: int, first: int, width: int) -> Tensor:
     """Return a view [sequences, width / size heads, length, size] of a run's rows of [T, columns].
 
-    The view starts at column `first`; heads lie `stride` columns apart (default: `size`). One call replaces six slices
-    and transpositions for each run of each block.
+    The view starts at column `first`; heads lie side by side. One call replaces six slices and transpositions for each
+    run of each block.
     """
     row = x.stride(0)
     shape = (run.stop - run.start) // run.length, width // size, run.length, size
-    return x.as_strided(shape, (run.length * row, stride or size, row, 1), x.storage_offset() + run.start * row + first)
+    return x.as_strided(shape, (run.length * row, size, row, 1), x.storage_offset() + run.start * row + first)
 
 
 def rows_of(states: Tensor) -> Tensor:

@@ -203,7 +203,7 @@ def attend_backward(
 
 
 def warps_of(tile: int, width: int) -> int:
-    """Return the warps of a program: so many that the tiles of heads of up to 64 numbers stay in registers."""
+    """Return the warps of a program. Their number keeps the tiles of heads of up to 64 numbers in registers."""
     return min(16, max(2, tile * max(width, 64) // 512))
 
 
