@@ -40,7 +40,7 @@ def prepare(args: argparse.Namespace) -> int:
 
 
 def flops(args: argparse.Namespace) -> int:
-    return load("embedscale.training.plan:print_flops")(_config(args), args.budgets, args.json)
+    return load("embedscale.training.pricing.flops:print_flops")(_config(args), args.budgets, args.json)
 
 
 def train(args: argparse.Namespace) -> int:
@@ -57,10 +57,12 @@ def train(args: argparse.Namespace) -> int:
 
 def calibrate(args: argparse.Namespace) -> int:
     config, what = _config(args), (args.sizes, args.methods, args.seconds)
-    load("embedscale.training.plan:configs_of")(config, *what)  # tells what is wrong before torch is imported
+    load("embedscale.training.pricing.calibration:configs_of")(
+        config, *what
+    )  # tells what is wrong before torch is imported
     if Path(args.out).is_dir():
         raise UserError(f"--out: {args.out} is a folder; name a file, such as {args.out}/calibration.json")
-    return load("embedscale.training.calibrate:calibrate")(config, args.out, *what)
+    return load("embedscale.training.pricing.calibrate:calibrate")(config, args.out, *what)
 
 
 def evaluate(args: argparse.Namespace) -> int:

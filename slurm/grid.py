@@ -31,6 +31,7 @@ from typing import Any, ClassVar, get_origin, get_type_hints
 
 from embedscale.errors import UserError, bounded
 from embedscale.run.config import Backbone, RunConfig
+from embedscale.run.cost import PAPER_PAIR
 from embedscale.run.families import short_name
 from embedscale.run.method import METHODS, Method
 from embedscale.run.settings import beside, blaming, read_yaml, structured, typed, unknown
@@ -66,7 +67,7 @@ class SweepFile:
     """Settings; a run that has all of them is left out."""
     expected_pairs: int | None = None
     """Training pairs of the store, for a plan before the store exists."""
-    expected_tokens_per_pair: float = 14 + 64
+    expected_tokens_per_pair: float = PAPER_PAIR
     """Mean tokens of a pair, for a plan before the store exists; default: the paper's means (section 4.1)."""
 
     def __post_init__(self) -> None:

@@ -34,13 +34,14 @@ from embedscale.model.hardware import (
 )
 from embedscale.model.packing import pack
 from embedscale.run.config import RunConfig
-from embedscale.run.cost import cost_of
+from embedscale.run.cost import PAPER_PAIR, cost_of
 from embedscale.run.families import short_name
 from embedscale.terminal import console
 from embedscale.training.batches import Batch
 from embedscale.training.memory import fitting_chunk
 from embedscale.training.module import Contrastive, assemble
-from embedscale.training.plan import PAPER_PAIR, SIZES, TrainingPlan, configs_of
+from embedscale.training.plan import TrainingPlan
+from embedscale.training.pricing.calibration import SIZES, configs_of
 from embedscale.training.train import bare_trainer, begin_worker, loading_workers, quieten
 
 MEANS = (14, 64)  # tokens of a query and of a positive (paper, section 4.1)
