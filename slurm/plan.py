@@ -8,7 +8,7 @@ device's peak; the table says which.
 
 import math
 from argparse import Namespace
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
@@ -20,8 +20,7 @@ from rich.table import Table
 
 from embedscale.data.manifest import is_finished
 from embedscale.data.store import PairStore
-from embedscale.errors import DONE, UserError, bounded
-from embedscale.files import read_json
+from embedscale.errors import DONE, UserError
 from embedscale.run.config import RunConfig
 from embedscale.run.cost import Cost, cost_of
 from embedscale.run.directory import RunDirectory
@@ -30,7 +29,8 @@ from embedscale.run.shape import BackboneShape
 from embedscale.terminal import console
 from embedscale.texts import counted
 from embedscale.training.plan import learning_rate_of, special_tokens_differ
-from embedscale.values import print_json
+from embedscale.training.pricing.calibration import Calibration
+from embedscale.values import Damaged, print_json
 from slurm import grid
 from slurm.cluster import ResourceClass, shape_of
 from slurm.grid import Sweep
@@ -113,6 +113,8 @@ class SweepPlan:
     """The sweep that the runs belong to."""
     estimates: list[Estimate]
     """One estimate for each run."""
+    calibration: Calibration | None = None
+    """Speeds that were measured on the cluster; None if none were."""
 
     @cached_property
     def by_id(self) -> dict[str, Estimate]:
@@ -142,7 +144,8 @@ class SweepPlan:
 def plan_sweep(sweep: Sweep) -> SweepPlan:
     """Estimate every run of a sweep. Raises UserError if the calibration file is missing or malformed."""
     estimator = _Estimator(sweep)
-    return SweepPlan(sweep, [estimator.estimate(run_id, run) for run_id, run in sweep.by_id.items()])
+    estimates = [estimator.estimate(run_id, run) for run_id, run in sweep.by_id.items()]
+    return SweepPlan(sweep, estimates, estimator.calibration)
 
 
 @dataclass(frozen=True)
@@ -192,20 +195,16 @@ def _pairs_of(sweep: Sweep, folder: str, hard_negatives: int) -> Pairs:
     )
 
 
-def _measured_speeds(path: str | None) -> dict[tuple[str, str], float]:
-    """Return measured tokens per second of one device, by backbone and method (its label or its name)."""
+def _calibration(path: str | None) -> Calibration | None:
+    """Return what was measured on the cluster; None if the cluster file names no measurement."""
     if path is None:
-        return {}
-    found = read_json(Path(path))
+        return None
+    found = Calibration.read(Path(path))
     if found is None:
         raise UserError(f"calibration: {path}: the file does not exist; run `embedscale calibrate` on a node")
-    try:
-        speeds = {(each["backbone"], each["method"]): float(each["tokens_per_second"]) for each in found["rows"]}
-    except (KeyError, TypeError, ValueError, OverflowError):
-        raise UserError(f"calibration: {path}: is not a file of `embedscale calibrate`; measure again") from None
-    for pair, speed in speeds.items():
-        bounded(f"calibration: {path}: tokens_per_second of {' '.join(map(str, pair))}", speed, 0, above=True)
-    return speeds
+    if isinstance(found, Damaged):
+        raise UserError(f"calibration: {path}: is not a file of `embedscale calibrate` ({found.why}); measure again")
+    return found
 
 
 MORE = "add sources, lower the budget, or set data.repeat=true"
@@ -216,7 +215,7 @@ class _Estimator:
 
     def __init__(self, sweep: Sweep):
         self.sweep = sweep
-        self.speeds = _measured_speeds(sweep.cluster.calibration)
+        self.calibration = _calibration(sweep.cluster.calibration)
         self.shape_of = cache(shape_of)
         self.pairs_of = cache(partial(_pairs_of, sweep))
         self.costs: dict[str, Cost] = {}
@@ -252,8 +251,7 @@ class _Estimator:
         chunked = chunk is not None and chunk < batch * data.tokens_per_pair
         # Both texts of a pair count as equally long; attention has a small share of the FLOP at these lengths.
         exact = cost.exact(tokens, int(tokens * data.tokens_per_pair / 2), extra_forwards=int(chunked))
-        backbone = short_name(run.backbone.name)
-        speed = self.speeds.get((backbone, run.method.label)) or self.speeds.get((backbone, run.method.name))
+        speed = self.calibration.speed_of(run) if self.calibration else None
         assumed = cluster.peak_flop_per_second * resource_class.utilisation
         devices = run.resources.devices * run.resources.nodes
         return Estimate(
@@ -372,7 +370,11 @@ def _footnotes(plan: SweepPlan, unit: str) -> Iterable[str]:
         yield f"{name} matches no run of the grid."
     measured = sum(each.measured for each in plan.runnable)
     if measured:
-        yield f"{unit}: {measured:,} runs at the speed measured in {cluster.calibration}."
+        yield f"{unit}: {counted(measured, 'run')} at the speed measured in {cluster.calibration}."
+    if plan.calibration:
+        gaps = Counter(plan.calibration.gap(each.run) for each in plan.runnable if not each.measured)
+        for gap, runs in gaps.items():
+            yield f"{cluster.calibration} {gap}: the speed of {counted(runs, 'run')} is assumed."
     if measured < len(plan.runnable):
         shares = {each.resource_class.name: each.resource_class.utilisation for each in plan.runnable}
         listed = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())

@@ -115,33 +115,76 @@ def test_gradcache_costs_a_second_forward_pass(tmp_path):
     )  # 2 forward + 4 backward, and 2 for the second forward pass
 
 
-def test_measured_speeds_replace_the_assumption(tmp_path, capsys):
-    measured = tmp_path / "calibration.json"
+def calibrated(folder: Path, speeds: dict[str, float], **facts) -> Path:
+    """Write a file of `embedscale calibrate` for pythia-70m and a cluster file that names it; return the latter."""
+    numbers = ["pairs_per_second", "flop_per_second", "share_of_peak", "memory_gb", "seconds", "compile_seconds"]
+    rest = dict.fromkeys([*numbers, "chunk_tokens", "steps"], 1)
     rows = [
-        {"backbone": "pythia-70m", "method": method, "tokens_per_second": speed, "peak_memory_bytes": 1}
-        for method, speed in {"full": 1000.0, "lora": 500.0, "lora-r8": 800.0}.items()
+        {"backbone": "pythia-70m", "method": label, "tokens_per_second": speed} | rest
+        for label, speed in speeds.items()
     ]
-    measured.write_text(json.dumps({"device": "X", "rows": rows}))
-    cluster = tmp_path / "cluster.yaml"
-    cluster.write_text(f"calibration: {measured}")
+    (folder / "calibration.json").write_text(json.dumps({"device": "X", "rows": rows} | facts))
+    cluster = folder / "cluster.yaml"
+    cluster.write_text("calibration: calibration.json")
+    return cluster
+
+
+def test_measured_speeds_replace_the_assumption(tmp_path, capsys):
+    speeds = {"full": 1000.0, "lora-r8": 800.0, "freeze-0.333": 600.0}
+    cluster = calibrated(tmp_path, speeds)
     text = f"cluster: {cluster}\nbackbones: [EleutherAI/pythia-70m]\naxes: {{budget: 1e16}}"
-    text += "\nmethods: [full, bias, {name: lora, rank: [8, 32]}]"
+    text += "\nmethods: [full, bias, {name: lora, rank: [8, 32]}, {name: freeze, active_fraction: 1/3}]"
     plan = planned(tmp_path, text)
-    full, bias, own, any_rank = plan.estimates
-    assert full.measured and full.seconds == pytest.approx(full.tokens / 1000)
-    assert own.seconds == pytest.approx(own.tokens / 800) and any_rank.seconds == pytest.approx(any_rank.tokens / 500)
-    assert not bias.measured
+    full, bias, own, any_rank, freeze = plan.estimates
+    for each, speed in ((full, 1000), (own, 800), (freeze, 600)):
+        assert each.measured and each.seconds == pytest.approx(each.tokens / speed)
+    assert not bias.measured and not any_rank.measured
     print_plan(plan)
-    assert "3 runs at the speed measured in" in capsys.readouterr().out
-    measured.write_text(json.dumps({"device": "X", "rows": [rows[0] | {"tokens_per_second": 0}]}))
-    with pytest.raises(UserError, match="tokens_per_second of pythia-70m full: 0.0 is out of range"):
-        planned(tmp_path, text)
-    measured.write_text("{}")
+    printed = capsys.readouterr().out
+    assert "3 runs at the speed measured in" in printed
+    assert "calibration.json has no row of the backbone and the method: the speed of 2 runs is assumed." in printed
+    for broken, message in (({"full": 0}, "rows.0.tokens_per_second: 0 was found"), ({"full": "fast"}, "'fast' was")):
+        calibrated(tmp_path, broken)
+        with pytest.raises(UserError, match=message):
+            planned(tmp_path, text)
+    (tmp_path / "calibration.json").write_text("{}")
     with pytest.raises(UserError, match="is not a file of `embedscale calibrate`"):
         planned(tmp_path, text)
-    measured.unlink()
+    (tmp_path / "calibration.json").unlink()
     with pytest.raises(UserError, match="the file does not exist"):
         planned(tmp_path, text)
+
+
+@pytest.mark.parametrize(
+    "stated, asked, difference",
+    [
+        ({"precision": "float32"}, "training.precision: bf16", "precision float32, not bf16"),
+        ({"batch_size": 1024}, "training.batch_size: 512", "batch_size 1024, not 512"),
+        ({"context": 75}, "data.context: 512", "context 75, not 512"),
+        ({"activation_checkpointing": False}, "resources.activation_checkpointing: true", "checkpointing False, not"),
+        ({"compile": False}, "resources.compile: true", "compile False, not True"),
+    ],
+)
+def test_a_speed_measured_with_other_settings_is_not_used(tmp_path, capsys, stated, asked, difference):
+    cluster = calibrated(tmp_path, {"full": 1000.0}, **stated)
+    text = f"cluster: {cluster}\nbackbones: [EleutherAI/pythia-70m]\naxes: {{budget: 1e16}}\n"
+    assert planned(tmp_path, text).estimates[0].measured
+    plan = planned(tmp_path, f"{text}base: {{{asked}}}")
+    assert not plan.estimates[0].measured
+    print_plan(plan)
+    printed = capsys.readouterr().out
+    assert "was measured with" in printed and difference in printed
+    assert "the speed of 1 run is assumed" in printed and "at the speed measured" not in printed
+
+
+def test_a_label_that_two_methods_share_gives_a_speed_to_the_measured_one_alone(tmp_path):
+    """`calibrate` measures freeze-1 with all blocks, and LoRA on all layers."""
+    cluster = calibrated(tmp_path, {"freeze-1": 1000.0, "lora-r8": 1000.0})
+    text = f"cluster: {cluster}\nbackbones: [EleutherAI/pythia-70m]\naxes: {{budget: 1e16}}\nmethods:"
+    all_blocks = "{name: freeze, active_fraction: 1}, {name: lora, rank: 8}"
+    others = "{name: freeze, active_blocks: 1}, {name: lora, rank: 8, targets: [attention.dense]}"
+    assert [each.measured for each in planned(tmp_path, f"{text} [{all_blocks}]").estimates] == [True, True]
+    assert [each.measured for each in planned(tmp_path, f"{text} [{others}]").estimates] == [False, False]
 
 
 def test_an_existing_store_is_counted(tmp_path, tiny_run, save_decoder):
