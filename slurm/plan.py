@@ -18,7 +18,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from embedscale.data.manifest import is_finished
+from embedscale.data.manifest import Manifest, is_finished
 from embedscale.data.store import PairStore
 from embedscale.errors import DONE, UserError
 from embedscale.run.config import RunConfig
@@ -28,7 +28,7 @@ from embedscale.run.families import short_name
 from embedscale.run.shape import BackboneShape
 from embedscale.terminal import console
 from embedscale.texts import counted
-from embedscale.training.plan import learning_rate_of, special_tokens_differ
+from embedscale.training.plan import learning_rate_of, refuse_below_batch, refuse_unfit
 from embedscale.training.pricing.calibration import Calibration
 from embedscale.values import Damaged, print_json
 from slurm import grid
@@ -43,24 +43,14 @@ METRICS_ROW_BYTES = 160  # of a row of metrics
 
 @dataclass(frozen=True)
 class Pairs:
-    """What is known about the data before a run starts. None: unknown until the store exists."""
+    """What is known about the data before a run starts."""
 
+    manifest: Manifest | None
+    """The store's own; None while the store does not exist."""
     pairs: int | None
-    """Training pairs; if unknown, no run is refused for lack of data."""
+    """Training pairs, or what the sweep file expects; if None, no run is refused for lack of data."""
     tokens_per_pair: float
-    """Mean tokens of a pair, with the hard negatives that the run reads."""
-    counted: bool
-    """Whether the store was counted; else `tokens_per_pair` is the sweep file's assumption."""
-    context: int | None = None
-    """Tokens after which the store's texts are cut."""
-    held_out: int | None = None
-    """Held-out pairs."""
-    negatives: int | None = None
-    """Hard negatives per pair."""
-    vocabulary: int | None = None
-    """Size of the tokenizer's vocabulary."""
-    special_tokens: bool | None = None
-    """Whether special tokens stand around the texts."""
+    """Mean tokens of a pair, with the hard negatives that the run reads, or the sweep file's assumption."""
 
 
 @dataclass(frozen=True)
@@ -182,17 +172,11 @@ def refuse_above(plan: SweepPlan, max_gpu_hours: float | None) -> None:
 
 def _pairs_of(sweep: Sweep, folder: str, hard_negatives: int) -> Pairs:
     if not is_finished(folder):
-        return Pairs(sweep.expected_pairs, sweep.expected_tokens_per_pair, counted=False)
+        return Pairs(None, sweep.expected_pairs, sweep.expected_tokens_per_pair)
     store = PairStore.open(folder)
-    if not hard_negatives:
-        mean = store.manifest.tokens.training / store.pairs
-    elif hard_negatives <= store.negatives:
-        mean = float(store.token_counts(hard_negatives).mean())
-    else:
-        mean = 1.0  # _check_data refuses this run
-    return Pairs(
-        store.pairs, mean, True, store.context, store.held_out, store.negatives, store.vocabulary, bool(store.added)
-    )
+    read = min(hard_negatives, store.negatives)  # a run that wants more is refused
+    mean = store.token_counts(read).mean() if read else store.manifest.tokens.training / store.pairs
+    return Pairs(store.manifest, store.pairs, float(mean))
 
 
 def _calibration(path: str | None) -> Calibration | None:
@@ -234,18 +218,19 @@ class _Estimator:
             resource_class = cluster.class_of(shape.parameters)
             cost = self.cost_of(run, shape)
             rate = learning_rate_of(run)
+            if rate is None:
+                raise UserError(_no_rate(run))
             data = self.pairs_of(run.data.store, run.loss.hard_negatives)
-            _check_data(run, shape, data)
+            refuse_unfit(run, shape, data.manifest)
             tokens = cost.tokens_of(run.budget)
             pairs = int(tokens / data.tokens_per_pair)
-            batch = run.training.batch_size
-            if pairs < batch:
-                raise UserError(f"the budget is below one batch of {batch} pairs")
+            refuse_below_batch(run, pairs)
             if data.pairs is not None and pairs > data.pairs and not run.data.repeat:
-                what = "holds" if data.counted else "is expected to hold"
+                what = "holds" if data.manifest else "is expected to hold"
                 raise UserError(f"the data are too small: {run.data.store} {what} {data.pairs:,} pairs; {MORE}")
         except UserError as error:
             return Estimate(run, run_id, resource_class, str(error))
+        batch = run.training.batch_size
         steps = math.ceil(pairs / batch)
         chunk = run.resources.chunk_tokens
         chunked = chunk is not None and chunk < batch * data.tokens_per_pair
@@ -270,23 +255,12 @@ class _Estimator:
         )
 
 
-def _check_data(run: RunConfig, shape: BackboneShape, data: Pairs) -> None:
-    """Raise UserError where `embedscale.training.plan` would, as far as no token counts are needed."""
-    context, pool, devices = run.data.context, run.evaluation.pool, run.resources.devices * run.resources.nodes
-    if context > shape.context:
-        raise UserError(f"data.context: {context} tokens are more than the {shape.context} of {shape.name}")
-    if data.context is not None and data.context != context:
-        raise UserError(f"data.context: {context}, but {run.data.store} was prepared with {data.context}")
-    if data.held_out is not None and data.held_out < pool:
-        raise UserError(f"evaluation.pool: {pool}, but {run.data.store} holds {data.held_out} held-out pairs")
-    if data.special_tokens is not None and (differing := special_tokens_differ(run, data.special_tokens)):
-        raise UserError(differing)
-    if data.vocabulary is not None and data.vocabulary > shape.vocabulary:
-        raise UserError(f"data.tokenizer: {data.vocabulary} tokens, but {shape.name} has {shape.vocabulary} embeddings")
-    if data.negatives is not None and data.negatives < run.loss.hard_negatives:
-        raise UserError(f"loss.hard_negatives: {run.loss.hard_negatives}, but {run.data.store} holds {data.negatives}")
-    if run.training.batch_size % devices:
-        raise UserError(f"training.batch_size: {run.training.batch_size} is not divisible by {devices} GPUs")
+def _no_rate(run: RunConfig) -> str:
+    """Say where the learning rate belongs: in `base` or `axes`, it would replace the rates of all methods."""
+    return (
+        f"backbones[].learning_rate: the paper's rule has no value for {short_name(run.backbone.name)}; give this "
+        f"backbone's entry a learning_rate: {{name: {run.backbone.name}, learning_rate: …}}"
+    )
 
 
 def _disk(run: RunConfig, shape: BackboneShape, cost: Cost, steps: int) -> int:

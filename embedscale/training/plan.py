@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 
 import numpy as np
 
+from embedscale.data.manifest import Manifest
 from embedscale.data.store import PairStore
 from embedscale.errors import UserError
 from embedscale.run.config import RunConfig
@@ -112,65 +113,82 @@ class PlanFile(Value):
         return None
 
 
-def learning_rate_of(config: RunConfig) -> float:
-    """Return the configured peak, or else the value of the paper's rule. Raise UserError if the rule has no value."""
+def learning_rate_of(config: RunConfig) -> float | None:
+    """Return the configured peak, or else the value of the paper's rule; None if the rule has none."""
     if config.training.learning_rate is not None:
         return config.training.learning_rate
-    rate = config.method.peak_learning_rate(pretraining_learning_rate(config.backbone.name))
-    if rate is None:
+    return config.method.peak_learning_rate(pretraining_learning_rate(config.backbone.name))
+
+
+def refuse_mismatch(config: RunConfig, shape: BackboneShape, manifest: Manifest | None) -> None:
+    """Raise UserError if backbone, store and number of processes do not fit each other.
+
+    Without a manifest, the store is not known yet.
+    """
+    data, batch = config.data, config.training.batch_size
+    world = config.resources.devices * config.resources.nodes
+    if data.context > shape.context:
+        raise UserError(f"data.context: {data.context} is longer than {shape.name}'s; allowed: at most {shape.context}")
+    if batch % world:
         raise UserError(
-            f"training.learning_rate: the paper's rule has no value for {short_name(config.backbone.name)}; set one"
+            f"training.batch_size: {batch} is not divisible by {world} GPUs; set a multiple, "
+            f"such as {math.ceil(batch / world) * world}"
         )
-    return rate
-
-
-def refuse_context(config: RunConfig, shape: BackboneShape) -> None:
-    """Raise UserError for a context longer than the backbone's."""
-    if config.data.context > shape.context:
+    if manifest is None:
+        return
+    if manifest.context != data.context:
         raise UserError(
-            f"data.context: {config.data.context} is longer than {shape.name}'s; allowed: at most {shape.context}"
+            f"data.context: {data.context}, but {data.store} was prepared with {manifest.context}; "
+            "prepare another store or set the same context"
+        )
+    if manifest.vocabulary > shape.vocabulary:
+        raise UserError(
+            f"data.tokenizer: {data.store} was prepared with a tokenizer of {manifest.vocabulary} tokens, but "
+            f"{shape.name} has {shape.vocabulary} embeddings; prepare another store with the backbone's tokenizer"
+        )
+    if data.special_tokens not in ("auto", "template" if manifest.added else "none"):
+        there = "with the template's" if manifest.added else "without any"
+        raise UserError(
+            f"data.special_tokens: {data.special_tokens}, but {data.store} was prepared {there}; name another store"
+        )
+    if manifest.negatives < config.loss.hard_negatives:
+        raise UserError(
+            f"loss.hard_negatives: {config.loss.hard_negatives}, but {data.store} holds {manifest.negatives} per "
+            "pair; lower loss.hard_negatives, or prepare a store whose sources have more"
+        )
+
+
+def refuse_unfit(config: RunConfig, shape: BackboneShape, manifest: Manifest | None) -> None:
+    """Raise UserError for a run that cannot be trained, as far as no token counts are needed; see `refuse_mismatch`."""
+    refuse_mismatch(config, shape, manifest)
+    if manifest is not None and (too_few := manifest.too_few_for(config)):
+        raise UserError(too_few)
+
+
+def refuse_below_batch(config: RunConfig, pairs: int) -> None:
+    """Raise UserError for a budget that buys less than one batch: its only step would have fewer negatives."""
+    if pairs < config.training.batch_size:
+        raise UserError(
+            f"budget: buys less than one batch of {config.training.batch_size} pairs; raise it, or lower "
+            "training.batch_size"
         )
 
 
 def plan_run(config: RunConfig, shape: BackboneShape, store: PairStore) -> TrainingPlan:
     """Return the plan of a run: what its budget buys, by the token counts of the store.
 
-    Raises UserError for a budget below one pair for each GPU or above one epoch, for a context longer than the
-    backbone's or different from the store's, for a tokenizer with more tokens than the backbone, and for a held-out
-    pool larger than the store's.
+    Raises UserError for a run that `refuse_unfit` refuses, for a budget below one batch or above one epoch, and where
+    the paper's rule has no learning rate.
     """
-    refuse_context(config, shape)
-    if store.context != config.data.context:
+    refuse_unfit(config, shape, store.manifest)
+    rate = learning_rate_of(config)
+    if rate is None:
         raise UserError(
-            f"data.context: {config.data.context}, but {config.data.store} was prepared with {store.context}; "
-            "prepare another store or set the same context"
-        )
-    if store.vocabulary > shape.vocabulary:
-        raise UserError(
-            f"data.tokenizer: {config.data.store} was prepared with a tokenizer of {store.vocabulary} tokens, but "
-            f"{shape.name} has {shape.vocabulary} embeddings; prepare another store with the backbone's tokenizer"
-        )
-    if refused := special_tokens_differ(config, bool(store.added)):
-        raise UserError(refused)
-    if store.negatives < config.loss.hard_negatives:
-        raise UserError(
-            f"loss.hard_negatives: {config.loss.hard_negatives}, but {config.data.store} holds {store.negatives} per "
-            "pair; lower loss.hard_negatives, or prepare a store whose sources have more"
-        )
-    if store.held_out < config.evaluation.pool:
-        raise UserError(
-            f"evaluation.pool: {config.evaluation.pool}, but {config.data.store} holds {store.held_out} held-out "
-            "pairs; lower evaluation.pool, or prepare a new store with a larger data.held_out"
+            f"training.learning_rate: the paper's rule has no value for {short_name(config.backbone.name)}; set one"
         )
     cost = cost_of(shape, config.method)
-    world = config.resources.devices * config.resources.nodes
-    if config.training.batch_size % world:
-        raise UserError(
-            f"training.batch_size: {config.training.batch_size} is not divisible by {world} GPUs; set a multiple, "
-            f"such as {math.ceil(config.training.batch_size / world) * world}"
-        )
-    first = int.from_bytes(hashlib.sha256(f"{store.digest} {config.training.seed}".encode()).digest()[:8]) % store.pairs
-    pairs, tokens = _bought(config, cost, store.token_counts(config.loss.hard_negatives), first, world)
+    first, pairs, tokens = bought(config, cost, store)
+    refuse_below_batch(config, pairs)
     steps = math.ceil(pairs / config.training.batch_size)
     evaluation = config.evaluation
     fixed = f"{store.digest} {evaluation.pool} {evaluation.negatives} {evaluation.temperature!r}"
@@ -183,8 +201,8 @@ def plan_run(config: RunConfig, shape: BackboneShape, store: PairStore) -> Train
         steps=steps,
         batch_size=config.training.batch_size,
         first_pair=first,
-        world_size=world,
-        learning_rate=learning_rate_of(config),
+        world_size=config.resources.devices * config.resources.nodes,
+        learning_rate=rate,
         warmup_steps=math.ceil(config.training.warmup_fraction * steps),
         final_fraction=config.training.final_fraction,
         data_digest=store.digest,
@@ -203,20 +221,13 @@ def refuse_early(config: RunConfig) -> None:
         plan_run(config, shape, PairStore.open(config.data.store))
 
 
-def special_tokens_differ(config: RunConfig, stored: bool) -> str | None:
-    """Return why a store with special tokens around its texts, or without any, does not fit; None if it does.
+def bought(config: RunConfig, cost: Cost, store: PairStore) -> tuple[int, int, int]:
+    """Return the place in the store's order at which this seed begins, and the pairs and tokens that the budget buys.
 
-    With `auto`, the store decides: stores of earlier versions have none.
+    Raises UserError for a budget below one pair for each process or above one epoch.
     """
-    asked = config.data.special_tokens
-    if asked == "auto" or (asked == "template") == stored:
-        return None
-    there = "with the template's" if stored else "without any"
-    return f"data.special_tokens: {asked}, but {config.data.store} was prepared {there}; name another store"
-
-
-def _bought(config: RunConfig, cost: Cost, counts: np.ndarray, first: int, world: int) -> tuple[int, int]:
-    """Return the pairs and tokens that the budget buys, in the store's order from pair `first` on."""
+    counts, world = store.token_counts(config.loss.hard_negatives), config.resources.devices * config.resources.nodes
+    first = int.from_bytes(hashlib.sha256(f"{store.digest} {config.training.seed}".encode()).digest()[:8]) % store.pairs
     affordable = cost.tokens_of(config.budget)
     running = np.cumsum(np.roll(counts, -first), dtype=np.int64)
     epoch = int(running[-1])
@@ -237,7 +248,7 @@ def _bought(config: RunConfig, cost: Cost, counts: np.ndarray, first: int, world
         tokens -= int(counts[(first + pairs) % len(counts)])
     if pairs < 1:
         refuse_too_small(config.budget, int(running[world - 1]) * cost.flop_per_token, world)
-    return pairs, tokens
+    return first, pairs, tokens
 
 
 def refuse_too_small(budget: float, least: int, world: int) -> None:

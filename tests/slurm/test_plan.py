@@ -76,7 +76,7 @@ def test_a_run_that_cannot_be_run_has_a_reason(paper):
         label = (each.run.backbone.name.removeprefix("EleutherAI/pythia-"), each.run.method.label, each.run.budget)
         reasons[label] = each.obstacle
     # 6 N D with N = 2.5e9 + 2.7e9 of adapters: less than 1024 pairs of 78 tokens.
-    assert reasons["2.8b", "lora-r2048", 1.5e15] == "the budget is below one batch of 1024 pairs"
+    assert "budget: buys less than one batch of 1024 pairs" in reasons["2.8b", "lora-r2048", 1.5e15]
     assert "allowed: 1 to 512" in reasons["14m", "lora-r2048", 1.5e18]
     too_small = {(size, budget) for (size, label, budget), why in reasons.items() if label == "full" and "data" in why}
     by_hand = {
@@ -203,7 +203,7 @@ def test_an_existing_store_is_counted(tmp_path, tiny_run, save_decoder):
     assert small.pairs == pytest.approx(exact.pairs, rel=0.02)
     assert abs(small.steps - exact.steps) <= 1 + 0.02 * exact.steps
     assert large.obstacle == f"the data are too small: {config.data.store} holds {store.pairs:,} pairs; {MORE}"
-    assert tiny.obstacle == "the budget is below one batch of 16 pairs"
+    assert "budget: buys less than one batch of 16 pairs" in tiny.obstacle
     few = save_decoder(tmp_path / "few", vocab_size=100)
     assert "256 tokens, but few has 100 embeddings" in (
         planned(tmp_path, f"base: {base}\naxes: {{budget: 1e10}}", f"base.backbone.name={few}").estimates[0].obstacle
@@ -244,7 +244,7 @@ def test_disk_space_is_that_of_two_checkpoints_and_the_weights(tmp_path, tiny_ru
             "'models/absent' is no folder, is not in the hub's",
         ),
         ("methods: [{name: freeze, active_fraction: 1/5}]", "multiples of 1/6"),
-        ("base: {data.context: 4096}", "4096 tokens are more than the 2048 of pythia-14m"),
+        ("base: {data.context: 4096}", "data.context: 4096 is longer than pythia-14m's; allowed: at most 2048"),
         ("base: {training.batch_size: 10, resources.devices: 4}", "training.batch_size: 10 is not divisible by 4 GPUs"),
     ],
 )
@@ -254,11 +254,15 @@ def test_obstacles_are_found_without_data(tmp_path, text, reason):
     assert estimate.gpu_hours == estimate.spent_flop == estimate.disk_bytes == 0
 
 
-def test_a_backbone_outside_the_suite_needs_a_learning_rate(tmp_path, backbone_folder):
-    text = f"axes: {{budget: 1e12}}\nbackbones: [{backbone_folder}]\nmethods: [full, bias]"
-    full, bias = planned(tmp_path, text).estimates
-    assert "training.learning_rate: the paper's rule has no value for pythia-tiny" in full.obstacle
-    assert bias.obstacle is None
+def test_a_backbone_without_a_published_peak_needs_a_learning_rate_of_its_own(tmp_path, backbone_folder):
+    """One in `base` would replace the rate of LoRA and bias too, a hundred times too small."""
+    text = "axes: {budget: 1e12}\nbackbones: [%s]\nmethods: [full, bias, {name: lora, rank: 2}]"
+    full, bias, lora = planned(tmp_path, text % backbone_folder).estimates
+    assert "backbones[].learning_rate: the paper's rule has no value for pythia-tiny" in full.obstacle
+    assert bias.obstacle is lora.obstacle is None
+    advised = full.obstacle.partition("give this backbone's entry a learning_rate: ")[2].replace("…", "1e-5")
+    rates = [each.learning_rate for each in planned(tmp_path, text % advised).estimates]
+    assert rates == [1e-5, 1e-3, 1e-3]
 
 
 def test_more_gpu_hours_than_allowed_are_refused(paper):

@@ -6,14 +6,14 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from embedscale.data.manifest import is_finished
 from embedscale.data.store import PairStore
 from embedscale.errors import DONE, UserError, bounded
 from embedscale.run.config import RunConfig
 from embedscale.run.cost import PAPER_PAIR, Cost, cost_of
 from embedscale.run.families import shape_by_name
-from embedscale.run.shape import BackboneShape
 from embedscale.terminal import console
-from embedscale.training.plan import plan_run, refuse_context, refuse_too_small
+from embedscale.training.plan import bought, refuse_mismatch, refuse_too_small
 from embedscale.values import print_json
 
 PAPER_SQUARES = (14**2 + 64**2) / PAPER_PAIR**2  # sum of both squared lengths / squared length of the pair
@@ -68,18 +68,19 @@ class Price:
 
 
 def price_of(config: RunConfig, budgets: Sequence[float]) -> Price:
-    """Return what a token costs and what budgets buy, without loading weights. Raises UserError as `plan_run` does."""
+    """Return what a token costs and what budgets buy, without loading weights.
+
+    Raises UserError for a backbone and a store that do not fit, for a damaged store, and for a budget below one pair or
+    above one epoch. Counting needs neither a held-out pool nor a learning rate.
+    """
     shape = shape_by_name(config.backbone.name, config.backbone.revision)
     if shape is None:
         from embedscale.model.backbone import shape_without_weights  # imports torch
 
         shape = shape_without_weights(config.backbone)
-    refuse_context(config, shape)
+    store = PairStore.open(config.data.store) if is_finished(config.data.store) else None
+    refuse_mismatch(config, shape, store.manifest if store else None)
     cost = cost_of(shape, config.method)
-    try:
-        store: PairStore | None = PairStore.open(config.data.store)
-    except UserError:
-        store = None
     return Price(
         backbone=shape.name,
         method=config.method.label,
@@ -95,14 +96,13 @@ def price_of(config: RunConfig, budgets: Sequence[float]) -> Price:
         batch_size=config.training.batch_size,
         context=config.data.context,
         counted_in=config.data.store if store else None,
-        budgets=[_what_it_buys(replace(config, budget=budget), shape, cost, store) for budget in budgets],
+        budgets=[_what_it_buys(replace(config, budget=budget), cost, store) for budget in budgets],
     )
 
 
-def _what_it_buys(config: RunConfig, shape: BackboneShape, cost: Cost, store: PairStore | None) -> Bought:
+def _what_it_buys(config: RunConfig, cost: Cost, store: PairStore | None) -> Bought:
     if store:
-        plan = plan_run(config, shape, store)
-        tokens, pairs, steps = plan.tokens, plan.pairs, plan.steps
+        _, pairs, tokens = bought(config, cost, store)
         mean = float(np.mean(store.token_counts(config.loss.hard_negatives)))
     else:
         mean = float(PAPER_PAIR)
@@ -110,7 +110,7 @@ def _what_it_buys(config: RunConfig, shape: BackboneShape, cost: Cost, store: Pa
         pairs = int(tokens / mean)
         if pairs < 1:
             refuse_too_small(config.budget, round(mean) * cost.flop_per_token, 1)
-        steps = math.ceil(pairs / config.training.batch_size)
+    steps = math.ceil(pairs / config.training.batch_size)
     return Bought(config.budget, tokens, pairs, steps, cost.exact(tokens, int(tokens * mean * PAPER_SQUARES)))
 
 
@@ -140,13 +140,13 @@ def print_flops(config: RunConfig, budgets: Sequence[str] | None, as_json: bool 
         f"N = {price.n_parameters:,} non-embedding parameters; N_F = {price.n_forward:,}, N_B = {price.n_backward:,}, "
         f"N_U = {price.n_updated:,}"
     )
-    bought = Table(title="what a budget buys")
+    buys = Table(title="what a budget buys")
     for name in ("budget, FLOP", "tokens", "pairs", "steps", "exact FLOP, about"):
-        bought.add_column(name, justify="right")
+        buys.add_column(name, justify="right")
     for each in price.budgets:
         counts = (f"{count:,}" for count in (each.tokens, each.pairs, each.steps))
-        bought.add_row(f"{each.budget_flop:.4g}", *counts, f"{each.exact_flop:.4g}")
-    output.print(bought)
+        buys.add_row(f"{each.budget_flop:.4g}", *counts, f"{each.exact_flop:.4g}")
+    output.print(buys)
     known = f"counted in {price.counted_in}" if price.counted_in else ""
     source = known or f"estimated at {PAPER_PAIR} tokens a pair (no store yet)"
     output.print(f"Pairs and steps are {source}; batches of {price.batch_size} pairs.")
