@@ -206,7 +206,7 @@ class _Estimator:
 
     def cost_of(self, run: RunConfig, shape: BackboneShape) -> Cost:
         checkpointing = run.resources.activation_checkpointing
-        key = f"{shape.name} {run.method!r} {checkpointing}"
+        key = f"{run.backbone.name} {run.backbone.revision} {run.method!r} {checkpointing}"
         if key not in self.costs:
             self.costs[key] = cost_of(shape, run.method, checkpointing)
         return self.costs[key]

@@ -265,6 +265,15 @@ def test_a_backbone_without_a_published_peak_needs_a_learning_rate_of_its_own(tm
     assert rates == [1e-5, 1e-3, 1e-3]
 
 
+def test_folders_of_one_name_have_costs_of_their_own(tmp_path, save_decoder):
+    small, large = save_decoder(tmp_path / "a" / "m"), save_decoder(tmp_path / "b" / "m", num_hidden_layers=8)
+    row = "{backbone.name: %s, budget: %s, training.learning_rate: 1e-3}"
+    both = planned(tmp_path, f"include: [{row % (small, '1e11')}, {row % (large, '2e11')}]").estimates
+    alone = [planned(tmp_path, f"include: [{row % pair}]").estimates[0] for pair in ((small, "1e11"), (large, "2e11"))]
+    assert [each.tokens for each in both] == [each.tokens for each in alone]
+    assert both[0].tokens != both[1].tokens / 2
+
+
 def test_more_gpu_hours_than_allowed_are_refused(paper):
     refuse_above(paper, None)
     refuse_above(paper, paper.gpu_hours)
