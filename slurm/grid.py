@@ -91,6 +91,8 @@ class Sweep:
     """The runs by run id, in the order of the grid."""
     cluster: Cluster
     """The cluster that the runs are meant for."""
+    cluster_file: str | None
+    """File that describes the cluster; None for the default cluster."""
     excluded: int
     """Number of runs that `exclude` left out."""
     idle: list[str]
@@ -120,6 +122,11 @@ def load(path: str | Path, words: Sequence[str] = ()) -> Sweep:
     file: SweepFile = structured(SweepFile, given, words, origin=str(path))
     if file.cluster == given.get("cluster"):  # else a word names it, from the current folder
         file = replace(file, cluster=beside(path, file.cluster))
+        if file.cluster and not Path(file.cluster).is_absolute() and not Path(file.cluster).exists():
+            raise UserError(
+                f"{path}: cluster: {file.cluster}: there is no such file in {Path(path).resolve().parent} and in "
+                f"{Path.cwd()}; give its path from one of them, or the whole one"
+            )
     name = file.name or Path(path).stem
     try:
         return _sweep(file, name)
@@ -160,6 +167,7 @@ def _sweep(file: SweepFile, name: str) -> Sweep:
         folder=Path(file.output) / name,
         by_id=runs,
         cluster=cluster,
+        cluster_file=file.cluster,
         excluded=excluded,
         idle=[name for name in exclude if name not in matched],
         expected_pairs=file.expected_pairs,

@@ -216,6 +216,11 @@ class _Estimator:
         try:
             shape = self.shape_of(run.backbone.name, run.backbone.revision)
             resource_class = cluster.class_of(shape.parameters)
+            if shape.parameters > resource_class.up_to:
+                raise UserError(
+                    f"classes.up_to: {shape.parameters:,} parameters are more than every class of "
+                    f"{self.sweep.cluster_file} takes; add a class"
+                )
             cost = self.cost_of(run, shape)
             rate = learning_rate_of(run)
             if rate is None:

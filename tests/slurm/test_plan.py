@@ -265,6 +265,16 @@ def test_a_backbone_without_a_published_peak_needs_a_learning_rate_of_its_own(tm
     assert rates == [1e-5, 1e-3, 1e-3]
 
 
+def test_a_model_beyond_the_last_class_cannot_be_run(tmp_path):
+    """AdamW of 6.5e9 parameters needs about 105 GB; the last class of a100.yaml is one card with 80 GB."""
+    text = "axes: {budget: 1e19}\nbackbones: [{name: Qwen/Qwen2.5-7B, learning_rate: 1e-5}]\ncluster: %s"
+    (blocked,) = planned(tmp_path, text % (ROOT / "configs/cluster/a100.yaml")).estimates
+    assert re.search(r"parameters are more than every class of .*a100\.yaml takes; add a class", blocked.obstacle)
+    (tmp_path / "wide.yaml").write_text("classes: [{name: small, up_to: 1e8}, {name: any, gpus: 8}]")
+    (runs,) = planned(tmp_path, text % "wide.yaml").estimates
+    assert (runs.obstacle, runs.resource_class.name) == (None, "any")
+
+
 def test_folders_of_one_name_have_costs_of_their_own(tmp_path, save_decoder):
     small, large = save_decoder(tmp_path / "a" / "m"), save_decoder(tmp_path / "b" / "m", num_hidden_layers=8)
     row = "{backbone.name: %s, budget: %s, training.learning_rate: 1e-3}"
