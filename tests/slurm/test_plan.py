@@ -304,6 +304,66 @@ def test_the_table_shows_totals_and_every_obstacle(paper, capsys):
     assert all(each.run_id in text for each in paper.runnable)
 
 
+def printed(capsys, tmp_path: Path, text: str) -> str:
+    print_plan(planned(tmp_path, text))
+    return capsys.readouterr().out
+
+
+def test_a_reason_is_printed_once_with_all_that_it_stops(paper, capsys):
+    print_plan(paper)
+    table = capsys.readouterr().out.partition("cannot be run")[2]
+    assert table.count("the data are too small:") == 1
+    (row,) = re.findall(r"the data are too small:.*", table)
+    assert "pythia-14m, pythia-31m, pythia-70m" in row and "9.6e+16, 3.8e+17, 1.5e+18" in row
+    assert int(row.split()[-2]) == sum("data are too small" in each.obstacle for each in paper.blocked)
+
+
+def test_only_what_says_something_is_printed(capsys, tmp_path):
+    none = printed(capsys, tmp_path, "axes: {budget: 1e9}")
+    assert "1 run cannot be run" in none and "total" not in none and "Disk" not in none
+    few = printed(capsys, tmp_path, "axes: {budget: 1e14}\nexclude: [{budget: 2e14}]")
+    (hours,) = {each.gpu_hours for each in planned(tmp_path, "axes: {budget: 1e14}").estimates}
+    assert hours < 0.005 and f"{hours:.2g}" in few and " 0.00 " not in few
+
+
+def test_rows_show_their_learning_rates(capsys, tmp_path):
+    text = "axes: {budget: [1e16, 2e16]}\nbackbones: [EleutherAI/pythia-2.8b]\nmethods: [full, {name: lora, rank: 8, "
+    lines = printed(capsys, tmp_path, text + "learning_rate: [1e-3, 1e-2]}]").splitlines()
+    full, lora = ([cell.strip() for cell in line.split("│")[1:4]] for line in lines if "pythia-2.8b" in line)
+    assert (full[1:], lora[1:]) == (["full", "1.6e-5"], ["lora", "0.001 … 0.01"])
+
+
+def test_runs_of_few_steps_are_counted(capsys, tmp_path):
+    """A step of 1024 pairs of 78 tokens costs 5.7e11 FLOP."""
+    text = printed(capsys, tmp_path, "axes: {budget: [5.6e13, 5.8e13, 1e15]}")
+    assert "1 of 3 runs have fewer than 100 steps: their losses say little about the law." in text
+    assert "fewer than" not in printed(capsys, tmp_path, "axes: {budget: 5.8e13}")
+
+
+def test_the_largest_checkpoints_of_runs_at_the_same_time_and_all_weights_need_disk_space(capsys, tmp_path):
+    text = "axes: {budget: [1e15, 2e15]}\nbackbones: [EleutherAI/pythia-14m, EleutherAI/pythia-70m]\ncluster: few.yaml"
+    checkpoints = [2 * 12 * (n + 50304 * width) for n, width in ((18_915_328, 512), (1_189_888, 128))]
+    for settings, largest in (("{max_gpus: 1}", [1, 0]), ("{max_gpus: 3}", [2, 1]), ("{max_gpus: 64}", [2, 2])):
+        (tmp_path / "few.yaml").write_text(settings)
+        plan = planned(tmp_path, text)
+        at_once = sum(number * bytes_ for number, bytes_ in zip(largest, checkpoints, strict=True))
+        assert plan.disk_bytes == plan.kept_bytes + at_once
+        assert plan.kept_bytes == pytest.approx(2 * sum(checkpoints) / 6, rel=0.001)
+        print_plan(plan)
+        said = capsys.readouterr().out
+        assert f"{size(plan.kept_bytes)} stay" in said and f"at most {size(plan.disk_bytes)} at once" in said
+
+
+def test_what_is_assumed_is_named(capsys, tmp_path):
+    text = f"axes: {{budget: 1e15}}\nbase: {{data: {{store: {tmp_path / 'none'}, context: 512}}}}\n"
+    said = printed(capsys, tmp_path, text)
+    assert "78 tokens per pair are assumed (the paper's mean for texts of context 75; for others, set expected_" in said
+    assert "No cluster file is named (cluster): up to 64 A100s under SLURM are assumed" in said
+    said = printed(capsys, tmp_path, f"{text}expected_tokens_per_pair: 400\ncluster: configs/cluster/local.yaml")
+    assert "400 tokens per pair are assumed (expected_tokens_per_pair); these stores" in said
+    assert "No cluster file" not in said
+
+
 @pytest.mark.parametrize("width", [80, 100])
 def test_the_table_is_readable_in_a_narrow_terminal(tmp_path, paper, capsys, monkeypatch, width):
     monkeypatch.setenv("FORCE_COLOR", "1")
