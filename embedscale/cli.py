@@ -128,28 +128,31 @@ def _config(args: argparse.Namespace) -> Any:
 
 
 def _grid(file: str) -> Any:
-    """Return the runs of a sweep file as a table for the analysis, which knows neither settings nor sweeps."""
+    """Return the runs of a sweep file that can be run, as a table for the analysis, which knows no sweeps.
+
+    Raise UserError if none of them can be run.
+    """
     import pandas as pd
 
     from embedscale.run.cost import cost_of
+    from embedscale.texts import counted
     from slurm import grid
     from slurm.cluster import shape_of
+    from slurm.plan import plan_sweep
 
-    rows, refused = [], 0
-    for run in grid.load(file).runs:
-        shape = shape_of(run.backbone.name)
-        try:
-            cost = cost_of(shape, run.method)
-        except UserError:
-            refused += 1
-            continue
+    plan, rows = plan_sweep(grid.load(file)), []
+    for run in (each.run for each in plan.runnable):
+        cost = cost_of(shape_of(run.backbone.name, run.backbone.revision), run.method)
         rows.append(
             {"run": run.run_id, "method": run.method.name, "n_parameters": cost.n_parameters, "budget_flop": run.budget}
             | {"flop_per_token": cost.flop_per_token, "trainable_fraction": cost.trainable_fraction}
             | {"rank": run.method.rank, "learning_rate": run.training.learning_rate, "seed": run.training.seed}
         )
-    if refused:
-        print(f"left out: {refused} runs whose method does not fit their backbone; `embedscale sweep plan` lists them")
+    left_out = counted(len(plan.blocked), "run")
+    if not rows:
+        raise UserError(f"{file}: none of its {left_out} can be run; `embedscale sweep plan` says why")
+    if plan.blocked:
+        print(f"left out: {left_out} that cannot be run; `embedscale sweep plan` says why")
     return pd.DataFrame(rows).astype({"rank": float, "learning_rate": float})
 
 
