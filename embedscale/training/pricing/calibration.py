@@ -30,7 +30,7 @@ class CalibratedRow(Case):
 
     tokens_per_second: Annotated[float, AtLeast(0.1)]
     pairs_per_second: Amount
-    flop_per_second: Amount
+    flop_per_second: Count
     """FLOP of matrix products and attention, without what GradCache or checkpointing compute again."""
     share_of_peak: Amount
     """`flop_per_second` / the best matrix product's."""
