@@ -46,7 +46,7 @@ def api() -> str:
 ROOMS = (
     *("embedscale", "embedscale/adaptive", "embedscale/run", "embedscale/data"),
     *("embedscale/model", "embedscale/model/cpu", "embedscale/model/gpu"),
-    *("embedscale/training", "embedscale/serving", "slurm", "slurm/scheduler"),
+    *("embedscale/training", "embedscale/training/pricing", "embedscale/serving", "slurm", "slurm/scheduler"),
     *("analysis", "analysis/fitting", "analysis/design", "analysis/figures"),
 )
 

@@ -40,7 +40,7 @@ def prepare(args: argparse.Namespace) -> int:
 
 
 def flops(args: argparse.Namespace) -> int:
-    return load("embedscale.training.plan:print_flops")(_config(args), args.budgets, args.json)
+    return load("embedscale.training.pricing.flops:print_flops")(_config(args), args.budgets, args.json)
 
 
 def train(args: argparse.Namespace) -> int:
@@ -57,10 +57,12 @@ def train(args: argparse.Namespace) -> int:
 
 def calibrate(args: argparse.Namespace) -> int:
     config, what = _config(args), (args.sizes, args.methods, args.seconds)
-    load("embedscale.training.plan:configs_of")(config, *what)  # tells what is wrong before torch is imported
+    load("embedscale.training.pricing.calibration:configs_of")(
+        config, *what
+    )  # tells what is wrong before torch is imported
     if Path(args.out).is_dir():
         raise UserError(f"--out: {args.out} is a folder; name a file, such as {args.out}/calibration.json")
-    return load("embedscale.training.calibrate:calibrate")(config, args.out, *what)
+    return load("embedscale.training.pricing.calibrate:calibrate")(config, args.out, *what)
 
 
 def evaluate(args: argparse.Namespace) -> int:
@@ -126,7 +128,7 @@ def _config(args: argparse.Namespace) -> Any:
 
 
 def _grid(file: str) -> Any:
-    """Return the runs of a sweep file as a table for the analysis, which knows neither settings nor sweeps.
+    """Return the runs of a sweep file that can be run, as a table for the analysis, which knows no sweeps.
 
     Raise UserError if none of them can be run.
     """
@@ -136,23 +138,21 @@ def _grid(file: str) -> Any:
     from embedscale.texts import counted
     from slurm import grid
     from slurm.cluster import shape_of
+    from slurm.plan import plan_sweep
 
-    rows, refused = [], 0
-    for run in grid.load(file).runs:
-        try:
-            cost = cost_of(shape_of(run.backbone.name, run.backbone.revision), run.method)
-        except UserError:
-            refused += 1
-            continue
+    plan, rows = plan_sweep(grid.load(file)), []
+    for run in (each.run for each in plan.runnable):
+        cost = cost_of(shape_of(run.backbone.name, run.backbone.revision), run.method)
         rows.append(
             {"run": run.run_id, "method": run.method.name, "n_parameters": cost.n_parameters, "budget_flop": run.budget}
             | {"flop_per_token": cost.flop_per_token, "trainable_fraction": cost.trainable_fraction}
             | {"rank": run.method.rank, "learning_rate": run.training.learning_rate, "seed": run.training.seed}
         )
+    left_out = counted(len(plan.blocked), "run")
     if not rows:
-        raise UserError(f"{file}: none of its {counted(refused, 'run')} can be run; `embedscale sweep plan` says why")
-    if refused:
-        print(f"left out: {counted(refused, 'run')} that cannot be run; `embedscale sweep plan` says why")
+        raise UserError(f"{file}: none of its {left_out} can be run; `embedscale sweep plan` says why")
+    if plan.blocked:
+        print(f"left out: {left_out} that cannot be run; `embedscale sweep plan` says why")
     return pd.DataFrame(rows).astype({"rank": float, "learning_rate": float})
 
 

@@ -226,9 +226,7 @@ def _fit_verb(verbs: Any) -> None:
     verb.add_argument("--window", type=number, metavar="FACTOR", help="range of N around the optimum (default: 4)")
     text = "compare runs within N bins a decade of compute (default: within nearly equal budgets)"
     verb.add_argument("--bins", type=number, metavar="N", help=text)
-    text = (
-        "standard deviation of ln L (default: from repeated runs and residuals; with --simulate that of fits.json "
-    )
+    text = "standard deviation of ln L (default: from repeated runs and residuals; with --simulate that of fits.json "
     text += "or 0.005)"
     verb.add_argument("--noise", type=number, metavar="SD", help=text)
     verb.add_argument("--bootstrap", type=whole, metavar="DRAWS", help="bootstrap draws (default: 1000)")

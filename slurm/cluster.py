@@ -207,8 +207,10 @@ class Cluster:
             raise UserError(f"classes.up_to: {sizes} does not rise from class to class; sort the classes by size")
 
     def class_of(self, parameters: int | None) -> ResourceClass:
-        """Return the first class whose `up_to` is at least this number of non-embedding parameters; the last class if
-        there is none or if the number is unknown (None)."""
+        """Return the first class whose `up_to` is at least this number of non-embedding parameters.
+
+        Return the last class if there is none, for which the plan refuses the run, or if the number is unknown (None).
+        """
         for each in self.classes:
             if parameters is not None and parameters <= each.up_to:
                 return each

@@ -31,6 +31,7 @@ from typing import Any, ClassVar, get_origin, get_type_hints
 
 from embedscale.errors import UserError, bounded
 from embedscale.run.config import Backbone, RunConfig
+from embedscale.run.cost import PAPER_PAIR
 from embedscale.run.families import short_name
 from embedscale.run.method import METHODS, Method
 from embedscale.run.settings import beside, blaming, read_yaml, structured, typed, unknown
@@ -66,7 +67,7 @@ class SweepFile:
     """Settings; a run that has all of them is left out."""
     expected_pairs: int | None = None
     """Training pairs of the store, for a plan before the store exists."""
-    expected_tokens_per_pair: float = 14 + 64
+    expected_tokens_per_pair: float = PAPER_PAIR
     """Mean tokens of a pair, for a plan before the store exists; default: the paper's means (section 4.1)."""
 
     def __post_init__(self) -> None:
@@ -90,6 +91,8 @@ class Sweep:
     """The runs by run id, in the order of the grid."""
     cluster: Cluster
     """The cluster that the runs are meant for."""
+    cluster_file: str | None
+    """File that describes the cluster; None for the default cluster."""
     excluded: int
     """Number of runs that `exclude` left out."""
     idle: list[str]
@@ -119,6 +122,11 @@ def load(path: str | Path, words: Sequence[str] = ()) -> Sweep:
     file: SweepFile = structured(SweepFile, given, words, origin=str(path))
     if file.cluster == given.get("cluster"):  # else a word names it, from the current folder
         file = replace(file, cluster=beside(path, file.cluster))
+        if file.cluster and not Path(file.cluster).is_absolute() and not Path(file.cluster).exists():
+            raise UserError(
+                f"{path}: cluster: {file.cluster}: there is no such file in {Path(path).resolve().parent} and in "
+                f"{Path.cwd()}; give its path from one of them, or the whole one"
+            )
     name = file.name or Path(path).stem
     try:
         return _sweep(file, name)
@@ -159,6 +167,7 @@ def _sweep(file: SweepFile, name: str) -> Sweep:
         folder=Path(file.output) / name,
         by_id=runs,
         cluster=cluster,
+        cluster_file=file.cluster,
         excluded=excluded,
         idle=[name for name in exclude if name not in matched],
         expected_pairs=file.expected_pairs,

@@ -8,59 +8,50 @@ device's peak; the table says which.
 
 import math
 from argparse import Namespace
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
+from heapq import nlargest
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
-from embedscale.data.manifest import is_finished
+from embedscale.data.manifest import Manifest, is_finished
 from embedscale.data.store import PairStore
-from embedscale.errors import DONE, UserError, bounded
-from embedscale.files import read_json
+from embedscale.errors import DONE, UserError
 from embedscale.run.config import RunConfig
-from embedscale.run.cost import Cost, cost_of
+from embedscale.run.cost import PAPER_PAIR, Cost, cost_of
 from embedscale.run.directory import RunDirectory
 from embedscale.run.families import short_name
 from embedscale.run.shape import BackboneShape
 from embedscale.terminal import console
-from embedscale.texts import counted
-from embedscale.training.plan import learning_rate_of, special_tokens_differ
-from embedscale.values import print_json
+from embedscale.texts import counted, number, spread
+from embedscale.training.plan import learning_rate_of, refuse_below_batch, refuse_unfit
+from embedscale.training.pricing.calibration import Calibration
+from embedscale.values import Damaged, print_json
 from slurm import grid
 from slurm.cluster import ResourceClass, shape_of
 from slurm.grid import Sweep
-from slurm.tables import Narrowed, duration, size
+from slurm.tables import Narrowed, duration, hours, size
 
 CHECKPOINT_BYTES = 12  # of a trained parameter in a checkpoint: float32 weight and the two moments of AdamW
 WEIGHT_BYTES = 4  # of a trained parameter in the final weights: float32
 METRICS_ROW_BYTES = 160  # of a row of metrics
+FEW_STEPS = 100  # below them, warm-up and noise decide the loss of a run
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """What is known about the data before a run starts. None: unknown until the store exists."""
+    """What is known about the data before a run starts."""
 
+    manifest: Manifest | None
+    """The store's own; None while the store does not exist."""
     pairs: int | None
-    """Training pairs; if unknown, no run is refused for lack of data."""
+    """Training pairs, or what the sweep file expects; if None, no run is refused for lack of data."""
     tokens_per_pair: float
-    """Mean tokens of a pair, with the hard negatives that the run reads."""
-    counted: bool
-    """Whether the store was counted; else `tokens_per_pair` is the sweep file's assumption."""
-    context: int | None = None
-    """Tokens after which the store's texts are cut."""
-    held_out: int | None = None
-    """Held-out pairs."""
-    negatives: int | None = None
-    """Hard negatives per pair."""
-    vocabulary: int | None = None
-    """Size of the tokenizer's vocabulary."""
-    special_tokens: bool | None = None
-    """Whether special tokens stand around the texts."""
+    """Mean tokens of a pair, with the hard negatives that the run reads, or the sweep file's assumption."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +84,8 @@ class Estimate:
     """Whether `seconds` follows from a measured speed; else from an assumed share of the device's peak."""
     disk_bytes: int = 0
     """Most disk space that the run directory takes while the run runs."""
+    kept_bytes: int = 0
+    """Disk space that the finished run takes."""
 
     @property
     def gpu_hours(self) -> float:
@@ -113,6 +106,8 @@ class SweepPlan:
     """The sweep that the runs belong to."""
     estimates: list[Estimate]
     """One estimate for each run."""
+    calibration: Calibration | None = None
+    """Speeds that were measured on the cluster; None if none were."""
 
     @cached_property
     def by_id(self) -> dict[str, Estimate]:
@@ -135,14 +130,21 @@ class SweepPlan:
         return sum(each.gpu_hours for each in self.estimates)
 
     @property
+    def kept_bytes(self) -> int:
+        return sum(each.kept_bytes for each in self.estimates)
+
+    @property
     def disk_bytes(self) -> int:
-        return sum(each.disk_bytes for each in self.estimates)
+        """Most disk space at once: what finished runs keep, and the largest checkpoints of runs at the same time."""
+        at_once = self.sweep.cluster.max_gpus * self.sweep.cluster.side_by_side
+        return self.kept_bytes + sum(nlargest(at_once, (each.disk_bytes - each.kept_bytes for each in self.estimates)))
 
 
 def plan_sweep(sweep: Sweep) -> SweepPlan:
     """Estimate every run of a sweep. Raises UserError if the calibration file is missing or malformed."""
     estimator = _Estimator(sweep)
-    return SweepPlan(sweep, [estimator.estimate(run_id, run) for run_id, run in sweep.by_id.items()])
+    estimates = [estimator.estimate(run_id, run) for run_id, run in sweep.by_id.items()]
+    return SweepPlan(sweep, estimates, estimator.calibration)
 
 
 @dataclass(frozen=True)
@@ -154,6 +156,7 @@ class PlanTable:
     spent_flop: int
     device_hours: float
     disk_bytes: int
+    kept_bytes: int
     runs: list[dict[str, Any]]
 
 
@@ -165,47 +168,38 @@ def as_table(plan: SweepPlan) -> PlanTable:
         row = {"run_id": each.run_id, "backbone": run.backbone.name, "method": run.method.label, "budget": run.budget}
         row |= {"seed": run.training.seed, "resource_class": each.resource_class.name, "device_hours": each.gpu_hours}
         rows.append(row | {name: value for name, value in vars(each).items() if name not in (*row, "run")})
-    return PlanTable(plan.sweep.name, plan.sweep.folder, plan.spent_flop, plan.gpu_hours, plan.disk_bytes, rows)
+    totals = (plan.spent_flop, plan.gpu_hours, plan.disk_bytes, plan.kept_bytes)
+    return PlanTable(plan.sweep.name, plan.sweep.folder, *totals, rows)
 
 
 def refuse_above(plan: SweepPlan, max_gpu_hours: float | None) -> None:
     """Raise UserError if the plan is estimated to need more GPU-hours; None allows any number."""
     if max_gpu_hours is not None and not plan.gpu_hours <= max_gpu_hours:
         raise UserError(
-            f"--max-gpu-hours: {plan.sweep.name} needs an estimated {plan.gpu_hours:,.2f} {_unit(plan)}; "
+            f"--max-gpu-hours: {plan.sweep.name} needs an estimated {hours(plan.gpu_hours)} {_unit(plan)}; "
             f"allowed: {max_gpu_hours:,g}"
         )
 
 
 def _pairs_of(sweep: Sweep, folder: str, hard_negatives: int) -> Pairs:
     if not is_finished(folder):
-        return Pairs(sweep.expected_pairs, sweep.expected_tokens_per_pair, counted=False)
+        return Pairs(None, sweep.expected_pairs, sweep.expected_tokens_per_pair)
     store = PairStore.open(folder)
-    if not hard_negatives:
-        mean = store.manifest.tokens.training / store.pairs
-    elif hard_negatives <= store.negatives:
-        mean = float(store.token_counts(hard_negatives).mean())
-    else:
-        mean = 1.0  # _check_data refuses this run
-    return Pairs(
-        store.pairs, mean, True, store.context, store.held_out, store.negatives, store.vocabulary, bool(store.added)
-    )
+    read = min(hard_negatives, store.negatives)  # a run that wants more is refused
+    mean = store.token_counts(read).mean() if read else store.manifest.tokens.training / store.pairs
+    return Pairs(store.manifest, store.pairs, float(mean))
 
 
-def _measured_speeds(path: str | None) -> dict[tuple[str, str], float]:
-    """Return measured tokens per second of one device, by backbone and method (its label or its name)."""
+def _calibration(path: str | None) -> Calibration | None:
+    """Return what was measured on the cluster; None if the cluster file names no measurement."""
     if path is None:
-        return {}
-    found = read_json(Path(path))
+        return None
+    found = Calibration.read(Path(path))
     if found is None:
         raise UserError(f"calibration: {path}: the file does not exist; run `embedscale calibrate` on a node")
-    try:
-        speeds = {(each["backbone"], each["method"]): float(each["tokens_per_second"]) for each in found["rows"]}
-    except (KeyError, TypeError, ValueError, OverflowError):
-        raise UserError(f"calibration: {path}: is not a file of `embedscale calibrate`; measure again") from None
-    for pair, speed in speeds.items():
-        bounded(f"calibration: {path}: tokens_per_second of {' '.join(map(str, pair))}", speed, 0, above=True)
-    return speeds
+    if isinstance(found, Damaged):
+        raise UserError(f"calibration: {path}: is not a file of `embedscale calibrate` ({found.why}); measure again")
+    return found
 
 
 MORE = "add sources, lower the budget, or set data.repeat=true"
@@ -216,14 +210,14 @@ class _Estimator:
 
     def __init__(self, sweep: Sweep):
         self.sweep = sweep
-        self.speeds = _measured_speeds(sweep.cluster.calibration)
+        self.calibration = _calibration(sweep.cluster.calibration)
         self.shape_of = cache(shape_of)
         self.pairs_of = cache(partial(_pairs_of, sweep))
         self.costs: dict[str, Cost] = {}
 
     def cost_of(self, run: RunConfig, shape: BackboneShape) -> Cost:
         checkpointing = run.resources.activation_checkpointing
-        key = f"{shape.name} {run.method!r} {checkpointing}"
+        key = f"{run.backbone.name} {run.backbone.revision} {run.method!r} {checkpointing}"
         if key not in self.costs:
             self.costs[key] = cost_of(shape, run.method, checkpointing)
         return self.costs[key]
@@ -233,29 +227,36 @@ class _Estimator:
         try:
             shape = self.shape_of(run.backbone.name, run.backbone.revision)
             resource_class = cluster.class_of(shape.parameters)
+            if shape.parameters > resource_class.up_to:
+                raise UserError(
+                    f"classes.up_to: {shape.parameters:,} parameters are more than every class of "
+                    f"{self.sweep.cluster_file} takes; add a class"
+                )
             cost = self.cost_of(run, shape)
             rate = learning_rate_of(run)
+            if rate is None:
+                raise UserError(_no_rate(run))
             data = self.pairs_of(run.data.store, run.loss.hard_negatives)
-            _check_data(run, shape, data)
+            refuse_unfit(run, shape, data.manifest)
             tokens = cost.tokens_of(run.budget)
             pairs = int(tokens / data.tokens_per_pair)
-            batch = run.training.batch_size
-            if pairs < batch:
-                raise UserError(f"the budget is below one batch of {batch} pairs")
+            refuse_below_batch(run, pairs)
             if data.pairs is not None and pairs > data.pairs and not run.data.repeat:
-                what = "holds" if data.counted else "is expected to hold"
+                what = "holds" if data.manifest else "is expected to hold"
                 raise UserError(f"the data are too small: {run.data.store} {what} {data.pairs:,} pairs; {MORE}")
         except UserError as error:
             return Estimate(run, run_id, resource_class, str(error))
+        batch = run.training.batch_size
         steps = math.ceil(pairs / batch)
         chunk = run.resources.chunk_tokens
         chunked = chunk is not None and chunk < batch * data.tokens_per_pair
         # Both texts of a pair count as equally long; attention has a small share of the FLOP at these lengths.
         exact = cost.exact(tokens, int(tokens * data.tokens_per_pair / 2), extra_forwards=int(chunked))
-        backbone = short_name(run.backbone.name)
-        speed = self.speeds.get((backbone, run.method.label)) or self.speeds.get((backbone, run.method.name))
+        speed = self.calibration.speed_of(run) if self.calibration else None
         assumed = cluster.peak_flop_per_second * resource_class.utilisation
         devices = run.resources.devices * run.resources.nodes
+        trained = cost.n_updated + run.method.embedding_parameters(shape)
+        kept = trained * WEIGHT_BYTES + METRICS_ROW_BYTES * (steps // run.resources.log_every + 1)
         return Estimate(
             run,
             run_id,
@@ -268,35 +269,17 @@ class _Estimator:
             spent_flop_exact=exact,
             seconds=(tokens / speed if speed else exact / assumed) / devices,
             measured=speed is not None,
-            disk_bytes=_disk(run, shape, cost, steps),
+            disk_bytes=kept + trained * 2 * CHECKPOINT_BYTES,  # the older one goes when the newer one is complete
+            kept_bytes=kept,
         )
 
 
-def _check_data(run: RunConfig, shape: BackboneShape, data: Pairs) -> None:
-    """Raise UserError where `embedscale.training.plan` would, as far as no token counts are needed."""
-    context, pool, devices = run.data.context, run.evaluation.pool, run.resources.devices * run.resources.nodes
-    if context > shape.context:
-        raise UserError(f"data.context: {context} tokens are more than the {shape.context} of {shape.name}")
-    if data.context is not None and data.context != context:
-        raise UserError(f"data.context: {context}, but {run.data.store} was prepared with {data.context}")
-    if data.held_out is not None and data.held_out < pool:
-        raise UserError(f"evaluation.pool: {pool}, but {run.data.store} holds {data.held_out} held-out pairs")
-    if data.special_tokens is not None and (differing := special_tokens_differ(run, data.special_tokens)):
-        raise UserError(differing)
-    if data.vocabulary is not None and data.vocabulary > shape.vocabulary:
-        raise UserError(f"data.tokenizer: {data.vocabulary} tokens, but {shape.name} has {shape.vocabulary} embeddings")
-    if data.negatives is not None and data.negatives < run.loss.hard_negatives:
-        raise UserError(f"loss.hard_negatives: {run.loss.hard_negatives}, but {run.data.store} holds {data.negatives}")
-    if run.training.batch_size % devices:
-        raise UserError(f"training.batch_size: {run.training.batch_size} is not divisible by {devices} GPUs")
-
-
-def _disk(run: RunConfig, shape: BackboneShape, cost: Cost, steps: int) -> int:
-    """Return the bytes of two checkpoints (the older one is removed after the newer one is complete), of the final
-    weights and of the metrics."""
-    trained = cost.n_updated + run.method.embedding_parameters(shape)
-    metrics = METRICS_ROW_BYTES * (steps // run.resources.log_every + 1)
-    return trained * (2 * CHECKPOINT_BYTES + WEIGHT_BYTES) + metrics
+def _no_rate(run: RunConfig) -> str:
+    """Say where the learning rate belongs: in `base` or `axes`, it would replace the rates of all methods."""
+    return (
+        f"backbones[].learning_rate: the paper's rule has no value for {short_name(run.backbone.name)}; give this "
+        f"backbone's entry a learning_rate: {{name: {run.backbone.name}, learning_rate: …}}"
+    )
 
 
 def _unit(plan: SweepPlan) -> str:
@@ -305,92 +288,125 @@ def _unit(plan: SweepPlan) -> str:
 
 def print_plan(plan: SweepPlan, each: bool = False) -> None:
     """Print the plan, with a row for each backbone and method or, with `each`, for each run."""
-    sweep, output = plan.sweep, console(160)
-    unit = _unit(plan)
-    table = Table(title=f"{sweep.name}: {len(plan.runnable):,} runs under {sweep.folder}", title_justify="left")
-    table.add_column("run" if each else "backbone", overflow="fold")
-    names = ["runs", "steps", "tokens", "FLOP", unit, "longest", "requeues", "disk"]
-    for name in ["learning rate", *names[1:]] if each else ["method", *names]:
-        table.add_column(name, justify="left" if name == "method" else "right", no_wrap=True)
-    groups: dict[tuple[str, ...], list[Estimate]] = defaultdict(list)
-    for estimate in plan.runnable:
-        run = estimate.run
-        key = (estimate.run_id, f"{estimate.learning_rate:.3g}")
-        groups[key if each else (short_name(run.backbone.name), run.method.name)].append(estimate)
-    for cells, members in groups.items():
-        table.add_row(*cells, *_figures(members)[1 if each else 0 :])
-    table.add_section()
-    table.add_row("total", "", *_figures(plan.runnable)[1 if each else 0 :], style="bold")
-    output.print(Narrowed(table, "requeues", "disk", "longest", "tokens", "FLOP"))
-    _print_blocked(output, plan.blocked)
+    output, unit = console(160), _unit(plan)
+    if plan.runnable:
+        output.print(_table(plan, unit, each))
+    if plan.blocked:
+        output.print(_blocked_table(plan.blocked))
     for line in _footnotes(plan, unit):
         output.print(line, soft_wrap=True)
 
 
-def _figures(members: list[Estimate]) -> list[str]:
-    steps = [each.steps for each in members] or [0]
-    return [
-        f"{len(members):,}",
-        f"{min(steps):,}" + (f" … {max(steps):,}" if max(steps) > min(steps) else ""),
-        f"{sum(each.tokens for each in members):.3g}",
-        f"{sum(each.spent_flop for each in members):.3g}",
-        f"{sum(each.gpu_hours for each in members):,.2f}",
-        duration(max((each.seconds for each in members), default=0)),
-        f"{sum(each.requeues for each in members):,}",
-        size(sum(each.disk_bytes for each in members)),
-    ]
+def _table(plan: SweepPlan, unit: str, each: bool) -> Narrowed:
+    title = f"{plan.sweep.name}: {counted(len(plan.runnable), 'run')} under {plan.sweep.folder}"
+    table = Table(title=title, title_justify="left")
+    table.add_column("run" if each else "backbone", overflow="fold")
+    if not each:
+        table.add_column("method", no_wrap=True)
+    labels = len(table.columns)
+    total = _figures(plan.runnable, unit) | {"rate": ""}
+    names = [name for name in total if not (each and name == "runs")]
+    for name in names:
+        table.add_column(name, justify="right", no_wrap=True)
+    groups: dict[tuple[str, ...], list[Estimate]] = defaultdict(list)
+    for estimate in plan.runnable:
+        run = estimate.run
+        groups[(estimate.run_id,) if each else (short_name(run.backbone.name), run.method.name)].append(estimate)
+    for cells, members in groups.items():
+        figures = _figures(members, unit)
+        table.add_row(*cells, *(figures[name] for name in names))
+    table.add_section()
+    table.add_row("total", *[""] * (labels - 1), *(total[name] for name in names), style="bold")
+    return Narrowed(table, "requeues", "kept", "longest", "tokens", "FLOP", "rate")
 
 
-def _print_blocked(output: Console, blocked: list[Estimate]) -> None:
-    if not blocked:
-        return
-    table = Table(title=f"{len(blocked):,} runs cannot be run", title_justify="left")
-    for name in ("why", "backbone", "methods", "budgets, FLOP", "runs"):
+def _figures(members: list[Estimate], unit: str) -> dict[str, str]:
+    """Return the cells of a row by the names of their columns."""
+    rates, steps = ([getattr(each, name) for each in members] for name in ("learning_rate", "steps"))
+    return {
+        "rate": number(rates[0]) if min(rates) == max(rates) else spread((min(rates), max(rates))),
+        "runs": f"{len(members):,}",
+        "steps": f"{min(steps):,}" + (f" … {max(steps):,}" if max(steps) > min(steps) else ""),
+        "tokens": f"{sum(each.tokens for each in members):.3g}",
+        "FLOP": f"{sum(each.spent_flop for each in members):.3g}",
+        unit: hours(sum(each.gpu_hours for each in members)),
+        "longest": duration(max(each.seconds for each in members)),
+        "requeues": f"{sum(each.requeues for each in members):,}",
+        "kept": size(sum(each.kept_bytes for each in members)),
+    }
+
+
+def _blocked_table(blocked: list[Estimate]) -> Table:
+    """Return a table with a row for each reason."""
+    table = Table(title=f"{counted(len(blocked), 'run')} cannot be run", title_justify="left")
+    for name in ("why", "backbones", "methods", "budgets, FLOP", "runs"):
         table.add_column(name, justify="right" if name == "runs" else "left")
-    budgets: dict[tuple[str, str, str], dict[float, int]] = defaultdict(lambda: defaultdict(int))
+    reasons: dict[str, list[RunConfig]] = defaultdict(list)
     for each in blocked:
-        key = (each.obstacle or "", short_name(each.run.backbone.name), each.run.method.label)
-        budgets[key][each.run.budget] += 1
-    alike: dict[tuple[str, str, tuple[float, ...]], list[tuple[str, int]]] = defaultdict(list)
-    for (why, backbone, label), counts in budgets.items():
-        alike[why, backbone, tuple(counts)].append((label, sum(counts.values())))
-    for (why, backbone, at), labels in sorted(alike.items(), key=lambda item: item[0][0]):
-        methods = ", ".join(label for label, _ in labels)
-        runs = sum(count for _, count in labels)
-        table.add_row(why, backbone, methods, ", ".join(f"{b:g}" for b in at), f"{runs:,}")
-    output.print(table)
+        reasons[each.obstacle or ""].append(each.run)
+    for why, runs in sorted(reasons.items()):
+        columns = (
+            [short_name(run.backbone.name) for run in runs],
+            [run.method.label for run in runs],
+            [f"{run.budget:g}" for run in sorted(runs, key=lambda run: run.budget)],
+        )
+        table.add_row(why, *(", ".join(dict.fromkeys(column)) for column in columns), f"{len(runs):,}")
+    return table
 
 
 def _footnotes(plan: SweepPlan, unit: str) -> Iterable[str]:
-    sweep, cluster = plan.sweep, plan.sweep.cluster
-    done = sum(RunDirectory(each.run.folder).record.exists() for each in plan.runnable)
+    sweep, cluster, runs = plan.sweep, plan.sweep.cluster, plan.runnable
+    done = sum(RunDirectory(each.run.folder).record.exists() for each in runs)
     if done:
-        yield f"{done:,} of these runs are done already."
+        yield f"Done already: {done:,} of these runs."
     if sweep.excluded:
-        yield f"{sweep.excluded:,} runs of the grid are left out by the file's exclude rows."
+        yield f"Left out by the file's exclude rows: {counted(sweep.excluded, 'run')} of the grid."
     for name in sweep.idle:
         yield f"{name} matches no run of the grid."
-    measured = sum(each.measured for each in plan.runnable)
+    few = sum(each.steps < FEW_STEPS for each in runs)
+    if few:
+        of = counted(len(runs), "run")
+        yield f"{few:,} of {of} have fewer than {FEW_STEPS} steps: their losses say little about the law."
+    yield from _about_speed(plan, unit)
+    missing = sorted({each.run.data.store for each in plan.estimates if not is_finished(each.run.data.store)})
+    if missing:
+        paper = sweep.expected_tokens_per_pair == PAPER_PAIR
+        mean = "the paper's mean for texts of context 75; for others, set expected_tokens_per_pair"
+        yield (
+            f"Steps: {sweep.expected_tokens_per_pair:g} tokens per pair are assumed "
+            f"({mean if paper else 'expected_tokens_per_pair'}); these stores do not exist yet: {', '.join(missing)}."
+        )
+    if sweep.cluster_file is None:
+        yield (
+            f"No cluster file is named (cluster): up to {cluster.max_gpus} {cluster.device}s under SLURM are assumed, "
+            "as `embedscale config --of cluster` lists."
+        )
+    requeues = sum(each.requeues for each in runs)
+    limits = ", ".join(sorted({f"{each.resource_class.hours:g} h" for each in runs if each.requeues}))
+    if requeues:
+        yield f"Requeues: {requeues:,} by the time limits ({limits}); preemptions come in addition."
+    if runs:
+        yield (
+            f"Disk: {size(plan.kept_bytes)} stay, weights and metrics; at most {size(plan.disk_bytes)} at once, with "
+            f"checkpoints of {counted(min(len(runs), cluster.max_gpus * cluster.side_by_side), 'run')}."
+        )
+
+
+def _about_speed(plan: SweepPlan, unit: str) -> Iterable[str]:
+    cluster, assumed = plan.sweep.cluster, [each for each in plan.runnable if not each.measured]
+    measured = len(plan.runnable) - len(assumed)
     if measured:
-        yield f"{unit}: {measured:,} runs at the speed measured in {cluster.calibration}."
-    if measured < len(plan.runnable):
-        shares = {each.resource_class.name: each.resource_class.utilisation for each in plan.runnable}
+        yield f"{unit}: {counted(measured, 'run')} at the speed measured in {cluster.calibration}."
+    if plan.calibration:
+        for gap, runs in Counter(plan.calibration.gap(each.run) for each in assumed).items():
+            yield f"{cluster.calibration} {gap}: the speed of {counted(runs, 'run')} is assumed."
+    if assumed:
+        shares = {each.resource_class.name: each.resource_class.utilisation for each in assumed}
         listed = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
         yield (
             f"{unit}: an assumed share of {cluster.device}'s {cluster.peak_flop_per_second:.3g} FLOP/s ({listed}), "
             "without evaluation and start-up; `embedscale calibrate` measures the speed."
         )
-    stores = {each.run.data.store for each in plan.estimates}
-    missing = sorted(store for store in stores if not is_finished(store))
-    if missing:
-        yield (
-            f"Steps: {sweep.expected_tokens_per_pair:g} tokens per pair are assumed; these stores do not exist yet: "
-            f"{', '.join(missing)}."
-        )
-    requeues = sum(each.requeues for each in plan.runnable)
-    limits = ", ".join(sorted({f"{each.resource_class.hours:g} h" for each in plan.runnable if each.requeues}))
-    if requeues:
-        yield f"Requeues: {requeues:,} by the time limits ({limits}); preemptions come in addition."
 
 
 def command(args: Namespace) -> int:

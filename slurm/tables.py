@@ -1,8 +1,10 @@
-"""How sweeps are printed: tables that fit the terminal, durations and sizes."""
+"""How sweeps are printed: tables that fit the terminal, durations, hours and sizes."""
 
 from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
+
+from embedscale.texts import number
 
 
 class Narrowed:
@@ -33,6 +35,11 @@ def duration(seconds: float) -> str:
     if minutes < 24 * 60:
         return f"{minutes // 60} h {minutes % 60:02d} min"
     return f"{minutes // 1440} d {minutes % 1440 // 60} h"
+
+
+def hours(count: float) -> str:
+    """Return a number of hours with two decimals, or with two significant digits where it is below 0.1."""
+    return f"{count:,.2f}" if count >= 0.1 else number(count, 2)
 
 
 def size(count: float) -> str:

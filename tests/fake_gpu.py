@@ -112,9 +112,9 @@ def step(
     from embedscale.model.packing import pack
     from embedscale.run.settings import load
     from embedscale.training.batches import Batch
-    from embedscale.training.calibrate import build, module_of, paper_lengths, paper_tokens
     from embedscale.training.memory import _Live, fitting_chunk
-    from embedscale.training.plan import config_of
+    from embedscale.training.pricing.calibrate import build, module_of, paper_lengths, paper_tokens
+    from embedscale.training.pricing.calibration import config_of
 
     gpu = torch.device("cuda", 0)
     settings = [f"training.batch_size={batch}", "training.learning_rate=1e-5", *words]

@@ -12,6 +12,7 @@ from typing import Any, Self
 
 from embedscale.errors import UserError
 from embedscale.files import checksum, write_json
+from embedscale.run.config import RunConfig
 from embedscale.values import CHECKSUM, Count, Positive, Value, sealed
 
 FORMAT = 1
@@ -168,6 +169,15 @@ class Manifest(Value):
     def write_to(self, folder: Path) -> None:
         """Write the manifest, which makes the folder a finished store."""
         write_json(folder / FILE, sealed(self.to_json()))
+
+    def too_few_for(self, config: RunConfig) -> str | None:
+        """Return why the held-out pairs do not serve for the evaluation of a run; None if they do."""
+        if self.held_out >= config.evaluation.pool:
+            return None
+        return (
+            f"evaluation.pool: {config.evaluation.pool}, but {config.data.store} holds {self.held_out} held-out pairs; "
+            "lower evaluation.pool, or prepare a new store with a larger data.held_out"
+        )
 
     def summary(self) -> str:
         """Say in one line how many pairs there are and why rows were dropped."""

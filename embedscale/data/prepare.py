@@ -63,7 +63,7 @@ def prepare(config: RunConfig, unit_size: UnitSize = UNIT_SIZE, bucket_bytes: in
     if data.special_tokens == "auto" and is_finished(folder):  # a store of an earlier version stays as it is
         added = PairStore.open(folder).added
     settings = _settings(data, digest, added)
-    if _report_finished(folder, settings):
+    if _report_finished(config, settings):
         _remove_work(folder)
         return DONE
     units = [unit for number, source in enumerate(data.sources) for unit in units_of(number, source, unit_size)]
@@ -90,7 +90,7 @@ def prepare(config: RunConfig, unit_size: UnitSize = UNIT_SIZE, bucket_bytes: in
     )
     try:
         with _only_writer(folder) as stop:
-            if _report_finished(folder, settings):  # another process finished it while this one listed the files
+            if _report_finished(config, settings):  # another process finished it while this one listed the files
                 return DONE
             write_json(folder / "work" / "settings.json", begun)
             for torn in (*folder.glob(".*.partial"), *folder.glob("*/.*.arrow.*.partial")):
@@ -111,7 +111,14 @@ def prepare(config: RunConfig, unit_size: UnitSize = UNIT_SIZE, bucket_bytes: in
     print(f"{folder}: {manifest.summary()}; {seconds:.0f} s, {rate:,.0f} pairs a second")
     if any(source.negative for source in data.sources):
         _say_negatives(PairStore.open(folder))
+    _say_too_few(manifest, config)
     return DONE
+
+
+def _say_too_few(manifest: Manifest, config: RunConfig) -> None:
+    """Say so if a run of this configuration cannot use the store, because it needs more held-out pairs."""
+    if too_few := manifest.too_few_for(config):
+        print(f"embedscale: a run will be refused: {too_few}", file=sys.stderr)
 
 
 def _say_negatives(store: PairStore) -> None:
@@ -160,8 +167,9 @@ def _only_writer(folder: Path) -> Iterator[StopRequest]:
             _remove_work(folder)
 
 
-def _report_finished(folder: Path, settings: dict[str, Any]) -> bool:
+def _report_finished(config: RunConfig, settings: dict[str, Any]) -> bool:
     """Return whether the store is finished, and report it. Raises UserError if it was made with other settings."""
+    folder = Path(config.data.store)
     if not is_finished(folder):
         return False
     manifest = Manifest.read_from(folder)
@@ -170,6 +178,7 @@ def _report_finished(folder: Path, settings: dict[str, Any]) -> bool:
         with suppress(PermissionError):  # a store that can only be read stays as it is
             buckets.with_digests(folder, manifest).write_to(folder)
     print(f"{folder} is there: {manifest.summary()}")
+    _say_too_few(manifest, config)
     return True
 
 

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from embedscale.run.method import Method
 from embedscale.run.shape import BackboneShape
 
+PAPER_PAIR = 14 + 64  # mean tokens of a query and of a positive (section 4.1), while no store exists
+
 
 @dataclass(frozen=True)
 class Cost:

@@ -2,27 +2,19 @@
 
 import hashlib
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
+from dataclasses import asdict, dataclass, field
 
 import numpy as np
 
+from embedscale.data.manifest import Manifest
 from embedscale.data.store import PairStore
-from embedscale.errors import DONE, UserError, bounded
+from embedscale.errors import UserError
 from embedscale.run.config import RunConfig
 from embedscale.run.cost import Cost, cost_of
 from embedscale.run.directory import RunDirectory
-from embedscale.run.families import FAMILIES, pretraining_learning_rate, shape_by_name, short_name
-from embedscale.run.method import method_of_label
+from embedscale.run.families import pretraining_learning_rate, shape_by_name, short_name
 from embedscale.run.shape import BackboneShape
-from embedscale.terminal import console
-from embedscale.values import Count, Value, print_json
-
-SIZES = {name: size for family in FAMILIES for name, size in family.sizes.items()}  # by short name
-
-PAPER_PAIR = 14 + 64  # mean tokens of a query and of a positive (section 4.1), while no store exists
-PAPER_SQUARES = (14**2 + 64**2) / PAPER_PAIR**2  # sum of both squared lengths / squared length of the pair
+from embedscale.values import Count, Value
 
 MOST_TOKENS = 2**53  # a float holds every whole number up to this one
 
@@ -121,65 +113,82 @@ class PlanFile(Value):
         return None
 
 
-def learning_rate_of(config: RunConfig) -> float:
-    """Return the configured peak, or else the value of the paper's rule. Raise UserError if the rule has no value."""
+def learning_rate_of(config: RunConfig) -> float | None:
+    """Return the configured peak, or else the value of the paper's rule; None if the rule has none."""
     if config.training.learning_rate is not None:
         return config.training.learning_rate
-    rate = config.method.peak_learning_rate(pretraining_learning_rate(config.backbone.name))
-    if rate is None:
+    return config.method.peak_learning_rate(pretraining_learning_rate(config.backbone.name))
+
+
+def refuse_mismatch(config: RunConfig, shape: BackboneShape, manifest: Manifest | None) -> None:
+    """Raise UserError if backbone, store and number of processes do not fit each other.
+
+    Without a manifest, the store is not known yet.
+    """
+    data, batch = config.data, config.training.batch_size
+    world = config.resources.devices * config.resources.nodes
+    if data.context > shape.context:
+        raise UserError(f"data.context: {data.context} is longer than {shape.name}'s; allowed: at most {shape.context}")
+    if batch % world:
         raise UserError(
-            f"training.learning_rate: the paper's rule has no value for {short_name(config.backbone.name)}; set one"
+            f"training.batch_size: {batch} is not divisible by {world} GPUs; set a multiple, "
+            f"such as {math.ceil(batch / world) * world}"
         )
-    return rate
-
-
-def refuse_context(config: RunConfig, shape: BackboneShape) -> None:
-    """Raise UserError for a context longer than the backbone's."""
-    if config.data.context > shape.context:
+    if manifest is None:
+        return
+    if manifest.context != data.context:
         raise UserError(
-            f"data.context: {config.data.context} is longer than {shape.name}'s; allowed: at most {shape.context}"
+            f"data.context: {data.context}, but {data.store} was prepared with {manifest.context}; "
+            "prepare another store or set the same context"
+        )
+    if manifest.vocabulary > shape.vocabulary:
+        raise UserError(
+            f"data.tokenizer: {data.store} was prepared with a tokenizer of {manifest.vocabulary} tokens, but "
+            f"{shape.name} has {shape.vocabulary} embeddings; prepare another store with the backbone's tokenizer"
+        )
+    if data.special_tokens not in ("auto", "template" if manifest.added else "none"):
+        there = "with the template's" if manifest.added else "without any"
+        raise UserError(
+            f"data.special_tokens: {data.special_tokens}, but {data.store} was prepared {there}; name another store"
+        )
+    if manifest.negatives < config.loss.hard_negatives:
+        raise UserError(
+            f"loss.hard_negatives: {config.loss.hard_negatives}, but {data.store} holds {manifest.negatives} per "
+            "pair; lower loss.hard_negatives, or prepare a store whose sources have more"
+        )
+
+
+def refuse_unfit(config: RunConfig, shape: BackboneShape, manifest: Manifest | None) -> None:
+    """Raise UserError for a run that cannot be trained, as far as no token counts are needed; see `refuse_mismatch`."""
+    refuse_mismatch(config, shape, manifest)
+    if manifest is not None and (too_few := manifest.too_few_for(config)):
+        raise UserError(too_few)
+
+
+def refuse_below_batch(config: RunConfig, pairs: int) -> None:
+    """Raise UserError for a budget that buys less than one batch: its only step would have fewer negatives."""
+    if pairs < config.training.batch_size:
+        raise UserError(
+            f"budget: buys less than one batch of {config.training.batch_size} pairs; raise it, or lower "
+            "training.batch_size"
         )
 
 
 def plan_run(config: RunConfig, shape: BackboneShape, store: PairStore) -> TrainingPlan:
     """Return the plan of a run: what its budget buys, by the token counts of the store.
 
-    Raises UserError for a budget below one pair for each GPU or above one epoch, for a context longer than the
-    backbone's or different from the store's, for a tokenizer with more tokens than the backbone, and for a held-out
-    pool larger than the store's.
+    Raises UserError for a run that `refuse_unfit` refuses, for a budget below one batch or above one epoch, and where
+    the paper's rule has no learning rate.
     """
-    refuse_context(config, shape)
-    if store.context != config.data.context:
+    refuse_unfit(config, shape, store.manifest)
+    rate = learning_rate_of(config)
+    if rate is None:
         raise UserError(
-            f"data.context: {config.data.context}, but {config.data.store} was prepared with {store.context}; "
-            "prepare another store or set the same context"
-        )
-    if store.vocabulary > shape.vocabulary:
-        raise UserError(
-            f"data.tokenizer: {config.data.store} was prepared with a tokenizer of {store.vocabulary} tokens, but "
-            f"{shape.name} has {shape.vocabulary} embeddings; prepare another store with the backbone's tokenizer"
-        )
-    if refused := special_tokens_differ(config, bool(store.added)):
-        raise UserError(refused)
-    if store.negatives < config.loss.hard_negatives:
-        raise UserError(
-            f"loss.hard_negatives: {config.loss.hard_negatives}, but {config.data.store} holds {store.negatives} per "
-            "pair; lower loss.hard_negatives, or prepare a store whose sources have more"
-        )
-    if store.held_out < config.evaluation.pool:
-        raise UserError(
-            f"evaluation.pool: {config.evaluation.pool}, but {config.data.store} holds {store.held_out} held-out "
-            "pairs; lower evaluation.pool, or prepare a new store with a larger data.held_out"
+            f"training.learning_rate: the paper's rule has no value for {short_name(config.backbone.name)}; set one"
         )
     cost = cost_of(shape, config.method)
-    world = config.resources.devices * config.resources.nodes
-    if config.training.batch_size % world:
-        raise UserError(
-            f"training.batch_size: {config.training.batch_size} is not divisible by {world} GPUs; set a multiple, "
-            f"such as {math.ceil(config.training.batch_size / world) * world}"
-        )
-    first = int.from_bytes(hashlib.sha256(f"{store.digest} {config.training.seed}".encode()).digest()[:8]) % store.pairs
-    pairs, tokens = _bought(config, cost, store.token_counts(config.loss.hard_negatives), first, world)
+    first, pairs, tokens = bought(config, cost, store)
+    refuse_below_batch(config, pairs)
     steps = math.ceil(pairs / config.training.batch_size)
     evaluation = config.evaluation
     fixed = f"{store.digest} {evaluation.pool} {evaluation.negatives} {evaluation.temperature!r}"
@@ -192,8 +201,8 @@ def plan_run(config: RunConfig, shape: BackboneShape, store: PairStore) -> Train
         steps=steps,
         batch_size=config.training.batch_size,
         first_pair=first,
-        world_size=world,
-        learning_rate=learning_rate_of(config),
+        world_size=config.resources.devices * config.resources.nodes,
+        learning_rate=rate,
         warmup_steps=math.ceil(config.training.warmup_fraction * steps),
         final_fraction=config.training.final_fraction,
         data_digest=store.digest,
@@ -212,39 +221,13 @@ def refuse_early(config: RunConfig) -> None:
         plan_run(config, shape, PairStore.open(config.data.store))
 
 
-def configs_of(config: RunConfig, sizes: Sequence[str], methods: Sequence[str], seconds: float) -> list[RunConfig]:
-    """Return what `calibrate` measures: each size with each method. Raise UserError for what is unknown, and for
-    `seconds` out of range; torch is not needed to tell."""
-    bounded("--seconds", seconds, 0, 1e6)
-    return [config_of(config, size, method) for size in sizes for method in methods]
+def bought(config: RunConfig, cost: Cost, store: PairStore) -> tuple[int, int, int]:
+    """Return the place in the store's order at which this seed begins, and the pairs and tokens that the budget buys.
 
-
-def config_of(config: RunConfig, size: str, label: str) -> RunConfig:
-    """Return the configuration of a size and a method. Raise UserError if one of them is unknown."""
-    try:
-        method = method_of_label(label)
-    except UserError as error:
-        raise UserError(f"--methods: {error}") from None
-    if size not in SIZES and not (Path(size) / "config.json").is_file():
-        raise UserError(f"--sizes: {size!r} is neither a known size ({', '.join(SIZES)}) nor a folder with a model")
-    backbone = replace(config.backbone, name=size, weights="random")
-    return replace(config, backbone=backbone, method=method)
-
-
-def special_tokens_differ(config: RunConfig, stored: bool) -> str | None:
-    """Return why a store with special tokens around its texts, or without any, does not fit; None if it does.
-
-    With `auto`, the store decides: stores of earlier versions have none.
+    Raises UserError for a budget below one pair for each process or above one epoch.
     """
-    asked = config.data.special_tokens
-    if asked == "auto" or (asked == "template") == stored:
-        return None
-    there = "with the template's" if stored else "without any"
-    return f"data.special_tokens: {asked}, but {config.data.store} was prepared {there}; name another store"
-
-
-def _bought(config: RunConfig, cost: Cost, counts: np.ndarray, first: int, world: int) -> tuple[int, int]:
-    """Return the pairs and tokens that the budget buys, in the store's order from pair `first` on."""
+    counts, world = store.token_counts(config.loss.hard_negatives), config.resources.devices * config.resources.nodes
+    first = int.from_bytes(hashlib.sha256(f"{store.digest} {config.training.seed}".encode()).digest()[:8]) % store.pairs
     affordable = cost.tokens_of(config.budget)
     running = np.cumsum(np.roll(counts, -first), dtype=np.int64)
     epoch = int(running[-1])
@@ -264,144 +247,10 @@ def _bought(config: RunConfig, cost: Cost, counts: np.ndarray, first: int, world
         pairs -= 1
         tokens -= int(counts[(first + pairs) % len(counts)])
     if pairs < 1:
-        _refuse_too_small(config.budget, int(running[world - 1]) * cost.flop_per_token, world)
-    return pairs, tokens
+        refuse_too_small(config.budget, int(running[world - 1]) * cost.flop_per_token, world)
+    return first, pairs, tokens
 
 
-def _refuse_too_small(budget: float, least: int, world: int) -> None:
+def refuse_too_small(budget: float, least: int, world: int) -> None:
     what = "one pair costs" if world == 1 else f"one pair for each of {world} GPUs costs"
     raise UserError(f"budget: {budget:g} FLOP is too small; {what} {least:,} FLOP here")
-
-
-def parse_budget(text: str) -> float:
-    """Return a number of FLOP above 0. Raise UserError for another text."""
-    try:
-        value = float(text)
-    except ValueError:
-        raise UserError(f"--budgets: {text!r} is not a number; give FLOP, such as 1e15") from None
-    bounded("--budgets", value, 0, above=True)
-    return value
-
-
-@dataclass(frozen=True)
-class Bought:
-    """What a budget buys."""
-
-    budget_flop: float
-    tokens: int
-    pairs: int
-    steps: int
-    exact_flop: int
-    """FLOP of the matrix products and of attention, about: the squares of the lengths are those of the paper."""
-
-
-@dataclass(frozen=True)
-class Price:
-    """What `flops` prints: FLOP of a token by both conventions, and what budgets buy."""
-
-    backbone: str
-    method: str
-    n_parameters: int
-    """N: non-embedding parameters."""
-    n_forward: int
-    n_backward: int
-    n_updated: int
-    forward: int
-    """FLOP of a token's matrix products in the forward pass."""
-    backward: int
-    forward_attention: int
-    """FLOP of a token's attention in the forward pass, for each token of its sequence."""
-    backward_attention: int
-    recompute: int
-    """FLOP of a token that activation checkpointing adds."""
-    batch_size: int
-    context: int
-    counted_in: str | None
-    """Store whose tokens were counted; None if there is no store: pairs and steps are estimates then."""
-    budgets: list[Bought]
-
-
-def price_of(config: RunConfig, budgets: Sequence[float]) -> Price:
-    """Return what a token costs and what budgets buy, without loading weights. Raises UserError as `plan_run` does."""
-    shape = shape_by_name(config.backbone.name, config.backbone.revision)
-    if shape is None:
-        from embedscale.model.backbone import shape_without_weights  # imports torch
-
-        shape = shape_without_weights(config.backbone)
-    refuse_context(config, shape)
-    cost = cost_of(shape, config.method)
-    try:
-        store: PairStore | None = PairStore.open(config.data.store)
-    except UserError:
-        store = None
-    return Price(
-        backbone=shape.name,
-        method=config.method.label,
-        n_parameters=cost.n_parameters,
-        n_forward=cost.n_forward,
-        n_backward=cost.n_backward,
-        n_updated=cost.n_updated,
-        forward=cost.forward,
-        backward=cost.backward,
-        forward_attention=cost.forward_attention,
-        backward_attention=cost.backward_attention,
-        recompute=cost_of(shape, config.method, activation_checkpointing=True).recompute,
-        batch_size=config.training.batch_size,
-        context=config.data.context,
-        counted_in=config.data.store if store else None,
-        budgets=[_what_it_buys(replace(config, budget=budget), shape, cost, store) for budget in budgets],
-    )
-
-
-def _what_it_buys(config: RunConfig, shape: BackboneShape, cost: Cost, store: PairStore | None) -> Bought:
-    if store:
-        plan = plan_run(config, shape, store)
-        tokens, pairs, steps = plan.tokens, plan.pairs, plan.steps
-        mean = float(np.mean(store.token_counts(config.loss.hard_negatives)))
-    else:
-        mean = float(PAPER_PAIR)
-        tokens = cost.tokens_of(config.budget)
-        pairs = int(tokens / mean)
-        if pairs < 1:
-            _refuse_too_small(config.budget, round(mean) * cost.flop_per_token, 1)
-        steps = math.ceil(pairs / config.training.batch_size)
-    return Bought(config.budget, tokens, pairs, steps, cost.exact(tokens, int(tokens * mean * PAPER_SQUARES)))
-
-
-def print_flops(config: RunConfig, budgets: Sequence[str] | None, as_json: bool = False) -> int:
-    """Print the cost of a token by both conventions, and what each budget buys, without loading weights."""
-    price = price_of(config, [parse_budget(each) for each in budgets] if budgets else [config.budget])
-    if as_json:
-        print_json(price)
-        return DONE
-    from rich.table import Table
-
-    output = console(120)
-    table = Table(title=f"{price.backbone}, {price.method}: the cost of a token", show_header=True)
-    table.add_column("convention")
-    for name in ("forward", "backward", "updates", "sum"):
-        table.add_column(f"{name}, FLOP", justify="right")
-    paper = [2 * price.n_forward, 2 * price.n_backward, 2 * price.n_updated]
-    table.add_row("paper: 2 (N_F + N_B + N_U)", *(f"{x:,}" for x in (*paper, sum(paper))))
-    both = f"{price.forward + price.backward:,}"
-    table.add_row("exact: matrix products", f"{price.forward:,}", f"{price.backward:,}", "", both)
-    attention = [price.forward_attention * price.context, price.backward_attention * price.context]
-    shown = [f"{x:,}" for x in (*attention, sum(attention))]
-    table.add_row(f"  attention, sequences of {price.context}", *shown[:2], "", shown[2])
-    table.add_row("  activation checkpointing adds", f"{price.recompute:,}", "", "", f"{price.recompute:,}")
-    output.print(table)
-    output.print(
-        f"N = {price.n_parameters:,} non-embedding parameters; N_F = {price.n_forward:,}, N_B = {price.n_backward:,}, "
-        f"N_U = {price.n_updated:,}"
-    )
-    bought = Table(title="what a budget buys")
-    for name in ("budget, FLOP", "tokens", "pairs", "steps", "exact FLOP, about"):
-        bought.add_column(name, justify="right")
-    for each in price.budgets:
-        counts = (f"{count:,}" for count in (each.tokens, each.pairs, each.steps))
-        bought.add_row(f"{each.budget_flop:.4g}", *counts, f"{each.exact_flop:.4g}")
-    output.print(bought)
-    known = f"counted in {price.counted_in}" if price.counted_in else ""
-    source = known or f"estimated at {PAPER_PAIR} tokens a pair (no store yet)"
-    output.print(f"Pairs and steps are {source}; batches of {price.batch_size} pairs.")
-    return DONE

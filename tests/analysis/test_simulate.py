@@ -10,6 +10,8 @@ from analysis import simulate
 from embedscale.cli import main
 from embedscale.errors import UserError
 from embedscale.run.families import PYTHIA
+from slurm.grid import load
+from slurm.plan import plan_sweep
 
 LAW = "E=0.3,A=900,B=900,alpha=0.45,beta=0.35"
 FRACTION_LAW = "E=0.3,a_d=2,b_d=800,a_s=60,b_s=1.5,c_s=800,alpha=0.45,beta=0.35"
@@ -123,6 +125,22 @@ def test_a_sweep_file_is_simulated_without_its_unknown_backbones(tmp_path, capsy
     assert "left out: 4 runs that cannot be run" in capsys.readouterr().out
     (tmp_path / "trial.yaml").write_text("axes: {budget: [1e15]}\nbackbones: [nobody/gpt-unknown]")
     assert main(["fit", str(tmp_path / "trial.yaml"), "--simulate", LAW]) == 2
+    assert "none of its 1 run can be run" in capsys.readouterr().err
+
+
+def test_a_sweep_file_is_simulated_with_the_runs_that_its_plan_would_make(tmp_path, capsys):
+    """Runs that the data and the batch rule out would find a law that the sweep cannot find."""
+    (tmp_path / "trial.yaml").write_text(f"{SWEEP}expected_pairs: 50_000_000\nbase: {{training.batch_size: 65536}}")
+    plan = plan_sweep(load(tmp_path / "trial.yaml"))
+    reasons = " ".join(each.obstacle for each in plan.blocked)
+    assert "the data are too small" in reasons and "less than one batch" in reasons
+    words = ["--simulate", f"full: {LAW}; lora: {FRACTION_LAW}", "--out", str(tmp_path / "out")]
+    assert main(["fit", str(tmp_path / "trial.yaml"), *words]) == 0
+    assert f"left out: {len(plan.blocked)} runs that cannot be run" in capsys.readouterr().out
+    found = json.loads((tmp_path / "out" / "simulation.json").read_text())
+    assert sum(each["runs"] for each in found.values()) == len(plan.runnable) < 56
+    (tmp_path / "none.yaml").write_text("axes: {budget: 1e9}")
+    assert main(["fit", str(tmp_path / "none.yaml"), "--simulate", LAW]) == 2
     assert "none of its 1 run can be run" in capsys.readouterr().err
 
 

@@ -36,7 +36,7 @@ from embedscale.run.families import PYTHIA
 from embedscale.run.settings import load
 from embedscale.serving.embedder import Embedder
 from embedscale.serving.export import write_model
-from embedscale.training.calibrate import build
+from embedscale.training.pricing.calibrate import build
 
 BATCHES = (8, 16, 32, 64)  # 32 is the default of sentence-transformers
 

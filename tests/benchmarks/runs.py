@@ -41,8 +41,8 @@ from embedscale.run.families import PYTHIA
 from embedscale.run.settings import load, to_yaml
 from embedscale.run.stop import StopRequest
 from embedscale.training import callbacks, train
-from embedscale.training.calibrate import build
-from embedscale.training.plan import config_of
+from embedscale.training.pricing.calibrate import build
+from embedscale.training.pricing.calibration import config_of
 from slurm.plan import CHECKPOINT_BYTES
 from slurm.scheduler.processes import Place, import_everything, run_all
 

@@ -39,9 +39,9 @@ from embedscale.run.families import shape_by_name
 from embedscale.run.method import Method, method_of_label
 from embedscale.run.settings import load
 from embedscale.training.batches import Batch
-from embedscale.training.calibrate import build, module_of, paper_lengths, paper_tokens
 from embedscale.training.loss import info_nce
-from embedscale.training.plan import SIZES, config_of
+from embedscale.training.pricing.calibrate import build, module_of, paper_lengths, paper_tokens
+from embedscale.training.pricing.calibration import SIZES, config_of
 
 METHODS = ["full", "freeze-0.5", "bias", "lora-r32"]
 LEARNING_RATE = 1e-5

@@ -29,15 +29,16 @@ def test_a_budget_buys_whole_pairs_up_to_its_last_flop(tiny_run, method, seed, d
     spent, pairs = [0], store.token_counts().tolist()
     for number in range(len(pairs) + 8):  # after the last pair, the first comes again
         spent.append(spent[-1] + price * pairs[(first + number) % len(pairs)])
-    for bought in (1, 2, 15, 16, 17, 100, len(pairs) - 1, len(pairs), len(pairs) + 8):
+    for bought in (1, 2, 15, 16, 17, 18, 31, 100, len(pairs) - 1, len(pairs), len(pairs) + 8):
         whole = bought - bought % devices
         for budget in (
             spent[bought],
             spent[bought] + 1,
             spent[bought] + price * pairs[(first + bought) % len(pairs)] - 1,
         ):
-            if not whole:
-                with pytest.raises(UserError, match="too small; one pair for each of 4 GPUs costs"):
+            if whole < 16:
+                least = "less than one batch of 16 pairs" if whole else "too small; one pair for each of 4 GPUs costs"
+                with pytest.raises(UserError, match=least):
                     planned(tiny_run, *words, f"budget={budget}")
                 continue
             plan = planned(tiny_run, *words, f"budget={budget}")

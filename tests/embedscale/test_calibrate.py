@@ -17,9 +17,9 @@ from embedscale.run.method import Method
 from embedscale.run.settings import load
 from embedscale.training import module as contrastive
 from embedscale.training.batches import Batch
-from embedscale.training.calibrate import build, module_of, paper_lengths, paper_tokens
 from embedscale.training.memory import fitting_chunk
-from embedscale.training.plan import config_of
+from embedscale.training.pricing.calibrate import build, module_of, paper_lengths, paper_tokens
+from embedscale.training.pricing.calibration import config_of
 
 LIMIT = 1.5e9  # bytes
 
@@ -52,7 +52,7 @@ def test_rows_add_up_and_are_measured_once(backbone_folder, tmp_path, capsys):
 
 
 def test_a_model_too_large_for_memory_is_named_and_not_built(backbone_folder, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("embedscale.training.calibrate.load_body", None)
+    monkeypatch.setattr("embedscale.training.pricing.calibrate.load_body", None)
     out = tmp_path / "calibration.json"
     assert measured(backbone_folder, out, "resources.memory_gb=1e-4") == 0
     assert [row["method"] for row in json.loads(out.read_text())["too_large"]] == ["full", "lora-r2"]

@@ -18,7 +18,7 @@ from embedscale.errors import FAILED, INTERRUPTED, WRONG
 from embedscale.files import write_atomically
 from embedscale.options import parse
 from embedscale.run import settings
-from embedscale.training import plan
+from embedscale.training.pricing import flops
 
 
 @pytest.mark.parametrize(
@@ -53,7 +53,7 @@ def said(capsys) -> str:
 
 
 def flops_that(monkeypatch, do) -> int:
-    monkeypatch.setattr(plan, "print_flops", lambda *_: do())
+    monkeypatch.setattr(flops, "print_flops", lambda *_: do())
     return cli.main(["flops"])
 
 
@@ -180,8 +180,9 @@ def test_an_error_in_the_file_names_the_file(tmp_path, capsys):
 
 def a_verb_that(tmp_path, do: str, words: str = "", **options):
     """Run the command line with `python -m` and a verb that runs this code."""
-    imports = "import atexit, os, signal, socket, sys\nfrom embedscale import cli\nfrom embedscale.training import plan"
-    program = f"{imports}\n\ndef do(*_):\n    {do}\n\n{words}\nplan.print_flops = do\nsys.exit(cli.main(['flops']))\n"
+    imports = "import atexit, os, signal, socket, sys\nfrom embedscale import cli"
+    imports += "\nfrom embedscale.training.pricing import flops"
+    program = f"{imports}\n\ndef do(*_):\n    {do}\n\n{words}\nflops.print_flops = do\nsys.exit(cli.main(['flops']))\n"
     (tmp_path / "program.py").write_text(program)
     return subprocess.run(
         [sys.executable, "-m", "program"], cwd=tmp_path, stderr=subprocess.PIPE, text=True, timeout=60, **options

@@ -12,8 +12,20 @@ import numpy as np
 import pytest
 from conftest import LONG_WORD
 from scipy import stats
-from stores import WORDS, expected_order, held_out, made, made_in_small_parts, row, some_rows, training, write
+from stores import (
+    WORDS,
+    expected_order,
+    held_out,
+    made,
+    made_in_small_parts,
+    row,
+    some_rows,
+    training,
+    words_of,
+    write,
+)
 
+from embedscale import cli
 from embedscale.data import corpora, prepare
 from embedscale.data.corpora import UnitSize
 from embedscale.data.installed_python import installed_files
@@ -202,6 +214,18 @@ def test_text_that_is_not_utf8_is_counted_and_reported(tmp_path, capsys, bytes_t
     store = made(tmp_path / "store", bytes_tokenizer, {"path": str(path)})
     assert store.manifest.counts["not_utf8"] == store.manifest.sources[0].counts["not_utf8"] == 3
     assert "3 not utf8" in capsys.readouterr().out
+
+
+def test_a_store_with_fewer_held_out_pairs_than_the_pool_is_made_and_said_to_be_refused(
+    tmp_path, capsys, bytes_tokenizer
+):
+    words = words_of(tmp_path / "s", bytes_tokenizer, {"path": str(write(tmp_path / "pairs.jsonl", some_rows(200)))})
+    for pool, lines in (("evaluation.pool=4096", 1), ("evaluation.pool=2", 0)):
+        for _ in range(2):  # the second finds the store
+            assert cli.main(["prepare", *words, pool, "evaluation.negatives=1"]) == 0
+            said = capsys.readouterr().err
+            assert said.count("\n") == lines
+            assert not lines or "a run will be refused: evaluation.pool: 4096, but" in said
 
 
 @pytest.mark.slow

@@ -64,7 +64,7 @@ def test_quantised_weights_are_refused_by_flops_train_and_plan(backbone_folder, 
     sweep.write_text(f"axes: {{budget: 1e15}}\nbackbones: [{folder}]\noutput: {tmp_path}")
     assert main(["sweep", "plan", str(sweep)]) == 2  # none of its runs can be run
     printed = " ".join(capsys.readouterr().out.split())
-    assert "1 runs cannot be run" in printed and "quantised" in printed
+    assert "1 run cannot be run" in printed and "quantised" in printed
 
 
 @pytest.mark.parametrize("name", ["quantize_config.json", "quant_config.json", "hf_quant_config.json"])

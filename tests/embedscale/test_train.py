@@ -4,6 +4,7 @@ import json
 import math
 import platform
 import re
+import shutil
 import subprocess
 import sys
 from datetime import datetime, timedelta
@@ -190,7 +191,8 @@ def test_a_loss_that_turns_nan_is_recorded_as_diverged(tmp_path, tiny_run, capsy
 
 def test_a_last_step_that_breaks_the_weights_is_recorded_as_diverged(tmp_path, tiny_run, capsys):
     """No later loss shows it, and similarities that are NaN would rank every positive first."""
-    config, directory = run_of(tmp_path, tiny_run, "budget=2e8", "training.learning_rate=1e30")
+    words = ["budget=2e8", "training.batch_size=14", "training.learning_rate=1e30"]  # one step
+    config, directory = run_of(tmp_path, tiny_run, *words)
     assert train(config) == FAILED
     record = directory.read_record()
     assert (record.status, record.loss, record.recall_at_1) == ("diverged", None, None)
@@ -230,6 +232,20 @@ def test_flops_prints_both_conventions_without_weights(tmp_path, tiny_run, capsy
         assert "budget: 1 FLOP is too small; one pair costs" in capsys.readouterr().err
     assert cli.main(["flops", *tiny_run, BUDGET, "loss.hard_negatives=2"]) == WRONG
     assert "loss.hard_negatives: 2, but" in capsys.readouterr().err
+
+
+def test_flops_counts_without_a_pool_and_a_learning_rate(tiny_run, capsys):
+    words = ["evaluation.pool=32000", "training.learning_rate=null", "--json"]
+    assert cli.main(["flops", *tiny_run, BUDGET, *words]) == 0
+    counted = json.loads(capsys.readouterr().out)
+    assert counted["counted_in"] == load(None, tiny_run).data.store and counted["budgets"][0]["pairs"] > 100
+
+
+def test_flops_names_a_damaged_store_instead_of_estimating(tmp_path, tiny_run, capsys):
+    shutil.copytree(load(None, tiny_run).data.store, tmp_path / "store")
+    (tmp_path / "store" / "manifest.json").write_text("{")
+    assert cli.main(["flops", *tiny_run, BUDGET, f"data.store={tmp_path / 'store'}"]) == WRONG
+    assert "manifest.json cannot be read; remove the store and prepare it again" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("words", [["--help"], ["--version"], ["flops", "budget=1e15"]])

@@ -32,7 +32,7 @@ import embedscale
 FROM_GGUF = Path(__file__).parents[2] / "docs/examples/from_gguf.py"
 PAIRS = 2000
 BUDGET = 2e12  # FLOP of a run: a few steps of 16 pairs
-NOTHING = 1e11  # FLOP of a run of one step with a learning rate of nearly zero: what the decoder knows already
+NOTHING = 1e11  # FLOP of a run of a step or two with a learning rate of nearly zero: what the decoder knows already
 ENGLISH = (
     "Water is made of hydrogen and oxygen. When it is heated to one hundred degrees Celsius at sea level, it begins "
     "to boil and turns into steam. When it is cooled below zero degrees, it freezes and becomes ice. Ice floats "
@@ -124,7 +124,7 @@ def check(decoder: Decoder, folder: Path, pairs: Path) -> None:
         return config.folder, embedscale.RunDirectory(config.folder).read_record()
 
     fast = "training.precision=bf16"
-    untrained = ["method.name=lora", "method.rank=1", "training.learning_rate=1e-12"]
+    untrained = ["method.name=lora", "method.rank=1", "training.learning_rate=1e-12", "training.batch_size=2"]
     methods = {"full": ["training.learning_rate=1e-4"], "LoRA": ["method.name=lora", "method.rank=8"]}
     print("\n| method | first token | steps | tokens | recall@1 of 128 | recall@10 | held-out loss |")
     print("|---|---|---|---|---|---|---|", flush=True)

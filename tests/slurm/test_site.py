@@ -106,6 +106,9 @@ def test_a_file_names_others_from_its_own_folder(tmp_path, monkeypatch):
     sweep.write_text("cluster: near.yaml\naxes: {budget: 1e15}\n")
     assert grid.load(sweep).cluster.calibration == "sweeps/speeds.json"
     assert clusters.load("far.yaml").calibration == "none.json"
+    sweep.write_text("cluster: nowhere.yaml\naxes: {budget: 1e15}\n")
+    with pytest.raises(UserError, match=rf"no such file in {tmp_path / 'sweeps'} and in {tmp_path};"):
+        grid.load(sweep)
 
 
 def test_the_command_at_the_end_is_run_once_and_not_before(tmp_path, capfd):

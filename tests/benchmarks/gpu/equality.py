@@ -19,11 +19,11 @@ from embedscale.model.body import PlainBody
 from embedscale.model.packing import pack
 from embedscale.run.settings import load
 from embedscale.training.batches import Batch
-from embedscale.training.calibrate import build, module_of, paper_lengths, paper_tokens
 from embedscale.training.gradcache import accumulate_gradient
 from embedscale.training.loss import loss_and_gradient
 from embedscale.training.module import Contrastive
-from embedscale.training.plan import config_of
+from embedscale.training.pricing.calibrate import build, module_of, paper_lengths, paper_tokens
+from embedscale.training.pricing.calibration import config_of
 
 METHODS = ("full", "freeze-0.5", "bias", "lora-r32")
 # Largest relative errors of a right result. float32 sums in another order; bf16 has 8 bits.

@@ -86,7 +86,7 @@ def calibrated(
     setting: Setting, size: str, methods: tuple[str, ...], seconds: float, compiled: bool = False
 ) -> Iterator[Row]:
     """Rows of `embedscale calibrate`, which go on in one file."""
-    from embedscale.training.calibrate import calibrate
+    from embedscale.training.pricing.calibrate import calibrate
 
     out = setting.folder / ("compiled.json" if compiled else "calibration.json")
     size = setting.pick(size, "pythia-14m")

@@ -21,7 +21,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from embedscale.errors import DONE, UserError
-from embedscale.files import now, read_json, write_json
+from embedscale.files import now
 from embedscale.model.backbone import empty_body, load_body, shape_without_weights
 from embedscale.model.hardware import (
     allow_tf32,
@@ -35,14 +35,16 @@ from embedscale.model.hardware import (
 )
 from embedscale.model.packing import pack
 from embedscale.run.config import RunConfig
-from embedscale.run.cost import cost_of
+from embedscale.run.cost import PAPER_PAIR, cost_of
 from embedscale.run.families import short_name
 from embedscale.terminal import console
 from embedscale.training.batches import Batch
 from embedscale.training.memory import fitting_chunk
 from embedscale.training.module import Contrastive, assemble
-from embedscale.training.plan import PAPER_PAIR, SIZES, TrainingPlan, configs_of
+from embedscale.training.plan import TrainingPlan
+from embedscale.training.pricing.calibration import SIZES, CalibratedRow, Calibration, Case, configs_of, settings_of
 from embedscale.training.train import bare_trainer, begin_worker, loading_workers, quieten
+from embedscale.values import sound
 
 MEANS = (14, 64)  # tokens of a query and of a positive (paper, section 4.1)
 SPREAD = 0.6  # standard deviation of ln(length)
@@ -66,63 +68,61 @@ def calibrate(config: RunConfig, out: str, sizes: Sequence[str], methods: Sequen
     device = training_device()
     for each in configs:
         cost_of(shape_without_weights(each.backbone), each.method)
-    path, facts = Path(out), _facts(config, device, seconds)
-    found = read_json(path) or facts | {"peak_flop_per_second": 0.0, "rows": [], "too_large": []}
-    for name, value in facts.items():
-        if name != "how" and found.get(name, False) != value:  # a setting that an older file does not name was off
-            raise UserError(f"{path}: was measured with {name} {found.get(name)}, not {value}; give another --out")
-    done = {(row["backbone"], row["method"]) for row in found["rows"] + found["too_large"]}
+    path, facts = Path(out), _facts(config, device)
+    found = sound(Calibration.read(path)) or Calibration(
+        rows=[], how=HOW.format(warm=WARM_STEPS, seconds=seconds), **facts
+    )
+    if differing := found.differs(facts):
+        raise UserError(f"{path}: was measured with {differing}; give another --out")
+    done = {(each.backbone, each.method) for each in (*found.rows, *found.too_large)}
     path.parent.mkdir(parents=True, exist_ok=True)
     output = console(120)
     quieten()
     keep_freed_memory()
     allow_tf32(config.training.precision)
     for each in configs:
-        backbone, method = short_name(each.backbone.name), each.method.label
-        if (backbone, method) in done:
+        case = Case(short_name(each.backbone.name), each.method.label)
+        if (case.backbone, case.method) in done:
             continue
-        output.print(f"{now()} {backbone} {method} …")
+        output.print(f"{now()} {case.backbone} {case.method} …")
         peak = matrix_product_peak(device, config.training.precision, 8192 if device.type == "cuda" else 2048)
-        found["peak_flop_per_second"] = max(found["peak_flop_per_second"], peak)
         try:
-            measured = measure(each, device, seconds, peak)
+            row = measure(each, device, seconds, peak)
         except torch.OutOfMemoryError:
-            measured = {}
+            row = None
         gc.collect()  # the module and its Trainer refer to each other
         if device.type == "cuda":
             torch.cuda.empty_cache()
-        found["rows" if measured else "too_large"].append({"backbone": backbone, "method": method} | measured)
-        write_json(path, found)
+        found = replace(
+            found,
+            peak_flop_per_second=max(found.peak_flop_per_second, peak),
+            rows=[*found.rows, row] if row else found.rows,
+            too_large=found.too_large if row else [*found.too_large, case],
+        )
+        found.write(path)
     output.print(_table(found))
     return DONE
 
 
-def _facts(config: RunConfig, device: torch.device, seconds: float) -> dict[str, Any]:
+def _facts(config: RunConfig, device: torch.device) -> dict[str, Any]:
+    """Return what all rows of a file have in common."""
     name = device_name(device)
-    return {
-        "device": name if device.type == "cuda" else f"CPU {name}, {torch.get_num_threads()} threads",
-        "precision": config.training.precision,
-        "batch_size": config.training.batch_size,
-        "context": config.data.context,
-        "activation_checkpointing": config.resources.activation_checkpointing,
-        "compile": config.resources.compile,
-        "workers": loading_workers(config),
-        "torch": version("torch"),
-        "how": HOW.format(warm=WARM_STEPS, seconds=seconds),
-    }
+    told = name if device.type == "cuda" else f"CPU {name}, {torch.get_num_threads()} threads"
+    rest = {"workers": loading_workers(config), "torch": version("torch")}
+    return {"device": told} | settings_of(config) | rest
 
 
-def measure(config: RunConfig, device: torch.device, seconds: float, peak: float) -> dict[str, Any]:
-    """Return a row of the file: the speed with the largest chunks that fit in memory.
+def measure(config: RunConfig, device: torch.device, seconds: float, peak: float) -> CalibratedRow | None:
+    """Return a row of the file: the speed with the largest chunks that fit in memory; None if no chunk fits.
 
-    The row is empty if no chunk fits. A model whose weights and optimizer moments exceed the memory is never built.
+    A model whose weights and optimizer moments exceed the memory is never built.
     """
     size = config.backbone.name
     with torch.device("meta"):
         shapes = module_of(build(size) if size in SIZES else empty_body(config.backbone), config)
     weights, trained = (sum(x.nbytes for x in found) for found in (shapes.parameters(), shapes.trainable.values()))
     if weights + 3 * trained > shapes.memory:
-        return {}
+        return None
     torch.compiler.reset()  # all sizes share the code of their blocks, and torch limits how often a code is compiled
     compiled = compile_seconds()
     if size in SIZES:
@@ -138,23 +138,25 @@ def measure(config: RunConfig, device: torch.device, seconds: float, peak: float
         try:
             steps, took, tokens, flop = _timed(module, config, lengths, chunk, seconds)
         except torch.OutOfMemoryError:
-            return {}
+            return None
         if not module.halvings:
             break
         # Each step had to cut its chunks again. Measure once more with chunks that the loader cuts to the right size.
         chunk //= 2**module.halvings
         module.halvings = 0
-    return {
-        "tokens_per_second": round(tokens / took, 1),
-        "pairs_per_second": round(steps * config.training.batch_size / took, 2),
-        "flop_per_second": round(flop / took),
-        "share_of_peak": round(flop / took / peak, 4),
-        "memory_gb": round(peak_memory(device) / 1e9, 2),
-        "chunk_tokens": chunk,
-        "steps": steps,
-        "seconds": round(took, 4),
-        "compile_seconds": round(compile_seconds() - compiled, 1),
-    }
+    return CalibratedRow(
+        backbone=short_name(size),
+        method=config.method.label,
+        tokens_per_second=round(tokens / took, 1),
+        pairs_per_second=round(steps * config.training.batch_size / took, 2),
+        flop_per_second=round(flop / took),
+        share_of_peak=round(flop / took / peak, 4),
+        memory_gb=round(peak_memory(device) / 1e9, 2),
+        chunk_tokens=chunk,
+        steps=steps,
+        seconds=round(took, 4),
+        compile_seconds=round(compile_seconds() - compiled, 1),
+    )
 
 
 def build(size: str, **changes: Any) -> nn.Module:
@@ -272,26 +274,25 @@ def _timed(
     return clock.steps, clock.took, tokens, once.exact(tokens, squares)
 
 
-def _table(found: dict[str, Any]) -> Table:
-    peak = found["peak_flop_per_second"]
+def _table(found: Calibration) -> Table:
     table = Table(
         "backbone", "method", "tokens/s", "pairs/s", "FLOP/s", "of peak", "memory, GB", "chunk, tokens",
-        title=f"{found['device']}, {found['precision']}, batches of {found['batch_size']} pairs; a matrix product "
-        f"reaches {peak:.3g} FLOP/s",
+        title=f"{found.device}, {found.precision}, batches of {found.batch_size} pairs; a matrix product "
+        f"reaches {found.peak_flop_per_second:.3g} FLOP/s",
     )  # fmt: skip
     for column in table.columns[2:]:
         column.justify = "right"
-    for row in found["rows"]:
+    for row in found.rows:
         table.add_row(
-            row["backbone"],
-            row["method"],
-            f"{row['tokens_per_second']:,.0f}",
-            f"{row['pairs_per_second']:,.1f}",
-            f"{row['flop_per_second']:.3g}",
-            f"{row['share_of_peak']:.0%}",
-            f"{row['memory_gb']:.2f}",
-            f"{row['chunk_tokens']:,}",
+            row.backbone,
+            row.method,
+            f"{row.tokens_per_second:,.0f}",
+            f"{row.pairs_per_second:,.1f}",
+            f"{row.flop_per_second:.3g}",
+            f"{row.share_of_peak:.0%}",
+            f"{row.memory_gb:.2f}",
+            f"{row.chunk_tokens:,}",
         )
-    for row in found["too_large"]:
-        table.add_row(row["backbone"], row["method"], "does not fit")
+    for case in found.too_large:
+        table.add_row(case.backbone, case.method, "does not fit")
     return table

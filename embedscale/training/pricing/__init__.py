@@ -1,0 +1,1 @@
+"""What training costs: FLOP and what a budget buys, and the speed of this hardware."""
