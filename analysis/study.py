@@ -75,9 +75,8 @@ class Study:
     @cached_property
     def cells(self) -> dict[str, pd.DataFrame]:
         """Method → a row a setting, replicates averaged (`joint.cells_of`)."""
-        bins, budgets = self.fits.settings.bins, self.table["budget_flop"].to_numpy(float)
-        profile = grouping.bin_budgets(budgets, bins) if bins else grouping.group_budgets(budgets)
-        table = self.table.assign(profile=profile)
+        budgets = self.table["budget_flop"].to_numpy(float)
+        table = self.table.assign(profile=grouping.profiles_of(budgets, self.fits.settings.bins))
         return {method: joint.cells_of(table[table["method"] == method]) for method in self.methods}
 
     @cached_property

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -19,13 +19,13 @@ from analysis.fits import (
     Fits,
     FitSettings,
     Interval,
-    JointLaw,
     Line,
     MethodFit,
     Optimum,
     Point,
     PowerLaw,
     PowerLaws,
+    State,
 )
 from analysis.fitting import grouping, optima, uncertainty
 from analysis.fitting import joint as joint_laws
@@ -82,40 +82,13 @@ def fit(
     if runs.are_optima:
         return fit_optima(runs, settings)
     # Grouped over all methods, so that the methods meet at budgets that are equal to the last bit.
-    every = runs.table["budget_flop"].to_numpy(float)
-    profile = grouping.bin_budgets(every, bins) if bins else grouping.group_budgets(every)
-    table = runs.table.assign(profile=profile)
-    budgets, sizes = np.unique(table["profile"]), np.unique(table["n_parameters"])
-    if len(budgets) < 2:
-        raise UserError(
-            f"budget_flop: all {len(table)} runs have {number(budgets[0], 4)} FLOP; laws need at least two budgets"
-        )
-    if len(sizes) < 3:
-        told = ", ".join(f"{number(size, 4)}" for size in sizes)
-        raise UserError(f"n_parameters: {len(sizes)} sizes only ({told}); optima and laws need at least three")
-
-    own = {method: table[table["method"] == method] for method in runs.methods}
-    cells = {method: joint_laws.cells_of(each) for method, each in own.items()}
-    points = {method: grouping.best_points(found) for method, found in cells.items()}
-    joint: dict[str, Fitted] = {}
-    measured: dict[str, uncertainty.Measured] = {}
-    profiles: dict[str, list[Profile]] = {}
+    table = runs.table.assign(profile=grouping.profiles_of(runs.table["budget_flop"].to_numpy(float), bins))
+    budgets, sizes = _budgets_and_sizes(table)
+    prepared = {}
     for method in runs.methods:
         advance(method)
-        joint[method] = joint_laws.fit_laws(method, cells[method], points[method], law, residual, delta)
-        predict = joint_laws.predictor(joint_laws.size_fit(joint[method]))
-        moved = joint_laws.cells_of(grouping.at_profile(own[method], predict))
-        diverged = runs.excluded[(runs.excluded["method"] == method) & (runs.excluded["reason"] == "diverged")]
-        points[method] = points[method].assign(off=joint_laws.far_off(points[method], predict))
-        wild = points[method].dropna(subset=["off"])
-        profiles[method] = [
-            replace(
-                each, off=dict(wild.loc[wild["profile"] == each.budget, ["n_parameters", "off"]].to_numpy().tolist())
-            )
-            for each in optima.profiles(grouping.best_points(moved), diverged)
-        ]
-        measured[method] = uncertainty.Measured(moved, profiles[method], predict)
-    known, noises = uncertainty.noise_of(noise, measured, window)
+        prepared[method] = _prepared(method, table[table["method"] == method], runs.excluded, settings)
+    known, noises = uncertainty.noise_of(noise, {name: each.measured for name, each in prepared.items()}, window)
 
     rng = np.random.default_rng(seed)
     shared = known.draws(bootstrap, rng)
@@ -124,28 +97,18 @@ def fit(
     }
     methods: dict[str, MethodFit] = {}
     draws: dict[str, dict[float, OptimumDraws]] = {}
-    for method in runs.methods:
+    for method, each in prepared.items():
         advance(method)
-        methods[method], draws[method] = _fit_method(
-            cells[method],
-            points[method],
-            profiles[method],
-            joint[method],
-            settings,
-            noises[method],
-            spread[method],
-            rng,
-        )
-        if noises[method] is not known:
-            methods[method] = replace(methods[method], noise=noises[method])
+        found, draws[method] = _fit_method(each, settings, noises[method], spread[method], rng)
+        methods[method] = found if noises[method] is known else replace(found, noise=noises[method])
     line = frontier(methods, draws, spread, confidence, rng)
-    found = Fits(
+    fits = Fits(
         format=FORMAT,
         version=__version__,
         made=datetime.now(UTC).isoformat(timespec="seconds"),
         source=runs.source,
         settings=settings,
-        runs=Counts(len(table), len(runs.excluded), tuple(budgets.tolist()), tuple(sizes.tolist())),
+        runs=Counts(len(table), len(runs.excluded), budgets, sizes),
         comparable=_comparable(table),
         noise=known,
         methods=methods,
@@ -154,7 +117,20 @@ def fit(
         notes=(*runs.notes, *notes_of(settings, known, methods, line)),
     )
     # What is returned equals what a reader of fits.json gets: JSON's own types, and None for what is not finite.
-    return Fits.from_json(_plain(found.to_json()))
+    return Fits.from_json(_plain(fits.to_json()))
+
+
+def _budgets_and_sizes(table: pd.DataFrame) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return the budgets and the sizes of all runs. Raises UserError if they are too few for any law."""
+    budgets, sizes = np.unique(table["profile"]), np.unique(table["n_parameters"])
+    if len(budgets) < 2:
+        raise UserError(
+            f"budget_flop: all {len(table)} runs have {number(budgets[0], 4)} FLOP; laws need at least two budgets"
+        )
+    if len(sizes) < 3:
+        told = ", ".join(f"{number(size, 4)}" for size in sizes)
+        raise UserError(f"n_parameters: {len(sizes)} sizes only ({told}); optima and laws need at least three")
+    return tuple(budgets.tolist()), tuple(sizes.tolist())
 
 
 def _check(settings: FitSettings, noise: float | None) -> None:
@@ -188,113 +164,158 @@ def _plain(value: Any) -> Any:
 # --- One method ------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class _Prepared:
+    """The runs of one method: averaged over seeds, the best of each size, joint laws, and profiles at equal budgets."""
+
+    cells: pd.DataFrame
+    """A row a setting (`joint.cells_of`)."""
+    points: pd.DataFrame
+    """The best setting of each size and budget."""
+    joint: Fitted
+    measured: uncertainty.Measured
+    """Profiles and their cells, each loss moved to its profile's budget."""
+
+
+def _prepared(method: str, rows: pd.DataFrame, excluded: pd.DataFrame, settings: FitSettings) -> _Prepared:
+    """Return the runs of a method, ready for its optima; `excluded` are the runs of all methods that are left out."""
+    cells = joint_laws.cells_of(rows)
+    points = grouping.best_points(cells)
+    joint = joint_laws.fit_laws(method, cells, points, settings.law, settings.residual, settings.delta)
+    predict = joint_laws.predictor(joint_laws.size_fit(joint))
+    points = points.assign(off=joint_laws.far_off(points, predict))
+    wild = points.dropna(subset=["off"])
+    moved = joint_laws.cells_of(grouping.at_profile(rows, predict))
+    diverged = excluded[(excluded["method"] == method) & (excluded["reason"] == "diverged")]
+    profiles = []
+    for each in optima.profiles(grouping.best_points(moved), diverged):
+        off = wild.loc[wild["profile"] == each.budget, ["n_parameters", "off"]]
+        profiles.append(replace(each, off=dict(off.to_numpy().tolist())))
+    return _Prepared(cells, points, joint, uncertainty.Measured(moved, profiles, predict))
+
+
 def _fit_method(
-    cells: pd.DataFrame,
-    points: pd.DataFrame,
-    profiles: Sequence[Profile],
-    joint: Fitted,
-    settings: FitSettings,
-    known: Noise,
-    spread: Array | None,
-    rng: np.random.Generator,
+    of: _Prepared, settings: FitSettings, known: Noise, spread: Array | None, rng: np.random.Generator
 ) -> tuple[MethodFit, dict[float, OptimumDraws]]:
     """Return a method's fit, and the draws of its interior optima by budget; `spread` are draws of the noise."""
+    fitted = {name: each for name, each in of.joint.items() if isinstance(each, JointFit)}
     # One refit of each law, from which all of its intervals are taken.
     refits = {}
-    for name, each in joint.items():
-        if isinstance(each, JointFit):
-            losses = list(joint_laws.points_for(each.law, cells, points)["losses"])
-            refits[name] = uncertainty.resampled(each, losses, settings.bootstrap, rng)
+    for name, each in fitted.items():
+        losses = list(joint_laws.points_for(each.law, of.cells, of.points)["losses"])
+        refits[name] = uncertainty.resampled(each, losses, settings.bootstrap, rng)
     rows: list[Optimum] = []
     draws: dict[float, OptimumDraws] = {}
-    law = joint_laws.size_fit(joint)
+    law = joint_laws.size_fit(of.joint)
+    own = refits[law.law.name] if law else None
     doubt = rng.standard_normal(settings.bootstrap)  # one for all budgets, whose biases are alike
-    for profile in profiles:
-        row, drawn = _optimum(profile, law, refits[law.law.name] if law else None, settings, known, spread, doubt, rng)
-        rows.append(row)
+    for profile in of.measured.profiles:
+        estimates = _estimates(profile, law, settings.window)
+        state, why, add_size = _state(profile, estimates[settings.optimum], settings, known.log_loss)
+        drawn = _drawn(profile, law, own, settings, spread, doubt, rng) if state == "interior" else None
         if drawn is not None:
             draws[profile.budget] = drawn
-    laws: dict[str, JointLaw] = {
-        name: joint_laws.summarise(each, refits[name], points, settings.confidence)
-        for name, each in joint.items()
-        if isinstance(each, JointFit)
-    }
+        rows.append(_optimum(profile, estimates, state, why, add_size, drawn, settings))
     return MethodFit(
-        points=tuple(map(_point, points.to_dict("records"))),
+        points=tuple(map(_point, of.points.to_dict("records"))),
         optima=tuple(rows),
-        power_laws=_power_laws(rows, draws, profiles, settings.confidence, rng),
-        joint_laws=laws,
-        refused={name: each for name, each in joint.items() if isinstance(each, str)},
-        hold_out=joint_laws.hold_out(cells, points, joint, rows, settings.residual, settings.delta),
+        power_laws=_power_laws(rows, draws, of.measured.profiles, settings.confidence, rng),
+        joint_laws={
+            name: joint_laws.summarise(each, refits[name], of.points, settings.confidence)
+            for name, each in fitted.items()
+        },
+        refused={name: each for name, each in of.joint.items() if isinstance(each, str)},
+        hold_out=joint_laws.hold_out(of.cells, of.points, of.joint, rows, settings.residual, settings.delta),
     ), draws
 
 
-def _optimum(
-    profile: Profile,
-    law: JointFit | None,
-    refits: Array | None,
-    settings: FitSettings,
-    known: Noise,
-    spread: Array | None,
-    doubt: Array,
-    rng: np.random.Generator,
-) -> tuple[Optimum, OptimumDraws | None]:
-    """Return the optimum of a profile, with the draws behind its intervals where it is interior."""
-    noise, window = known.log_loss, settings.window
-    state, why, add_size = profile.state(noise, window)
+def _estimates(profile: Profile, law: JointFit | None, window: float) -> dict[str, Estimate | None]:
+    """Return the optimum of a profile by each estimator; None where it finds none."""
     found: dict[str, Estimate | None] = dict.fromkeys(optima.ESTIMATORS)
-    curve = None
     if len(profile.points) >= 3:
-        log_n, log_loss, curvature = optima.parabola(profile.log_n, profile.log_loss[None], window)
-        found["parabola"] = _estimate(log_n, np.log(profile.tokens_at(log_n)), log_loss)
-        if found["parabola"]:
-            curve = Curve(float(log_n[0]), float(curvature[0]))
-        for name, estimator in (("akima", optima.akima), ("best-run", optima.lowest_run)):
-            log_n, log_loss = estimator(profile.log_n, profile.log_loss[None])
+        for name in ("parabola", "akima", "best-run"):
+            log_n, log_loss = optima.estimate(name, profile.log_n, profile.log_loss[None], window)
             found[name] = _estimate(log_n, np.log(profile.tokens_at(log_n)), log_loss)
         if law is not None:
             found["law"] = _estimate(*optima.law_optimum(law.law, law.values, profile.points, profile.budget))
-    chosen = found[settings.optimum]
+    return found
+
+
+def _state(
+    profile: Profile, chosen: Estimate | None, settings: FitSettings, noise: float | None
+) -> tuple[State, str, float | None]:
+    """Return the state of a budget whose optimum is `chosen`, the reason in words, and the size to add."""
+    state, why, add_size = profile.state(noise, settings.window)
     if state == "interior" and chosen is None:
         # The best size has neighbours on both sides, and still the minimum of the estimator is at an end.
         below = bool(profile.log_loss[0] < profile.log_loss[-1])
         add_size = optima.next_size(profile.points["n_parameters"].to_numpy(float), below)
         add = f"add one of about {number(add_size, 2)} parameters"
-        state, why = "edge", f"the {settings.optimum} has no minimum within the sizes: {add}"
-    elif state == "interior" and chosen and profile.too_deep(math.log(chosen.loss), noise, window):
+        return "edge", f"the {settings.optimum} has no minimum within the sizes: {add}", add_size
+    if state == "interior" and chosen and profile.too_deep(math.log(chosen.loss), noise, settings.window):
         lost = 1 - chosen.loss / profile.points["loss"].min()
-        state, add_size = "below all runs", chosen.n_opt
         why = (
             f"the {settings.optimum} falls to {chosen.loss:.4g}, {100 * lost:.3g} % below the best run, more than "
             f"noise and the depth of the valley explain: add a size near {number(chosen.n_opt, 4)} parameters"
         )
-    drawn = None
-    if state == "interior" and settings.optimum == "law":
+        return "below all runs", why, chosen.n_opt
+    return state, why, add_size
+
+
+def _drawn(
+    profile: Profile,
+    law: JointFit | None,
+    refits: Array | None,
+    settings: FitSettings,
+    spread: Array | None,
+    doubt: Array,
+    rng: np.random.Generator,
+) -> OptimumDraws | None:
+    """Return draws of an interior optimum; None where the noise is not known. `refits` are those of `law`."""
+    if settings.optimum == "law":
         assert law is not None and refits is not None
-        drawn = OptimumDraws(*optima.law_optimum(law.law, refits, profile.points, profile.budget))
-    elif state == "interior" and spread is not None:
-        drawn = uncertainty.optimum_draws(profile, settings.optimum, window, spread, settings.bootstrap, rng)
-        if law is not None:
-            drawn = uncertainty.with_bias(drawn, profile, law, settings.optimum, window, doubt)
+        return OptimumDraws(*optima.law_optimum(law.law, refits, profile.points, profile.budget))
+    if spread is None:
+        return None
+    drawn = uncertainty.optimum_draws(profile, settings.optimum, settings.window, spread, settings.bootstrap, rng)
+    if law is None:
+        return drawn
+    return uncertainty.with_bias(drawn, profile, law, settings.optimum, settings.window, doubt)
+
+
+def _optimum(
+    profile: Profile,
+    estimates: Mapping[str, Estimate | None],
+    state: State,
+    why: str,
+    add_size: float | None,
+    drawn: OptimumDraws | None,
+    settings: FitSettings,
+) -> Optimum:
+    """Return what fits.json says of one budget."""
+    chosen = estimates[settings.optimum] if state == "interior" else None
+    curve = None
+    if estimates["parabola"]:
+        log_n, _, curvature = optima.parabola(profile.log_n, profile.log_loss[None], settings.window)
+        curve = Curve(float(log_n[0]), float(curvature[0]))
     ends: dict[str, Interval | None] = {
         f"{name}_interval": interval(np.exp(getattr(drawn, draws)), settings.confidence) if drawn else None
         for name, draws in QUANTITIES.items()
     }
-    row = Optimum(
+    return Optimum(
         budget_flop=profile.budget,
         state=state,
-        **{name: getattr(chosen, name) if state == "interior" else None for name in QUANTITIES},
+        **{name: getattr(chosen, name) if chosen else None for name in QUANTITIES},
         **ends,  # type: ignore[arg-type]
         valid_share=drawn.valid_share if drawn else None,
-        parabola=found["parabola"],
-        akima=found["akima"],
-        law=found["law"],
+        parabola=estimates["parabola"],
+        akima=estimates["akima"],
+        law=estimates["law"],
         curve=curve,
         best=_as_run(profile.points.iloc[int(profile.log_loss.argmin())].to_dict()) if len(profile.points) else None,
         add_size=add_size,
         why=why,
     )
-    return row, drawn
 
 
 def _as_run(row: Mapping[Any, Any]) -> Point:

@@ -47,8 +47,13 @@ def group_budgets(budgets: Array, nearly: float = NEARLY) -> Array:
     return middles.to_numpy()
 
 
-def bin_budgets(budgets: Array, bins: float) -> Array:
-    """Replace each budget by the median of its bin; `bins` of equal width make a decade (Hoffmann et al. 2022)."""
+def profiles_of(budgets: Array, bins: float | None) -> Array:
+    """Replace each budget by that of its profile: of nearly equal budgets, or the median of its bin.
+
+    `bins` of equal width make a decade (Hoffmann et al. 2022).
+    """
+    if not bins:
+        return group_budgets(budgets)
     place = np.floor(np.log10(budgets) * bins + 1e-9)
     return pd.Series(np.asarray(budgets, float)).groupby(place).transform(_middle).to_numpy()
 
