@@ -335,8 +335,8 @@ def _check_cells(origin: str, found: Mapping[str, Source], raw: pd.DataFrame, wr
     for ours, reasons in wrong.items():
         if len(reasons):
             row, theirs = reasons.index[0], found[ours].name
-            told = "leave the cell empty if the run diverged" if ours == "loss" else reasons[row]
-            raise UserError(f"{_place(origin, ours, theirs, row)} has {raw[theirs][row]!r}; {told}")
+            more = "; leave the cell empty if the run diverged" if ours == "loss" else ""
+            raise UserError(f"{_place(origin, ours, theirs, row)} has {raw[theirs][row]!r}; {reasons[row]}{more}")
 
 
 def _place(origin: str, ours: str, theirs: str, row: int) -> str:

@@ -64,7 +64,7 @@ def test_spends_the_budget_to_the_pair_and_records_it(tmp_path, tiny_run, name):
 
 
 def test_the_record_names_the_processor(tmp_path, tiny_run):
-    config, directory = run_of(tmp_path, tiny_run, "budget=2e8")
+    config, directory = run_of(tmp_path, tiny_run, "budget=1e9")
     assert train(config) == DONE
     named = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     assert directory.read_record().device.name == (named[1].strip() if named else platform.machine())
