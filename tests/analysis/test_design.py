@@ -175,7 +175,14 @@ def test_the_command_writes_a_figure_and_a_csv(tmp_path, capsys):
 def test_a_simulated_sweep_says_what_an_adaptive_one_would_miss(tmp_path, capsys):
     rows = pd.DataFrame([("full", n, c) for n in SIZES for c in BUDGETS], columns=["method", "N", "C"])
     rows.to_csv(tmp_path / "grid.csv", index=False)
-    command = ["fit", str(tmp_path / "grid.csv"), "--simulate", "E=1.7,A=400,B=410,alpha=0.34,beta=0.28", "--out", str(tmp_path)]
+    command = [
+        "fit",
+        str(tmp_path / "grid.csv"),
+        "--simulate",
+        "E=1.7,A=400,B=410,alpha=0.34,beta=0.28",
+        "--out",
+        str(tmp_path),
+    ]
     assert main([*command, "--replay", "largest", "--noise", "0.003"]) == 0
     printed = capsys.readouterr().out
     assert "best size of 7 rows" in printed and "35 rows" in printed
