@@ -31,6 +31,7 @@ from embedscale.run.lease import STALE_SECONDS, lease_holder, leased, remove_wha
 from embedscale.run.record import RunRecord, sound
 from embedscale.run.stop import StopRequest
 from slurm.scoring import score_all
+from slurm.tables import duration
 
 # Attempts in a row without a new checkpoint after which a run has failed. Kills say nothing about a run, but a run that
 # kills its machine must end some time.
@@ -82,13 +83,15 @@ def work_through(
 def run_all(runs: Iterable[RunConfig], places: Sequence[Place], stop: StopRequest) -> dict[str, str]:
     """Train runs, as many at once as there are places, until `stop` is requested.
 
-    Returns outcomes as `work_through` does. Only the main thread may call this, before it has touched a GPU.
+    Returns outcomes as `work_through` does, and prints them, with the time that is left by the FLOP that are spent.
+    Only the main thread may call this, before it has touched a GPU.
     """
     import_everything()
     waiting, free = deque(runs), list(places)
     running: list[_Running] = []
     outcomes: dict[str, str] = {}
-    total = len(waiting)
+    total, began = len(waiting), time.monotonic()
+    flop, spent = sum(run.budget for run in waiting), 0.0
     while running or (waiting and not stop.requested):
         while waiting and free and not stop.requested:
             run = waiting.popleft()
@@ -103,14 +106,20 @@ def run_all(runs: Iterable[RunConfig], places: Sequence[Place], stop: StopReques
                 ended = "failed"
                 _say(run, str(error))
             outcomes[run.run_id] = ended
+            flop -= run.budget
         wait([process.sentinel for each in running for process in each.processes if process.is_alive()], POLL_SECONDS)
         for each in [each for each in running if _over(each, stop)]:
             running.remove(each)
             free.append(each.place)
             try:
                 outcome = _outcome(each, stop)
-                place = f" ({len(outcomes) + 1} of {total})"
-                _say(each.run, _with_loss(each.run, outcome) + place if outcome else "was killed; it is tried again")
+                if outcome:
+                    spent += each.run.budget
+                    seconds = (time.monotonic() - began) * (flop / spent - 1)
+                    more = f", about {duration(seconds)} left" if running or waiting else ""
+                    _say(each.run, f"{_with_loss(each.run, outcome)} ({len(outcomes) + 1} of {total}{more})")
+                else:
+                    _say(each.run, "was killed; it is tried again")
             except (UserError, OSError) as error:
                 outcome = "failed"
                 _say(each.run, str(error))
