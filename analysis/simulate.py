@@ -23,6 +23,7 @@ from embedscale.errors import UserError
 from embedscale.values import Value
 
 NEEDED = ("method", "n_parameters", "budget_flop")
+CONFIDENCE = 0.95  # of the intervals over sweeps
 TRIED = 5  # sweeps of which one must be fitted; the refits of all begin there
 NOISE = 0.005  # standard deviation of ln L of one run, where the user states none
 EXAMPLE = "E=1.8,A=480,B=2080,alpha=0.35,beta=0.37"
@@ -222,7 +223,6 @@ def simulate(
     noise: float = NOISE,
     repeats: int = 200,
     window: float = 4.0,
-    confidence: float = 0.95,
     seed: int = 0,
 ) -> dict[str, Simulated]:
     """Return {method: how well the grid recovers the law}, over `repeats` sweeps.
@@ -241,7 +241,7 @@ def simulate(
     draw(rows, laws, noise)  # checks that the law gives a loss everywhere on the grid
     return {
         str(method): _simulate_method(
-            part.reset_index(drop=True), _law_of(laws, str(method)), noise, repeats, window, confidence, rng
+            part.reset_index(drop=True), _law_of(laws, str(method)), noise, repeats, window, rng
         )
         for method, part in rows.groupby("method", sort=False)
     }
@@ -253,7 +253,6 @@ def _simulate_method(
     noise: float,
     repeats: int,
     window: float,
-    confidence: float,
     rng: np.random.Generator,
 ) -> Simulated:
     truth = _loss(stated, rows)
@@ -273,7 +272,7 @@ def _simulate_method(
     fitted, drawn = fitted[converged], drawn[converged]
     if not len(fitted):
         return Simulated(stated.law.name, noise, repeats, len(rows), refused="no simulated fit converged")
-    found, parabolas = _optima(rows, stated, truth, drawn, fitted, window, confidence)
+    found, parabolas = _optima(rows, stated, truth, drawn, fitted, window)
     return Simulated(
         law=stated.law.name,
         noise=noise,
@@ -284,14 +283,14 @@ def _simulate_method(
             name: Recovered(
                 truth=float(true),
                 mean=float(column.mean()),
-                interval=interval(column, confidence),
+                interval=interval(column, CONFIDENCE),
                 bias=float(column.mean() / true - 1) if true else None,
             )
             for name, true, column in zip(stated.law.coefficients, stated.values, fitted.T, strict=True)
         },
-        n_exponent=_exponents(rows, stated, fitted, found, parabolas, confidence),
+        n_exponent=_exponents(rows, stated, fitted, found, parabolas),
         optima=tuple(found),
-        recipe=tuple(_regret(rows, stated, fitted, found, parabolas, confidence)),
+        recipe=tuple(_regret(rows, stated, fitted, found, parabolas)),
     )
 
 
@@ -342,7 +341,7 @@ def _best_of_sizes(rows: pd.DataFrame, losses: Array) -> tuple[Array, Array]:
 
 
 def _optima(
-    rows: pd.DataFrame, stated: StatedLaw, truth: Array, drawn: Array, fitted: Array, window: float, confidence: float
+    rows: pd.DataFrame, stated: StatedLaw, truth: Array, drawn: Array, fitted: Array, window: float
 ) -> tuple[list[RecoveredOptimum], dict[float, Array]]:
     """Return the optimum of each budget, and ln N* of the parabolas [repeats] at each budget with three sizes."""
     found, parabolas = [], {}
@@ -369,21 +368,21 @@ def _optima(
                 truth=float(np.exp(best)),
                 missing=missing,
                 bias_without_noise=float(np.exp(unbiased - best) - 1) if np.isfinite(unbiased) else None,
-                parabola=_ratios(drawn_best - best, confidence),
-                law=_ratios(by_law - best, confidence),
+                parabola=_ratios(drawn_best - best),
+                law=_ratios(by_law - best),
             )
         )
     return found, parabolas
 
 
-def _ratios(log_ratio: Array, confidence: float) -> Spread | None:
+def _ratios(log_ratio: Array) -> Spread | None:
     finite = log_ratio[np.isfinite(log_ratio)]
-    return Spread(float(np.exp(np.median(finite))), interval(np.exp(log_ratio), confidence)) if len(finite) else None
+    return Spread(float(np.exp(np.median(finite))), interval(np.exp(log_ratio), CONFIDENCE)) if len(finite) else None
 
 
-def _spread(draws: Array, confidence: float) -> Spread | None:
+def _spread(draws: Array) -> Spread | None:
     finite = draws[np.isfinite(draws)]
-    return Spread(float(np.median(finite)), interval(draws, confidence)) if len(finite) else None
+    return Spread(float(np.median(finite)), interval(draws, CONFIDENCE)) if len(finite) else None
 
 
 def _exponents(
@@ -392,7 +391,6 @@ def _exponents(
     fitted: Array,
     found: Sequence[RecoveredOptimum],
     parabolas: Mapping[float, Array],
-    confidence: float,
 ) -> RecoveredExponent:
     """Return the exponents of N*(C): by the law's closed form where it has one, else by the slope of the optima."""
     known = [(row.budget_flop, row.truth) for row in found if row.truth]
@@ -402,12 +400,12 @@ def _exponents(
     closed = stated.law.size_exponent(stated.values) if proportional else None
     drawn = stated.law.size_exponent(fitted)
     if closed is not None and drawn is not None:
-        truth, by_law = float(closed), _spread(drawn, confidence)
+        truth, by_law = float(closed), _spread(drawn)
     elif len(known) >= 2:
         truth = float(power_law(*np.array(known).T)[1])
     if len(parabolas) >= 2:
         sizes = np.exp(np.stack(list(parabolas.values()), 1))
-        by_parabola = _spread(power_law(np.array(list(parabolas)), sizes)[1], confidence)
+        by_parabola = _spread(power_law(np.array(list(parabolas)), sizes)[1])
     return RecoveredExponent(truth, by_parabola, by_law)
 
 
@@ -417,7 +415,6 @@ def _regret(
     fitted: Array,
     found: Sequence[RecoveredOptimum],
     parabolas: Mapping[float, Array],
-    confidence: float,
 ) -> list[Advice]:
     """Return what the advised size loses against the best size between the smallest and the largest of the grid."""
     sizes = _Sizes.of(rows)
@@ -434,7 +431,7 @@ def _regret(
             if not len(chosen):
                 return None
             over = loss[chosen] / loss.min() - 1
-            return Lost(float(over.mean()), float(np.percentile(over, 50 + 50 * confidence)))
+            return Lost(float(over.mean()), float(np.percentile(over, 50 + 50 * CONFIDENCE)))
 
         by_law, by_parabola = lost(sizes.losses(stated.law, fitted, budget).argmin(1)), None
         if line is not None:

@@ -170,9 +170,8 @@ class Evidence:
         """Return the nearest budget that was run."""
         return min((point.budget_flop for point in self.points), key=lambda each: log_distance(each, budget))
 
-    def measured(self, budget: float | None) -> list[Point]:
+    def measured(self, budget: float) -> list[Point]:
         """Return the points at the nearest budget that was run, one a size, by ascending size."""
-        assert budget is not None
         nearest = self.nearest_budget(budget)
         return [each for each in nearest_points(self.points, nearest) if same_budget(each.budget_flop, nearest)]
 
@@ -293,7 +292,7 @@ class Evidence:
         if basis != "best run" and limit.flop and not limit.tokens:
             return self.outlook.at(limit.flop).n_opt(confidence)
         if basis == "best run":
-            return min(self.measured(limit.flop), key=lambda point: point.loss).n_parameters, None
+            return min(self.measured(limit.flop or 0.0), key=lambda point: point.loss).n_parameters, None
         reach = 1.0 if limit.tokens else REACH  # with the data fixed, the loss falls with the size without end
         low, high = math.log(self.sizes[0] / reach), math.log(self.sizes[-1] * reach)
         grid = np.exp(np.linspace(low, high, max(401, round(50 * (high - low)))))
@@ -320,7 +319,8 @@ class Evidence:
         family = family_with(self.sizes)
         if basis != "best run" and family:
             return [(row.name, float(row.parameters)) for row in family.sizes.values()]
-        sizes = [point.n_parameters for point in self.measured(limit.flop)] if basis == "best run" else self.sizes
+        measured = self.measured(limit.flop or 0.0) if basis == "best run" else []
+        sizes = [point.n_parameters for point in measured] or self.sizes
         return [(self.names.get(float(size), f"{number(size, 4)} parameters"), float(size)) for size in sizes]
 
 

@@ -388,8 +388,3 @@ def chances(drawn: Mapping[str, Array]) -> dict[str, float]:
     lowest = np.argmin(np.nan_to_num(np.array(list(drawn.values())), nan=np.inf), 0)
     shares = np.bincount(lowest, minlength=len(drawn)) / len(lowest)
     return dict(sorted(zip(drawn, shares.tolist(), strict=True), key=lambda each: -each[1]))
-
-
-def chances_at(outlooks: Mapping[str, Outlook], budget_flop: float) -> dict[str, float]:
-    """Return the probability that each method has the lowest loss at a budget, of those with a forecast there."""
-    return chances({name: each.at(budget_flop).log_loss for name, each in outlooks.items() if each.covers(budget_flop)})

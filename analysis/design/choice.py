@@ -65,7 +65,7 @@ class Pool:
 
 
 @dataclass(frozen=True)
-class Choice:
+class NextRun:
     """A run to make next, and why, in one line."""
 
     run: str
@@ -198,7 +198,7 @@ class Design:
         money: float,
         width: int = 1,
         lost: Collection[str] = (),
-    ) -> list[Choice]:
+    ) -> list[NextRun]:
         """Return the next runs to make, the most valuable first; none where no run that the money pays has a worth.
 
         `money` is what may still be spent, in the unit of `Candidate.cost`. A batch has at least `width` runs, as many
@@ -211,7 +211,7 @@ class Design:
         limit = max(GROWTH * spent, float(np.sort(self.cost)[: CHEAP + 1][-1]))
         count = max(width, math.ceil(BATCH * len(gone)))
         worth = self._worth(belief)
-        chosen: list[Choice] = []
+        chosen: list[NextRun] = []
         paid = 0.0
         while len(chosen) < count:
             rows = left[self.cost[left] <= min(money - paid, limit)]
@@ -222,7 +222,7 @@ class Design:
             if not lowered[best] > 0:
                 break
             row = int(rows[best])
-            chosen.append(Choice(self._every[row].run, self._why(lowered[best] / of)))
+            chosen.append(NextRun(self._every[row].run, self._why(lowered[best] / of)))
             belief, left, paid = belief.after(row), left[left != row], paid + float(self.cost[row])
         check = self._check(belief, left[self.cost[left] <= min(money - paid, CHECKS / (1 - CHECKS) * paid)])
         return [*chosen, check] if check else chosen
@@ -251,7 +251,7 @@ class Design:
         what = "of the forecast" if self.pool.question == "forecast" else "between the best options"
         return f"lowers the variance {what} by {100 * share:.2g} %"
 
-    def _check(self, belief: Belief, rows: Rows) -> Choice | None:
+    def _check(self, belief: Belief, rows: Rows) -> NextRun | None:
         """Return the run that tells most, for its cost, of what the law is wrong by at the options."""
         if not len(rows):
             return None
@@ -259,4 +259,4 @@ class Design:
         row = int(rows[(told / self.cost[rows] ** COST_POWER).argmax()])
         half = NORMAL * math.sqrt(belief.covariance[row, row] + belief.noise**2)
         ends = (number(math.exp(belief.mean[row] + sign * half), 4) for sign in (-1, 1))
-        return Choice(self._every[row].run, f"check of the law, which says {' to '.join(ends)}", is_check=True)
+        return NextRun(self._every[row].run, f"check of the law, which says {' to '.join(ends)}", is_check=True)

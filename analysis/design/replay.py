@@ -190,18 +190,16 @@ def replay(
         yield {"spender": FULL, "repeat": repeat, "share": 1.0} | _judged(design, given.losses, runs)
 
 
-def trial(
-    pool: Pool, truth: Mapping[str, float], noise: float, repeats: int = REPEATS, shares: Sequence[float] = SHARES
-) -> Iterator[dict[str, Any]]:
+def trial(pool: Pool, truth: Mapping[str, float], noise: float) -> Iterator[dict[str, Any]]:
     """Yield rows as `replay` does, of designs on runs that are drawn: the loss of `truth` times exp(noise × normal).
 
     The runs of the options may be made too. `regret` and `error` are those of the true losses.
     """
     design, every = Design(pool), {**truth}
-    for repeat in range(repeats):
+    for repeat in range(REPEATS):
         rng = np.random.default_rng(repeat)
         drawn = {run: loss * math.exp(noise * rng.standard_normal()) for run, loss in every.items()}
-        for share in shares:
+        for share in SHARES:
             runs = by_design(design, drawn, share * pool.cost, rng)
             found = _judged(design, every, runs, drawn)
             yield {"spender": DESIGN, "repeat": repeat, "share": share} | found
@@ -209,9 +207,9 @@ def trial(
         yield {"spender": FULL, "repeat": repeat, "share": 1.0} | _judged(design, every, runs, drawn)
 
 
-def steps(repeats: int = REPEATS) -> int:
+def steps() -> int:
     """Return the number of rows that `replay` yields."""
-    return repeats * (len(SPENDERS) * len(SHARES) + 1)
+    return REPEATS * (len(SPENDERS) * len(SHARES) + 1)
 
 
 def _judged(

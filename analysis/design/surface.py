@@ -103,10 +103,10 @@ class Belief:
             bent=self.bent - np.outer(bent, bent) / (self.bent[row, row] + self.noise**2),
         )
 
-    def draws(self, rows: Rows, count: int, seed: int = 0) -> Array:
+    def draws(self, rows: Rows, count: int) -> Array:
         """Return draws [count, rows] of ln L."""
         values, vectors = np.linalg.eigh(self.covariance[np.ix_(rows, rows)])
-        drawn = np.random.default_rng(seed).standard_normal((count, len(rows)))
+        drawn = np.random.default_rng(0).standard_normal((count, len(rows)))
         return self.mean[rows] + (drawn * np.sqrt(np.maximum(values, 0.0))) @ vectors.T
 
 

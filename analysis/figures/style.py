@@ -203,11 +203,11 @@ def legend_below(figure: Figure, handles: Sequence[Any], title: str | None = Non
     figure.set_size_inches(width, height + max(box.height / figure.dpi - LEGEND, 0))
 
 
-def budget_handles(study: Study, budgets: Sequence[float], most: int = 10) -> list[Line2D]:
-    """Return legend entries of budgets; of more than `most`, an even selection."""
+def budget_handles(study: Study, budgets: Sequence[float]) -> list[Line2D]:
+    """Return legend entries of budgets; of more than ten, an even selection."""
     chosen = budgets
-    if len(budgets) > most:
-        chosen = [budgets[i] for i in np.unique(np.linspace(0, len(budgets) - 1, most).round().astype(int))]
+    if len(budgets) > 10:
+        chosen = [budgets[i] for i in np.unique(np.linspace(0, len(budgets) - 1, 10).round().astype(int))]
     return [Line2D([], [], linestyle="-", label=number(budget), **budget_style(budget, study)) for budget in chosen]
 
 

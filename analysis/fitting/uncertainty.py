@@ -22,12 +22,10 @@ from numpy.typing import NDArray
 
 from analysis.fits import HoldOut
 from analysis.fitting.grouping import Losses
-from analysis.fitting.laws import Array, interval, power_law
+from analysis.fitting.laws import Array, power_law
 from analysis.fitting.optima import Profile, estimate, law_optimum, near_best
 from analysis.fitting.solver import JointFit
 from analysis.noise import Noise
-
-__all__ = ["OptimumDraws", "interval", "optimum_draws", "resampled"]
 
 
 def resampled(fit: JointFit, losses: list[Array], count: int, rng: np.random.Generator) -> Array:

@@ -17,6 +17,7 @@ from embedscale.texts import number
 if TYPE_CHECKING:
     from analysis.figures.catalogue import Written
 
+VALUES = 8  # of a setting, that are listed
 SHOWN_ROWS = 60  # of the runs left out; all of them are in excluded.csv
 # Columns of the table of runs, where the runs have them, with the digits of a number.
 OF_A_RUN = {
@@ -98,13 +99,13 @@ def missing(written: Iterable["Written"]) -> Table:
     return Table("Figures that are not drawn", ["figures", "why"], rows)
 
 
-def _distinct(table: pd.DataFrame, name: str, most: int = 8) -> str:
+def _distinct(table: pd.DataFrame, name: str) -> str:
     """Return the distinct values of a column as a text; empty where there are none."""
     if name not in table or table[name].isna().all():
         return ""
     values = sorted(table[name].dropna().unique())
-    told = ", ".join(number(value, 4) if isinstance(value, float) else str(value) for value in values[:most])
-    return told + (f", … ({len(values)} values)" if len(values) > most else "")
+    told = ", ".join(number(value, 4) if isinstance(value, float) else str(value) for value in values[:VALUES])
+    return told + (f", … ({len(values)} values)" if len(values) > VALUES else "")
 
 
 def settings(found: Study) -> Terms:

@@ -6,11 +6,14 @@ that holds its lease (embedscale/run/lease.py).
 
 import logging
 import os
+import signal
 import sys
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
+from multiprocessing import active_children
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 import lightning
@@ -256,6 +259,7 @@ def _fit(run: TrainingRun, state: dict[str, Any] | None) -> int:
         else:
             run.directory.cut_metrics(0 if state is None else state["rows"])
         run.attempt.write(from_step=run.module.step, from_flop=run.module.flop)
+    others = set(active_children())
     try:
         _make_steps(run)
         code = outcome.end_of_steps(run)
@@ -268,7 +272,22 @@ def _fit(run: TrainingRun, state: dict[str, Any] | None) -> int:
     except (KeyboardInterrupt, SystemExit) as error:  # Lightning turns the former into the latter
         return outcome.interrupted(run, run.stop.reason or type(error).__name__)
     except Exception as error:
-        return outcome.failed(run, error)
+        code = outcome.failed(run, error)
+        _end_loaders(set(active_children()) - others)
+        return code
+
+
+def _end_loaders(workers: Collection[BaseProcess]) -> None:
+    """End the workers that an error left behind, such as one that came while their loader was built.
+
+    They ignore SIGTERM (`begin_worker`), by which Python ends its children at its own end, and it would wait for ever.
+    """
+    if workers:
+        with suppress(ValueError):  # torch's handler, of the main thread, takes the end of a worker for an error
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for worker in workers:
+            worker.kill()
+            worker.join()
 
 
 def _make_steps(run: TrainingRun) -> None:

@@ -7,10 +7,10 @@ import pytest
 from analysis import runs
 from analysis.fitting import uncertainty
 from analysis.fitting.fit import fit
-from analysis.fitting.laws import CHINCHILLA, TRAINABLE_FRACTION
+from analysis.fitting.laws import CHINCHILLA, TRAINABLE_FRACTION, interval
 from analysis.fitting.optima import Profile
 from analysis.fitting.solver import fit_joint
-from analysis.fitting.uncertainty import interval, resampled
+from analysis.fitting.uncertainty import resampled
 
 REPEATS = 200
 NOISE = 0.005

@@ -19,7 +19,7 @@ import pandas as pd
 
 from analysis import runs
 from analysis.advice.evidence import gather
-from analysis.advice.forecast import chances_at
+from analysis.advice.forecast import chances
 from analysis.fits import Fits
 from analysis.fitting.fit import fit
 from embedscale.errors import UserError
@@ -198,10 +198,12 @@ def chances_of_methods(count: int, seed: int) -> Iterator[tuple[float, bool]]:
         )
         for left_out in (1, 2) if found else ():
             budget = float(budgets[-1] * ratio**left_out)
-            chances = chances_at({name: each.outlook for name, each in gather(found).items()}, budget)
-            likely = max(chances, key=lambda name: chances[name])
+            known = {name: each.outlook for name, each in gather(found).items() if each.outlook.covers(budget)}
+            likely, chance = next(
+                iter(chances({name: each.at(budget).log_loss for name, each in known.items()}).items())
+            )
             best = min(truths, key=lambda name: truths[name].optimum(budget)[0])
-            yield chances[likely], likely == best
+            yield chance, likely == best
 
 
 # --- The tables ------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import time
 import pytest
 from training_runs import StopAfter, comparable, run_of
 
-from embedscale.errors import DONE, INTERRUPTED, WRONG
+from embedscale.errors import DONE, FAILED, INTERRUPTED, WRONG
 from embedscale.files import read_json
 from embedscale.training.train import train
 
@@ -41,6 +41,31 @@ def running(directory, process):
     while not directory.read_metrics():
         assert process.poll() is None
         time.sleep(0.02)
+
+
+NO_THREAD = """
+import sys
+from torch.utils.data import dataloader
+
+def fail(*words, **more):
+    raise RuntimeError("can't start new thread")
+
+dataloader._MultiProcessingDataLoaderIter._reset = fail
+from embedscale.cli import main
+
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_an_error_while_the_loader_is_built_ends_the_process(tmp_path, tiny_run):
+    """Its workers ignore SIGTERM, and Python waited for them for ever. Found with little memory, by `make chaos`."""
+    _, directory = run_of(tmp_path, tiny_run, "resources.workers=2")
+    words = ["train", *tiny_run, f"output={tmp_path / 'runs'}", "budget=5e9", "resources.workers=2"]
+    done = subprocess.run([sys.executable, "-c", NO_THREAD, *words], timeout=120, capture_output=True, text=True)
+    assert done.returncode == FAILED, done.stderr
+    (attempt,) = directory.read_attempts()
+    (told,) = directory.messages(1)
+    assert attempt.ended == "failed" and "can't start new thread" in told.read_text()
 
 
 def test_a_closed_terminal_ends_a_run_with_a_checkpoint(tmp_path, tiny_run):
