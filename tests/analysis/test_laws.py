@@ -125,7 +125,7 @@ def test_bootstrap_reproduces_the_published_intervals():
     draws = uncertainty.resampled(fit, [np.array([each]) for each in loss], 4000, np.random.default_rng(0))
     published = [(1.769, 1.871), (285.2, 743.6), (1042.4, 5810.3), (0.317, 0.373), (0.331, 0.415)]
     for i, ends in enumerate(published):
-        assert uncertainty.interval(draws[:, i]) == pytest.approx(ends, rel=0.05)
+        assert laws.interval(draws[:, i]) == pytest.approx(ends, rel=0.05)
 
 
 @needs_epoch

@@ -9,7 +9,7 @@ import pytest
 from law_sweep import BUDGETS, FULL, SIZES, sweep
 
 from analysis import fits, runs
-from analysis.fitting import uncertainty
+from analysis.fitting import laws, uncertainty
 from analysis.fitting.fit import fit
 from analysis.fitting.laws import CHINCHILLA, power_law
 from analysis.fitting.optima import Profile
@@ -120,7 +120,7 @@ def test_the_low_losses_of_akima_are_noted():
         loss = np.exp(0.02 * (x - x[7]) ** 2 + 0.01 * rng.standard_normal(15))
         for kind, found in held.items():
             draws = uncertainty.optimum_draws(Profile(1e18, points.assign(loss=loss)), kind, 4.0, 0.01, 200, rng)
-            low, high = uncertainty.interval(draws.log_loss)
+            low, high = laws.interval(draws.log_loss)
             found.append(low <= 0 <= high)
     assert np.mean(held["akima"]) < 0.7 < 0.85 < np.mean(held["parabola"])
     table = runs.load(sweep(methods=("full",)))

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis.fitting import grouping, optima, uncertainty
+from analysis.fitting import grouping, laws, optima, uncertainty
 from analysis.fitting.laws import CHINCHILLA, lowest_point, power_law
 from analysis.fitting.optima import Profile
 from embedscale.errors import UserError
@@ -57,7 +57,7 @@ def test_the_noise_bootstrap_reproduces_porians_intervals():
         floors = np.array([0.33 * 25 * np.ptp(x) / (25 * (len(x) - 1) - 1) for _, x, _ in profiles])
         weights = uncertainty.floored_spread(np.array(draws), floors) ** -2
         exponents = uncertainty.power_law_draws(budgets, np.array(draws), weights)[:, 1]
-        assert uncertainty.interval(exponents) == pytest.approx([row.n_exponent_ci_lo, row.n_exponent_ci_hi], abs=0.01)
+        assert laws.interval(exponents) == pytest.approx([row.n_exponent_ci_lo, row.n_exponent_ci_hi], abs=0.01)
 
 
 def test_a_parabola_is_exact_and_each_draw_has_its_own_window():
