@@ -15,11 +15,10 @@ from analysis.advice.evidence import Basis, Evidence, Limit
 from analysis.advice.forecast import summary
 from analysis.fits import Interval
 from analysis.fitting.laws import Array, interval
-from embedscale.run.cost import cost_of
+from embedscale.run.cost import PAPER_PAIR, cost_of
 from embedscale.run.families import known
 from embedscale.run.method import METHODS, Method
 
-PAPER_PAIR_TOKENS = 14 + 64  # tokens of a query and its positive, section 4.1
 PAPER_BATCH = 1024  # pairs
 
 
@@ -104,7 +103,7 @@ def configure(
     loss, ends = summary(drawn, confidence)
     tokens = budget / per_token
     counted = [point.tokens / point.pairs for point in evidence.points if point.pairs]
-    pairs = tokens / (float(np.median(counted)) if counted else PAPER_PAIR_TOKENS)
+    pairs = tokens / (float(np.median(counted)) if counted else PAPER_PAIR)
     batch = int(comparable.get("batch_size") or PAPER_BATCH)
     speed = evidence.rate(sizes)
     choice = Choice(

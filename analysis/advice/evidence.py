@@ -319,8 +319,9 @@ class Evidence:
         family = family_with(self.sizes)
         if basis != "best run" and family:
             return [(row.name, float(row.parameters)) for row in family.sizes.values()]
-        measured = self.measured(limit.flop or 0.0) if basis == "best run" else []
-        sizes = [point.n_parameters for point in measured] or self.sizes
+        sizes = self.sizes
+        if basis == "best run":
+            sizes = np.array([point.n_parameters for point in self.measured(limit.flop or 0.0)])
         return [(self.names.get(float(size), f"{number(size, 4)} parameters"), float(size)) for size in sizes]
 
 

@@ -13,13 +13,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from analysis.advice import forecast
-from analysis.advice.choice import PAPER_BATCH, PAPER_PAIR_TOKENS, Choice, Other, compare, configure
+from analysis.advice.choice import PAPER_BATCH, Choice, Other, compare, configure
 from analysis.advice.evidence import Basis, Evidence, Limit, gather, log_distance
 from analysis.advice.trends import REACH
 from analysis.columns import BACKBONE, HYPERPARAMETERS
 from analysis.fits import Fits, Interval, same_budget
 from analysis.fitting.laws import Array
 from embedscale.errors import UserError
+from embedscale.run.cost import PAPER_PAIR
 from embedscale.run.method import METHODS
 from embedscale.texts import apart, number
 
@@ -193,7 +194,7 @@ def _notes(fits: Fits, limit: Limit, best: Choice, evidence: Evidence) -> list[s
         notes.append("with the data fixed every larger model is better (appendix D): the largest that was run is taken")
     if not any(point.pairs for point in evidence.points):
         notes.append(
-            f"the runs do not say their number of pairs: {PAPER_PAIR_TOKENS} tokens a pair are assumed, as in the paper"
+            f"the runs do not say their number of pairs: {PAPER_PAIR} tokens a pair are assumed, as in the paper"
         )
     if not fits.comparable.get("batch_size"):
         notes.append(f"the runs do not say their batch size: {PAPER_BATCH:,} pairs a step are assumed, as in the paper")

@@ -239,12 +239,6 @@ def _worth_drawing(optima: Sequence[Optimum]) -> list[Optimum]:
     return [row for row in optima if len(optima) <= MANY or row.state != "too few"]
 
 
-def _even(optima: Sequence[Optimum]) -> list[Optimum]:
-    """Return an even selection of very many budgets: curves of more cannot be told apart."""
-    count = min(len(optima), MOST_CURVES)
-    return [optima[i] for i in np.linspace(0, len(optima) - 1, count).round().astype(int)]
-
-
 def isoflop(study: Study, methods: Sequence[str]) -> Drawn:
     """Draw figures 2 and 4: loss against size, a curve a budget, with the best fraction or rank beside each point."""
     found = _present(study, methods)
@@ -256,7 +250,7 @@ def isoflop(study: Study, methods: Sequence[str]) -> Drawn:
     for place, (axes, method) in enumerate(zip(every, found, strict=True)):
         optima = _worth_drawing(study.fits.methods[method].optima)
         possible += len(optima)
-        for optimum in _even(optima):
+        for optimum in style.even(optima, MOST_CURVES):  # curves of more cannot be told apart
             profile = _profile(axes, study, method, optimum)
             if profile:
                 rows += profile.rows

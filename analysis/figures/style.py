@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import matplotlib
 import numpy as np
@@ -27,6 +27,7 @@ from embedscale.run.method import METHODS
 from embedscale.texts import number, short_name, short_number
 
 ONE, TWO = 3.3, 6.9  # width of one column and of a page, inches
+T = TypeVar("T")
 LEGEND = 0.45  # inches of a figure's height that a legend may take
 SMALLEST = 6.5  # points; the smallest text that is read at printed size
 # Okabe and Ito's palette
@@ -203,20 +204,25 @@ def legend_below(figure: Figure, handles: Sequence[Any], title: str | None = Non
     figure.set_size_inches(width, height + max(box.height / figure.dpi - LEGEND, 0))
 
 
+def even(values: Sequence[T], most: int) -> list[T]:
+    """Return the values; of more than `most`, an even selection from the first to the last."""
+    count = min(len(values), most)
+    return [values[i] for i in np.linspace(0, len(values) - 1, count).round().astype(int)]
+
+
 def budget_handles(study: Study, budgets: Sequence[float]) -> list[Line2D]:
     """Return legend entries of budgets; of more than ten, an even selection."""
-    chosen = budgets
-    if len(budgets) > 10:
-        chosen = [budgets[i] for i in np.unique(np.linspace(0, len(budgets) - 1, 10).round().astype(int))]
-    return [Line2D([], [], linestyle="-", label=number(budget), **budget_style(budget, study)) for budget in chosen]
+    return [
+        Line2D([], [], linestyle="-", label=number(budget), **budget_style(budget, study))
+        for budget in even(budgets, 10)
+    ]
 
 
 def size_handles(study: Study, sizes: Sequence[float], linestyle: Any = "-") -> list[Line2D]:
     """Return legend entries of model sizes; of more than twelve, an even selection."""
-    chosen = [sizes[i] for i in np.unique(np.linspace(0, len(sizes) - 1, 12).round().astype(int))]
     return [
         Line2D([], [], linestyle=linestyle, label=short_name(study.names[size]), **size_style(size, study))
-        for size in chosen
+        for size in even(sizes, 12)
     ]
 
 

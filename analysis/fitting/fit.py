@@ -210,12 +210,12 @@ def _fit_method(
     own = refits[law.law.name] if law else None
     doubt = rng.standard_normal(settings.bootstrap)  # one for all budgets, whose biases are alike
     for profile in of.measured.profiles:
-        estimates = _estimates(profile, law, settings.window)
+        estimates, curve = _estimates(profile, law, settings.window)
         state, why, add_size = _state(profile, estimates[settings.optimum], settings, known.log_loss)
         drawn = _drawn(profile, law, own, settings, spread, doubt, rng) if state == "interior" else None
         if drawn is not None:
             draws[profile.budget] = drawn
-        rows.append(_optimum(profile, estimates, state, why, add_size, drawn, settings))
+        rows.append(_optimum(profile, estimates, curve, state, why, add_size, drawn, settings))
     return MethodFit(
         points=tuple(map(_point, of.points.to_dict("records"))),
         optima=tuple(rows),
@@ -229,16 +229,23 @@ def _fit_method(
     ), draws
 
 
-def _estimates(profile: Profile, law: JointFit | None, window: float) -> dict[str, Estimate | None]:
-    """Return the optimum of a profile by each estimator; None where it finds none."""
+def _estimates(
+    profile: Profile, law: JointFit | None, window: float
+) -> tuple[dict[str, Estimate | None], Curve | None]:
+    """Return the optimum of a profile by each estimator, None where it finds none, and the curve of the parabola."""
     found: dict[str, Estimate | None] = dict.fromkeys(optima.ESTIMATORS)
+    curve = None
     if len(profile.points) >= 3:
-        for name in ("parabola", "akima", "best-run"):
+        log_n, log_loss, curvature = optima.parabola(profile.log_n, profile.log_loss[None], window)
+        found["parabola"] = _estimate(log_n, np.log(profile.tokens_at(log_n)), log_loss)
+        if found["parabola"]:
+            curve = Curve(float(log_n[0]), float(curvature[0]))
+        for name in ("akima", "best-run"):
             log_n, log_loss = optima.estimate(name, profile.log_n, profile.log_loss[None], window)
             found[name] = _estimate(log_n, np.log(profile.tokens_at(log_n)), log_loss)
         if law is not None:
             found["law"] = _estimate(*optima.law_optimum(law.law, law.values, profile.points, profile.budget))
-    return found
+    return found, curve
 
 
 def _state(
@@ -286,6 +293,7 @@ def _drawn(
 def _optimum(
     profile: Profile,
     estimates: Mapping[str, Estimate | None],
+    curve: Curve | None,
     state: State,
     why: str,
     add_size: float | None,
@@ -294,10 +302,6 @@ def _optimum(
 ) -> Optimum:
     """Return what fits.json says of one budget."""
     chosen = estimates[settings.optimum] if state == "interior" else None
-    curve = None
-    if estimates["parabola"]:
-        log_n, _, curvature = optima.parabola(profile.log_n, profile.log_loss[None], settings.window)
-        curve = Curve(float(log_n[0]), float(curvature[0]))
     ends: dict[str, Interval | None] = {
         f"{name}_interval": interval(np.exp(getattr(drawn, draws)), settings.confidence) if drawn else None
         for name, draws in QUANTITIES.items()

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from embedscale.run.method import Method
 from embedscale.run.shape import BackboneShape
 
-PAPER_PAIR = 14 + 64  # mean tokens of a query and of a positive (section 4.1), while no store exists
+PAPER_LENGTHS = (14, 64)  # mean tokens of a query and of a positive (section 4.1)
+PAPER_PAIR = sum(PAPER_LENGTHS)  # where no store says it
 
 
 @dataclass(frozen=True)

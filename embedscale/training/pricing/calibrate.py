@@ -35,7 +35,7 @@ from embedscale.model.hardware import (
 )
 from embedscale.model.packing import pack
 from embedscale.run.config import RunConfig
-from embedscale.run.cost import PAPER_PAIR, cost_of
+from embedscale.run.cost import PAPER_LENGTHS, PAPER_PAIR, cost_of
 from embedscale.run.families import short_name
 from embedscale.terminal import console
 from embedscale.training.batches import Batch
@@ -46,7 +46,6 @@ from embedscale.training.pricing.calibration import SIZES, CalibratedRow, Calibr
 from embedscale.training.train import bare_trainer, begin_worker, loading_workers, quieten
 from embedscale.values import sound
 
-MEANS = (14, 64)  # tokens of a query and of a positive (paper, section 4.1)
 SPREAD = 0.6  # standard deviation of ln(length)
 WARM_STEPS = 2  # steps before the measured ones
 HOW = (
@@ -175,7 +174,7 @@ def paper_lengths(config: RunConfig, seed: int) -> np.ndarray:
     """Return the token counts of a batch's queries, then of its positives, with the paper's means: int64 [2 B]."""
     rng = np.random.default_rng(seed)
     context, found = config.data.context, []
-    for mean in MEANS:
+    for mean in PAPER_LENGTHS:
         noise = np.exp(SPREAD * rng.standard_normal(config.training.batch_size))
         low, high = 0.0, 100.0 * context
         for _ in range(60):  # bisect for the scale at which the cut lengths have the mean

@@ -10,13 +10,14 @@ from embedscale.data.manifest import is_finished
 from embedscale.data.store import PairStore
 from embedscale.errors import DONE, UserError, bounded
 from embedscale.run.config import RunConfig
-from embedscale.run.cost import PAPER_PAIR, Cost, cost_of
+from embedscale.run.cost import PAPER_LENGTHS, PAPER_PAIR, Cost, cost_of
 from embedscale.run.families import shape_by_name
 from embedscale.terminal import console
 from embedscale.training.plan import bought, refuse_mismatch, refuse_too_small
 from embedscale.values import print_json
 
-PAPER_SQUARES = (14**2 + 64**2) / PAPER_PAIR**2  # sum of both squared lengths / squared length of the pair
+# The sum of both squared lengths, as a share of the squared length of the pair.
+PAPER_SQUARES = sum(length**2 for length in PAPER_LENGTHS) / PAPER_PAIR**2
 
 
 def parse_budget(text: str) -> float:
