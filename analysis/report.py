@@ -21,7 +21,7 @@ from analysis.page import answers, basis, laws
 from analysis.page.table import Terms
 from analysis.recipe import Recipe, Row
 from analysis.study import Study
-from embedscale.files import write_atomically
+from embedscale.files import check_folder, write_atomically
 from embedscale.progress import Bar
 from embedscale.texts import number
 
@@ -164,13 +164,14 @@ def command(args: Namespace) -> int:
     """Run `embedscale report FITS`: write report.html and the figures."""
     for budget in args.budget or []:
         evidence.parse_limit(budget)
+    folder = Path(args.out) if args.out else Path(args.fits) if Path(args.fits).is_dir() else Path(args.fits).parent
+    check_folder(folder, "--out")
     found = study.load(args.fits)
     if args.compare:
         found = replace(found, other=study.load(args.compare))
     from analysis.figures import catalogue  # imports matplotlib, so only once there is something to draw
 
     _, runs = recipe.read(args.fits)
-    folder = Path(args.out) if args.out else Path(args.fits) if Path(args.fits).is_dir() else Path(args.fits).parent
     with Bar("figures") as bar:
         written = catalogue.write(found, folder / FOLDER, bar.say)
     text = page(found, written, runs, args.budget or [], folder, args.fits)

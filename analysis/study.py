@@ -20,7 +20,7 @@ from analysis.fitting import grouping, joint, optima
 from analysis.runs import Runs
 from embedscale.adaptive.choices import Choices
 from embedscale.errors import UserError
-from embedscale.files import write_atomically, write_digested
+from embedscale.files import check_folder, write_atomically, write_digested
 from embedscale.run.directory import RunDirectory
 from embedscale.run.record import Damaged, RunRecord
 from embedscale.texts import short_number
@@ -107,7 +107,8 @@ def by_number(rows: pd.DataFrame, column: str) -> Iterator[tuple[float, pd.DataF
 
 
 def check_out(folder: str | Path) -> None:
-    """Raise UserError where `write` would replace a table that is not its own, such as the one that is fitted."""
+    """Raise UserError where `write` cannot write, or would replace a table that is not its own: the one it fits."""
+    check_folder(folder, "--out")
     for name, own in ((TABLE, set(COLUMNS)), (LEFT_OUT, set(EXCLUDED))):
         path = Path(folder) / name
         if path.is_file():
@@ -115,17 +116,14 @@ def check_out(folder: str | Path) -> None:
                 names = file.readline().decode(errors="replace").strip().split(",")
             header = {FIRST_VERSION.get(each, each) for each in names}
             if not set(EXCLUDED) - {"reason", "detail"} <= header <= own:
-                raise UserError(f"out: {path} would be replaced; give another folder by --out FOLDER")
+                raise UserError(f"--out: {path} would be replaced; give another folder")
 
 
 def write(fits: Fits, runs: Runs, folder: str | Path) -> Path:
     """Write fits.json into a folder, with the runs.csv and excluded.csv it was made from; return its path."""
     folder = Path(folder)
     check_out(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
-        raise UserError(f"out: {folder} is a file; give a folder") from None
+    folder.mkdir(parents=True, exist_ok=True)
     digest = write_digested(folder / TABLE, lambda file: file.write(runs.table.to_csv(index=False).encode()))
     write_atomically(folder / LEFT_OUT, lambda file: file.write(runs.excluded.to_csv(index=False).encode()))
     replace(fits, table_digest=digest).write(folder / fits_file.FILE)

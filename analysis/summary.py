@@ -15,7 +15,7 @@ from analysis.columns import parse_assignments
 from analysis.fits import Fits, Frontier, MethodFit, read
 from analysis.simulate import Simulated
 from embedscale.errors import UserError
-from embedscale.files import write_json
+from embedscale.files import check_folder, write_json
 from embedscale.terminal import console, shortened
 from embedscale.texts import measured, number, spread
 from embedscale.values import print_json
@@ -196,7 +196,7 @@ def command(args: Namespace) -> int:
     from analysis.fitting.fit import fit
     from embedscale.progress import Bar
 
-    out = args.out or (args.runs if Path(args.runs).is_dir() else ".")
+    out = _folder(args)
     study.check_out(out)
     where = parse_assignments("where", args.where)
     ignore = tuple(name.strip() for word in args.ignore or () for name in word.split(","))
@@ -214,6 +214,11 @@ def command(args: Namespace) -> int:
     return 0
 
 
+def _folder(args: Namespace) -> Path:
+    """Return the folder for results: the one that is named, or else that of the runs."""
+    return Path(args.out or (args.runs if Path(args.runs).is_dir() else "."))
+
+
 def simulation(args: Namespace, rows: "pd.DataFrame | None") -> int:
     """Run `embedscale fit SWEEP --simulate LAW`: print what the sweep would find; `rows` are a sweep file's runs."""
     from analysis import simulate
@@ -221,6 +226,8 @@ def simulation(args: Namespace, rows: "pd.DataFrame | None") -> int:
 
     if args.where:
         raise UserError("--where: selects finished runs; change the sweep file to select runs of a sweep")
+    if args.out:
+        check_folder(args.out, "--out")
     laws = simulate.stated_laws(args.simulate)  # first, so that a mistyped law is told at once
     if rows is None:
         rows = load_grid(args.runs, parse_assignments("columns", args.columns))
@@ -272,6 +279,7 @@ def replayed(args: Namespace) -> int:
     from embedscale.progress import Bar
 
     _refuse_unused(args, "--replay", [])
+    check_folder(_folder(args), "--out")
     columns, where = parse_assignments("columns", args.columns), parse_assignments("where", args.where)
     ignore = tuple(name.strip() for word in args.ignore or () for name in word.split(","))
     asked = None
@@ -296,7 +304,7 @@ def _told(given: "Replay", rows: list[dict[str, Any]], args: Namespace) -> int:
     from analysis.figures.replay import replayed as drawn
     from analysis.figures.style import style
 
-    out, found = Path(args.out or (args.runs if Path(args.runs).is_dir() else ".")), pd.DataFrame(rows)
+    out, found = _folder(args), pd.DataFrame(rows)
     out.mkdir(parents=True, exist_ok=True)
     with style():
         save(drawn(found), out / "replay")

@@ -62,6 +62,7 @@ def calibrate(args: argparse.Namespace) -> int:
     )  # tells what is wrong before torch is imported
     if Path(args.out).is_dir():
         raise UserError(f"--out: {args.out} is a folder; name a file, such as {args.out}/calibration.json")
+    load("embedscale.files:check_folder")(Path(args.out).parent, "--out")
     return load("embedscale.training.pricing.calibrate:calibrate")(config, args.out, *what)
 
 

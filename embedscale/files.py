@@ -11,7 +11,7 @@ import os
 import re
 import stat
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -26,13 +26,42 @@ SEAL = re.compile(rb"\nXXH3-64 ([0-9a-f]{16})\n")
 SEAL_BYTES = 26  # of what SEAL matches
 
 
+def check_folder(folder: str | Path, name: str) -> None:
+    """Raise UserError unless files can be written into a folder, which need not exist yet: before the work, not after.
+
+    `name` is that of the option or setting that gives the folder.
+    """
+    folder = Path(folder)
+    there = next((each for each in (folder, *folder.parents) if each.exists()), Path())
+    if not there.is_dir():
+        raise UserError(f"{name}: {there} is a file; give a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"{name}: nothing can be written into {there}; give another folder")
+
+
+def beside(path: Path) -> Path:
+    """Return a new name in the folder of `path`, for what is to be renamed to `path` once it is whole."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
+
+
+def half_written(folder: Path) -> Iterator[Path]:
+    """Yield what killed processes left half-written in a folder and below it, and what is being written now."""
+    yield from folder.rglob(".*.partial")
+
+
+def remove_half_written(folder: Path) -> None:
+    """Remove the half-written files of a folder and below it. Only for the one process that may write there."""
+    for path in half_written(folder):
+        path.unlink(missing_ok=True)
+
+
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Replace a file by what `write` writes; a reader sees the old content or the new, never a part.
 
     Raise the system's OSError with the name of the target, for example for a full disk.
     """
     # In the same folder, because a rename to another file system would copy.
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
+    temporary = beside(path)
     try:
         _write_to_disk(temporary, write)
         temporary.replace(path)

@@ -74,6 +74,8 @@ class Estimate:
     """Number of pairs: `tokens` divided by the mean tokens of a pair."""
     steps: int = 0
     """Number of steps: `pairs` divided by the batch size, rounded up."""
+    epochs: float | None = None
+    """How often the run reads each pair of its store; None if nobody says how many pairs there are."""
     spent_flop: int = 0
     """FLOP that the budget pays for, by the paper's convention."""
     spent_flop_exact: int = 0
@@ -265,6 +267,7 @@ class _Estimator:
             tokens=tokens,
             pairs=pairs,
             steps=steps,
+            epochs=pairs / data.pairs if data.pairs else None,
             spent_flop=tokens * cost.flop_per_token,
             spent_flop_exact=exact,
             seconds=(tokens / speed if speed else exact / assumed) / devices,
@@ -367,6 +370,12 @@ def _footnotes(plan: SweepPlan, unit: str) -> Iterable[str]:
     if few:
         of = counted(len(runs), "run")
         yield f"{few:,} of {of} have fewer than {FEW_STEPS} steps: their losses say little about the law."
+    repeating = [each.epochs for each in runs if each.epochs is not None and each.epochs > 1]
+    if repeating:
+        yield (
+            f"{len(repeating):,} of {counted(len(runs), 'run')} have more than one epoch, up to "
+            f"{number(max(repeating))}: the laws are for pairs that no run reads twice."
+        )
     yield from _about_speed(plan, unit)
     missing = sorted({each.run.data.store for each in plan.estimates if not is_finished(each.run.data.store)})
     if missing:

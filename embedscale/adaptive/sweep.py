@@ -160,11 +160,11 @@ def go_on(
     """Choose and run rounds until the recipe is good enough or the money is spent; print each choice.
 
     All runs of the grid that have finished count, whoever made them; the money pays those that are chosen here. Returns
-    an exit status, that of `run` where it was interrupted. Raises UserError if the sweep's choices have another budget.
+    an exit status, that of `run` where it was interrupted. Raises UserError if the choices so far do not fit this call.
     The cluster's `on_done` runs when the sweep has ended, not when a round has. With `dry`, only the next round is
     chosen and given to `run`, which shows it, and nothing is written.
     """
-    design, choices = Design(pool_of(plan, budget, money)), _begun(sweep, budget, money)
+    design, choices = Design(pool_of(plan, budget, money)), _begun(sweep, plan, budget, money)
     silent = replace(sweep, cluster=replace(sweep.cluster, on_done=None))
     retried: Collection[str] = ()
     while True:
@@ -211,14 +211,22 @@ def go_on(
         print("\n".join(choices.round_lines(-1 % len(choices.rounds))), flush=True)
 
 
-def _begun(sweep: Sweep, budget: float, money: Money) -> Choices:
-    """Return the choices so far, with the money of this call. Raises UserError if they were made for another budget."""
+def _begun(sweep: Sweep, plan: SweepPlan, budget: float, money: Money) -> Choices:
+    """Return the choices so far, with the money of this call.
+
+    Raises UserError if they were made for another budget, or if the grid no longer has one of the chosen runs.
+    """
     width = min(sweep.cluster.max_gpus, WIDEST)
     choices = Choices.of(sweep.folder) or Choices(budget, money.amount, money.unit, width)
     if (choices.budget_flop, choices.unit) != (budget, money.unit):
         raise UserError(
             f"{sweep.folder / FILE}: the runs were chosen for {number(choices.budget_flop)} FLOP and paid in "
             f"{choices.unit}; give the same --for and unit of --spend, or another name to the sweep"
+        )
+    if gone := {each.run for each in choices.runs} - {each.run_id for each in plan.runnable}:
+        raise UserError(
+            f"{sweep.folder / FILE}: {min(gone)} was chosen, but is no run of the grid that can be run; restore the "
+            "sweep file, or give another name to the sweep"
         )
     return replace(choices, money=money.amount)
 

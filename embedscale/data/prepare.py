@@ -41,7 +41,7 @@ from embedscale.data.store import PairStore
 from embedscale.data.tokens import added_tokens_of, load_tokenizer, tokenizer_of, vocabulary
 from embedscale.data.workers import in_parallel, worker_pool
 from embedscale.errors import DONE, FAILED, UserError
-from embedscale.files import read_json, write_json
+from embedscale.files import read_json, remove_half_written, write_json
 from embedscale.run.config import Data, RunConfig, Source
 from embedscale.run.directory import LEASE
 from embedscale.run.lease import lease_holder, leased
@@ -93,8 +93,7 @@ def prepare(config: RunConfig, unit_size: UnitSize = UNIT_SIZE, bucket_bytes: in
             if _report_finished(config, settings):  # another process finished it while this one listed the files
                 return DONE
             write_json(folder / "work" / "settings.json", begun)
-            for torn in (*folder.glob(".*.partial"), *folder.glob("*/.*.arrow.*.partial")):
-                torn.unlink()  # left by a process that was killed
+            remove_half_written(folder)
             with _undone_by_errors(folder, made):
                 start = time.monotonic()
                 counts, parts = _both_passes(work, units, stop)

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 from xxhash import xxh3_64
 
 from embedscale.errors import UserError
-from embedscale.files import now, write_atomically, write_json, write_sealed
+from embedscale.files import half_written, now, write_atomically, write_json, write_sealed
 from embedscale.process import job_number
 from embedscale.run.record import AttemptRecord, Damaged, Metric, RunRecord, sound
 
@@ -179,14 +179,14 @@ class RunDirectory:
 
         Scores are written without the lease: a half-written one is removed when it is an hour old.
         """
-        for torn in (*self.path.rglob(".*.partial"), *self.model.glob(".tmp*")):  # the second kind is safetensors'
+        for torn in (*half_written(self.path), *self.model.glob(".tmp*")):  # the second kind is safetensors'
             with suppress(FileNotFoundError):
                 if torn.parent != self.scores or time.time() - torn.stat().st_mtime > 3600:
                     torn.unlink()
 
     def left_over(self) -> bool:
         """Return whether a finished run still has checkpoints or half-written files, as after a kill."""
-        return self.checkpoints.exists() or any(self.path.rglob(".*.partial"))
+        return self.checkpoints.exists() or any(half_written(self.path))
 
     def remove_checkpoints(self) -> None:
         """Remove all checkpoints of a finished run."""

@@ -33,7 +33,7 @@ from embedscale.data.rows import (
     values_of,
 )
 from embedscale.errors import DONE, INTERRUPTED, UserError, allowed
-from embedscale.files import digest_file, write_digested
+from embedscale.files import digest_file, remove_half_written, write_digested
 from embedscale.progress import Bar
 from embedscale.run.directory import LEASE, RunDirectory, finished
 from embedscale.run.lease import leased
@@ -146,8 +146,7 @@ def _encode(run: str, files: list[Path], folder: Path, column: str, form: str, t
     stop = StopRequest()
     stop.on_signals()
     with leased(folder / LEASE, lambda: stop.request("another process has taken the folder over")):
-        for torn in folder.glob(".*.partial"):  # left by a process that was killed
-            torn.unlink(missing_ok=True)
+        remove_half_written(folder)
         encoding = _begun(folder, encoding)
         encoding.write(folder / INDEX)
         return _encode_parts(embedder, _kept(files, column, blank), folder, encoding, stop)

@@ -100,9 +100,9 @@ class BetweenSteps(lightning.Callback):
         run.refuse_divergence()
         run.evaluated = evaluate_held_out(run.module.encoder, run.store, run.config.evaluation, run.stop)
         if run.evaluated is not None:
-            if not math.isfinite(run.evaluated["loss"]):  # the last step's weights have no later training loss
+            if not math.isfinite(run.evaluated.loss):  # the last step's weights have no later training loss
                 raise Diverged(run.module.step)
-            self.rows.write(trainer, **run.evaluated)
+            self.rows.write(trainer, **vars(run.evaluated))
 
 
 def refuse_different_starts(run: TrainingRun) -> None:
@@ -340,7 +340,7 @@ class ProgressLine:
             self._print(f"torch.compile took {compile_seconds():.0f} s")
         exact = (module.flop_exact - self._exact) / max(now - self._begun, 1e-9)
         share = exact / (self._peak * run.plan.world_size)
-        held_out = f"{run.evaluated['loss']:.4f}" if run.evaluated else "–"
+        held_out = f"{run.evaluated.loss:.4f}" if run.evaluated else "–"
         losses = f"loss {'–' if self._loss is None else f'{float(self._loss):.4f}'}, held-out {held_out}"
         speed = f"{self.heartbeat.tokens_per_second:,.0f} tokens/s, {share:.0%} of peak"
         if self.bar.drawn:

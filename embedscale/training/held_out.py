@@ -3,7 +3,7 @@
 They do not depend on the batch size and the loss that a run trained with, so the losses of different runs compare.
 """
 
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -20,6 +20,18 @@ from embedscale.training.loss import info_nce
 FORWARD_TOKENS = 16384  # in a forward pass; bounds the memory, whatever the size of the pool
 
 
+@dataclass(frozen=True)
+class HeldOut:
+    """What an evaluation found."""
+
+    loss: float
+    """Symmetric InfoNCE (nats)."""
+    recall_at_1: float
+    """Share of the queries whose positive is the most similar text of the group."""
+    recall_at_10: float
+    """Share of the queries whose positive is among the ten most similar texts."""
+
+
 def score(queries: Tensor, positives: Tensor, temperature: float) -> list[float]:
     """Return symmetric InfoNCE, recall@1 and recall@10 of one group of pairs.
 
@@ -34,8 +46,8 @@ def score(queries: Tensor, positives: Tensor, temperature: float) -> list[float]
 @torch.no_grad()
 def evaluate_held_out(
     encoder: Encoder, store: PairStore, evaluation: Evaluation, stop: StopRequest | None = None
-) -> dict[str, Any] | None:
-    """Return the mean loss (nats) and recalls over the pool's groups of `negatives` + 1 pairs, or None if stopped.
+) -> HeldOut | None:
+    """Return the mean loss and recalls over the pool's groups of `negatives` + 1 pairs, or None if stopped.
 
     Several processes share out the groups. With sharded weights each process evaluates all groups, because weights can
     only be gathered if all processes make the same forward passes.
@@ -67,5 +79,4 @@ def evaluate_held_out(
     if shared:
         results = results.to(device)
         torch.distributed.all_reduce(results)
-    loss, first, tenth = results.mean(0).tolist()
-    return {"loss": loss, "recall_at_1": first, "recall_at_10": tenth}
+    return HeldOut(*results.mean(0).tolist())

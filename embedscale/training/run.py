@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 from embedscale.data.store import PairStore
 from embedscale.run.config import RunConfig
@@ -10,6 +9,7 @@ from embedscale.run.directory import Attempt, MetricsLog, RunDirectory
 from embedscale.run.lease import Lease
 from embedscale.run.record import CodeVersion
 from embedscale.run.stop import StopRequest
+from embedscale.training.held_out import HeldOut
 from embedscale.training.module import Contrastive
 from embedscale.training.plan import PlanFile, TrainingPlan
 
@@ -40,7 +40,7 @@ class TrainingRun:
     versions: dict[str, str]  # of the packages
     code: CodeVersion
     lease: Lease | None = None  # None in every process of a run but the first
-    evaluated: dict[str, Any] | None = None  # held-out loss and recalls of the last evaluation, if not interrupted
+    evaluated: HeldOut | None = None  # by the last evaluation, if it was not interrupted
 
     @cached_property
     def metrics(self) -> MetricsLog:

@@ -16,7 +16,7 @@ import traceback
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -67,6 +67,7 @@ class _Running:
     """Ranks of the processes that had ended at the first look that found any: the others end because of them."""
     deadline: float = math.inf
     """Time by which the others must have ended, by time.monotonic()."""
+    begun: float = field(default_factory=time.monotonic)
 
 
 def work_through(
@@ -117,7 +118,7 @@ def run_all(runs: Iterable[RunConfig], places: Sequence[Place], stop: StopReques
                     spent += each.run.budget
                     seconds = (time.monotonic() - began) * (flop / spent - 1)
                     more = f", about {duration(seconds)} left" if running or waiting else ""
-                    _say(each.run, f"{_with_loss(each.run, outcome)} ({len(outcomes) + 1} of {total}{more})")
+                    _say(each.run, f"{_told(each, outcome)} ({len(outcomes) + 1} of {total}{more})")
                 else:
                     _say(each.run, "was killed; it is tried again")
             except (UserError, OSError) as error:
@@ -130,9 +131,10 @@ def run_all(runs: Iterable[RunConfig], places: Sequence[Place], stop: StopReques
     return outcomes | {run.run_id: "interrupted" for run in waiting}
 
 
-def _with_loss(run: RunConfig, outcome: str) -> str:
-    record = RunDirectory(run.folder).read_record() if outcome == "done" else None
-    return f"done, held-out loss {record.loss:.4g}" if isinstance(record, RunRecord) and record.loss else outcome
+def _told(each: _Running, outcome: str) -> str:
+    record = RunDirectory(each.run.folder).read_record() if outcome == "done" else None
+    loss = f", held-out loss {record.loss:.4g}" if isinstance(record, RunRecord) and record.loss else ""
+    return f"{outcome} after {duration(time.monotonic() - each.begun)}{loss}"
 
 
 def _say(run: RunConfig, what: str) -> None:
@@ -214,7 +216,8 @@ def _start(run: RunConfig, place: Place) -> _Running:
             process.kill()
             process.join()
         raise
-    _say(run, f"attempt {number}, {', '.join(f'process {process.pid}' for process in processes)}")
+    if number > 1:
+        _say(run, f"attempt {number}")
     return _Running(run, place, processes, logs)
 
 

@@ -4,7 +4,6 @@ The copy's name is the digest of its files. `embedscale.code` checks it in each 
 """
 
 import shutil
-import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from embedscale.code import (
     restore,
     write_archive,
 )
-from embedscale.files import now, write_json
+from embedscale.files import beside, now, write_json
 from embedscale.values import Value
 
 
@@ -55,7 +54,7 @@ def snapshot(folder: Path) -> tuple[Path, CodeCopy]:
         if restored := restore(target, facts.digest):
             print(f"restored in {target}: {', '.join(restored)}")
         return target.absolute(), facts
-    staged = folder / f".{target.name}.{uuid.uuid4().hex[:8]}.partial"
+    staged = beside(target)
     try:
         for name, content in files.items():
             (staged / name).parent.mkdir(parents=True, exist_ok=True)

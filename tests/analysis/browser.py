@@ -15,8 +15,10 @@ from analysis.page.live import library
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 needed = pytest.mark.skipif(CHROMIUM is None, reason="no chromium here: apt-get install chromium")
 
-# The page is in a frame, because a browser window cannot be as narrow as a phone.
-FRAME = """<body style="margin:0"><iframe id=frame style="width:%dpx;height:%dpx;border:0" srcdoc="%s"></iframe><script>
+# The page is in a frame, because a browser window cannot be as narrow as a phone. Without a charset, the browser
+# guesses one from the first bytes that it happens to read.
+FRAME = """<meta charset=utf-8>
+<body style="margin:0"><iframe id=frame style="width:%dpx;height:%dpx;border:0" srcdoc="%s"></iframe><script>
 window.onload = async () => {
   const frame = document.getElementById("frame"), page = frame.contentDocument, window = frame.contentWindow;
   document.title = JSON.stringify(await (async () => {%s})());

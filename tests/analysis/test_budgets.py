@@ -29,7 +29,7 @@ def jittered(spread: float, seed: int = 0, noise: float = 5e-4) -> pd.DataFrame:
 def test_a_spread_of_budgets_moves_neither_the_exponent_nor_its_interval(spread):
     held = []
     for seed in range(6):
-        exact, found = (fit(runs.load(jittered(each, seed)), bootstrap=200) for each in (0.0, spread))
+        exact, found = (fit(runs.load(jittered(each, seed)), bootstrap=200, residual="log") for each in (0.0, spread))
         assert len(found.runs.budgets) == 4
         line, own = (each.methods["full"].power_laws.n_opt for each in (found, exact))
         assert line.exponent == pytest.approx(own.exponent, abs=0.003)

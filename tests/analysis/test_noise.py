@@ -49,7 +49,7 @@ def two_methods(noise: float, other: float, seed: int) -> fits.Fits:
     """The fits of full fine-tuning and LoRA that have one law, and a noise each."""
     full = sweep(noise=noise, seed=seed, methods=("full",))
     lora = sweep(noise=other, seed=seed + 100, methods=("full",)).assign(method="lora", rank=8)
-    return fit(runs.load(pd.concat([full, lora])), bootstrap=100)
+    return fit(runs.load(pd.concat([full, lora])), bootstrap=100, residual="log")
 
 
 def test_methods_whose_noise_differs_have_intervals_by_their_own():

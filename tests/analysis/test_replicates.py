@@ -179,7 +179,7 @@ def test_a_table_of_the_users_own_is_never_replaced(tmp_path, monkeypatch, capsy
     before = saved(tmp_path, sweep(), name).read_bytes()
     monkeypatch.chdir(tmp_path)
     assert fit(name) == 2
-    assert f"{name} would be replaced; give another folder by --out" in capsys.readouterr().err
+    assert f"{name} would be replaced; give another folder" in capsys.readouterr().err
     assert fit(name, "--out", "results") == 0
     assert fit(name, "--out", "results") == 0
     assert fit("results/runs.csv", "--out", "results") == 0

@@ -146,7 +146,8 @@ def test_intervals_of_optima_hold_the_truth_on_a_wide_grid():
     table = pd.concat(rows, ignore_index=True)
     for seed in range(6):
         noise = 0.002 * np.random.default_rng(seed).standard_normal(len(table))
-        found = fit(runs.load(table.drop(columns="best").assign(loss=table["loss"] * np.exp(noise))), bootstrap=200)
+        drawn = runs.load(table.drop(columns="best").assign(loss=table["loss"] * np.exp(noise)))
+        found = fit(drawn, bootstrap=200, residual="log")
         for row in found.methods["full"].interior:
             truth = table["best"][np.isclose(table["budget_flop"], row.budget_flop)].iloc[0]
             held.append(row.n_opt_interval[0] <= truth <= row.n_opt_interval[1])

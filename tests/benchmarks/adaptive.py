@@ -1,32 +1,51 @@
-"""What a design of its own runs reaches: replays of public tables, and simulated sweeps of the paper's grid.
+"""What a design of its own runs reaches: replays of tables, and simulated sweeps of the paper's grid.
 
     python tests/benchmarks/adaptive.py tables DATA [repeats]
     python tests/benchmarks/adaptive.py sweeps [count]
+    python tests/benchmarks/adaptive.py study
 
 `tables` replays `chinchilla_epoch` and each experiment of `porian_isoflop`: the best size at the largest budget, from
 15 % of the cost of the other rows. The full grid is all of these rows. Each repeat leaves out a tenth of them.
 `sweeps` draws laws of four methods over the paper's grid, two of which cross at a random budget, and asks for method
 and size at the largest budget. Neither the laws nor the effects of rank and fraction have the form that the design
 fits.
+
+`study` is an adaptive sweep over the study's grid (`configs/study/sweep.yaml`) whose runs are not trained but looked up
+in `docs/study/runs.csv`. Training is exact, so a sweep that trains them makes the same choices.
 """
 
 import math
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import redirect_stdout
+from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
 from calibration import Truth, law
+from records import record
 
 from analysis import runs
 from analysis.design.choice import Candidate, Design, Pool, crossings
 from analysis.design.replay import DESIGN, FULL, by_design, replay, replay_of
-from embedscale.errors import UserError
+from embedscale.adaptive.choices import Choices
+from embedscale.adaptive.sweep import Money, describe, go_on, pool_of
+from embedscale.errors import DONE, UserError
 from embedscale.run.cost import cost_of
+from embedscale.run.directory import RunDirectory
 from embedscale.run.families import PYTHIA
 from embedscale.run.method import Method
+from embedscale.run.record import RunRecord
+from slurm import grid as grids
+from slurm.grid import Sweep
+from slurm.plan import plan_sweep
 
 SHARE = 0.15  # of the cost
 GOOD = 0.005  # regret as a share of the loss
@@ -170,9 +189,55 @@ def show_sweeps(count: int = 100) -> None:
     print(f"it has two ends in {len(closed)}, which differ by a factor of {np.median(closed):.2g} (median)")
 
 
+# --- The study -------------------------------------------------------------------------------------------------------
+
+STUDY = Path("configs/study/sweep.yaml"), Path("docs/study/runs.csv")
+SPENDING = {2.56e13: ("3%", "5%", "10%", "15%", "25%"), 6.4e12: ("3%", "5%", "10%", "15%")}
+
+
+def show_study() -> None:
+    file, table = STUDY
+    known = pd.read_csv(table).set_index("run")
+    finished = RunRecord.from_json(record())
+
+    def look_up(part: Sweep) -> int:
+        for run_id in part.by_id:
+            directory = RunDirectory(part.folder / run_id)
+            directory.path.mkdir(parents=True)
+            directory.write_record(replace(finished, run_id=run_id, loss=float(known.loss[run_id])))
+        return DONE
+
+    print("| for, FLOP | spent | runs | core-hours | recipe | its loss, expected | measured | above the lowest |")
+    print("|---|---|---|---|---|---|---|---|")
+    for budget, shares in SPENDING.items():
+        for share in shares:
+            with tempfile.TemporaryDirectory() as folder, redirect_stdout(StringIO()):
+                sweep = grids.load(file, [f"output={folder}"])
+                plan = plan_sweep(sweep)
+                money = Money.of(share, plan)
+                go_on(sweep, plan, budget, money, look_up)
+                choices = Choices.of(sweep.folder)
+            assert choices is not None
+            made = [each.run for each in choices.runs]
+            design = Design(pool_of(plan, budget, money))
+            answer = design.answer(design.belief({run: float(known.loss[run]) for run in made}))
+            there = known.loss[[each.run for each in design.pool.options]]
+            low, high = answer.interval
+            expected = "made" if answer.best.run in made else f"{answer.loss:.3f} ({low:.3f} … {high:.3f})"
+            found, hours = float(there[answer.best.run]), known.wall_seconds[made].sum() / 3600
+            spent = f"{100 * choices.spent / plan.spent_flop:.1f} % | {len(made)} | {hours:.2f}"
+            regret = f"{100 * (found / there.min() - 1):.1f} %"
+            recipe = describe(answer.best)
+            print(f"| {budget:.3g} | {spent} | {recipe} | {expected} | {found:.3f} | {regret} |", flush=True)
+    hours = known.wall_seconds.sum() / 3600
+    print(f"the grid: {len(known)} runs, {plan.spent_flop:.3g} FLOP, {hours:.1f} core-hours")
+
+
 if __name__ == "__main__":
     what, *words = sys.argv[1:]
     if what == "tables":
         show_tables(words[0], *map(int, words[1:]))
+    elif what == "study":
+        show_study()
     else:
         show_sweeps(*map(int, words))

@@ -337,6 +337,17 @@ def test_choices_for_another_budget_are_not_mixed(small):
         go_on(sweep, plan, 9.6e16, Money.of("5%", plan), run_all)
 
 
+def test_a_chosen_run_that_left_the_grid_is_named(small, tmp_path):
+    sweep = small("changed")
+    plan = plan_sweep(sweep)
+    go_on(sweep, plan, 9.6e16, Money.of("5%", plan), run_all)
+    file = tmp_path / "changed.yaml"
+    file.write_text(file.read_text().replace("{name: full}", "{name: full, learning_rate: 1e-4}"))
+    changed = grid.load(file)
+    with pytest.raises(UserError, match=r"choices\.json: \S+_full_\S+ was chosen, but is no run of the grid"):
+        go_on(changed, plan_sweep(changed), 9.6e16, Money.of("5%", plan), run_all)
+
+
 @pytest.mark.slow
 def test_the_command_at_the_end_is_run_once_for_all_rounds(laptop):
     told = laptop.folder / "told"

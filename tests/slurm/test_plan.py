@@ -340,6 +340,12 @@ def test_runs_of_few_steps_are_counted(capsys, tmp_path):
     assert "fewer than" not in printed(capsys, tmp_path, "axes: {budget: 5.8e13}")
 
 
+def test_runs_of_more_than_one_epoch_are_counted(capsys, tmp_path):
+    text = "axes: {budget: [5.6e13, 1.15e14, 1.425e14]}\nbase: {data.repeat: true}\nexpected_pairs: 102_400"
+    assert "2 of 3 runs have more than one epoch, up to 2.5:" in printed(capsys, tmp_path, text)
+    assert "epoch" not in printed(capsys, tmp_path, "axes: {budget: 1.425e14}")
+
+
 def test_the_largest_checkpoints_of_runs_at_the_same_time_and_all_weights_need_disk_space(capsys, tmp_path):
     text = "axes: {budget: [1e15, 2e15]}\nbackbones: [EleutherAI/pythia-14m, EleutherAI/pythia-70m]\ncluster: few.yaml"
     checkpoints = [2 * 12 * (n + 50304 * width) for n, width in ((18_915_328, 512), (1_189_888, 128))]

@@ -135,7 +135,7 @@ def test_a_sweep_here_tells_its_end(laptop):
     file = RUN | {"axes": {"budget": [1e9]}, "include": [{"budget": 1e3, "method.name": "full"}]}
     sweep = laptop.write("ends", cluster={"on_done": f"cat >> {told}"}, **file)
     said = laptop.sweep("submit", sweep, "--to", "here")
-    assert re.search(r"held-out loss \d\.\d+ \(1 of 2, about \d+ s left\)\n", said)
+    assert re.search(r"done after \d+ s, held-out loss \d\.\d+ \(1 of 2, about \d+ s left\)\n", said)
     assert re.search(r"held-out loss \d\.\d+ \(2 of 2\)\n", said)
     assert told.read_text() == "ends: 2 done\n"
 
