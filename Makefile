@@ -51,7 +51,7 @@ $(TRITON)-installed: $(VENV)/installed
 	touch $@
 
 test: install $(OLDEST)/installed $(TRITON)-installed
-	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder
 
 # Sphinx and its extensions are in a folder of their own. So `make test` stays as fast, and the quickstart's corpus, which
 # is the Python files of the environment, stays the same.

@@ -185,8 +185,8 @@ class RunDirectory:
                     torn.unlink()
 
     def left_over(self) -> bool:
-        """Return whether a finished run still has checkpoints or half-written files, as after a kill."""
-        return self.checkpoints.exists() or any(half_written(self.path))
+        """Return whether a finished run still has checkpoints, half-written files or its lease, as after a kill."""
+        return self.checkpoints.exists() or self.lease.exists() or any(half_written(self.path))
 
     def remove_checkpoints(self) -> None:
         """Remove all checkpoints of a finished run."""

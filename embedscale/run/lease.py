@@ -207,7 +207,7 @@ def leased(path: Path, when_lost: Callable[[], object] = lambda: None) -> Iterat
 
 
 def remove_what_is_left_over(directory: RunDirectory) -> None:
-    """Remove the checkpoints of a finished run that was killed before it had removed them."""
+    """Remove what a run that was killed behind its record left: checkpoints, half-written files, its lease."""
     if directory.left_over():
         with suppress(UserError, OSError), leased(directory.lease):  # another holds it, or it is read-only
             directory.remove_partial_files()

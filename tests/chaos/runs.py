@@ -9,6 +9,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 from bench import METHODS, SECONDS, Bench, phase_of, suspend, tracebacks
@@ -19,6 +20,7 @@ from training_runs import comparable
 
 from embedscale.errors import DONE, FAILED, INTERRUPTED, WRONG
 from embedscale.run.directory import RunDirectory
+from embedscale.run.lease import Holder
 from embedscale.run.settings import load
 from embedscale.training.plan import PlanFile
 
@@ -197,7 +199,9 @@ class Case:
             aside = self.folder / "aside"
             with suppress(FileNotFoundError):
                 self.directory.path.rename(aside)
-                self.undo.append(lambda: self.back(aside))
+                holder = Holder.read(aside / self.directory.lease.name)
+                at_work = isinstance(holder, Holder) and holder.pid == pid
+                self.undo.append(partial(self.back, aside, at_work))
         elif what == "a second process":
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGCONT)
@@ -220,10 +224,13 @@ class Case:
         if subprocess.run(words, capture_output=True).returncode == 0 and how == "ro":
             self.undo.append(lambda: self.remount("rw"))
 
-    def back(self, aside: Path) -> None:
-        """Move the run's folder back; what the process has made at its place meanwhile is nothing that counts."""
+    def back(self, aside: Path, at_work: bool) -> None:
+        """Move the run's folder back; what the process has made at its place meanwhile is nothing that counts.
+
+        A process that was not `at_work` in the folder found none, and may have made the whole run anew.
+        """
         if self.directory.path.exists():
-            if (self.directory.path / "record.json").exists():
+            if at_work and self.directory.record.exists():
                 self.note("folder moved away", "end", "compared", "a record was written into another folder")
             shutil.rmtree(self.directory.path)
         aside.rename(self.directory.path)

@@ -7,12 +7,14 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 from training_runs import StopAfter, comparable, run_of
 
 from embedscale.errors import DONE, FAILED, INTERRUPTED, WRONG
 from embedscale.files import read_json
+from embedscale.run.lease import Holder
 from embedscale.training.train import train
 
 
@@ -143,6 +145,17 @@ def test_checkpoints_of_a_finished_run_do_not_stay(tmp_path, tiny_run):
     left = {path.name for path in directory.path.rglob("*") if path.is_file()}
     assert left == {"config.yaml", "plan.json", "metrics.jsonl", "attempt.json", "trainable.safetensors", "record.json"}
     assert comparable(directory) == before
+
+
+def test_the_lease_of_a_finished_run_does_not_stay(tmp_path, tiny_run):
+    """The run was killed after it had removed its checkpoints and before it released the lease."""
+    config, directory = run_of(tmp_path, tiny_run)
+    assert train(config) == DONE
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    directory.lease.write_text(json.dumps(replace(Holder.of_this_process(), pid=ended.pid).to_json()))
+    assert train(config) == DONE
+    assert not directory.lease.exists()
 
 
 def test_half_written_files_at_any_depth_are_removed_by_the_next_attempt(tmp_path, tiny_run):
