@@ -39,7 +39,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     try:
         loaded = _loaded(Path(path).read_bytes())
         if loaded is None:
-            return {}
+            raise UserError(f"{path}: is empty; expected settings, or {{}} for none")
         if not isinstance(loaded, dict):
             raise UserError(f"{path}: holds a {type(loaded).__name__}; expected a mapping of settings")
         found = OmegaConf.to_container(OmegaConf.create(loaded), resolve=True)

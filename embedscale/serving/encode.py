@@ -110,9 +110,10 @@ def _given(source: str) -> Iterator[list[Path]]:
     """Yield the files of a source. Standard input becomes a temporary file, because texts are read twice."""
     if source != "-":
         try:
-            yield files_of(source, tuple(f"{ending}{packed}" for ending in READERS for packed in PACKED))
+            files = files_of(source, tuple(f"{ending}{packed}" for ending in READERS for packed in PACKED))
         except UserError as error:
             raise UserError(f"TEXTS: {error}") from None
+        yield files
         return
     with tempfile.NamedTemporaryFile(prefix="standard input ", suffix=".txt") as file:
         shutil.copyfileobj(sys.stdin.buffer, file)
@@ -208,8 +209,8 @@ def _begun(folder: Path, encoding: Encoding) -> Encoding:
 
 
 def _refuse_other_files(folder: Path) -> None:
-    """Raise UserError for a folder with files that no encoding has written."""
-    if (folder / INDEX).exists():
+    """Raise UserError for a folder with files that no encoding has written, or with a damaged encoding.json."""
+    if sound(Encoding.read(folder / INDEX)) is not None:
         return
     # The lease and hidden files: a call was killed before it had written anything else.
     if folder.exists() and not (

@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from command import in_fresh_process
+from damage import CONTENTS
 from pyarrow import parquet
 from tokenizers import Tokenizer
 
@@ -48,8 +49,19 @@ def test_encode_works_in_parts_and_continues_after_a_kill(tmp_path, runs, form, 
         tables = [pyarrow.ipc.open_file(part).read_all() for part in map(str, parts)]
         found = np.concatenate([t.column(0).combine_chunks().flatten().to_numpy().reshape(len(t), -1) for t in tables])
     np.testing.assert_allclose(found, whole(Embedder.load(runs["full"]), texts), atol=1e-6)
-    with pytest.raises(UserError, match="holds another encoding: run_id"):
+    with pytest.raises(UserError, match=rf"^{tmp_path / 'out'}: holds another encoding: run_id"):
         encode(str(runs["lora"]), *words[1:])
+
+
+def test_any_content_of_encoding_json_is_one_line_before_the_model_is_loaded(tmp_path, runs, monkeypatch):
+    (tmp_path / "texts.txt").write_text("one\n")
+    index = tmp_path / "out" / "encoding.json"
+    index.parent.mkdir()
+    monkeypatch.delattr(Embedder, "load")
+    for content in CONTENTS.values():
+        index.write_bytes(content)
+        with pytest.raises(UserError, match=rf"^{index}: [^\n]*$"):
+            encode(str(runs["full"]), str(tmp_path / "texts.txt"), str(index.parent))
 
 
 def test_encode_skips_a_byte_order_mark_and_draws_no_bar_into_a_pipe(tmp_path, runs, capsys):

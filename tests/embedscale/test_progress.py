@@ -10,8 +10,8 @@ from embedscale.progress import Bar
 with Bar("encoding", total=4) as bar:
     for _ in range(4):
         bar.advance()
-with Bar("run", total=200, completed=50, share=True) as bar:
-    bar.say("loss 0.25", completed=100)
+with Bar("run [bold]x", total=200, completed=50, share=True) as bar:
+    bar.say("loss [/red] 0.25", completed=100)
 with Bar("fit") as bar:
     bar.say("full")
 """
@@ -40,5 +40,5 @@ def test_a_bar_shows_name_amount_and_text():
     os.close(ours)
     assert process.communicate()[0] == b"" and process.returncode == 0
     text = said.decode()
-    for expected in ("encoding", "4/4", "run", "50 %", "loss 0.25", "fit", "full"):
+    for expected in ("encoding", "4/4", "run [bold]x", "50 %", "loss [/red] 0.25", "fit", "full"):
         assert expected in text, expected

@@ -94,6 +94,15 @@ def test_damaged_runs_are_named_and_not_sent_out_and_the_others_are(sweep, file,
     assert RunState.DAMAGED in ENDED, "watch does not wait for a run that goes on with nothing"
 
 
+def test_watch_names_damaged_files_and_ends(sweep, file, capsys):
+    first, second, *_ = directories(sweep)
+    write(first, "record.json", {})
+    write(second, "attempts/1/attempt.json", [])
+    assert main(["sweep", "watch", file]) == 0
+    printed = capsys.readouterr().out
+    assert f"damaged: {first.record}: " in printed and f"damaged: {second.attempt(1).file}: " in printed
+
+
 @pytest.mark.parametrize("reason", ["[/usr/lib/x]", "[bold]wide[/bold]", ":smiley: [link=x]"])
 def test_every_letter_of_a_reason_is_printed(sweep, file, capsys, reason):
     write(directories(sweep)[0], "attempts/1/attempt.json", ATTEMPT | {"ended": "failed", "reason": reason})
