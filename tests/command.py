@@ -1,6 +1,7 @@
 """The command line and Python code in real processes."""
 
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -36,6 +37,7 @@ class Command:
 
 
 def _run(words: list[str], environment: dict[str, str], folder: str, output: str) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the command line begins: no error of this function is its own
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
@@ -44,6 +46,7 @@ def _run(words: list[str], environment: dict[str, str], folder: str, output: str
         os.dup2(file.fileno(), 2)
     from embedscale.cli import main
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main(words))
 
 

@@ -136,4 +136,4 @@ def phase_of(directory: RunDirectory, pid: int, evaluated_after: list[int]) -> s
 def tracebacks(said: str) -> str | None:
     """Return the end of an output that holds a traceback; what Python says of half-made objects of torch is none."""
     shown = re.sub(r"^Exception ignored in: .*\nTraceback .*\n(  .*\n)*.*$", "", said, flags=re.MULTILINE)
-    return said[-900:] if "Traceback" in shown else None
+    return said[-900:] if re.search(r"^(\[rank\d+\]: )?Traceback", shown, re.MULTILINE) else None
