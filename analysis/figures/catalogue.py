@@ -14,7 +14,7 @@ from analysis.figures import laws, optima, runs
 from analysis.figures.style import Drawn, NotDrawn, label, style
 from analysis.study import Study
 from embedscale.errors import UserError
-from embedscale.files import write_atomically
+from embedscale.files import check_folder, write_atomically
 from embedscale.texts import listed
 
 
@@ -114,10 +114,8 @@ class Written:
 
 def write(study: Study, folder: Path, advance: Callable[[str], object] = lambda what: None) -> list[Written]:
     """Draw every figure that the study can show into `folder`. `advance` is called with each title as it begins."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
-        raise UserError(f"out: {folder} is a file; give a folder") from None
+    check_folder(folder, "--out")
+    folder.mkdir(parents=True, exist_ok=True)
     written = []
     for figure in figures_of(study):
         advance(figure.heading())
