@@ -5,6 +5,10 @@ Each row goes through a homotopy: first least squares, then Huber's objective wi
 each stage a trust-region Newton method with the exact Hessian runs from where the last stage ended. Gauss–Newton and
 re-weighted least squares are simpler, but on tables under 30 rows they stop in flat valleys far above the minimum. The
 price is that each law supplies second derivatives, or pays for differences of its gradient.
+
+Where δ is far below the noise, most points lie on the straight part of Huber's ρ and the Hessian does not know of the
+kinks ahead, so Newton's method alone takes hundreds of steps. Far from the minimum such points bend the model as in
+re-weighted least squares (`SOFT`), and each step ends at the lowest point of the kinks on its way (`_way`).
 """
 
 from concurrent.futures import ProcessPoolExecutor
@@ -31,6 +35,9 @@ ITERATIONS = 500  # of the last stage; a flat valley between kinks of Huber's ρ
 ROUND = 40  # steps after which the radius is renewed
 CHECK = 10  # steps after which hopeless rows are given up
 RADIUS = 0.3  # of the first step, in internal coordinates
+SOFT, SOFTEST = 10.0, 0.3  # times the scaled gradient, at most: how much points outside of δ bend the model
+HALVINGS = 6  # of the way along a step
+SHORTEST = 0.02  # of a step
 HOPE = 3.0  # times its last fall: how fast a row may fall to the lowest minimum, else it is hopeless
 SHAKEN = 24  # starts of a fit at least squares with random weights
 SHAKEN_REFIT = 8  # of a refit
@@ -55,9 +62,9 @@ class _Task:
 
 @dataclass
 class _Rows:
-    """A batch of points theta [b, p], with the objective there and its derivatives.
+    """A batch of points theta [b, p], with the objective there, its gradient and the Hessian of its model.
 
-    `slope` [b] is the largest scaled gradient.
+    `slope` [b] is the largest scaled gradient. The residuals [b, points] have the `jacobian` [b, p, points].
     """
 
     theta: Array
@@ -67,6 +74,8 @@ class _Rows:
     gradient: Array
     hessian: Array
     slope: Array
+    residuals: Array
+    jacobian: Array
 
     def take(self, rows: NDArray[np.bool_]) -> "_Rows":
         return _Rows(**{name: each[rows] for name, each in vars(self).items()})
@@ -76,7 +85,7 @@ class _Rows:
 
     def put(self, rows: NDArray[np.bool_], other: "_Rows") -> None:
         """Replace the place of some rows by that of another batch with the same points and weights."""
-        for name in ("theta", "value", "gradient", "hessian", "slope"):
+        for name in ("theta", "value", "gradient", "hessian", "slope", "residuals", "jacobian"):
             getattr(self, name)[rows] = getattr(other, name)[rows]
 
 
@@ -101,7 +110,11 @@ class Solution:
 
 
 def _evaluate(task: _Task, theta: Array, target: Array, weights: Array) -> _Rows:
-    """Return the objective, its gradient and its Hessian; the objective is infinite where the law is not positive."""
+    """Return the objective, its gradient and its Hessian; the objective is infinite where the law is not positive.
+
+    A point outside of δ adds a share of δ / |r| to the Hessian: the curvature of the parabola that touches ρ from
+    above. The share falls to 0 with the gradient, so that the last steps are Newton's.
+    """
     delta = task.delta
     with np.errstate(all="ignore"):
         loss, slopes = task.law.gradient(theta, task.data)
@@ -109,27 +122,27 @@ def _evaluate(task: _Task, theta: Array, target: Array, weights: Array) -> _Rows
             r, jacobian = loss - np.exp(target), slopes * loss[:, None]
         else:
             r, jacobian = np.log(loss) - target, slopes
-        if delta is None:
-            rho, pull, inside = 0.5 * r * r, weights * r, weights
-        else:
-            clipped = np.clip(r, -delta, delta)
-            rho, pull = clipped * (r - 0.5 * clipped), weights * clipped
-            inside = weights * (clipped == r)
-        value = (weights * rho).sum(-1)
+        clipped = r if delta is None else np.clip(r, -delta, delta)
+        pull = weights * clipped
+        value = (pull * (r - 0.5 * clipped)).sum(-1)
         gradient = (jacobian @ pull[..., None])[..., 0]
         transposed = jacobian.transpose(0, 2, 1)
+        scale = np.sqrt((weights[:, None] @ np.square(transposed))[:, 0])
+        fine = (loss > 0).all(-1) & np.isfinite(gradient).all(1) & np.isfinite(value)
+        slope = _scaled(task.law, np.where(fine, value, np.inf), gradient, scale, weights)
+        bends = weights
+        if delta is not None:
+            share = np.minimum(SOFT * slope, SOFTEST)[:, None]
+            bends = np.where(clipped == r, weights, share * np.abs(pull / r))
         if task.raw:
-            hessian = (jacobian * inside[:, None]) @ transposed
+            hessian = (jacobian * bends[:, None]) @ transposed
             hessian += task.law.curvature(theta, task.data, slopes, pull * loss)
         else:
-            hessian = (jacobian * (inside - pull)[:, None]) @ transposed
+            hessian = (jacobian * (bends - pull)[:, None]) @ transposed
             hessian += task.law.curvature(theta, task.data, slopes, pull)
-        squares = np.square(jacobian).transpose(0, 2, 1)
-        scale = np.sqrt((weights[:, None] @ squares)[:, 0])
-        bad = ~(loss > 0).all(-1) | ~np.isfinite(hessian).all((1, 2)) | ~np.isfinite(gradient).all(1)
-        value = np.where(bad | ~np.isfinite(value), np.inf, value)
-        slope = _scaled(task.law, value, gradient, scale, weights)
-    return _Rows(theta, target, weights, value, gradient, hessian, slope)
+        fine &= np.isfinite(hessian).all((1, 2))
+        value, slope = np.where(fine, value, np.inf), np.where(fine, slope, np.inf)
+    return _Rows(theta, target, weights, value, gradient, hessian, slope, r, jacobian)
 
 
 def _scaled(law: Law, value: Array, gradient: Array, scale: Array, weights: Array) -> Array:
@@ -163,6 +176,19 @@ def _step(values: Array, gradient: Array, radius: Array) -> Array:
             more = (np.sqrt(length) / radius - 1) * length / (square / shifted).sum(1)
             shift += np.where(more > 0, more, 0)
         return -gradient / (values + shift[:, None])
+
+
+def _way(delta: float, here: _Rows, move: Array) -> Array:
+    """Return how far along a step [b, p] Huber's objective of the linear model is lowest, from `SHORTEST` to 1 [b]."""
+    change = (move[:, None] @ here.jacobian)[:, 0]
+    pull = here.weights * change
+    low, high = np.zeros(len(move)), np.ones(len(move))
+    whole = (np.clip(here.residuals + change, -delta, delta) * pull).sum(1) <= 0
+    for _ in range(HALVINGS):
+        middle = 0.5 * (low + high)
+        rises = (np.clip(here.residuals + middle[:, None] * change, -delta, delta) * pull).sum(1) > 0
+        low, high = np.where(rises, low, middle), np.where(rises, middle, high)
+    return np.where(whole, 1.0, np.maximum(0.5 * (low + high), SHORTEST))
 
 
 def _newton(
@@ -214,6 +240,8 @@ def _newton(
         values, vectors = np.linalg.eigh(here.hessian)
         gradient = (here.gradient[:, None] @ vectors)[:, 0]
         step = _step(values, gradient, radius)
+        if task.delta is not None:
+            step *= _way(task.delta, here, (vectors @ step[..., None])[..., 0])[:, None]
         expected = -(gradient * step + 0.5 * values * step * step).sum(1)
         length = np.sqrt(np.square(step).sum(1))
         theta = here.theta + (vectors @ step[..., None])[..., 0]
