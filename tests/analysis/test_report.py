@@ -1,11 +1,14 @@
 """The report: the verb writes it, it needs no other file, and its numbers are those of the fits."""
 
 import html
+import io
 import json
 import math
 import re
+from contextlib import redirect_stdout
 from dataclasses import replace
 from html.parser import HTMLParser
+from pathlib import Path
 from typing import get_args
 from urllib.parse import unquote
 
@@ -36,6 +39,15 @@ class Links(HTMLParser):
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag
+
+
+@pytest.fixture(scope="module")
+def paper_report(paper_folder, tmp_path_factory) -> tuple[Path, str]:
+    """Write the report of a sweep like the paper's; return its folder and what the terminal showed."""
+    out, told = tmp_path_factory.mktemp("report"), io.StringIO()
+    with redirect_stdout(told):
+        assert main(["report", str(paper_folder), "--out", str(out)]) == 0
+    return out, told.getvalue()
 
 
 def test_the_page_needs_no_other_file(page, folder):
@@ -74,8 +86,8 @@ def test_the_recipe_comes_first_and_everything_else_follows(page):
     assert "abc" in checklist  # the commit that the records name
 
 
-def test_numbers_on_the_page_equal_those_of_the_fits(page, paper_folder):
-    text = html.unescape(report.page(study.load(paper_folder), [], recipe.read(paper_folder)[1]))
+def test_numbers_on_the_page_equal_those_of_the_fits(paper_report, paper_folder):
+    text = html.unescape(own((paper_report[0] / "report.html").read_text()))
     fits = json.loads((paper_folder / "fits.json").read_text())
     law = fits["methods"]["full"]["power_laws"]["n_opt"]
     low, high = law["exponent_interval"]
@@ -137,10 +149,9 @@ def test_every_run_has_a_row_that_leads_to_its_directory(page, folder):
         assert (told["method"], told["backbone"], told["state"]) == (record["method"], record["backbone"], "used")
 
 
-def test_runs_that_are_left_out_are_in_the_table_with_the_reason(paper_folder):
-    found = study.load(paper_folder)
-    rows = Cells(report.page(found, [], recipe.read(paper_folder)[1])).rows
-    assert len(rows) == 1 + len(found.table) + 1
+def test_runs_that_are_left_out_are_in_the_table_with_the_reason(paper_report, paper_folder):
+    rows = Cells((paper_report[0] / "report.html").read_text()).rows
+    assert len(rows) == 1 + len(study.load(paper_folder).table) + 1
     assert rows[-1][-1][0] == "left out, diverged"
     assert not any(address for row in rows for _, address in row)  # a table has no run directories
 
@@ -185,13 +196,12 @@ def test_notes_stand_in_order_of_weight(page, folder):
     assert not any("needs at least" in note for note in notes[: places[0]])
 
 
-def test_the_terminal_tells_in_one_sentence_what_is_not_drawn(paper_folder, tmp_path, capsys):
-    assert main(["report", str(paper_folder), "--out", str(tmp_path)]) == 0
-    out = capsys.readouterr().out
+def test_the_terminal_tells_in_one_sentence_what_is_not_drawn(paper_report):
+    folder, out = paper_report
     (line,) = [line for line in out.splitlines() if "not drawn" in line]
     assert re.search(r"not drawn, because .*: \d+ figures; report.html says what each needs", line)
-    assert out.endswith(f"written: {tmp_path / 'report.html'}; open it in a browser and type a budget\n")
-    text = (tmp_path / "report.html").read_text()
+    assert out.endswith(f"written: {folder / 'report.html'}; open it in a browser and type a budget\n")
+    text = (folder / "report.html").read_text()
     assert '<form id="ask" hidden>' in text and '<figure id="live-size" class="live" hidden>' in text  # without scripts
     assert "because no run has scores" in text[text.index("Figures that are not drawn") :]
 
