@@ -42,6 +42,7 @@ HOPE = 3.0  # times its last fall: how fast a row may fall to the lowest minimum
 SHAKEN = 24  # starts of a fit at least squares with random weights
 SHAKEN_REFIT = 8  # of a refit
 AROUND, AROUND_REFIT = 192, 6  # starts around the lowest end, of a fit and of a refit
+AROUND_ROUNDS = 5  # most times that a fit looks around: one whose exponent runs to 0 falls for ever
 SHARES = (0.02, 0.9)  # of the lowest loss, for a term that is nothing
 LOWER = 1e-6  # relative fall of the lowest end for which a fit looks around once more
 SAME = 1e-4  # relative difference of objectives up to which two least squares are the same
@@ -347,7 +348,7 @@ def minimise(
     found = problem.directly(found, np.zeros(len(count), int))
     if problem.last is not None:  # a homotopy would leave some of Huber's basins
         found = found.join(problem.directly(shaken, np.zeros(SHAKEN, int)))
-    while problem.last is not None:
+    for _ in range(0 if problem.last is None else AROUND_ROUNDS):
         place = np.argmin(found.objective)
         near = problem.around(np.tile(found.theta[place], (AROUND, 1)), np.zeros(AROUND, int))
         found, best = found.join(near), found.objective[place]
