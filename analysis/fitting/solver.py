@@ -8,10 +8,10 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from analysis.fitting.laws import Array, Data, Law
-from analysis.fitting.newton import TOLERANCE, Problem, began, lowest_of_many, minimise
+from analysis.fitting.newton import TOLERANCE, Problem, Solution, began, lowest_of_many, minimise
 from embedscale.errors import UserError
 
 RESIDUALS = ("huber", "lad", "log", "raw")
@@ -131,7 +131,7 @@ def fit_joint(
     # The lowest end of all, converged or not: a minimum above the end of another start is not the minimum.
     lowest = float(found.objective.min())
     agreeing = found.objective <= lowest * (1 + 1e-6) + 1e-18
-    best = int(np.argmin(np.where(agreeing, found.gradient, np.inf)))
+    best = _best_of(law, data, found, agreeing)
     theta, gradient = found.theta[best], float(found.gradient[best])
     if residual == "lad":
         theta, lowest, gradient = _least_absolute(law, theta, data, loss, weights)
@@ -168,6 +168,18 @@ def fit_joint(
         not_fixed,
         spread,
     )
+
+
+def _best_of(law: Law, data: Data, found: Solution, agreeing: NDArray[np.bool_]) -> int:
+    """Return which of the `agreeing` ends has the smallest gradient.
+
+    Where the data leave coefficients free, many minima are equally low: one that the law allows comes first.
+    """
+    gradient = np.where(agreeing, found.gradient, np.inf)
+    values = dict(zip(law.coefficients, law.published(found.theta, data).T, strict=True))
+    allowed = np.all([(low < values[name]) & (values[name] < high) for name, (low, high) in law.bounds.items()], axis=0)
+    fine = np.where(allowed, gradient, np.inf)
+    return int(np.argmin(fine if fine.min() <= TOLERANCE else gradient))
 
 
 def _residuals(law: Law, theta: Array, data: Data, target: Array) -> tuple[Array, Array]:

@@ -304,11 +304,14 @@ def _make_steps(run: TrainingRun) -> None:
         callbacks=[between],
         logger=_loggers(run),
     )
-    if run.done:
-        run.module.to(trainer.strategy.root_device)
-        between.catch_up(trainer)
-    elif not run.stop.requested:
-        trainer.fit(run.module, datamodule=_Steps(run))
+    try:
+        if run.done:
+            run.module.to(trainer.strategy.root_device)
+            between.catch_up(trainer)
+        elif not run.stop.requested:
+            trainer.fit(run.module, datamodule=_Steps(run))
+    finally:
+        _end_loggers(run)
 
 
 class _Steps(lightning.LightningDataModule):
@@ -370,6 +373,17 @@ def _loggers(run: TrainingRun) -> list[Any]:
         os.environ.setdefault("WANDB_MODE", "offline")  # most nodes do not reach the internet
         found.append(WandbLogger(name=run_id, id=run_id, project="embedscale", save_dir=directory.path))
     return found
+
+
+def _end_loggers(run: TrainingRun) -> None:
+    """End W&B's run, or the next training in this process would log into it."""
+    if "wandb" in run.config.resources.loggers:
+        import wandb
+
+        try:
+            wandb.finish()
+        except Exception as error:  # W&B's own process may have ended; the training is whole
+            print(f"{run.config.run_id}: wandb could not end its run ({type(error).__name__})")
 
 
 def quieten() -> None:

@@ -211,10 +211,13 @@ def test_the_seed_decides_the_run(tmp_path, tiny_run):
 
 def test_bf16_and_hard_negatives_and_loggers(tmp_path, tiny_run):
     words = ["training.precision=bf16", "loss.hard_negatives=1", "loss.mask_equal_texts=true", "training.clip=1.0"]
-    config, directory = run_of(tmp_path, tiny_run, *words, "resources.loggers=[tensorboard,wandb]")
-    assert train(config) == DONE
-    assert list(directory.path.glob("tensorboard/**/events*")) and list(directory.path.glob("wandb/offline-run-*"))
-    assert directory.read_record().spent_flop <= config.budget
+    for seed in (0, 1):  # each run has its own logs, also in one process
+        settings = [*words, "resources.loggers=[tensorboard,wandb]", f"training.seed={seed}"]
+        config, directory = run_of(tmp_path, tiny_run, *settings)
+        assert train(config) == DONE
+        assert list(directory.path.glob("tensorboard/**/events*"))
+        assert len(list(directory.path.glob("wandb/offline-run-*"))) == 1
+        assert directory.read_record().spent_flop <= config.budget
 
 
 def test_flops_prints_both_conventions_without_weights(tmp_path, tiny_run, capsys):
