@@ -35,7 +35,7 @@ ITERATIONS = 500  # of the last stage; a flat valley between kinks of Huber's ρ
 ROUND = 40  # steps after which the radius is renewed
 CHECK = 10  # steps after which hopeless rows are given up
 RADIUS = 0.3  # of the first step, in internal coordinates
-SOFT, SOFTEST = 10.0, 0.3  # times the scaled gradient, at most: how much points outside of δ bend the model
+SOFT, SOFTEST = 10.0, 0.3  # share by which points outside of δ bend the model: times the scaled gradient, and at most
 HALVINGS = 6  # of the way along a step
 SHORTEST = 0.02  # of a step
 HOPE = 3.0  # times its last fall: how fast a row may fall to the lowest minimum, else it is hopeless
@@ -346,9 +346,10 @@ def minimise(
     for width in problem.stages:
         found = problem.staged(width, found, np.zeros(len(count), int))
     found = problem.directly(found, np.zeros(len(count), int))
-    if problem.last is not None:  # a homotopy would leave some of Huber's basins
-        found = found.join(problem.directly(shaken, np.zeros(SHAKEN, int)))
-    for _ in range(0 if problem.last is None else AROUND_ROUNDS):
+    if problem.last is None:
+        return found, count
+    found = found.join(problem.directly(shaken, np.zeros(SHAKEN, int)))  # a homotopy would leave some of Huber's basins
+    for _ in range(AROUND_ROUNDS):
         place = np.argmin(found.objective)
         near = problem.around(np.tile(found.theta[place], (AROUND, 1)), np.zeros(AROUND, int))
         found, best = found.join(near), found.objective[place]
