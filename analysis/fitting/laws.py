@@ -12,6 +12,7 @@ The price is that each law translates between the two. Sources: the paper, secti
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar
 
 import numpy as np
@@ -119,6 +120,11 @@ class Law(ABC):
     bounds: ClassVar[Mapping[str, tuple[float, float]]] = {"E": POSITIVE, "alpha": POSITIVE, "beta": POSITIVE}  # open
     needs_fraction: ClassVar[bool] = False  # whether the law depends on the trainable fraction S
     logarithms: ClassVar[tuple[str, ...]] = ("E",)  # coefficients whose internal coordinate is a logarithm
+
+    @cached_property
+    def is_logarithm(self) -> NDArray[np.bool_]:
+        """Whether each internal coordinate [p] is a logarithm."""
+        return np.isin(self.coefficients, self.logarithms)
 
     @abstractmethod
     def size_coefficient(self, values: ArrayLike, tokens: ArrayLike) -> Array:
