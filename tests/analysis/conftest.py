@@ -48,7 +48,7 @@ def folder(tmp_path_factory) -> Path:
 
     def make(folder: Path) -> None:
         miniature(folder)
-        assert main(["fit", str(folder), "--bootstrap", "100"]) == 0
+        assert main(["fit", str(folder), "--bootstrap", "100", "--residual", "log"]) == 0
         assert main(["report", str(folder), "--budget", "3e11"]) == 0
 
     return made_once(tmp_path_factory, "quickstart", make)

@@ -32,4 +32,4 @@ def saved(folder: Path, table: pd.DataFrame, name: str = "runs.csv") -> Path:
 
 
 def fit(*words: object) -> int:
-    return main(["fit", *map(str, words), "--bootstrap", "100"])
+    return main(["fit", *map(str, words), "--bootstrap", "100", "--residual", "log"])

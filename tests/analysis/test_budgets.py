@@ -51,7 +51,7 @@ def test_without_a_law_a_surface_moves_the_losses():
 
 def test_the_best_run_is_told_as_it_was_run():
     table = jittered(0.05)
-    for row in fit(runs.load(table), bootstrap=100).methods["full"].optima:
+    for row in fit(runs.load(table), bootstrap=100, residual="log").methods["full"].optima:
         assert (row.best.loss, row.best.budget_flop) in zip(table["loss"], table["budget_flop"], strict=True)
 
 
@@ -70,7 +70,7 @@ def test_budgets_within_a_tenth_of_their_middle_are_one_profile():
 def test_equal_budgets_that_differ_in_their_last_digits_make_replicates():
     table = sweep(methods=("full",), seeds=2)
     table["budget_flop"] *= 1 + 1e-9 * table["seed"]
-    found = fit(runs.load(table), bootstrap=100)
+    found = fit(runs.load(table), bootstrap=100, residual="log")
     assert {point.seeds for point in found.methods["full"].points} == {2}
     assert found.noise.replicates_freedom == 30
 
@@ -83,7 +83,7 @@ def test_the_setting_is_chosen_before_the_budgets_last_per_cent_counts():
         c = part["budget_flop"] * (1 + 0.01 * number)
         loss = CHINCHILLA.predict(FULL, part["n_parameters"], c / 6 / part["n_parameters"]) * worse
         rows.append(part.assign(budget_flop=c, tokens=c / 6 / part["n_parameters"], loss=loss, learning_rate=rate))
-    points = fit(runs.load(pd.concat(rows)), bootstrap=100).methods["full"].points
+    points = fit(runs.load(pd.concat(rows)), bootstrap=100, residual="log").methods["full"].points
     assert {(point.setting("learning_rate"), point.tried) for point in points} == {(1e-3, 3)}
     assert len(points) == 6 * len(BUDGETS)
 
@@ -96,7 +96,7 @@ def test_bins_of_compute_give_optima_where_no_budget_repeats():
     n = best * np.exp(rng.uniform(-2, 2, 400))
     table = pd.DataFrame({"n_parameters": n, "budget_flop": c, "tokens": c / 6 / n})
     table["loss"] = CHINCHILLA.predict(LAW, n, c / 6 / n)
-    found = fit(runs.load(table), bootstrap=100, bins=4, optimum="best-run")
+    found = fit(runs.load(table), bootstrap=100, residual="log", bins=4, optimum="best-run")
     assert len(found.runs.budgets) in (12, 13)
     line = found.methods["full"].power_laws.n_opt
     assert line.points >= 10 and line.exponent == pytest.approx(0.3 / 0.65, abs=0.03)

@@ -174,7 +174,7 @@ def test_the_same_runs_give_the_same_files(study, tmp_path):
 
 def test_run_directories_give_curves_and_scores(tmp_path, capsys):
     folder = miniature(tmp_path / "runs")
-    assert main(["fit", str(folder), "--bootstrap", "100"]) == 0
+    assert main(["fit", str(folder), "--bootstrap", "100", "--residual", "log"]) == 0
     study = studies.load(folder)
     assert set(study.curves["run"]) == set(study.table["run"])
     assert study.curves["loss"].notna().sum() == 5 * len(study.table)

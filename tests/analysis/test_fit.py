@@ -66,7 +66,7 @@ def test_a_hold_out_fit_does_not_use_what_it_predicts(whole):
     found = [
         {
             row.law: row
-            for row in fit(runs.load(each), bootstrap=100).methods["full"].hold_out
+            for row in fit(runs.load(each), bootstrap=100, residual="log").methods["full"].hold_out
             if row.left_out == "largest budget"
         }
         for each in (table, changed)
@@ -143,7 +143,7 @@ def test_methods_that_are_all_alike_are_named_once():
     ("given", "seeds", "source"), [(None, 3, "pooled"), (None, 1, "residuals"), (0.01, 3, "given")]
 )
 def test_the_noise_is_known_from_replicates_or_residuals_or_given(given, seeds, source):
-    found = fit(runs.load(sweep(seeds=seeds, methods=("full",))), noise=given, bootstrap=100).noise
+    found = fit(runs.load(sweep(seeds=seeds, methods=("full",))), noise=given, bootstrap=100, residual="log").noise
     assert found.source == source
     assert found.log_loss == pytest.approx(given or 0.004, rel=0.35)
 
@@ -151,7 +151,7 @@ def test_the_noise_is_known_from_replicates_or_residuals_or_given(given, seeds, 
 def test_an_edge_enters_no_law_and_names_the_size_to_add():
     table = sweep(methods=("full",))
     table = table[table["n_parameters"] >= SIZES[2]]
-    found = fit(runs.load(table), bootstrap=100)
+    found = fit(runs.load(table), bootstrap=100, residual="log")
     rows = found.methods["full"].optima
     edges = [row for row in rows if row.state == "edge"]
     assert len(edges) >= 2
@@ -166,7 +166,7 @@ def test_diverged_runs_make_the_state_of_a_budget_diverged():
     table = sweep(methods=("full",)).assign(status="done")
     first = (table["budget_flop"] == BUDGETS[0]) & (table["n_parameters"] >= SIZES[2])
     table.loc[first, "status"] = "diverged"
-    rows = fit(runs.load(table), bootstrap=100).methods["full"].optima
+    rows = fit(runs.load(table), bootstrap=100, residual="log").methods["full"].optima
     assert rows[0].state == "diverged"
     assert rows[0].why.startswith("4 of 6 sizes diverged: run them with a lower learning rate")
 
@@ -197,7 +197,7 @@ def test_every_estimator_gives_optima():
     table = runs.load(sweep(methods=("full",)))
     exponents = {}
     for name in ("parabola", "akima", "law"):
-        law = fit(table, optimum=name, bootstrap=100).methods["full"].power_laws.n_opt
+        law = fit(table, optimum=name, bootstrap=100, residual="log").methods["full"].power_laws.n_opt
         assert law.exponent_interval[0] <= law.exponent <= law.exponent_interval[1]
         exponents[name] = law.exponent
     assert exponents["law"] == pytest.approx(0.4375, abs=0.02)
@@ -206,7 +206,7 @@ def test_every_estimator_gives_optima():
 
 def test_the_same_seed_gives_the_same_fits():
     table = runs.load(sweep(methods=("full",)))
-    first, again, other = (fit(table, bootstrap=100, seed=seed) for seed in (0, 0, 1))
+    first, again, other = (fit(table, bootstrap=100, residual="log", seed=seed) for seed in (0, 0, 1))
     first, again, other = (replace(each, made="") for each in (first, again, other))
     assert first == again
     assert first != other
@@ -244,7 +244,7 @@ def test_laws_without_enough_runs_are_refused_with_the_reason():
     table = sweep(methods=("full", "freeze"))
     few = table[(table["method"] == "full") | (table["trainable_fraction"] == 1)]
     few = pd.concat([few[few["method"] == "full"], few[few["method"] == "freeze"].head(4)])
-    found = fit(runs.load(few), bootstrap=100)
+    found = fit(runs.load(few), bootstrap=100, residual="log")
     assert found.methods["freeze"].joint_laws == {}
     refused = found.methods["freeze"].refused
     assert refused["chinchilla"].startswith("the chinchilla law")
@@ -329,7 +329,7 @@ def test_runs_with_different_settings_are_not_replicates(tmp_path, better):
                 record |= {"backbone": f"own-{size:.3g}"} | {k: v for k, v in change.items() if k != "hyperparameters"}
                 (path / "record.json").write_text(json.dumps(record))
                 losses[budget, int(size)] = 1.8
-    found = fit(runs.load(tmp_path), bootstrap=100)
+    found = fit(runs.load(tmp_path), bootstrap=100, residual="log")
     points = found.methods["full"].points
     assert {(point.budget_flop, point.n_parameters): point.loss for point in points} == losses
     assert {(point.seeds, point.tried) for point in points} == {(1, 2)}
@@ -347,7 +347,7 @@ def test_a_record_without_a_revision_has_the_default_of_the_hub(tmp_path):
                 if seed == 0:
                     del record["backbone_revision"]
                 (path / "record.json").write_text(json.dumps(record))
-    found = fit(runs.load(tmp_path), bootstrap=100)
+    found = fit(runs.load(tmp_path), bootstrap=100, residual="log")
     assert {point.seeds for point in found.methods["full"].points} == {2}
 
 
@@ -360,7 +360,7 @@ def test_methods_are_compared_at_budgets_that_are_nearly_equal(told):
     table["tokens"] = (table["budget_flop"] / per_token).round(-3)
     table = table.drop(columns=["flop_per_token"]).assign(budget_flop=table["tokens"] * per_token)
     loaded = runs.load(table if told == "spent" else table.drop(columns="budget_flop"))
-    found = fit(loaded, noise=0.002, bootstrap=100)
+    found = fit(loaded, noise=0.002, bootstrap=100, residual="log")
     rows = found.frontier.comparisons
     assert [row.budget_flop for row in rows] == pytest.approx(list(BUDGETS), rel=1e-3)
     assert [row.budget_flop for row in rows] == list(found.runs.budgets)
@@ -407,7 +407,7 @@ def test_a_law_of_s_needs_two_fractions_at_one_size():
     table = paper_like()
     table = table[(table["method"] == "bias") | (table["rank"] == 8)]
     assert table.groupby("method")["trainable_fraction"].nunique().min() >= 3
-    found = fit(runs.load(table), noise=0.004, bootstrap=100).methods
+    found = fit(runs.load(table), noise=0.004, bootstrap=100, residual="log").methods
     assert "trainable_fraction" not in {**found["bias"].joint_laws, **found["bias"].refused}
     assert "trainable_fraction" not in found["lora"].joint_laws
     told = found["lora"].refused["trainable_fraction"]

@@ -70,7 +70,9 @@ def test_the_interval_of_a_noise_free_table_holds_its_optimum_and_its_law():
     """A power law through these optima is 5.780 where the first optimum is 5.892, and 2.861 where the law is 3.275."""
     floor, exponent, beyond = 2.73718481, 0.20457165, 5694.66
     term = (5.892 - floor) / 2 * (BUDGETS[0] / 6) ** exponent
-    fits = fit(runs.load(table(law=np.array([floor, term, term, 2 * exponent, 2 * exponent]))), bootstrap=100)
+    fits = fit(
+        runs.load(table(law=np.array([floor, term, term, 2 * exponent, 2 * exponent]))), bootstrap=100, residual="log"
+    )
     for budget, by_line, true in ((BUDGETS[0], 5.78, 5.892), (beyond * BUDGETS[0], 2.861, 3.275)):
         assert fits.methods["full"].power_laws.loss.at(budget) == pytest.approx(by_line, rel=1e-3)
         printed = dict(recipe.lines(recipe.recipe(fits, Limit(flop=budget)), 0.95))["at the best size"]
@@ -84,7 +86,7 @@ def test_a_budget_at_which_the_laws_have_no_optimum_is_refused():
     """All sizes are below the best one, so that the joint law alone speaks; at 1e30 FLOP its N* is far beyond them."""
     best = optimum(BUDGETS[0])[0]
     frame = table(BUDGETS[:3], sizes=9)
-    fits = fit(runs.load(frame[frame["n_parameters"] < best / 2]), noise=0.003, bootstrap=100)
+    fits = fit(runs.load(frame[frame["n_parameters"] < best / 2]), noise=0.003, bootstrap=100, residual="log")
     assert not fits.methods["full"].interior and fits.methods["full"].joint_laws
     assert recipe.recipe(fits, Limit(flop=1e20)).best.basis == "joint law"
     with pytest.raises(UserError, match="about 1e30 FLOP; full: no law has an optimum within 10,000 times"):
@@ -109,7 +111,7 @@ def test_a_line_through_two_optima_extrapolates_nothing():
     frame = table(BUDGETS[:2], sizes=3).iloc[:-1]
     more = table(BUDGETS[1:2], sizes=3)
     frame = pd.concat([frame.iloc[:3], more]).iloc[:6]
-    fits = fit(runs.load(frame[frame["n_parameters"] > 0]), noise=0.003, bootstrap=100)
+    fits = fit(runs.load(frame[frame["n_parameters"] > 0]), noise=0.003, bootstrap=100, residual="log")
     fits.methods["full"].joint_laws.clear()
     found = Outlook(fits.methods["full"], Noise(0.003, "given", 0))
     assert not found.covers(4 * BUDGETS[1]) and found.covers(2 * BUDGETS[0])
@@ -137,7 +139,7 @@ def advised(budget: float, fits) -> tuple[float, recipe.Recipe]:
 @pytest.mark.parametrize("noise", [0.0, 0.003])
 def test_where_the_best_size_was_not_run_the_largest_that_was_is_expected_at_its_law(noise):
     """A parabola rises without end: at 1e5 times the largest budget it said 2.45 for a loss of 1.97."""
-    fits = fit(runs.load(table(noise=noise)), bootstrap=100, **({"noise": noise} if noise else {}))
+    fits = fit(runs.load(table(noise=noise)), bootstrap=100, residual="log", **({"noise": noise} if noise else {}))
     expected = []
     for factor in (10, 1e3, 1e5):
         true, found = advised(factor * BUDGETS[-1], fits)
@@ -149,7 +151,7 @@ def test_where_the_best_size_was_not_run_the_largest_that_was_is_expected_at_its
 
 
 def test_without_a_joint_law_no_size_is_expected_to_lose_by_more_compute():
-    fits = fit(runs.load(table(noise=0.003)), bootstrap=100, noise=0.003)
+    fits = fit(runs.load(table(noise=0.003)), bootstrap=100, residual="log", noise=0.003)
     fits.methods["full"].joint_laws.clear()
     expected = [advised(factor * BUDGETS[-1], fits)[1].best.loss for factor in (4, 10, 1e3, 1e5)]
     assert all(after <= before * 1.001 for before, after in pairwise(expected))
@@ -159,7 +161,7 @@ def test_a_run_far_off_the_law_binds_no_other_budget():
     """One loss a fifth too low at the smallest budget was the forecast for a decade above it."""
     frame = table(noise=0.002).reset_index(drop=True)
     frame.loc[3, "loss"] *= 0.8
-    found_fits = fit(runs.load(frame), noise=0.002, bootstrap=100)
+    found_fits = fit(runs.load(frame), noise=0.002, bootstrap=100)  # Huber's residual is for such runs
     found = Outlook(found_fits.methods["full"], found_fits.noise)
     for factor in (1.5, 3.99, 4.04, 10):
         value, ends = found.at(factor * BUDGETS[0]).loss(0.95)
@@ -179,7 +181,7 @@ def test_an_optimum_that_was_measured_stands_whatever_runs_with_less_reached(kin
         frame["loss"] *= (frame["budget_flop"] / BUDGETS[0]) ** 0.15
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        fits = fit(runs.load(frame), noise=0.001, bootstrap=100)
+        fits = fit(runs.load(frame), noise=0.001, bootstrap=100, residual="log")
         for budget in BUDGETS:
             best = frame.loc[frame["budget_flop"] == budget, "loss"].min()
             found = recipe.recipe(fits, Limit(flop=budget))
@@ -194,7 +196,7 @@ def test_an_optimum_that_was_measured_stands_whatever_runs_with_less_reached(kin
 def test_budgets_that_have_no_optimum_are_told_apart_from_those_that_were_run():
     frame = table(noise=0.001)
     cut = frame[(frame["budget_flop"] < BUDGETS[3]) | (frame["n_parameters"] < optimum(BUDGETS[3])[0] / 2.5)]
-    fits = fit(runs.load(cut), noise=0.001, bootstrap=100)
+    fits = fit(runs.load(cut), noise=0.001, bootstrap=100, residual="log")
     assert [row.interior for row in fits.methods["full"].optima] == [True] * 3 + [False] * 2
     told = recipe.recipe(fits, Limit(flop=16 * BUDGETS[-1])).extrapolates
     assert told[0] == f"budget: 16 times the largest ({number(BUDGETS[-1])} FLOP)"
@@ -202,7 +204,7 @@ def test_budgets_that_have_no_optimum_are_told_apart_from_those_that_were_run():
 
 
 def test_a_budget_for_which_most_draws_have_no_optimum_is_refused():
-    fits = fit(runs.load(table()), bootstrap=100)
+    fits = fit(runs.load(table()), bootstrap=100, residual="log")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with pytest.raises(UserError, match="nothing is known about 1 FLOP; full: no law has an optimum"):
@@ -211,7 +213,7 @@ def test_a_budget_for_which_most_draws_have_no_optimum_is_refused():
 
 def test_what_cannot_be_known_is_refused_in_one_line():
     frame = pd.concat([table(BUDGETS[:2], sizes=3)])
-    fits = fit(runs.load(frame), noise=0.003, bootstrap=100)
+    fits = fit(runs.load(frame), noise=0.003, bootstrap=100, residual="log")
     fits.methods["full"].joint_laws.clear()
     with pytest.raises(UserError, match="budget: nothing is known about 1e19 FLOP; full: two optima and no joint law"):
         recipe.recipe(fits, Limit(flop=1e19))
@@ -224,7 +226,7 @@ def test_which_method_is_best_is_a_probability():
         table(noise=0.01, law=LAW * [1.001, 1, 1, 1, 1]).assign(method="lora"),
         table(law=LAW * [1.3, 1.2, 1.2, 1, 1]).assign(method="freeze"),
     ]
-    fits = fit(runs.load(pd.concat(every)), noise=0.01, bootstrap=100)
+    fits = fit(runs.load(pd.concat(every)), noise=0.01, bootstrap=100, residual="log")
     found = recipe.recipe(fits, Limit(flop=4 * BUDGETS[-1]))
     assert sum(found.chances.values()) == pytest.approx(1)
     assert not found.decided and found.chances["freeze"] < 0.01

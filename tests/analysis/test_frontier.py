@@ -32,7 +32,7 @@ def test_no_frontier_where_every_method_has_its_best_size_at_the_edge():
         {"full": [3.94, 3.9, 3.3, 2.8], "lora": [4.0, 4.0, 3.2, 2.56]},
         {"full": [-0.5, 1.2, 2.1, 2.9], "lora": [-0.5, 1.3, 2.0, 2.9]},
     )
-    found = fit(runs.load(rows), noise=0.002, bootstrap=100)
+    found = fit(runs.load(rows), noise=0.002, bootstrap=100, residual="log")
     for method in found.methods.values():
         assert [row.interior for row in method.optima] == [False, True, True, True]
     frontier = found.frontier
@@ -54,7 +54,7 @@ def test_a_run_below_every_law_makes_a_gap_that_names_it():
     lora = rows["method"] == "lora"
     rows.loc[lora, "loss"] = rows[lora].groupby("budget_flop")["loss"].transform(lambda each: each / each.min())
     rows.loc[lora, "loss"] *= rows[lora]["budget_flop"].map(dict(zip(BUDGETS, [4.4, 3.6, 2.4, 2.7], strict=True)))
-    found = fit(runs.load(rows), noise=0.002, bootstrap=100)
+    found = fit(runs.load(rows), noise=0.002, bootstrap=100, residual="log")
     (gap,) = found.frontier.gaps
     assert gap.budget_flop == pytest.approx(BUDGETS[2])
     assert gap.why.endswith("but lora was measured at 2.4")
@@ -69,7 +69,7 @@ def test_where_one_method_was_not_run_nothing_crosses():
         {name: [1, 1.5, 2, 2.5] for name in ("full", "freeze")},
     )
     rows = rows[(rows["method"] == "full") | (rows["budget_flop"] < BUDGETS[3])]
-    found = fit(runs.load(rows), noise=0.002, bootstrap=100)
+    found = fit(runs.load(rows), noise=0.002, bootstrap=100, residual="log")
     assert [row.method for row in found.frontier.segments] == ["freeze", "full"]
     assert not found.frontier.crossings
     (note,) = [note for note in found.notes if note.startswith("the frontier goes from freeze to full at 1.6e16 FLOP")]

@@ -20,7 +20,7 @@ def test_accidental_duplicates_do_not_set_the_noise(capsys):
     """Two pairs of runs that differ by 0.0002, in a table whose runs lie 0.01 about their law."""
     table = sweep(noise=0.01, methods=("full",))
     again = table.iloc[[3, 17]].assign(seed=1, loss=lambda rows: rows["loss"] * 1.0002)
-    found = fit(runs.load(pd.concat([table, again])), bootstrap=100)
+    found = fit(runs.load(pd.concat([table, again])), bootstrap=100, residual="log")
     assert found.noise.source == "residuals" and found.noise.degrees_of_freedom > 4
     assert found.noise.log_loss == pytest.approx(0.01, rel=0.5)
     assert (found.noise.replicates, found.noise.replicates_freedom) == (pytest.approx(1.414e-4, rel=1e-3), 2)
@@ -30,7 +30,7 @@ def test_accidental_duplicates_do_not_set_the_noise(capsys):
 
 
 def test_replicates_and_residuals_that_agree_are_pooled():
-    found = fit(runs.load(sweep(seeds=3, methods=("full",))), bootstrap=100).noise
+    found = fit(runs.load(sweep(seeds=3, methods=("full",))), bootstrap=100, residual="log").noise
     assert found.source == "pooled"
     assert found.degrees_of_freedom == found.replicates_freedom + found.residuals_freedom > 60
     assert found.log_loss == pytest.approx(0.004, rel=0.15)
@@ -87,5 +87,5 @@ def test_the_fit_of_the_chinchilla_table_is_silent(optimum):
     table = pd.read_csv(EPOCH).rename(columns={"N": "n_parameters", "D": "tokens", "C": "budget_flop"})
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
-        found = fit(runs.load(table), bootstrap=100, optimum=optimum)
+        found = fit(runs.load(table), bootstrap=100, residual="log", optimum=optimum)
     assert found.methods["full"].power_laws.n_opt.exponent == pytest.approx(0.51, abs=0.06)

@@ -33,7 +33,7 @@ def bias_notes(method: str, cost_of_size, sizes, budgets, noise: float = 0.002) 
         for c in budgets
         for n in sizes
     ]
-    found = fit(runs.load(pd.DataFrame(rows)), noise=noise, bootstrap=200)
+    found = fit(runs.load(pd.DataFrame(rows)), noise=noise, bootstrap=200, residual="log")
     return found.methods[method].joint_laws["chinchilla"], [note for note in found.notes if "grows" in note]
 
 
@@ -60,8 +60,8 @@ def test_the_interval_allows_for_the_bias_of_parabolas_on_a_wide_grid():
 def test_the_interval_of_a_power_law_holds_what_its_optima_miss_it_by():
     """A law with a floor has no exponent of its loss: each end of the table has its own. The optima have no noise."""
     table = runs.load(sweep(noise=0.0, methods=("full",)))
-    law = fit(table, noise=1e-6, bootstrap=200).methods["full"].power_laws.loss
-    rows = fit(table, noise=1e-6, bootstrap=200).methods["full"].interior
+    law = fit(table, noise=1e-6, bootstrap=200, residual="log").methods["full"].power_laws.loss
+    rows = fit(table, noise=1e-6, bootstrap=200, residual="log").methods["full"].interior
     found = np.array([(row.budget_flop, row.loss) for row in rows])
     assert len(found) >= 4
     for kept in (found[1:], found[:-1]):
@@ -78,7 +78,7 @@ def test_a_joint_law_that_misses_the_optima_is_noted():
         for n in 1e6 * 2.0 ** np.arange(12):
             loss = CHINCHILLA.predict(FULL, n, c / 6 / n).item() * (0.9 if n > 10 * best else 1)
             rows.append({"n_parameters": n, "budget_flop": c, "tokens": c / 6 / n, "loss": loss})
-    found = fit(runs.load(pd.DataFrame(rows)), noise=1e-3, bootstrap=100)
+    found = fit(runs.load(pd.DataFrame(rows)), noise=1e-3, bootstrap=100, residual="log")
     (note,) = [note for note in found.notes if "grows" in note]
     assert "by the joint law, outside the interval: the joint law does not follow these runs near" in note
     low, high = found.methods["full"].power_laws.n_opt.exponent_interval
@@ -102,12 +102,12 @@ def test_the_selection_bias_of_many_settings_is_noted():
                     }
                     rows.append(row | {"rank": 2.0**rank if settings > 1 else np.nan, "trainable_fraction": 0.1})
     table = pd.DataFrame(rows)
-    found = fit(runs.load(table), noise=0.005, bootstrap=100)
+    found = fit(runs.load(table), noise=0.005, bootstrap=100, residual="log")
     (note,) = [note for note in found.notes if "settings a size" in note]
     low = -100 * 0.005 * rng.standard_normal((100_000, 12)).min(1).mean()
     assert note.startswith("methods are the best of 1 (full), 12 (lora) settings a size: of 12 equal ones")
     assert float(re.search(r"lies (.*) % low", note)[1]) == pytest.approx(low, rel=0.02)
-    fair = fit(runs.load(table[~(table["rank"] > 1)]), noise=0.005, bootstrap=100)
+    fair = fit(runs.load(table[~(table["rank"] > 1)]), noise=0.005, bootstrap=100, residual="log")
     assert not any("settings a size" in note for note in fair.notes)
 
 
@@ -125,7 +125,7 @@ def test_the_low_losses_of_akima_are_noted():
     assert np.mean(held["akima"]) < 0.7 < 0.85 < np.mean(held["parabola"])
     table = runs.load(sweep(methods=("full",)))
     for kind in held:
-        notes = fit(table, optimum=kind, bootstrap=100).notes
+        notes = fit(table, optimum=kind, bootstrap=100, residual="log").notes
         assert any(note.startswith("akima: ") for note in notes) == (kind == "akima")
 
 
@@ -147,4 +147,4 @@ def test_no_warning_of_a_library_reaches_the_terminal(kind):
             rows.append(row)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        fit(runs.load(pd.DataFrame(rows)), bootstrap=100)
+        fit(runs.load(pd.DataFrame(rows)), bootstrap=100, residual="log")

@@ -25,7 +25,9 @@ def beside_another(sizes, loss, budget: float = 4 * BUDGETS[-1]) -> fits.Fits:
     loss = np.asarray(loss) * level / min(loss)
     rows = {"method": "full", "n_parameters": sizes, "budget_flop": budget, "tokens": budget / 6 / sizes}
     sound = sweep(methods=("full",)).query("budget_flop == budget_flop.max()")
-    return fit(runs.load(pd.concat([sound, pd.DataFrame(rows | {"loss": loss})])), noise=0.004, bootstrap=100)
+    return fit(
+        runs.load(pd.concat([sound, pd.DataFrame(rows | {"loss": loss})])), noise=0.004, bootstrap=100, residual="log"
+    )
 
 
 @pytest.mark.parametrize(
@@ -106,11 +108,11 @@ def test_an_absurd_loss_where_the_law_could_bend_through_it_is_taken_as_diverged
     """The run with the fewest tokens: the law's term of the tokens could serve this run alone."""
     table = sweep(noise=0.002, methods=("full",)).reset_index(drop=True)
     row = table["tokens"].idxmin()
-    without = fit(runs.load(table.drop(index=row)), bootstrap=100).methods["full"]
+    without = fit(runs.load(table.drop(index=row)), bootstrap=100, residual="log").methods["full"]
     table.loc[row, "loss"] = wild
     loaded = runs.load(table)
     assert loaded.excluded["reason"].tolist() == ["diverged"]
-    found = fit(loaded, bootstrap=100)
+    found = fit(loaded, bootstrap=100, residual="log")
     assert found.methods["full"].joint_laws["chinchilla"] == without.joint_laws["chinchilla"]
     assert any(f"loss {wild:.4g} is far above all others" in note for note in found.notes)
 
@@ -131,7 +133,7 @@ def test_a_run_far_off_the_law_and_far_from_the_best_size_is_noted():
     table = sweep(noise=0.002, methods=("full",))
     smallest, largest = table["n_parameters"].min(), table["budget_flop"].max()
     table.loc[(table["n_parameters"] == smallest) & (table["budget_flop"] == largest), "loss"] *= 1.5
-    found = fit(runs.load(table), bootstrap=100)
+    found = fit(runs.load(table), bootstrap=100, residual="log")
     (note,) = [note for note in found.notes if "far off the joint law" in note]
     assert note.startswith("full: 1 point of 30 far off the joint law, most of all (by ")
     assert not any(row.state == "uneven" for row in found.methods["full"].optima)

@@ -22,7 +22,7 @@ from embedscale.run.method import METHODS, Method
 
 def test_a_recipe_takes_other_settings_from_the_most_similar_run(tmp_path, capsys):
     folder = miniature(tmp_path / "runs", scores=False)
-    assert main(["fit", str(folder), "--bootstrap", "100"]) == 0
+    assert main(["fit", str(folder), "--bootstrap", "100", "--residual", "log"]) == 0
     capsys.readouterr()
     advised = recipe.recipe(*recipe.read(folder)[:1], Limit(flop=3e11)).best
     config = recipe.configuration(str(folder), "3e11", None, ["training.seed=7"])
@@ -58,7 +58,7 @@ def test_runs_that_ended_after_the_fits_are_named(tmp_path, capsys):
     late = sorted(path for path in folder.iterdir() if path.is_dir())[:2]
     for path in late:
         path.rename(tmp_path / path.name)
-    assert main(["fit", str(folder), "--bootstrap", "100"]) == 0
+    assert main(["fit", str(folder), "--bootstrap", "100", "--residual", "log"]) == 0
     capsys.readouterr()
     assert main(["recipe", str(folder), "3e11"]) == 0
     assert "fit` again" not in capsys.readouterr().out
@@ -71,7 +71,7 @@ def test_runs_that_ended_after_the_fits_are_named(tmp_path, capsys):
 
 def test_a_recipe_takes_other_settings_from_the_file_that_is_named(tmp_path, capsys):
     folder = miniature(tmp_path / "runs", scores=False)
-    assert main(["fit", str(folder), "--bootstrap", "100"]) == 0
+    assert main(["fit", str(folder), "--bootstrap", "100", "--residual", "log"]) == 0
     own = tmp_path / "own.yaml"
     own.write_text("output: elsewhere\ndata: {store: stores/own}\n")
     config = recipe.configuration(str(folder), "3e11", str(own), [])
@@ -126,7 +126,7 @@ def test_a_recipe_takes_other_settings_from_the_best_run(tmp_path):
                     values[part]["weight_decay"] = decay
                     (path / name).write_text(json.dumps(values))
     loaded = runs.load(tmp_path)
-    studies.write(fit(loaded, noise=0.003, bootstrap=100), loaded, tmp_path)
+    studies.write(fit(loaded, noise=0.003, bootstrap=100, residual="log"), loaded, tmp_path)
     for budget in ("5e10", "3e11"):
         config = recipe.configuration(str(tmp_path), budget, None, [])
         assert config.training.weight_decay == 0.1
