@@ -17,14 +17,15 @@ from saved import save_backbone, write_pairs
 
 gc.disable()  # imports are faster without garbage collection; it is enabled after them
 
-# Files that take minutes. They start first, so that none runs alone at the end. `survival`, `node` and `away` mostly
-# wait, so they do not start together. `make test-quick` leaves all of these out.
+# Files that take minutes. They start first, so that none runs alone at the end. `survival`, `node`, `away`, `kill`,
+# `local` and `devcluster` mostly wait, so each starts when the one before ends. `make test-quick` leaves all of these
+# out.
 LONG = [
-    "survival", "docs", "export", "encode", "train", "together", "node", "resume", "kill", "local", "devcluster",
-    "prefetch", "report", "live", "page", "end_of_run", "damage", "away", "gradcache", "uncertainty", "parallel", "gpu",
-    "gpu_blocks", "without_cpu", "submit", "scoring", "status", "prepare_interrupted", "snapshot", "store_damage",
-    "damaged", "damaged_fits", "forecast_tables", "budgets", "figures", "figures_tell", "calibrate", "layouts",
-    "special_tokens", "families",
+    "survival", "docs", "export", "encode", "train", "node", "resume", "report", "together", "live", "uncertainty",
+    "gpu_blocks", "away", "gpu", "gradcache", "end_of_run", "damage", "page", "figures", "forecast_tables",
+    "figures_tell", "kill", "snapshot", "submit", "layouts", "special_tokens", "damaged", "local", "parallel",
+    "without_cpu", "status", "store_damage", "damaged_fits", "budgets", "devcluster", "prefetch",
+    "prepare_interrupted", "calibrate", "scoring", "families",
 ]  # fmt: skip
 
 

@@ -14,13 +14,14 @@ from sweeps import paper_like, write_run
 
 from analysis import fits, runs, study, summary
 from analysis.fitting.fit import fit
+from analysis.fitting.laws import CHINCHILLA
 from embedscale.cli import main
 from embedscale.errors import UserError
 
 
 @pytest.fixture(scope="module")
 def whole() -> fits.Fits:
-    return fit(runs.load(sweep()), bootstrap=100)
+    return fit(runs.load(sweep()), bootstrap=100, residual="log")
 
 
 def test_the_fit_recovers_the_laws_and_their_intervals_hold_them(whole):
@@ -288,6 +289,9 @@ def test_the_verb_writes_fits_and_prints_them(tmp_path, capsys):
     written = fits.read(tmp_path / "out")
     assert written.excluded == ()
     assert len(pd.read_csv(tmp_path / "out" / "runs.csv")) == written.runs.used == 30
+    assert written.settings.residual == "huber"
+    ends = written.methods["full"].joint_laws["chinchilla"].intervals
+    assert all(ends[name][0] < true < ends[name][1] for name, true in zip(CHINCHILLA.coefficients, FULL, strict=True))
     words = ["fit", str(tmp_path / "out" / "runs.csv"), "--out", str(tmp_path / "again"), "--bootstrap", "100"]
     assert main([*words, "--json"]) == 0
     again = fits.read(tmp_path / "again")
