@@ -74,7 +74,7 @@ notebook: $(DOCS)/installed
 	JUPYTER_PATH=$(abspath $(DOCS))/share/jupyter PYTHONPATH=$(abspath $(DOCS)) $(BIN)/python $(DOCS)/bin/jupyter-execute --inplace \
 		docs/notebooks/tour.ipynb
 
-# About three minutes on two idle cores, without SLURM or a browser: for the time between two edits.
+# About two minutes on two idle cores, without SLURM or a browser: for the time between two edits.
 test-quick: install
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not slurm"
 

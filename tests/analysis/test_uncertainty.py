@@ -56,7 +56,7 @@ def test_intervals_cover_the_truth(law, alpha, beta, shift):
     for _ in range(REPEATS):
         loss = truth * np.exp(NOISE * rng.standard_normal(len(n)))
         fit = fit_joint(law, n, d, loss, s, residual="log", starts=4)
-        draws = resampled(fit, list(loss[:, None]), 200, rng)
+        draws = resampled(fit, list(loss[:, None]), 100, rng)  # the fewest that `fit` takes
         drawn = np.column_stack([draws, law.predict(draws, *beyond)])
         ends = [interval(column) for column in drawn.T]
         hits.append([low <= true <= high for (low, high), true in zip(ends, [*values, future[0]], strict=True)])
