@@ -50,8 +50,7 @@ $(TRITON)-installed: $(VENV)/installed
 	$(BIN)/python -c "import triton" 2> /dev/null || $(PIP_INSTALL) --no-deps --target $(TRITON) triton==3.9.0
 	touch $@
 
-# Three processes keep two cores busy, while one of them waits for SLURM. With four, the same tests took 30 % more CPU
-# time.
+# Three processes keep two cores busy, while one of them waits for SLURM. Four took 17 % more CPU time for the suite.
 test: install $(OLDEST)/installed $(TRITON)-installed
 	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 

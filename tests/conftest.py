@@ -18,8 +18,7 @@ from saved import save_backbone, write_pairs
 gc.disable()  # imports are faster without garbage collection; it is enabled after them
 
 # Files that take minutes. They start first, so that none runs alone at the end. `survival`, `node`, `away`, `kill`,
-# `local` and `devcluster` mostly wait, so each starts when the one before ends. `make test-quick` leaves all of these
-# out.
+# `local` and `devcluster` mostly wait, so they stand apart. `make test-quick` leaves all of these out.
 LONG = [
     "survival", "docs", "export", "encode", "train", "node", "resume", "report", "together", "live", "uncertainty",
     "gpu_blocks", "away", "gpu", "gradcache", "end_of_run", "damage", "page", "figures", "forecast_tables",

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import own_tables
 import pandas as pd
 import pytest
 from filelock import FileLock
@@ -48,7 +49,7 @@ def folder(tmp_path_factory) -> Path:
 
     def make(folder: Path) -> None:
         miniature(folder)
-        assert main(["fit", str(folder), "--bootstrap", "100", "--residual", "log"]) == 0
+        assert own_tables.fit(folder) == 0
         assert main(["report", str(folder), "--budget", "3e11"]) == 0
 
     return made_once(tmp_path_factory, "quickstart", make)

@@ -32,4 +32,5 @@ def saved(folder: Path, table: pd.DataFrame, name: str = "runs.csv") -> Path:
 
 
 def fit(*words: object) -> int:
+    """Run `embedscale fit` at its quickest: see `sweeps.fitted`."""
     return main(["fit", *map(str, words), "--bootstrap", "100", "--residual", "log"])

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import matplotlib.colors
 import numpy as np
+import own_tables
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from sweeps import BUDGETS, by_fraction, fitted, miniature, paper_like
@@ -16,7 +17,6 @@ from analysis.figures import laws as figures_laws
 from analysis.figures import optima as figures_optima
 from analysis.figures import runs as figures_runs
 from analysis.figures import style
-from embedscale.cli import main
 from embedscale.errors import UserError
 
 NAMES = [figure.name for figure in figures.FIGURES]
@@ -174,7 +174,7 @@ def test_the_same_runs_give_the_same_files(study, tmp_path):
 
 def test_run_directories_give_curves_and_scores(tmp_path, capsys):
     folder = miniature(tmp_path / "runs")
-    assert main(["fit", str(folder), "--bootstrap", "100", "--residual", "log"]) == 0
+    assert own_tables.fit(folder) == 0
     study = studies.load(folder)
     assert set(study.curves["run"]) == set(study.table["run"])
     assert study.curves["loss"].notna().sum() == 5 * len(study.table)

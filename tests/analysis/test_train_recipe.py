@@ -4,6 +4,7 @@ import json
 import os
 
 import numpy as np
+import own_tables
 import pandas as pd
 import pytest
 from sweeps import BACKBONES, BUDGETS, LAWS, fitted, miniature, paper_like, write_run
@@ -22,7 +23,7 @@ from embedscale.run.method import METHODS, Method
 
 def test_a_recipe_takes_other_settings_from_the_most_similar_run(tmp_path, capsys):
     folder = miniature(tmp_path / "runs", scores=False)
-    assert main(["fit", str(folder), "--bootstrap", "100", "--residual", "log"]) == 0
+    assert own_tables.fit(folder) == 0
     capsys.readouterr()
     advised = recipe.recipe(*recipe.read(folder)[:1], Limit(flop=3e11)).best
     config = recipe.configuration(str(folder), "3e11", None, ["training.seed=7"])
@@ -58,7 +59,7 @@ def test_runs_that_ended_after_the_fits_are_named(tmp_path, capsys):
     late = sorted(path for path in folder.iterdir() if path.is_dir())[:2]
     for path in late:
         path.rename(tmp_path / path.name)
-    assert main(["fit", str(folder), "--bootstrap", "100", "--residual", "log"]) == 0
+    assert own_tables.fit(folder) == 0
     capsys.readouterr()
     assert main(["recipe", str(folder), "3e11"]) == 0
     assert "fit` again" not in capsys.readouterr().out
@@ -71,7 +72,7 @@ def test_runs_that_ended_after_the_fits_are_named(tmp_path, capsys):
 
 def test_a_recipe_takes_other_settings_from_the_file_that_is_named(tmp_path, capsys):
     folder = miniature(tmp_path / "runs", scores=False)
-    assert main(["fit", str(folder), "--bootstrap", "100", "--residual", "log"]) == 0
+    assert own_tables.fit(folder) == 0
     own = tmp_path / "own.yaml"
     own.write_text("output: elsewhere\ndata: {store: stores/own}\n")
     config = recipe.configuration(str(folder), "3e11", str(own), [])

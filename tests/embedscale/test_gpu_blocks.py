@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from saved import save_backbone
 from steps import METHODS, assert_same_gradients, chunk_step, module_for
 
 from embedscale.model.body import PlainBody
@@ -42,9 +41,9 @@ def fuse(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def shallow(tmp_path_factory):
+def shallow(tmp_path_factory, save_decoder):
     """A saved backbone of two blocks, because the interpreter takes a second for each block."""
-    return save_backbone(tmp_path_factory.mktemp("hub") / "shallow", blocks=2)
+    return save_decoder(tmp_path_factory.mktemp("hub") / "shallow", blocks=2)
 
 
 def chunk_of(lengths):
@@ -61,8 +60,8 @@ def step(folder, method, *changes, lengths=LENGTHS, **settings):
     ("method", "blocks"),
     [(METHODS["full"], 3), (METHODS["freeze"], 2), (METHODS["bias"], 2), (Method("lora", rank=4), 2)],
 )
-def test_embeddings_and_gradients_are_those_of_transformers(tmp_path, fuse, method, blocks):
-    folder = save_backbone(tmp_path / "saved", blocks=blocks)
+def test_embeddings_and_gradients_are_those_of_transformers(tmp_path, save_decoder, fuse, method, blocks):
+    folder = save_decoder(tmp_path / "saved", blocks=blocks)
     embeddings, expected = step(folder, method)
     found, own = step(folder, method, fuse)
     torch.testing.assert_close(found, embeddings, atol=1e-6, rtol=0)
