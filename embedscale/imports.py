@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -19,7 +20,11 @@ def importing() -> Iterator[None]:
     """Disable garbage collection during heavy imports, which saves about a third of the start-up time.
 
     The objects of modules stay until the end, so they are also kept out of all later collections.
+
+    OpenMP reads OMP_WAIT_POLICY when torch loads it. By default, threads that wait for work spin, and take the cores
+    that the loader and other programs need. Here they sleep; the results are the same.
     """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     gc.disable()
     try:
         yield

@@ -7,6 +7,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests compare results on CPUs, often to the last bit
 # Several processes share few cores. If OpenMP threads waited by spinning, tests would take ten times as long.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import gc
 import multiprocessing.forkserver
@@ -20,11 +21,11 @@ gc.disable()  # imports are faster without garbage collection; it is enabled aft
 # Files that take minutes. They start first, so that none runs alone at the end. `survival`, `node`, `away`, `kill`,
 # `local` and `devcluster` mostly wait, so they stand apart. `make test-quick` leaves all of these out.
 LONG = [
-    "survival", "docs", "export", "encode", "train", "node", "resume", "report", "together", "live", "uncertainty",
-    "gpu_blocks", "away", "gpu", "gradcache", "end_of_run", "damage", "page", "figures", "forecast_tables",
-    "figures_tell", "kill", "snapshot", "submit", "layouts", "special_tokens", "damaged", "local", "parallel",
-    "without_cpu", "status", "store_damage", "damaged_fits", "budgets", "devcluster", "prefetch",
-    "prepare_interrupted", "calibrate", "scoring", "families",
+    "survival", "docs", "encode", "train", "node", "resume", "report", "together", "live", "uncertainty", "gpu_blocks",
+    "away", "gpu", "gradcache", "end_of_run", "damage", "page", "figures", "forecast_tables", "figures_tell", "kill",
+    "snapshot", "submit", "layouts", "special_tokens", "export", "damaged", "local", "parallel", "without_cpu",
+    "status", "store_damage", "damaged_fits", "budgets", "devcluster", "prefetch", "prepare_interrupted", "calibrate",
+    "scoring", "families",
 ]  # fmt: skip
 
 

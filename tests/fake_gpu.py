@@ -163,11 +163,11 @@ def main(workspace: Path) -> None:
     pretend()
     bf16, checkpointed = "training.precision=bf16", "resources.activation_checkpointing=true"
     rows = [step(method, bf16) for method in ("full", "freeze-0.5", "bias", "lora-r32")]
-    rows += [step("full", bf16, chunk=4000), step("full"), step("lora-r32", bf16, checkpointed, chunk=4000)]
+    rows += [step("full", bf16, chunk=8000), step("full"), step("lora-r32", bf16, checkpointed, chunk=8000)]
     limit = f"resources.memory_gb={MEMORY / 1e9}"
     rows += [step(method, bf16, limit, fit=75) for method in ("full", "freeze-0.5", "bias", "lora-r32")]
     rows += [step("full", bf16, limit, checkpointed, fit=75), step("full", limit, fit=75)]
-    rows += [step("full", bf16, limit, fit=8, batch=2560)]
+    rows += [step("full", bf16, limit, fit=8, batch=1280)]
     print(json.dumps(rows))
 
 

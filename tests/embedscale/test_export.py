@@ -35,6 +35,8 @@ OLDEST = Path(sys.prefix) / "oldest"  # the oldest supported sentence-transforme
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory, runs) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("exported")
+    (folder / "elsewhere").mkdir()
+    (folder / "bias").symlink_to("elsewhere")
     for name, run in runs.items():
         assert export(str(run), str(folder / name)) == DONE
     return {name: folder / name for name in runs}
@@ -151,13 +153,10 @@ def test_weights_have_the_permissions_of_other_files(tmp_path, runs, exported):
         assert weights.stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
-def test_export_writes_through_a_link_but_not_into_the_current_folder(tmp_path, runs, monkeypatch):
-    (tmp_path / "real").mkdir()
-    (tmp_path / "link").symlink_to("real")
-    assert export(str(runs["bias"]), str(tmp_path / "link")) == DONE
-    assert (tmp_path / "link").is_symlink() and (tmp_path / "real" / "model.safetensors").is_file()
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
+def test_export_writes_through_a_link_but_not_into_the_current_folder(tmp_path, runs, exported, monkeypatch):
+    link = exported["bias"]
+    assert link.is_symlink() and (link.parent / "elsewhere" / "model.safetensors").is_file()
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="is the current folder"):
         export(str(runs["bias"]), ".")
 
