@@ -41,7 +41,6 @@ def freezing_sweep(alpha: float, beta: float, shift: float):
         (CHINCHILLA, 0.35, 0.35, 0.5),
         (CHINCHILLA, 0.3, 0.45, 0.0),
         (CHINCHILLA, 0.3, 0.45, 0.5),
-        (TRAINABLE_FRACTION, 0.35, 0.35, 0.0),  # a law of S takes a minute
         (TRAINABLE_FRACTION, 0.3, 0.45, 0.5),
     ],
 )

@@ -93,10 +93,11 @@ def test_bodies_have_the_published_sizes():
 
 
 def _peak(longest, out):
-    """Train in a process whose largest step has 1,024 pairs, of the paper's lengths or all as long as the context."""
+    """Train in a process whose largest step has 512 pairs, of the paper's lengths or all as long as the context."""
     torch.set_num_threads(2)
     keep_freed_memory()
-    config = config_of(load(None, [f"resources.memory_gb={LIMIT / 1e9}"]), "pythia-14m", "full")
+    words = [f"resources.memory_gb={LIMIT / 1e9}", "training.batch_size=512"]
+    config = config_of(load(None, words), "pythia-14m", "full")
     module = module_of(build("pythia-14m", vocab_size=8192), config)
     chunk = fitting_chunk(module)
     pairs, context = config.training.batch_size, config.data.context
@@ -109,13 +110,13 @@ def _peak(longest, out):
 @pytest.mark.slow
 @pytest.mark.parametrize("longest", [False, True])
 def test_a_step_stays_within_its_memory_limit(server, longest):
-    """The whole batch in one chunk would take 4 to 8 GB."""
+    """The whole batch in one chunk would take 2 to 4 GB."""
     out = server.Queue()
     process = server.Process(target=_peak, args=(longest, out))
     process.start()
     pairs, chunks, peak = out.get(timeout=240)
     process.join(60)
-    assert pairs == 1024 and chunks > 1
+    assert pairs == 512 and chunks > 1
     assert peak < LIMIT
 
 

@@ -15,7 +15,7 @@ from embedscale.errors import DONE, INTERRUPTED
 from embedscale.run.directory import RunDirectory
 from embedscale.run.settings import load
 
-KILLS = 10
+KILLS = 6
 
 
 def _train(words, tmpdir):
@@ -27,7 +27,7 @@ def _train(words, tmpdir):
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["SIGKILL", "SIGTERM"])
 @pytest.mark.parametrize("name", METHODS)
-def test_ten_kills_do_not_change_the_result(server, tmp_path, tiny_run, name, number):
+def test_kills_do_not_change_the_result(server, tmp_path, tiny_run, name, number):
     words = [*tiny_run, *METHODS[name], "budget=4e9", "resources.checkpoint_minutes=0"]
     # TMPDIR is on another file system: checkpoints must not pass through it.
     other = "/dev/shm" if Path("/dev/shm").is_dir() else str(tmp_path)

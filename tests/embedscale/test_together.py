@@ -69,7 +69,7 @@ def on_two_ranks(server, words, code=DONE, spoil=nothing):
     return directory, [output.read_text() for output in outputs]
 
 
-ALONE = ["budget=1e10", "resources.checkpoint_minutes=0", "data.repeat=true", "training.clip=1.0"]
+ALONE = ["budget=5e9", "resources.checkpoint_minutes=0", "data.repeat=true", "training.clip=1.0"]
 
 
 TOGETHER = [*ALONE, "resources.devices=2", "resources.chunk_tokens=200"]
@@ -118,7 +118,7 @@ def test_two_processes_train_like_one_and_resume(server, tmp_path, tiny_run, cop
     alone = RunDirectory(load(None, words).folder)
     assert train(load(None, words)) == DONE
     one = alone.read_record()
-    assert two.spent_flop <= one.spent_flop <= 1e10 and two.device.count == 2
+    assert two.spent_flop <= one.spent_flop <= 5e9 and two.device.count == 2
     assert two.pairs == one.pairs - one.pairs % 2
     assert two.loss == pytest.approx(one.loss, rel=0.02)
     rows = [{r.step: r.train_loss for r in d.read_metrics() if r.train_loss is not None} for d in (alone, directory)]

@@ -20,7 +20,7 @@ from embedscale.run.lease import lease_holder
 from slurm.scheduler.processes import POLL_SECONDS
 from slurm.scheduler.submissions import Submissions
 
-LONG_SECONDS = 6  # undisturbed, at the full speed
+LONG_SECONDS = 5  # undisturbed, at the full speed
 METHODS = ["full", "bias", {"name": "freeze", "active_fraction": 0.5}, {"name": "lora", "rank": 4}]
 
 
