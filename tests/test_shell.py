@@ -101,7 +101,7 @@ def test_a_shell_is_told_what_could_follow(tmp_path, line, words):
 
 @pytest.mark.slow
 def test_training_starts_without_scipys_signals_which_are_there_afterwards(monkeypatch):
-    code = "import sys; from embedscale.imports import load; load('embedscale.training.train:train'); "
+    code = "import sys; from slurm.scheduler.processes import import_everything; import_everything(); "
     code += "assert 'scipy.signal' not in sys.modules; from scipy.signal import find_peaks; import scipy; "
     code += "assert list(find_peaks([0, 1, 0])[0]) == [1] and scipy.signal.windows.hann(3)[1] == 1"
     # And OpenMP's threads sleep while they wait. GNU's library prints its settings when torch loads it.

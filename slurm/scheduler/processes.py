@@ -23,7 +23,7 @@ from pathlib import Path
 
 from embedscale.errors import DONE, FAILED, INTERRUPTED, UserError
 from embedscale.files import now
-from embedscale.imports import importing
+from embedscale.imports import importing, load
 from embedscale.process import job_number
 from embedscale.run.config import RunConfig
 from embedscale.run.directory import Attempt, RunDirectory
@@ -146,8 +146,7 @@ def import_everything() -> None:
     with importing():
         import peft  # noqa: F401
         import transformers.models.gpt_neox.modeling_gpt_neox  # noqa: F401
-
-        import embedscale.training.train  # noqa: F401
+    load("embedscale.training.train:train")
 
 
 def _ended_before(run: RunConfig, stop: StopRequest) -> str | None:
