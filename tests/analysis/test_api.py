@@ -25,6 +25,7 @@ def file(tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 def test_five_lines_lead_from_a_table_to_laws_and_a_recipe(file, capsys):
     runs = analysis.read_runs(file, columns={"n_parameters": "N", "tokens": "D", "loss": "val_loss"})
     fits = analysis.fit(runs)

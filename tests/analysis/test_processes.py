@@ -16,6 +16,8 @@ from psutil import Process
 from analysis import runs
 from analysis.fitting.fit import fit
 
+pytestmark = pytest.mark.slow
+
 needs_two_cores = pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="this process may use one core only")
 
 
