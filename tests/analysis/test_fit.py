@@ -173,7 +173,7 @@ def test_diverged_runs_make_the_state_of_a_budget_diverged():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(8))
 def test_a_sweep_with_missing_runs_never_crashes(seed, tmp_path):
     """With as few as a tenth of the runs, the result is fits or one line that says why not."""
     rng = np.random.default_rng(seed)

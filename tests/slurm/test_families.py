@@ -58,7 +58,6 @@ def place(request):
 
 
 def test_one_sweep_of_three_families_beside_a_pythia_shaped_one_from_plan_to_recipe(place, until):
-    """What follows the runs needs only their records, so it is done for the runs of this machine alone."""
     lab, words = place
     kinds = folders(lab.folder)
     backbones = [f"models/{folder.name}" for folder in sorted((lab.folder / "models").iterdir())]  # relative
@@ -83,8 +82,6 @@ def test_one_sweep_of_three_families_beside_a_pythia_shaped_one_from_plan_to_rec
         assert record.n_parameters == sum(p.numel() for p in body.parameters()) - embedding
         assert record.flop_per_token == 6 * record.n_parameters
 
-    if not words:
-        return
     runs = lab.folder / "runs" / "families"
     mixed = verb(lab, "fit", runs, code=2)
     assert "runs differ in family" in mixed and "the tokens of one tokenizer" in mixed and "--where family=" in mixed
